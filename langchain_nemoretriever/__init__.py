@@ -1,0 +1,5 @@
+"""NVIDIA NeMo Retriever embeddings for LangChain."""
+
+from langchain_nemoretriever.embeddings import NeMoRetrieverEmbeddings
+
+__all__ = ["NeMoRetrieverEmbeddings"]

@@ -1,0 +1,63 @@
+"""The contract between the `Embedder` and whatever computes: one method, a few facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared_engine.documents import Document, Modality, Role
+from shared_engine.options import Truncate
+
+
+@dataclass(frozen=True)
+class Request:
+    """One caller's list of documents, already checked, and how to embed it."""
+
+    documents: list[Document]
+    role: Role
+    dimensions: int | None = None
+    """Length of the vectors; None is the model's full size."""
+    truncate: Truncate = "NONE"
+    on_progress: Callable[[int], object] | None = None
+    """Called from another thread with the number of documents that were just finished."""
+
+
+class Backend(Protocol):
+    """Something that turns documents into vectors, here or elsewhere."""
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        """Kinds of input it takes."""
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """Vector sizes it offers, ascending; the last is the model's full size."""
+
+    @property
+    def description(self) -> str:
+        """What runs where, and why, in one line."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for two backends only if their vectors are."""
+
+    def submit(self, request: Request) -> Future[NDArray[np.float32]]:
+        """Accept a request and return at once; the future gives (n, dimensions) float32.
+
+        Row i belongs to document i. Rows are cut to size but not yet of unit length. Cancelling the
+        future drops what has not started. Safe to call from many threads.
+
+        Raises:
+            InputTooLongError: a text over the limit with `truncate="NONE"`; nothing was started.
+            EngineClosedError: the backend was closed.
+
+        The future raises PartialResultError where some documents failed and others did not.
+        """
+
+    def close(self, cancel: bool = False, wait: bool = True) -> None:
+        """Finish what was accepted, or `cancel` what has not started; `wait` until that is done."""

@@ -1,0 +1,77 @@
+"""The models the engine knows by name: a new model is a row.
+
+Sources: names and renames from the release notes of the NeMo Retriever text embedding NIM
+(1.13.0), sizes and limits from NVIDIA's model cards and its support matrix, public checkpoints and
+their revisions from NVIDIA/NeMo-Retriever `models/hf_model_registry.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_MODEL = "nvidia/llama-nemotron-embed-1b-v2"
+"""The model of the family whose weights anybody can download."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What NVIDIA publishes about one model; everything else is read from its checkpoint."""
+
+    name: str
+    """Name in NVIDIA's API."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the same model."""
+    checkpoint: str | None = None
+    """Hugging Face id of the public weights, or None where there are none."""
+    revision: str | None = None
+    """Commit of the public weights that was checked."""
+    hidden_size: int = 2048
+    """Length of a full vector, and `hidden_size` in config.json."""
+    num_hidden_layers: int = 16
+    """Layers, and `num_hidden_layers` in config.json."""
+    dimensions: tuple[int, ...] = ()
+    """Shorter vector sizes the model was trained for (Matryoshka)."""
+    max_tokens: int = 8192
+    """The most tokens a text may have, prefix and special tokens included."""
+
+
+_MATRYOSHKA = (384, 512, 768, 1024)
+
+CATALOGUE: tuple[ModelSpec, ...] = (
+    ModelSpec(
+        name="nvidia/llama-3.2-nemoretriever-300m-embed-v2",
+        aliases=(
+            "nvidia/llama-nemotron-embed-300m-v2",
+            "nvidia/llama-3_2-nemoretriever-300m-embed-v2",
+        ),
+        num_hidden_layers=9,
+        dimensions=_MATRYOSHKA,
+    ),
+    ModelSpec(
+        name="nvidia/llama-3.2-nemoretriever-300m-embed-v1",
+        aliases=("nvidia/llama-3_2-nemoretriever-300m-embed-v1",),
+        num_hidden_layers=9,
+    ),
+    ModelSpec(
+        name="nvidia/llama-nemotron-embed-1b-v2",
+        aliases=("nvidia/llama-3.2-nv-embedqa-1b-v2", "nvidia/llama-3_2-nv-embedqa-1b-v2"),
+        checkpoint="nvidia/llama-nemotron-embed-1b-v2",
+        revision="113abe4acafa848e77ead9c0623205e511932348",
+        dimensions=_MATRYOSHKA,
+    ),
+)
+
+_BY_NAME = {
+    name.removeprefix("nvidia/"): spec for spec in CATALOGUE for name in (spec.name, *spec.aliases)
+}
+
+
+def find(model: str) -> ModelSpec | None:
+    """Return the row of a model name or alias, with or without `nvidia/`, or None.
+
+    >>> find("llama-nemotron-embed-300m-v2").name
+    'nvidia/llama-3.2-nemoretriever-300m-embed-v2'
+    >>> find("intfloat/e5-small") is None
+    True
+    """
+    return _BY_NAME.get(model.lower().removeprefix("nvidia/"))

@@ -1,0 +1,117 @@
+"""Every error the engine raises on purpose. Each is also the builtin kind a caller would guess.
+
+NeMoRetrieverError
+├── ConfigurationError (ValueError)       options that cannot work, alone or together
+│   ├── CheckpointError                   model files missing, or not what the engine computes
+│   └── UnsupportedDimensionsError        a vector size that the model does not offer
+├── MissingExtraError (ImportError)       an optional dependency is not installed
+├── InputError (ValueError)               one input is at fault; `index` says which
+│   ├── InputTypeError (TypeError)
+│   ├── InputTooLongError
+│   ├── UnsupportedModalityError
+│   ├── DeviceMemoryError (MemoryError)   this one input does not fit on the device, even alone
+│   └── NonFiniteVectorError              the model gave NaN or infinity for this input
+├── EngineError (RuntimeError)            the engine failed on inputs that are not at fault
+├── PartialResultError (RuntimeError)     some inputs failed; what succeeded is on the error
+└── EngineClosedError (RuntimeError)
+
+Errors pickle with their attributes, so they cross process pools unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class NeMoRetrieverError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigurationError(NeMoRetrieverError, ValueError):
+    """An option, or several together, cannot work."""
+
+
+class CheckpointError(ConfigurationError):
+    """A checkpoint is missing, incomplete, or not one the engine computes."""
+
+
+class UnsupportedDimensionsError(ConfigurationError):
+    """The model does not offer vectors of the requested size."""
+
+
+class MissingExtraError(NeMoRetrieverError, ImportError):
+    """An optional dependency is not installed; the message has the pip line."""
+
+
+class InputError(NeMoRetrieverError, ValueError):
+    """One input cannot be embedded."""
+
+    index: int
+    """Position of the input in the list the caller passed, from 0."""
+
+    def __init__(self, message: str, *, index: int = 0) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class InputTypeError(InputError, TypeError):
+    """An input is of a type the engine does not embed."""
+
+
+class InputTooLongError(InputError):
+    """A text has more tokens than the limit and `truncate` is "NONE"."""
+
+    tokens: int
+    """Length of the input in tokens, with prefix and special tokens."""
+    limit: int
+    """The most tokens an input may have."""
+
+    def __init__(self, message: str, *, index: int = 0, tokens: int = 0, limit: int = 0) -> None:
+        super().__init__(message, index=index)
+        self.tokens = tokens
+        self.limit = limit
+
+
+class UnsupportedModalityError(InputError):
+    """The model does not take inputs of this kind."""
+
+
+class DeviceMemoryError(InputError, MemoryError):
+    """One input does not fit in the device's memory, even in a step of its own."""
+
+
+class NonFiniteVectorError(InputError):
+    """The model gave NaN or infinity for an input, most often an overflow in float16."""
+
+
+class EngineError(NeMoRetrieverError, RuntimeError):
+    """The engine failed on an input that is not at fault; the cause is the original exception."""
+
+
+class PartialResultError(NeMoRetrieverError, RuntimeError):
+    """Some inputs failed after work had begun; the vectors of the others are kept here."""
+
+    vectors: NDArray[np.float32]
+    """(n, d) float32, unit length; the rows of failed inputs are NaN."""
+    errors: dict[int, NeMoRetrieverError]
+    """What went wrong, by position in the list the caller passed."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        vectors: NDArray[np.float32] | None = None,
+        errors: dict[int, NeMoRetrieverError] | None = None,
+    ) -> None:
+        super().__init__(message)
+        if vectors is not None:
+            self.vectors = vectors
+        self.errors = errors or {}
+
+
+class EngineClosedError(NeMoRetrieverError, RuntimeError):
+    """The engine was closed before this work could start."""

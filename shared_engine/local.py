@@ -1,0 +1,196 @@
+"""The model in this process: two worker threads between a queue and a device.
+
+    submit ──► tokenise (thread 1, ahead of the device) ──► steps (thread 2) ──► the caller's rows
+
+Queries are short and urgent: they are tokenised by their caller and never wait behind documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared_engine.backend import Request
+from shared_engine.checkpoint import resolve
+from shared_engine.documents import Modality
+from shared_engine.engines import THREAD_NAME
+from shared_engine.errors import (
+    DeviceMemoryError,
+    EngineError,
+    MissingExtraError,
+    NeMoRetrieverError,
+)
+from shared_engine.options import Options
+from shared_engine.scheduler import TEXTS_PER_CHUNK, Call, Scheduler, Sequence
+
+try:
+    import torch
+
+    from shared_engine.device import place
+    from shared_engine.encoder import Encoder
+    from shared_engine.tokenizer import TextTokenizer, TokenIds
+except ModuleNotFoundError as exc:
+    raise MissingExtraError(
+        f"running a model in this process needs {exc.name!r}: "
+        "pip install 'nemoretriever-embeddings[local]'"
+    ) from exc
+
+_log = logging.getLogger("shared_engine")
+
+
+class LocalBackend:
+    """A text embedding model on one device, shared by any number of callers."""
+
+    modalities: frozenset[Modality] = frozenset({"text"})
+
+    def __init__(self, options: Options) -> None:
+        """Find the checkpoint, download it if need be, load it, and start the workers.
+
+        Raises:
+            CheckpointError: no such checkpoint, or not one the engine computes.
+            ConfigurationError: no such device.
+        """
+        self._checkpoint = resolve(options)
+        placement = place(options.device, options.dtype, options.tokens_per_step)
+        self._tokenizer = TextTokenizer(self._checkpoint)
+        # In a thread of its own: torch's OpenMP workers belong to the thread that first computes,
+        # and a caller who forks later would wait for workers that stayed with the parent.
+        with ThreadPoolExecutor(1, THREAD_NAME + "load") as loader:
+            self._encoder = loader.submit(Encoder, self._checkpoint, placement).result()
+        self._scheduler = Scheduler(placement.tokens_per_step)
+        self._dtype = placement.dtype
+        self.dimensions = self._checkpoint.dimensions
+        self.description = f"{self._checkpoint.name} in this process on {placement.description}"
+        _log.info("%s", self.description)
+        self._workers = [
+            threading.Thread(target=target, name=THREAD_NAME + name, daemon=True)
+            for name, target in (("tokenise", self._tokenise), ("compute", self._compute))
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the configuration, the tokenizer and samples of the weights."""
+        digest = hashlib.sha256(repr((self._checkpoint.prompts, str(self._dtype))).encode())
+        for path in sorted(self._checkpoint.folder.glob("*")):
+            if path.name in ("config.json", "tokenizer.json"):
+                digest.update(path.read_bytes())
+            elif path.suffix == ".safetensors":
+                size = path.stat().st_size
+                with path.open("rb") as file:
+                    for block in range(64):  # all of the file would take seconds
+                        file.seek(block * size // 64)
+                        digest.update(file.read(4096))
+        return digest.hexdigest()[:16]
+
+    def submit(self, request: Request) -> Future[NDArray[np.float32]]:
+        """Accept a request; see `Backend.submit`."""
+        texts = [document.text or "" for document in request.documents]
+        width = request.dimensions or self.dimensions[-1]
+        call = Call(request, np.empty((len(texts), width), np.float32))
+        if not texts:
+            call.future.set_result(call.vectors)
+        elif request.role == "query":
+            self._scheduler.put(call, self._encoded(request, texts, list(range(len(texts)))))
+        else:
+            if request.truncate == "NONE":  # refuse a long text before anything is computed
+                long = [i for i, text in enumerate(texts) if not self._tokenizer.surely_fits(text)]
+                call.known.update(zip(long, self._encoded(request, texts, long), strict=True))
+            self._scheduler.put(call)
+        return call.future
+
+    def close(self, cancel: bool = False, wait: bool = True) -> None:
+        """Finish what was accepted, or cancel what has not started, then stop the workers."""
+        self._scheduler.close(cancel)
+        for worker in self._workers if wait else ():
+            if worker is not threading.current_thread():
+                worker.join()
+
+    def _encoded(self, request: Request, texts: list[str], rows: list[int]) -> list[TokenIds]:
+        out: list[TokenIds] = []
+        for start in range(0, len(rows), TEXTS_PER_CHUNK):
+            chunk = rows[start : start + TEXTS_PER_CHUNK]
+            ids = self._tokenizer.encode([texts[row] for row in chunk], request.role)
+            out += [
+                self._tokenizer.cut(known, request.role, request.truncate, row)
+                for row, known in zip(chunk, ids, strict=True)
+            ]
+        return out
+
+    def _tokenise(self) -> None:
+        """Work of the first thread: documents to token ids, a few steps ahead of the device."""
+        while (chunk := self._scheduler.next_chunk()) is not None:
+            sequences: list[Sequence] = []
+            for call, pairs in groupby(chunk, key=lambda pair: pair[0]):
+                rows = [row for _, row in pairs]
+                try:
+                    sequences += self._sequences(call, rows)
+                except Exception as exc:
+                    _fail(call, rows, EngineError(f"the tokenizer failed: {exc}"), exc)
+            self._scheduler.add(sequences)
+
+    def _sequences(self, call: Call, rows: list[int]) -> list[Sequence]:
+        request = call.request
+        fresh = [row for row in rows if row not in call.known]
+        texts = [request.documents[row].text or "" for row in fresh]
+        ids = dict(zip(fresh, self._tokenizer.encode(texts, request.role), strict=True))
+        ids.update((row, call.known.pop(row)) for row in rows if row in call.known)
+        cut = self._tokenizer.cut
+        return [
+            Sequence(call, row, cut(ids[row], request.role, request.truncate, row)) for row in rows
+        ]
+
+    def _compute(self) -> None:
+        """Work of the second thread: one step after another on the device."""
+        while (step := self._scheduler.next_step()) is not None:
+            self._run(step)
+
+    def _run(self, step: list[Sequence]) -> None:
+        """Compute a step and deliver its rows; where memory runs out, its halves."""
+        error = None
+        try:
+            vectors = self._encoder([sequence.ids for sequence in step])  # (S, hidden)
+        except Exception as exc:
+            error = exc.with_traceback(None)  # the traceback would keep the step's tensors alive
+        if error is not None and _is_out_of_memory(error) and len(step) > 1:
+            tokens = sum(len(sequence.ids) for sequence in step)
+            self._scheduler.tokens_per_step = max(1, tokens // 2)
+            _log.warning("out of memory at %d tokens a step; going on with half", tokens)
+            if self._encoder.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._run(step[: len(step) // 2])
+            self._run(step[len(step) // 2 :])
+            return
+        start = 0
+        for call, group in groupby(step, key=lambda sequence: sequence.call):
+            members = list(group)
+            rows = [sequence.row for sequence in members]
+            if error is None:
+                call.deliver(rows, vectors[start : start + len(rows)])
+            elif _is_out_of_memory(error):
+                tokens = len(members[0].ids)
+                message = f"input {rows[0]} ({tokens} tokens) does not fit in the device's memory"
+                _fail(call, rows, DeviceMemoryError(message, index=rows[0]), error)
+            else:
+                _fail(call, rows, EngineError(f"the forward pass failed: {error}"), error)
+            start += len(rows)
+
+
+def _fail(call: Call, rows: list[int], error: NeMoRetrieverError, cause: Exception) -> None:
+    error.__cause__ = cause
+    for row in rows:
+        call.fail(row, error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # A CPU's allocator raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

@@ -1,0 +1,57 @@
+"""What comes out: vectors cut to size, of unit length, in the number type asked for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary"]
+"""Number types of a vector, as the NIM's `embedding_type` names them."""
+
+
+def unit(vectors: NDArray[np.float32], dimensions: int | None = None) -> NDArray[np.float32]:
+    """Cut vectors (n, d) to their first `dimensions` values, then scale each to unit length.
+
+    Cutting comes first: a part of a unit vector is not of unit length. A row that holds NaN or
+    infinity stays so; a zero row stays zero. Works in float32, in place where nothing is cut.
+    """
+    cut = vectors[:, :dimensions] if dimensions is not None else vectors
+    out = np.ascontiguousarray(cut, dtype=np.float32)
+    norms = np.sqrt(np.einsum("nd,nd->n", out, out))[:, None]  # (n, 1)
+    out /= np.maximum(norms, np.float32(1e-12))
+    return out
+
+
+def quantize(
+    vectors: NDArray[np.float32],
+    embedding_type: EmbeddingType,
+    ranges: NDArray[np.float32] | None = None,
+) -> NDArray[Any]:
+    """Return vectors (n, d) as another number type; "float" returns them unchanged.
+
+    - "ubinary": one bit a value, set where it is > 0, packed to (n, ceil(d / 8)) uint8.
+    - "binary": the same bytes minus 128, as int8.
+    - "uint8", "int8": (n, d). With `ranges` (2, d), the smallest and largest value of every
+      dimension over a calibration set, values become 255 equal steps between the two, and values
+      outside are clipped. Without, each vector is scaled by its own largest magnitude to -127..127
+      (uint8: plus 128): a vector never depends on its neighbours, and cosine similarity is kept.
+
+    The bit types and the formula for `ranges` are those of sentence-transformers'
+    `quantize_embeddings`, which calibrates on the batch itself where no ranges are given.
+    """
+    if embedding_type == "float":
+        return vectors
+    if embedding_type in ("binary", "ubinary"):
+        levels = np.packbits(vectors > 0, axis=-1)
+    elif ranges is not None:
+        low, high = ranges.astype(np.float32)
+        steps = (vectors - low) / ((high - low) / np.float32(255))
+        levels = np.clip(steps, 0, 255).astype(np.uint8)
+    else:
+        largest = np.maximum(np.abs(vectors).max(axis=-1, keepdims=True), np.float32(1e-12))
+        levels = (np.rint(vectors / largest * np.float32(127)) + 128).astype(np.uint8)
+    if embedding_type in ("uint8", "ubinary"):
+        return levels
+    return (levels.astype(np.int16) - 128).astype(np.int8)

@@ -1,0 +1,432 @@
+"""The engine as its users meet it: inputs, threads, event loops, forks, failures, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import copy
+import gc
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shared_engine import (
+    Document,
+    Embedder,
+    EngineClosedError,
+    EngineError,
+    InputTooLongError,
+    InputTypeError,
+    Options,
+    PartialResultError,
+    UnsupportedModalityError,
+    engines,
+    errors,
+)
+from shared_engine.local import LocalBackend
+
+TEXTS = [f"document {i} " + "and so on " * (i % 7) for i in range(40)]
+
+
+@pytest.fixture
+def embedder(checkpoint):
+    with Embedder(Options(model=checkpoint, tokens_per_step=128)) as made:
+        yield made
+
+
+@pytest.fixture
+def expected(embedder):
+    return embedder.embed(TEXTS)
+
+
+# Inputs
+
+
+def test_nothing_in_nothing_out(embedder):
+    for role in ("query", "document"):
+        assert embedder.embed([], role).shape == (0, 64)
+
+
+def test_blank_texts_are_embedded_like_any_other(embedder):
+    vectors = embedder.embed(["", " ", "\n\n", "text", ""])
+    assert vectors.shape == (5, 64)
+    assert np.abs(vectors[0] - vectors[4]).max() <= 1e-6
+    assert np.abs(vectors[0] - vectors[3]).max() > 0.01
+
+
+@pytest.mark.parametrize("bad", [None, 3, b"bytes", ["nested"], Document()])
+def test_what_is_no_document_is_named_by_index(embedder, bad):
+    with pytest.raises(InputTypeError, match="input 2") as failed:
+        embedder.embed(["a", "b", bad, "d"])
+    assert failed.value.index == 2
+    assert isinstance(failed.value, TypeError)
+    assert isinstance(failed.value, ValueError)
+
+
+def test_a_bare_string_is_not_taken_for_a_list_of_characters(embedder):
+    with pytest.raises(InputTypeError, match="wrap it in a list"):
+        embedder.embed("hello")
+
+
+def test_a_lone_surrogate_is_named_with_its_place(embedder):
+    with pytest.raises(InputTypeError, match=r"input 1 holds a lone surrogate \(U\+D800\).* 3"):
+        embedder.embed(["fine", "abc\ud800def"])
+
+
+def test_an_image_is_refused_by_a_text_model(embedder):
+    for document in (Document(image="a.png"), Document(text="a", image="a.png")):
+        with pytest.raises(UnsupportedModalityError, match="input 1 is of modality"):
+            embedder.embed(["text", document])
+
+
+def test_a_generator_and_documents_are_taken(embedder, expected):
+    vectors = embedder.embed(Document(text) if i % 2 else text for i, text in enumerate(TEXTS))
+    assert np.abs(vectors - expected).max() <= 1e-6
+
+
+@pytest.mark.parametrize("role", ["query", "document"])
+def test_a_long_text_is_refused_before_anything_runs(checkpoint, role):
+    embedder = Embedder(Options(model=checkpoint, max_tokens=50))
+    embedder.embed(["warm"])
+    texts = ["short"] * 300 + ["word " * 200, "short"]
+    with pytest.raises(InputTooLongError, match="input 300 has 60") as failed:
+        embedder.embed(texts, role)
+    assert (failed.value.index, failed.value.limit) == (300, 50)
+    assert failed.value.tokens > 600
+    for truncate in ("START", "end"):
+        options = Options(model=checkpoint, max_tokens=50, truncate=truncate)
+        assert Embedder(options).embed(texts, role).shape == (302, 64)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.text(max_size=40), max_size=12))
+def test_any_unicode_gives_as_many_finite_unit_vectors(embedder, texts):
+    vectors = embedder.embed(texts)
+    assert vectors.shape == (len(texts), 64)
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max(initial=0) <= 1e-5
+
+
+def test_a_hundred_thousand_texts(tmp_path):
+    from tests.checkpoints import SHAPES, build_checkpoint
+
+    folder = build_checkpoint(tmp_path / "small", SHAPES["gqa"], num_hidden_layers=1)
+    names = [f"t{i % 1000}" for i in range(100_000)]
+    with Embedder(Options(model=folder)) as embedder:
+        vectors = embedder.embed(names)
+        assert vectors.shape == (100_000, 64)
+        first = vectors[:1000]
+        assert np.abs(vectors.reshape(100, 1000, 64) - first).max() <= 1e-6
+        assert np.abs(first[:5] - embedder.embed(names[:5])).max() <= 1e-6
+
+
+# Callers at once
+
+
+async def test_async_gives_what_sync_does(embedder, expected):
+    assert np.abs(await embedder.aembed(TEXTS) - expected).max() <= 1e-6
+    singles = await asyncio.gather(*(embedder.aembed([text]) for text in TEXTS))
+    assert np.abs(np.concatenate(singles) - expected).max() <= 1e-6
+
+
+def test_several_event_loops(embedder, expected):
+    for _ in range(3):
+        assert np.abs(asyncio.run(embedder.aembed(TEXTS)) - expected).max() <= 1e-6
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: asyncio.run(embedder.aembed(TEXTS)), range(4)):
+            assert np.abs(got - expected).max() <= 1e-6
+
+
+def test_many_threads_each_get_their_own_rows(embedder, expected):
+    def work(seed: int) -> float:
+        order = np.random.default_rng(seed).permutation(len(TEXTS))
+        got = embedder.embed([TEXTS[i] for i in order], "document")
+        return float(np.abs(got - expected[order]).max())
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert max(pool.map(work, range(48))) <= 1e-6
+
+
+async def test_the_event_loop_stays_free(embedder):
+    gaps, last = [], time.perf_counter()
+
+    async def tick() -> None:
+        nonlocal last
+        while True:
+            await asyncio.sleep(0.005)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    ticking = asyncio.create_task(tick())
+    await embedder.aembed_lists(TEXTS * 50)
+    ticking.cancel()
+    assert len(gaps) > 3  # it ran meanwhile; how smoothly is for a benchmark
+
+
+async def test_a_cancelled_caller_leaves_the_queue(embedder):
+    bulk = asyncio.create_task(embedder.aembed(TEXTS * 500))
+    await asyncio.sleep(0.2)
+    bulk.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await bulk
+    before = time.perf_counter()
+    await embedder.aembed(["next"])
+    scheduler = embedder._backend._scheduler
+    assert time.perf_counter() - before < 20
+    assert not scheduler._to_run["document"]
+    assert not scheduler._to_tokenise
+
+
+def test_a_fork_rebuilds_the_engine(checkpoint):
+    """In a process of its own: pytest's threads make a fork here a warning."""
+    program = f"""
+import os, numpy as np
+from shared_engine import Embedder, Options
+embedder = Embedder(Options(model={str(checkpoint)!r}, device="cpu"))
+texts = ["some", "texts", "here"] * 50
+before = embedder.embed(texts)
+child = os.fork()
+if child == 0:
+    after = embedder.embed(texts)
+    os._exit(int(np.abs(before - after).max() > 1e-6))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert np.abs(embedder.embed(texts) - before).max() <= 1e-6
+print("ok")
+"""
+    for threads in ("1", "2"):
+        done = run(program, OMP_NUM_THREADS=threads)
+        assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+# One engine
+
+
+def test_equal_options_share_one_engine_and_the_last_to_go_closes_it(checkpoint):
+    before = len(engines._engines)
+    one = Embedder(Options(model=checkpoint, max_tokens=321))
+    two = Embedder(Options(model=checkpoint, max_tokens=321, dimensions=16, truncate="END"))
+    assert len(engines._engines) == before  # making one loads nothing
+    assert one._backend is two._backend
+    workers = one._backend._workers
+    one.close()
+    assert two.embed(["still here"]).shape == (1, 16)
+    with pytest.raises(EngineClosedError):
+        one.embed(["x"])
+    del two
+    gc.collect()
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()
+    assert len(engines._engines) == before
+
+
+def test_pickle_and_copies_are_the_options(embedder, expected):
+    embedder.embed(["loaded"])
+    for twin in (
+        pickle.loads(pickle.dumps(embedder)),
+        copy.copy(embedder),
+        copy.deepcopy(embedder),
+    ):
+        assert twin.options == embedder.options
+        assert np.array_equal(twin.embed(TEXTS[:3]), embedder.embed(TEXTS[:3]))
+
+
+def test_errors_pickle_with_what_they_carry():
+    for error in (
+        errors.InputTooLongError("long", index=3, tokens=9, limit=8),
+        errors.PartialResultError(
+            "some", vectors=np.eye(2, dtype="f4"), errors={1: errors.EngineError("x")}
+        ),
+        errors.MissingExtraError("pip"),
+    ):
+        twin = pickle.loads(pickle.dumps(error))
+        assert type(twin) is type(error)
+        assert str(twin) == str(error)
+        assert vars(twin).keys() == vars(error).keys()
+
+
+def test_cache_keys_differ_where_vectors_do(checkpoint, tmp_path):
+    from tests.checkpoints import build_checkpoint
+
+    keys = [Embedder(Options(model=checkpoint)).cache_key(role) for role in ("query", "document")]
+    keys += [
+        Embedder(Options(model=checkpoint, **change)).cache_key("document")
+        for change in ({"dimensions": 16}, {"truncate": "END"}, {"dtype": "bfloat16"})
+    ]
+    retrained = build_checkpoint(tmp_path / "retrained", seed=1)
+    keys.append(Embedder(Options(model=retrained)).cache_key("document"))
+    assert len(set(keys)) == len(keys)
+    assert Embedder(Options(model=checkpoint)).cache_key("query") == keys[0]
+
+
+def test_the_choice_is_logged_once_with_its_reason(checkpoint, caplog):
+    caplog.set_level(logging.INFO, "shared_engine")
+    embedder = Embedder(Options(model=checkpoint, max_tokens=123, device="cpu", dtype="float32"))
+    for _ in range(3):
+        embedder.embed(["x"])
+    (message,) = [record.message for record in caplog.records]
+    assert message == embedder.description
+    assert "on cpu, float32, 2048 tokens a step (device: asked for; dtype: asked for" in message
+
+
+def test_the_progress_bar_counts_to_the_end(checkpoint, capfd):
+    Embedder(Options(model=checkpoint, show_progress=True)).embed(TEXTS)
+    assert "40/40" in capfd.readouterr().err
+    Embedder(Options(model=checkpoint)).embed(TEXTS)
+    assert capfd.readouterr().err == ""
+
+
+# Failures
+
+
+class Faulty:
+    """A real encoder behind a fault: it fails for steps of more tokens than it can hold."""
+
+    def __init__(self, backend: LocalBackend, holds: int, error: Exception) -> None:
+        self.encoder, self.holds, self.error = backend._encoder, holds, error
+        self.device = self.encoder.device
+        self.steps: list[int] = []
+        backend._encoder = self
+
+    def __call__(self, sequences):
+        tokens = sum(len(ids) for ids in sequences)
+        if tokens > self.holds:
+            raise self.error
+        self.steps.append(tokens)
+        return self.encoder(sequences)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_halves_the_step_and_loses_nothing(checkpoint, expected, error, caplog):
+    with Embedder(Options(model=checkpoint, tokens_per_step=512, max_tokens=777)) as embedder:
+        faulty = Faulty(embedder._backend, holds=100, error=error)
+        assert np.abs(embedder.embed(TEXTS) - expected).max() <= 1e-6
+        assert max(faulty.steps) <= 100
+        assert embedder._backend._scheduler.tokens_per_step <= 100  # and it remembers
+        assert "going on with half" in caplog.text
+
+
+def test_a_text_that_does_not_fit_alone_is_named_and_the_others_kept(checkpoint, expected):
+    with Embedder(Options(model=checkpoint, tokens_per_step=512, max_tokens=778)) as embedder:
+        Faulty(embedder._backend, holds=100, error=torch.OutOfMemoryError("CUDA out of memory"))
+        texts = [*TEXTS[:20], "much too long " * 50, *TEXTS[20:]]
+        with pytest.raises(PartialResultError, match="1 of 41 inputs failed") as failed:
+            embedder.embed(texts)
+        (index,) = failed.value.errors
+        assert index == failed.value.errors[index].index == 20
+        assert isinstance(failed.value.errors[index], errors.DeviceMemoryError)
+        kept = np.delete(failed.value.vectors, 20, axis=0)
+        assert np.abs(kept - expected).max() <= 1e-6
+
+
+def test_a_failing_forward_fails_its_rows_only_and_the_engine_goes_on(checkpoint):
+    with Embedder(Options(model=checkpoint, tokens_per_step=64, max_tokens=779)) as embedder:
+        Faulty(embedder._backend, holds=100, error=RuntimeError("cublas has a bad day"))
+        with pytest.raises(PartialResultError) as failed:
+            embedder.embed(["fine", "much too long " * 50, "fine too"])
+        assert list(failed.value.errors) == [1]
+        assert isinstance(failed.value.errors[1], EngineError)
+        assert "bad day" in str(failed.value.errors[1].__cause__)
+        assert embedder.embed(["next"]).shape == (1, 64)
+
+
+# Closing
+
+
+def test_close_drains(checkpoint):
+    embedder = Embedder(Options(model=checkpoint, max_tokens=780))
+    results: list[np.ndarray] = []
+    caller = threading.Thread(target=lambda: results.append(embedder.embed(TEXTS * 20)))
+    backend = embedder._backend
+    caller.start()
+    while not backend._scheduler._calls:
+        time.sleep(0.001)
+    embedder.close()
+    caller.join(60)
+    assert results[0].shape == (800, 64)
+
+
+def test_close_can_cancel(checkpoint):
+    embedder = Embedder(Options(model=checkpoint, max_tokens=781, tokens_per_step=64))
+    backend = embedder._backend
+    outcome: list[BaseException] = []
+
+    def caller() -> None:
+        try:
+            embedder.embed(TEXTS * 500)
+        except BaseException as exc:
+            outcome.append(exc)
+
+    thread = threading.Thread(target=caller)
+    thread.start()
+    while not backend._scheduler._calls:
+        time.sleep(0.001)
+    embedder.close(cancel=True)
+    thread.join(30)
+    assert not any(worker.is_alive() for worker in backend._workers)
+    assert isinstance(outcome[0], EngineClosedError)
+
+
+def test_a_program_ends_whatever_is_under_way(checkpoint):
+    program = f"""
+import threading
+from shared_engine import Embedder, Options
+def main():
+    some = [Embedder(Options(model={str(checkpoint)!r}, max_tokens=n)) for n in (40, 50, 60)]
+    for each in some:
+        each.embed(["x"])
+    threading.Thread(target=lambda: some[0].embed(["word"] * 100_000), daemon=True).start()
+main()
+"""
+    for _ in range(3):
+        done = run(program)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def run(program: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | env,
+    )
+
+
+def test_importing_the_engine_is_light():
+    program = "import sys, shared_engine; print({'torch', 'transformers'} & set(sys.modules))"
+    assert run(program).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("missing", ["torch", "tokenizers"])
+def test_a_missing_extra_names_its_pip_line(checkpoint, missing):
+    program = f"""
+import sys
+sys.modules[{missing!r}] = None
+from shared_engine import Embedder, MissingExtraError, Options
+try:
+    Embedder(Options(model={str(checkpoint)!r})).embed(["x"])
+except MissingExtraError as exc:
+    print(exc)
+"""
+    assert "pip install 'nemoretriever-embeddings[local]'" in run(program).stdout
