@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,27 @@ class Request:
     truncate: Truncate = "NONE"
     on_progress: Callable[[int], object] | None = None
     """Called from another thread with the number of documents that were just finished."""
+    on_usage: Callable[[int], object] | None = None
+    """Called from another thread with the number of tokens that were just embedded."""
+
+
+class Load(NamedTuple):
+    """What a device has computed since it started."""
+
+    steps: int
+    tokens: int
+    """Tokens of all those steps; `steps * tokens_per_step` would have been full ones."""
+    tokens_per_step: int
+    """The most tokens in one step."""
+
+
+@runtime_checkable
+class Stepping(Protocol):
+    """A backend that computes in steps and counts them, which a remote one cannot."""
+
+    @property
+    def load(self) -> Load:
+        """The counts so far."""
 
 
 class Backend(Protocol):
@@ -36,7 +57,10 @@ class Backend(Protocol):
 
     @property
     def dimensions(self) -> tuple[int, ...]:
-        """Vector sizes it offers, ascending; the last is the model's full size."""
+        """Vector sizes it offers, ascending; the last is the model's full size.
+
+        Empty where only the server knows; it then judges what it is asked for.
+        """
 
     @property
     def description(self) -> str:
@@ -58,6 +82,9 @@ class Backend(Protocol):
 
         The future raises PartialResultError where some documents failed and others did not.
         """
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Return when it can compute; RequestTimeoutError after `timeout` seconds."""
 
     def close(self, cancel: bool = False, wait: bool = True) -> None:
         """Finish what was accepted, or `cancel` what has not started; `wait` until that is done."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shared_engine.documents import Modality, Role
+
 DEFAULT_MODEL = "nvidia/llama-nemotron-embed-1b-v2"
 """The model of the family whose weights anybody can download."""
 
@@ -33,6 +35,13 @@ class ModelSpec:
     """Shorter vector sizes the model was trained for (Matryoshka)."""
     max_tokens: int = 8192
     """The most tokens a text may have, prefix and special tokens included."""
+    modalities: frozenset[Modality] = frozenset({"text"})
+    """Kinds of input the model was trained on."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name of the model, the one of NVIDIA's API first."""
+        return (self.name, *self.aliases)
 
 
 _MATRYOSHKA = (384, 512, 768, 1024)
@@ -61,9 +70,7 @@ CATALOGUE: tuple[ModelSpec, ...] = (
     ),
 )
 
-_BY_NAME = {
-    name.removeprefix("nvidia/"): spec for spec in CATALOGUE for name in (spec.name, *spec.aliases)
-}
+_BY_NAME = {name.removeprefix("nvidia/"): spec for spec in CATALOGUE for name in spec.names}
 
 
 def find(model: str) -> ModelSpec | None:
@@ -75,3 +82,18 @@ def find(model: str) -> ModelSpec | None:
     True
     """
     return _BY_NAME.get(model.lower().removeprefix("nvidia/"))
+
+
+def without_suffix(model: str) -> tuple[str, Role | None]:
+    """Return a model name without `-query` or `-passage`, and the role that it stands for.
+
+    NVIDIA's API takes a role in the name, for clients that cannot send one.
+
+    >>> without_suffix("nvidia/llama-nemotron-embed-1b-v2-passage")
+    ('nvidia/llama-nemotron-embed-1b-v2', 'document')
+    """
+    suffixes: dict[str, Role] = {"-query": "query", "-passage": "document"}
+    for suffix, role in suffixes.items():
+        if model.endswith(suffix):
+            return model.removesuffix(suffix), role
+    return model, None

@@ -3,6 +3,7 @@
     embed(documents, role)
       checked ...... documents.py   every input is one the model takes, or an error with its index
       submit ....... local.py       tokenise ──► scheduler.py: steps ──► encoder.py: mean vectors
+               or .. nim.py         batches ──► requests ──► replies that were checked
       finish ....... vectors.py     cut to `dimensions`, unit length, number type
 
 The adapters for LangChain and LlamaIndex name a role, call this, and return lists.
@@ -13,6 +14,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future
+from contextvars import copy_context
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ from numpy.typing import NDArray
 
 from shared_engine import vectors
 from shared_engine.backend import Backend, Request
+from shared_engine.catalogue import without_suffix
 from shared_engine.documents import Document, Role, checked
 from shared_engine.engines import Lease
 from shared_engine.errors import (
@@ -31,6 +36,7 @@ from shared_engine.errors import (
 )
 from shared_engine.options import Options
 from shared_engine.scheduler import failure
+from shared_engine.usage import TokenCount, counting
 
 Documents = Iterable[str | Document]
 
@@ -46,6 +52,8 @@ class Embedder:
         self.options = options or Options()
         self._lease: Lease | None = None
         self._closed = False
+        self._width: int | None = None
+        self._used = TokenCount()
 
     def embed(self, documents: Documents, role: Role = "document") -> NDArray[Any]:
         """Return one vector a document: (n, dimensions) float32 of unit length, in order.
@@ -57,6 +65,7 @@ class Embedder:
             InputError: an input is of the wrong type or modality, or too long (`index` says
                 which). Nothing was computed.
             PartialResultError: some inputs failed later; the vectors of the others are on it.
+            RemoteError: a NIM refused or failed at all of them, for one reason.
             ConfigurationError: the options cannot work; raised at first use.
             EngineClosedError: `close` was called.
         """
@@ -73,7 +82,7 @@ class Embedder:
     async def aembed(self, documents: Documents, role: Role = "document") -> NDArray[Any]:
         """Do as `embed` does without blocking the event loop; cancelling drops what waits."""
         loop = asyncio.get_running_loop()
-        submitting = loop.run_in_executor(None, self._submit, documents, role)
+        submitting = loop.run_in_executor(None, copy_context().run, self._submit, documents, role)
         try:
             future = await asyncio.shield(submitting)
         except asyncio.CancelledError:
@@ -102,13 +111,26 @@ class Embedder:
 
     @property
     def dimensions(self) -> int:
-        """Length of a vector. Loads the model."""
-        return self.options.dimensions or self._backend.dimensions[-1]
+        """Length of a vector. Loads the model, or asks a NIM for one vector."""
+        if self.options.dimensions is not None:
+            return self.options.dimensions
+        if offered := self._backend.dimensions:
+            return offered[-1]
+        if self._width is None:
+            _, role = without_suffix(self.options.model)
+            probe = Request([Document("?")], role or "query")
+            self._width = self._backend.submit(probe).result().shape[1]
+        return self._width
 
     @property
     def description(self) -> str:
         """What runs where, and why. Loads the model."""
         return self._backend.description
+
+    @property
+    def usage(self) -> int:
+        """Tokens that this object has embedded so far, prefixes and special tokens included."""
+        return self._used.tokens
 
     def cache_key(self, role: Role) -> str:
         """Return a name for a cache of vectors: the same only where the vectors are.
@@ -119,6 +141,14 @@ class Embedder:
         o = self.options
         parts = (role, self.dimensions, o.embedding_type, o.truncate, o.max_tokens)
         return "-".join(str(part) for part in (self._backend.fingerprint, *parts))
+
+    def wait_until_ready(self, timeout: float = 600.0) -> None:
+        """Load the model, or wait until the NIM says that it is ready.
+
+        Raises:
+            RequestTimeoutError: it did not say so within `timeout` seconds.
+        """
+        self._backend.wait_until_ready(timeout)
 
     def close(self, cancel: bool = False) -> None:
         """Let go of the model; further calls raise EngineClosedError.
@@ -149,25 +179,29 @@ class Embedder:
             raise EngineClosedError("this Embedder was closed; make a new one")
         if self._lease is None or self._lease.foreign:
             self._lease = Lease(self.options)
+            self._used = TokenCount()  # after a fork, the parent's lock may be held for ever
         return self._lease.backend
 
     def _submit(self, documents: Documents, role: Role) -> Future[NDArray[np.float32]]:
         backend = self._backend
         wanted = self.options.dimensions
-        if wanted is not None and wanted not in backend.dimensions:
+        offered = backend.dimensions
+        if wanted is not None and offered and wanted not in offered:
             raise UnsupportedDimensionsError(
                 f"dimensions={wanted}, but {self.options.model} offers "
-                f"{', '.join(map(str, backend.dimensions))}. For a folder or Hugging Face id, give "
+                f"{', '.join(map(str, offered))}. For a folder or Hugging Face id, give "
                 "the catalogue's name as `model` and the folder as `checkpoint`"
             )
         valid = checked(documents, backend.modalities)
+        count = partial(_add, (self._used, *counting()))
+        request = Request(valid, role, wanted, self.options.truncate, on_usage=count)
         if not self.options.show_progress:
-            return backend.submit(Request(valid, role, wanted, self.options.truncate))
+            return backend.submit(request)
         from tqdm.auto import tqdm
 
         bar = tqdm(total=len(valid), unit="doc")
         try:
-            future = backend.submit(Request(valid, role, wanted, self.options.truncate, bar.update))
+            future = backend.submit(replace(request, on_progress=bar.update))
         except BaseException:
             bar.close()
             raise
@@ -186,6 +220,11 @@ class Embedder:
     def _finish_partial(self, error: PartialResultError) -> PartialResultError:
         error.vectors = vectors.unit(error.vectors)
         return error
+
+
+def _add(counts: tuple[TokenCount, ...], tokens: int) -> None:
+    for count in counts:
+        count.add(tokens)
 
 
 def _non_finite(row: int) -> NonFiniteVectorError:

@@ -12,6 +12,17 @@ NeMoRetrieverError
 │   ├── DeviceMemoryError (MemoryError)   this one input does not fit on the device, even alone
 │   └── NonFiniteVectorError              the model gave NaN or infinity for this input
 ├── EngineError (RuntimeError)            the engine failed on inputs that are not at fault
+├── RemoteError (RuntimeError)            a NIM refused or failed; `status`, `detail`, `request_id`
+│   ├── AuthenticationError               401: the key is missing or wrong
+│   ├── PermissionDeniedError (PermissionError)   403: the key may not use this model
+│   ├── ModelNotFoundError (LookupError)  404: no such model, or no such path
+│   ├── InvalidRequestError (ValueError)  400, 422: the server does not take the request
+│   ├── PayloadTooLargeError (ValueError) 413: one input is too large even alone
+│   ├── RateLimitError                    429 after every retry; `retry_after`
+│   ├── ServerError                       5xx after every retry
+│   ├── RequestTimeoutError (TimeoutError)        no reply within `timeout` or `deadline`
+│   ├── ConnectionFailedError (ConnectionError)   no connection, or it broke
+│   └── MalformedResponseError            a reply that cannot be believed
 ├── PartialResultError (RuntimeError)     some inputs failed; what succeeded is on the error
 └── EngineClosedError (RuntimeError)
 
@@ -90,6 +101,73 @@ class NonFiniteVectorError(InputError):
 
 class EngineError(NeMoRetrieverError, RuntimeError):
     """The engine failed on an input that is not at fault; the cause is the original exception."""
+
+
+class RemoteError(NeMoRetrieverError, RuntimeError):
+    """A NIM refused a request or failed at it."""
+
+    status: int | None
+    """HTTP status of the reply, or None where there was none."""
+    detail: str
+    """What the server said, shortened; it may quote the input."""
+    request_id: str | None
+    """The server's name for the request, to quote to its operator."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        detail: str = "",
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = detail
+        self.request_id = request_id
+
+
+class AuthenticationError(RemoteError):
+    """The server wants a key, or another one."""
+
+
+class PermissionDeniedError(RemoteError, PermissionError):
+    """The key is known but may not do this."""
+
+
+class ModelNotFoundError(RemoteError, LookupError):
+    """The server does not serve this model, or nothing at this path."""
+
+
+class InvalidRequestError(RemoteError, ValueError):
+    """The server does not take the request, and would not if it were sent again."""
+
+
+class PayloadTooLargeError(RemoteError, ValueError):
+    """One input makes too large a request even in a request of its own."""
+
+
+class RateLimitError(RemoteError):
+    """The server still wants fewer requests after every retry."""
+
+    retry_after: float | None = None
+    """Seconds that the server asked to wait, if it did."""
+
+
+class ServerError(RemoteError):
+    """The server still failed after every retry."""
+
+
+class RequestTimeoutError(RemoteError, TimeoutError):
+    """No reply came within `timeout`, or the work was not done by `deadline`."""
+
+
+class ConnectionFailedError(RemoteError, ConnectionError):
+    """No connection to the server, or it broke, on every retry."""
+
+
+class MalformedResponseError(RemoteError):
+    """A reply has the wrong shape, or values no vector has; nothing of it was used."""
 
 
 class PartialResultError(NeMoRetrieverError, RuntimeError):

@@ -16,10 +16,10 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_engine.backend import Request
+from shared_engine.backend import Load, Request
 from shared_engine.checkpoint import resolve
 from shared_engine.documents import Modality
-from shared_engine.engines import THREAD_NAME
+from shared_engine.engines import stopping
 from shared_engine.errors import (
     DeviceMemoryError,
     EngineError,
@@ -61,7 +61,7 @@ class LocalBackend:
         self._tokenizer = TextTokenizer(self._checkpoint)
         # In a thread of its own: torch's OpenMP workers belong to the thread that first computes,
         # and a caller who forks later would wait for workers that stayed with the parent.
-        with ThreadPoolExecutor(1, THREAD_NAME + "load") as loader:
+        with ThreadPoolExecutor(1, "nemoretriever-load") as loader:
             self._encoder = loader.submit(Encoder, self._checkpoint, placement).result()
         self._scheduler = Scheduler(placement.tokens_per_step)
         self._dtype = placement.dtype
@@ -69,7 +69,7 @@ class LocalBackend:
         self.description = f"{self._checkpoint.name} in this process on {placement.description}"
         _log.info("%s", self.description)
         self._workers = [
-            threading.Thread(target=target, name=THREAD_NAME + name, daemon=True)
+            threading.Thread(target=target, name=f"nemoretriever-{name}", daemon=True)
             for name, target in (("tokenise", self._tokenise), ("compute", self._compute))
         ]
         for worker in self._workers:
@@ -90,6 +90,12 @@ class LocalBackend:
                         digest.update(file.read(4096))
         return digest.hexdigest()[:16]
 
+    @property
+    def load(self) -> Load:
+        """How many steps and tokens the device has computed."""
+        scheduler = self._scheduler
+        return Load(scheduler.steps, scheduler.tokens, scheduler.tokens_per_step)
+
     def submit(self, request: Request) -> Future[NDArray[np.float32]]:
         """Accept a request; see `Backend.submit`."""
         texts = [document.text or "" for document in request.documents]
@@ -106,9 +112,13 @@ class LocalBackend:
             self._scheduler.put(call)
         return call.future
 
+    def wait_until_ready(self, timeout: float) -> None:
+        """Return at once: what is loaded is ready."""
+
     def close(self, cancel: bool = False, wait: bool = True) -> None:
         """Finish what was accepted, or cancel what has not started, then stop the workers."""
         self._scheduler.close(cancel)
+        stopping.update(self._workers)
         for worker in self._workers if wait else ():
             if worker is not threading.current_thread():
                 worker.join()
@@ -173,7 +183,8 @@ class LocalBackend:
             members = list(group)
             rows = [sequence.row for sequence in members]
             if error is None:
-                call.deliver(rows, vectors[start : start + len(rows)])
+                tokens = sum(len(sequence.ids) for sequence in members)
+                call.deliver(rows, vectors[start : start + len(rows)], tokens)
             elif _is_out_of_memory(error):
                 tokens = len(members[0].ids)
                 message = f"input {rows[0]} ({tokens} tokens) does not fit in the device's memory"

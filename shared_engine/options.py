@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from shared_engine.catalogue import DEFAULT_MODEL
+from shared_engine.nim_address import normalised
 from shared_engine.vectors import EmbeddingType
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Truncate = Literal["NONE", "START", "END"]
 
 _option = partial(Field, frozen=True)  # an engine in use does not change; copy with model_copy()
+_secret = partial(_option, repr=False, exclude=True)
+_NOT_PICKLED = SecretStr("")
+"""Stands for a key in a pickle: one was given, and NVIDIA_API_KEY has it in the new process."""
 
 
 class Options(BaseModel):
-    """Which model, where it runs, and what its vectors look like. Unknown options are refused."""
+    """Which model, where it runs, and what its vectors look like. Unknown options are refused.
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    With `base_url`, or NVIDIA_BASE_URL in the environment, a NIM at that address computes; with
+    `api_key` alone, NVIDIA's hosted catalogue does; otherwise this process. `nvidia_api_key` and
+    `nvidia_base_url` are other names of the two, and win over them.
+
+    A pickle holds everything but the key: the process that loads it reads NVIDIA_API_KEY. The key
+    is in no repr and no dump, nor are headers and proxy; copies keep them, and pickles keep those
+    two, so put no secret there that a pickle must not hold.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
     model: str = _option(
         default=DEFAULT_MODEL,
@@ -62,7 +76,82 @@ class Options(BaseModel):
     )
     show_progress: bool = _option(default=False, description="Show a progress bar.")
 
-    @field_validator("model", "checkpoint", mode="before")
+    base_url: str | None = _option(
+        default=None, description="Address of a NIM, its root or /v1: http://localhost:8000/v1."
+    )
+    api_key: SecretStr | None = _secret(
+        default=None, description="Key for the NIM or the catalogue; None reads NVIDIA_API_KEY."
+    )
+    allow_insecure_key: bool = _option(
+        default=False, description="Send the key without TLS to a host that is not private too."
+    )
+    default_headers: dict[str, str] = _secret(
+        default_factory=dict, description="Headers of every request to the NIM."
+    )
+    timeout: float | None = _option(
+        default=120.0, gt=0, description="Seconds for one request to the NIM; None is no limit."
+    )
+    deadline: float | None = _option(
+        default=None, gt=0, description="Seconds for one call in all, with its batches and retries."
+    )
+    max_retries: int = _option(
+        default=5,
+        ge=0,
+        description="Times a request is sent again after 408, 429, 5xx or a broken connection.",
+    )
+    max_batch_size: int = _option(
+        default=50, gt=0, description="The most inputs in one request to the NIM."
+    )
+    concurrency: int = _option(
+        default=20,
+        gt=0,
+        description="The most requests in flight; with batches of 50 they stay below 1,024 inputs, "
+        "which a NIM queues. Falls while the NIM says that it is busy.",
+    )
+    verify_ssl: bool | str = _option(
+        default=True, description="Check the NIM's certificate; or the CA file or folder to trust."
+    )
+    proxy: str | None = _secret(
+        default=None, description="Proxy for the NIM; None reads HTTPS_PROXY and its kind."
+    )
+    user: str | None = _option(default=None, description="Sent along as the request's `user`.")
+    http_client: Callable[[], Any] | None = _secret(
+        default=None,
+        description="Makes the httpx.AsyncClient to send with, for what the options above cannot "
+        "say. A function, because a client belongs to one event loop and one process: each engine "
+        "makes its own, in its own loop, and closes it.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nvidia_names(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for name in ("api_key", "base_url"):
+            if (given := data.pop(f"nvidia_{name}", None)) is not None:
+                data[name] = given
+        return data
+
+    @field_validator("base_url")
+    @classmethod
+    def _normalised(cls, value: str | None) -> str | None:
+        return value if value is None else normalised(value)
+
+    @field_validator("http_client", mode="before")
+    @classmethod
+    def _function(cls, value: Any) -> Any:
+        if value is not None and (hasattr(value, "send") or not callable(value)):
+            raise ValueError("give a function that makes the client: lambda: httpx.AsyncClient()")
+        return value
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        if state["__dict__"].get("api_key") is not None:
+            state = {**state, "__dict__": {**state["__dict__"], "api_key": _NOT_PICKLED}}
+        return state
+
+    @field_validator("model", "checkpoint", "verify_ssl", mode="before")
     @classmethod
     def _path_to_str(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value

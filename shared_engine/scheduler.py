@@ -55,9 +55,11 @@ class Call:
         """Whether the caller is gone."""
         return self.future.cancelled()
 
-    def deliver(self, rows: list[int], vectors: NDArray[np.float32]) -> None:
-        """Take the full vectors (len(rows), hidden) of some rows."""
+    def deliver(self, rows: list[int], vectors: NDArray[np.float32], tokens: int) -> None:
+        """Take the full vectors (len(rows), hidden) of some rows, made of so many tokens."""
         self.vectors[rows] = vectors[:, : self.vectors.shape[1]]
+        if self.request.on_usage and not self.dropped:
+            self.request.on_usage(tokens)
         self._finished(len(rows))
 
     def fail(self, row: int, error: NeMoRetrieverError) -> None:
@@ -117,6 +119,10 @@ class Scheduler:
         self._to_run: dict[Role, deque[Call]] = {"query": deque(), "document": deque()}
         self._query_steps = 0
         self._closed = False
+        self.steps = 0
+        """Steps formed so far."""
+        self.tokens = 0
+        """Tokens of those steps."""
 
     def put(self, call: Call, ids: list[NDArray[np.int32]] | None = None) -> None:
         """Accept a call, with the ids of all its texts where they are known already.
@@ -193,6 +199,8 @@ class Scheduler:
         with self._changed:
             while True:
                 if step := self._form_step():
+                    self.steps += 1
+                    self.tokens += sum(len(sequence.ids) for sequence in step)
                     self._changed.notify_all()
                     return step
                 if self._closed and not self._tokenising and not self._to_tokenise:

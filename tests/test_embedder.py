@@ -275,7 +275,8 @@ def test_the_choice_is_logged_once_with_its_reason(checkpoint, caplog):
     embedder = Embedder(Options(model=checkpoint, max_tokens=123, device="cpu", dtype="float32"))
     for _ in range(3):
         embedder.embed(["x"])
-    (message,) = [record.message for record in caplog.records]
+    choice, message = [record.message for record in caplog.records]
+    assert choice == "neither base_url nor a key is given, so this process"
     assert message == embedder.description
     assert "on cpu, float32, 2048 tokens a step (device: asked for; dtype: asked for" in message
 
@@ -399,6 +400,12 @@ main()
     for _ in range(3):
         done = run(program)
         assert (done.returncode, done.stderr) == (0, "")
+    never_closed = f"""
+from shared_engine import Options
+from shared_engine.local import LocalBackend
+backend = LocalBackend(Options(model={str(checkpoint)!r}))
+"""
+    assert run(never_closed).returncode == 0
 
 
 def run(program: str, **env: str) -> subprocess.CompletedProcess[str]:

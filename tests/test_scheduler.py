@@ -143,15 +143,15 @@ def test_closing_drains_or_cancels_and_refuses_more():
 
 def test_a_call_ends_when_its_last_row_does():
     one = call(3)
-    one.deliver([2, 0], np.array([[2, 2, 9], [0, 1, 9]], np.float32))
+    one.deliver([2, 0], np.array([[2, 2, 9], [0, 1, 9]], np.float32), tokens=7)
     assert not one.future.done()
-    one.deliver([1], np.array([[1, 1, 9]], np.float32))
+    one.deliver([1], np.array([[1, 1, 9]], np.float32), tokens=2)
     assert one.future.result().tolist() == [[0, 1], [1, 1], [2, 2]]
 
 
 def test_failed_rows_are_named_and_the_others_kept():
     one = call(3)
-    one.deliver([0, 2], np.ones((2, 2), np.float32))
+    one.deliver([0, 2], np.ones((2, 2), np.float32), tokens=4)
     one.fail(1, EngineError("no luck"))
     error = one.future.exception()
     assert isinstance(error, PartialResultError)

@@ -1,0 +1,52 @@
+"""How many tokens calls have used, without a change to what they return."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+
+class TokenCount:
+    """A sum of tokens that many threads may add to."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        """Tokens so far, prefixes and special tokens included."""
+        self._lock = threading.Lock()
+
+    def add(self, tokens: int) -> None:
+        """Add the tokens of some inputs."""
+        with self._lock:
+            self.tokens += tokens
+
+    def __repr__(self) -> str:
+        return f"TokenCount(tokens={self.tokens})"
+
+
+_counting: ContextVar[tuple[TokenCount, ...]] = ContextVar("counting", default=())
+
+
+@contextmanager
+def count_tokens() -> Iterator[TokenCount]:
+    """Count the tokens of every call inside the `with`, through any adapter, sync or async.
+
+        with count_tokens() as used:
+            vectors = embeddings.embed_documents(texts)
+        print(used.tokens)
+
+    It is a context variable: tasks and `asyncio.to_thread` inside belong to it, a thread that was
+    started otherwise does not. A NIM counts for itself; 0 where it does not say.
+    """
+    count = TokenCount()
+    token = _counting.set((*_counting.get(), count))
+    try:
+        yield count
+    finally:
+        _counting.reset(token)
+
+
+def counting() -> tuple[TokenCount, ...]:
+    """Return the counts that the caller is inside of."""
+    return _counting.get()

@@ -1,0 +1,262 @@
+"""Thousands of odd requests to a server in a process of its own: what it answers, what it keeps.
+
+    python tests/benchmarks/fuzz_server.py                # 20,000 requests
+    python tests/benchmarks/fuzz_server.py --requests 2000 --seed 1
+
+Half of the requests are valid, the others are broken in one of many ways; some clients hang up.
+Exit status 1 where a request got a 5xx or no reply within 30 s, or where the server's memory grew
+by more than `--growth` MB between the first tenth of the requests and the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.checkpoints import SHAPES, build_checkpoint
+
+NAME = "nvidia/tiny"
+ALPHABET = "abc XYZ,.;'\"\\{}[]<|>\n\t\0é€東👍"
+CHOICES: dict[str, list[Any]] = {
+    "input_type": ["query", "passage"],
+    "encoding_format": ["float", "base64"],
+    "embedding_type": ["float", "int8", "uint8", "binary", "ubinary"],
+    "dimensions": [16, 32, 64],
+    "truncate": ["START", "END"],
+    "modality": ["text", ["text"]],
+    "user": ["somebody"],
+}
+JUNK: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    10**40,
+    0.5,
+    "",
+    "x" * 5000,
+    [],
+    [[]],
+    [None],
+    {},
+    {"a": {"b": []}},
+    "image",
+    ["text", 1],
+    [1] * 20_000,
+]
+
+
+def text(rng: random.Random) -> str:
+    """Return a text, now and then an empty or a longer one."""
+    length = rng.choice((0, 1, 300)) if rng.random() < 0.1 else rng.randrange(60)
+    return "".join(rng.choices(ALPHABET, k=length))
+
+
+def valid(rng: random.Random) -> dict[str, Any]:
+    """Return a request that must be answered with vectors."""
+    several = [text(rng) for _ in range(rng.randint(1, 8))]
+    body: dict[str, Any] = {"model": NAME, "input": several if rng.random() < 0.7 else text(rng)}
+    if rng.random() < 0.2:
+        body["model"] += rng.choice(("-query", "-passage"))
+    else:
+        body["input_type"] = rng.choice(CHOICES["input_type"])
+    body["truncate"] = rng.choice(CHOICES["truncate"])
+    for name in ("encoding_format", "embedding_type", "dimensions", "modality", "user"):
+        if rng.random() < 0.3:
+            body[name] = rng.choice(CHOICES[name])
+    return body
+
+
+def junk_value(rng: random.Random) -> bytes:
+    """Return a request with one field that cannot be."""
+    body = valid(rng)
+    body[rng.choice([*CHOICES, "model", "input"])] = rng.choice(JUNK)
+    return json.dumps(body).encode()
+
+
+def junk_fields(rng: random.Random) -> bytes:
+    """Return a request with fields that nobody knows, or without some that it needs."""
+    body = valid(rng)
+    if rng.random() < 0.5:
+        del body[rng.choice(list(body))]
+    else:
+        body |= {text(rng): rng.choice(JUNK) for _ in range(rng.choice((1, 2, 1000)))}
+    return json.dumps(body).encode()
+
+
+def torn(rng: random.Random) -> bytes:
+    """Return a request with bytes missing, doubled or flipped."""
+    body = bytearray(json.dumps(valid(rng)).encode())
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(body))
+        if rng.random() < 0.5:
+            del body[at : at + rng.randint(1, 40)]
+        else:
+            body[at:at] = rng.randbytes(rng.randint(1, 4))
+        body = body or bytearray(b"x")
+    return bytes(body)
+
+
+def nested(rng: random.Random) -> bytes:
+    """Return JSON that is deep, or only brackets."""
+    depth = rng.choice((10, 1000, 100_000))
+    return b'{"input":' * depth if rng.random() < 0.5 else b"[" * depth + b"]" * depth
+
+
+def too_long(rng: random.Random) -> bytes:
+    """Return a request with a text over the limit, which may not be cut."""
+    body = {"model": NAME, "input": ["short", "word " * 3000], "input_type": "query"}
+    return json.dumps(body).encode()
+
+
+BROKEN: list[Callable[[random.Random], bytes]] = [
+    junk_value,
+    junk_value,
+    junk_fields,
+    torn,
+    nested,
+    too_long,
+    lambda rng: rng.randbytes(rng.randrange(300)),
+]
+
+
+class Fuzz:
+    """The requests, and what became of them."""
+
+    def __init__(self, port: int, process: psutil.Process, requests: int, seed: int) -> None:
+        self.base = f"http://127.0.0.1:{port}/v1"
+        self.process = process
+        self.requests = requests
+        self.rng = random.Random(seed)
+        self.statuses: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.seconds: list[float] = []
+        self.memory: list[float] = []
+
+    async def run(self) -> None:
+        """Send them all, thirty-two at a time."""
+        numbers = iter(range(self.requests))
+        async with httpx.AsyncClient(base_url=self.base, timeout=30) as client:
+            await asyncio.gather(*(self._work(client, numbers) for _ in range(32)))
+
+    async def _work(self, client: httpx.AsyncClient, numbers: Any) -> None:
+        for number in numbers:
+            if number % (self.requests // 10 or 1) == 0:
+                self.memory.append(self.process.memory_info().rss / 2**20)
+            kind = self.rng.random()
+            started = time.perf_counter()
+            if kind < 0.02:
+                await self._hang_up()
+            elif kind < 0.05:
+                method = self.rng.choice(("GET", "PUT", "POST", "DELETE", "HEAD", "OPTIONS"))
+                path = self.rng.choice(("/embeddings", "/models", "/metrics", "/metadata", "/x"))
+                await self._send(client, "other routes", method, path, b"{}")
+            elif kind < 0.5:
+                make = self.rng.choice(BROKEN)
+                await self._send(client, "broken", "POST", "/embeddings", make(self.rng))
+            else:
+                content = json.dumps(valid(self.rng)).encode()
+                await self._send(client, "valid", "POST", "/embeddings", content)
+            self.seconds.append(time.perf_counter() - started)
+
+    async def _send(
+        self, client: httpx.AsyncClient, kind: str, method: str, path: str, content: bytes
+    ) -> None:
+        try:
+            response = await client.request(
+                method, path, content=content, headers={"Content-Type": "application/json"}
+            )
+        except httpx.HTTPError as exc:
+            self.statuses[f"{kind}: {type(exc).__name__}"] += 1
+            self.faults.append(f"{exc!r} after {content[:200]!r}")
+            return
+        self.statuses[f"{kind}: {response.status_code}"] += 1
+        unexpected = kind == "valid" and response.status_code != 200
+        if response.status_code >= 500 or unexpected:
+            self.faults.append(f"{response.text[:300]} after {content[:200]!r}")
+
+    async def _hang_up(self) -> None:
+        content = json.dumps(valid(self.rng)).encode()
+        port = httpx.URL(self.base).port
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        request = f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+        writer.write(request[: self.rng.randint(1, len(request))])
+        await writer.drain()
+        await asyncio.sleep(self.rng.choice((0, 0.002)))
+        writer.close()
+        await writer.wait_closed()
+        self.statuses["hung up"] += 1
+
+
+def main() -> int:
+    """Start a server, send the requests, print what happened."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--growth", type=float, default=40.0, help="MB that memory may grow")
+    asked = parser.parse_args()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        build_checkpoint(Path(folder), SHAPES["sentence-transformers"])
+        command = [sys.executable, "-m", "shared_engine.cli", "serve", "--model", folder]
+        command += ["--served-name", NAME, "--port", str(port), "--log-level", "warning"]
+        root = Path(__file__).parents[2]
+        with subprocess.Popen(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}) as sub:
+            try:
+                fuzz = Fuzz(port, psutil.Process(sub.pid), asked.requests, asked.seed)
+                _wait_until_ready(fuzz.base)
+                started = time.perf_counter()
+                asyncio.run(fuzz.run())
+                wall = time.perf_counter() - started
+                fuzz.memory.append(fuzz.process.memory_info().rss / 2**20)
+                queue = httpx.get(f"{fuzz.base}/metrics").text
+            finally:
+                sub.terminate()
+    seconds = sorted(fuzz.seconds)
+    print(f"{asked.requests} requests in {wall:.0f} s")
+    for status, count in sorted(fuzz.statuses.items()):
+        print(f"  {status:24} {count}")
+    print(f"slowest {seconds[-1]:.2f} s, median {1000 * seconds[len(seconds) // 2]:.0f} ms")
+    print("memory (MB):", " ".join(f"{size:.0f}" for size in fuzz.memory))
+    growth = fuzz.memory[-1] - fuzz.memory[1]
+    print(f"grown by {growth:.0f} MB since the first tenth")
+    left = next(line for line in queue.splitlines() if line.startswith("nemoretriever_queue"))
+    print(left)
+    for fault in fuzz.faults[:5]:
+        print("FAULT", fault)
+    return 1 if fuzz.faults or growth > asked.growth or not left.endswith(" 0.0") else 0
+
+
+def _wait_until_ready(base: str) -> None:
+    for _ in range(600):
+        try:
+            if httpx.get(f"{base}/health/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise TimeoutError(base)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""A NIM on a real socket that misbehaves as told, and remembers what it answered.
+
+Its vectors depend on the text alone, so a row that is lost, swapped or made up shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import random
+import ssl
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from time import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+WIDTH = 16
+FAULTS = ("429", "503", "reset", "slow", "truncated", "missing", "doubled", "nan")
+
+
+def vector(text: str, input_type: str = "passage", width: int = WIDTH) -> NDArray[np.float32]:
+    """Return the unit vector of a text in a role."""
+    seed = hashlib.sha256(f"{input_type}: {text}".encode()).digest()[:8]
+    out = np.random.default_rng(int.from_bytes(seed, "little")).standard_normal(width)
+    return (out / np.linalg.norm(out)).astype(np.float32)
+
+
+def vectors(texts: list[str], input_type: str = "passage") -> NDArray[np.float32]:
+    return np.stack([vector(text, input_type) for text in texts])
+
+
+@dataclass
+class Seen:
+    """One request as the server got it."""
+
+    path: str
+    headers: dict[str, str]
+    body: dict[str, Any]
+    connection: int
+
+
+@dataclass
+class FaultyNim:
+    """Runs in a thread of its own between `start` and `stop`; `with` does both."""
+
+    rates: dict[str, float] = field(default_factory=dict)
+    """How often each of FAULTS happens, at most three times to one batch."""
+    latency: float = 0.0
+    shuffle: bool = True
+    models: list[dict[str, Any]] = field(default_factory=lambda: [{"id": "nvidia/m"}])
+    answer: Callable[[dict[str, Any]], tuple[int, dict[str, str], bytes] | None] | None = None
+    """Called first with the body; a reply that it returns is sent instead of vectors."""
+
+    tls: ssl.SSLContext | None = None
+
+    def __post_init__(self) -> None:
+        self.seen: list[Seen] = []
+        self.answered: Counter[str] = Counter()
+        """How often each text's vector reached its client."""
+        self.happened: Counter[str] = Counter()
+        self.most_in_flight = 0
+        self.ready = True
+        self.port = 0
+        self._in_flight = 0
+        self._faults_of: Counter[str] = Counter()
+        self._random = random.Random(7)
+        self._connections = 0
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._down = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
+
+    @property
+    def embedded(self) -> list[Seen]:
+        """The requests for vectors."""
+        return [one for one in self.seen if one.path == "/v1/embeddings"]
+
+    def __enter__(self) -> FaultyNim:
+        self._thread.start()
+        self.up()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def up(self) -> None:
+        """Listen, on the port of last time."""
+        asyncio.run_coroutine_threadsafe(self._up(), self._loop).result()
+
+    def down(self) -> None:
+        """Die: requests that wait for their reply get none."""
+        asyncio.run_coroutine_threadsafe(self._die(), self._loop).result()
+
+    async def _up(self) -> None:
+        self._down = False
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self.tls)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _die(self) -> None:
+        self._down = True
+        self._server.close()
+        for writer in list(self._writers):
+            writer.close()  # sends what was written, then ends: a reply is never half counted
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections += 1
+        number = self._connections
+        self._writers.add(writer)
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+                headers = {
+                    name.lower(): value for name, value in (x.split(": ", 1) for x in head[1:] if x)
+                }
+                content = await reader.readexactly(int(headers.get("content-length", 0)))
+                body = json.loads(content) if content else {}
+                path = urlsplit(head[0].split()[1]).path  # a whole URL, where we are a proxy
+                self.seen.append(Seen(path, headers, body, number))
+                self._in_flight += 1
+                self.most_in_flight = max(self.most_in_flight, self._in_flight)
+                try:
+                    await self._reply(writer, self.seen[-1])
+                finally:
+                    self._in_flight -= 1
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _reply(self, writer: asyncio.StreamWriter, request: Seen) -> None:
+        if request.path == "/v1/models":
+            return await _send(writer, 200, {}, _json({"object": "list", "data": self.models}))
+        if request.path == "/v1/health/ready":
+            return await _send(writer, 200 if self.ready else 503, {}, _json({"ready": self.ready}))
+        body = request.body
+        await asyncio.sleep(self.latency)
+        if self.answer and (given := self.answer(body)):
+            return await _send(writer, *given)
+        fault = self._fault(json.dumps(body["input"]))
+        if fault == "slow":
+            await asyncio.sleep(0.3)
+        if fault == "reset":
+            writer.transport.abort()
+            raise ConnectionResetError
+        if fault == "429":
+            after = {"Retry-After": self._random.choice(["0.05", formatdate(time(), usegmt=True)])}
+            return await _send(writer, 429, after, _json({"status": 429, "title": "Too Many"}))
+        if fault == "503":
+            return await _send(writer, 503, {"Retry-After": "0"}, b"<html>busy</html>")
+        content = self._content(body, fault)
+        if fault == "truncated":
+            writer.write(_head(200, {}, len(content)) + content[: len(content) // 2])
+            writer.close()
+            raise ConnectionResetError
+        await _send(writer, 200, {}, content)
+        if fault in (None, "slow"):
+            self.answered.update(body["input"])
+
+    def _fault(self, batch: str) -> str | None:
+        chance = self._random.random()
+        for fault in FAULTS:
+            chance -= self.rates.get(fault, 0.0)
+            if chance < 0:
+                self._faults_of[batch] += 1
+                # A malformed reply is asked for again twice, so not three of them.
+                allowed = 3 if fault in FAULTS[:5] else 2
+                if self._faults_of[batch] > allowed:
+                    return None
+                self.happened[fault] += 1
+                return fault
+        return None
+
+    def _content(self, body: dict[str, Any], fault: str | None) -> bytes:
+        width = body.get("dimensions", WIDTH)
+        rows = [vector(text, body["input_type"])[:width].copy() for text in body["input"]]
+        if fault == "nan":
+            rows[0][0] = np.nan
+        data = [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": base64.b64encode(row.astype("<f4").tobytes()).decode()
+                if body.get("encoding_format") == "base64"
+                else row.tolist(),
+            }
+            for index, row in enumerate(rows)
+        ]
+        if fault == "missing":
+            data = data[:-1]
+        if fault == "doubled":
+            data[-1] = data[0] if len(data) > 1 else {**data[0], "index": 1}
+        if self.shuffle:
+            self._random.shuffle(data)
+        tokens = sum(len(text.split()) for text in body["input"])
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return _json({"object": "list", "data": data, "model": body["model"], "usage": usage})
+
+
+def _json(content: object) -> bytes:
+    return json.dumps(content).encode()
+
+
+def _head(status: int, headers: dict[str, str], length: int) -> bytes:
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {length}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+async def _send(
+    writer: asyncio.StreamWriter, status: int, headers: dict[str, str], content: bytes
+) -> None:
+    writer.write(_head(status, headers, len(content)) + content)
+    await writer.drain()
