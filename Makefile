@@ -1,0 +1,45 @@
+# Needs Python 3.11 or newer with pip, and make. Everything else goes into .venv.
+
+PYTHON ?= python3
+MODEL ?=
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
+
+.PHONY: help demo test check clean
+
+help:  ## list what there is to make
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+demo: .venv/demo  ## set up and run the demo; MODEL=folder-or-id, ARGS='--question "..."'
+	@$(BIN)/python cookbook/demo.py $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+test: .venv/dev  ## run the tests; ARGS='-k name'
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/dev  ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove what was made here: .venv, the demo's store, caches
+	rm -rf .venv .*_cache .hypothesis .benchmarks build dist cookbook/store
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/demo: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing into .venv, once; torch is large, so this takes some minutes ..."
+	@$(PIP) -e '.[demo]'
+	@touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing into .venv, once; torch is large, so this takes some minutes ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@ .venv/demo
+
+# Debian's python3 without python3-venv cannot put pip into a new venv, but its own pip can.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Needs Python 3.11 or newer; $(PYTHON) is `$(PYTHON) --version 2>&1`." \
+	    "Name another: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv >/dev/null 2>&1 || { rm -rf .venv && $(PYTHON) -m venv --without-pip .venv \
+	  && $(PYTHON) -m pip --python .venv/bin/python -qq install pip; } || { rm -rf .venv; exit 1; }
