@@ -200,8 +200,14 @@ class Embedder:
         from tqdm.auto import tqdm
 
         bar = tqdm(total=len(valid), unit="doc")
+
+        def advance(count: int) -> None:
+            bar.update(count)
+            if bar.n >= len(valid):  # before the caller has the result, so that no line comes late
+                bar.close()
+
         try:
-            future = backend.submit(replace(request, on_progress=bar.update))
+            future = backend.submit(replace(request, on_progress=advance))
         except BaseException:
             bar.close()
             raise
