@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 import numpy as np
@@ -44,11 +45,10 @@ from shared_engine.errors import (
 )
 from shared_engine.nim_address import POLLING, is_hosted, is_safe_for_keys
 from shared_engine.nim_batches import Batch, Call, Limits
+from shared_engine.nim_connection import KEEP_ALIVE, Connection
 from shared_engine.nim_transport import RETRIED, Limited, Retrying, Sending
 from shared_engine.options import Options
 
-KEEP_ALIVE = 30.0
-"""Seconds that an idle connection is kept."""
 POLL_EVERY = 0.5
 TRIES_MALFORMED = 3
 
@@ -75,7 +75,7 @@ class NimBackend:
         self.modalities = kinds if self._spec is None else self._spec.modalities
         self._headers = _headers(options, base_url, api_key)
         self._key = api_key
-        self._clients = _clients(options)  # one for each place in flight
+        self._clients = _clients(options, base_url)  # one for each place in flight
         self._timeout = httpx.Timeout(options.timeout, pool=None)
         self._once = Limited(Sending(self._clients, options.timeout), options.concurrency)
         self._transport = Retrying(self._once, options.max_retries)
@@ -395,23 +395,29 @@ def _headers(options: Options, base_url: str, api_key: SecretStr | None) -> http
     return headers
 
 
-def _clients(options: Options) -> list[httpx.AsyncClient]:
+def _clients(options: Options, base_url: str) -> list[httpx.AsyncClient]:
+    places = range(options.concurrency)
     if options.http_client is not None:
         client = options.http_client()
         if not isinstance(client, httpx.AsyncClient):
             raise ConfigurationError(
                 f"http_client made a {type(client).__name__}; expected an httpx.AsyncClient"
             )
-        return [client] * options.concurrency
+        return [client for _ in places]
     trust = _trust(options.verify_ssl)
+    if options.proxy is None and not _is_proxied(base_url):
+        return [httpx.AsyncClient(transport=Connection(trust)) for _ in places]
     limits = httpx.Limits(max_keepalive_connections=1, keepalive_expiry=KEEP_ALIVE)
     try:
-        return [
-            httpx.AsyncClient(verify=trust, proxy=options.proxy, limits=limits)
-            for _ in range(options.concurrency)
-        ]
+        return [httpx.AsyncClient(verify=trust, proxy=options.proxy, limits=limits) for _ in places]
     except ValueError as exc:
         raise ConfigurationError(f"the proxy cannot be used: {exc}") from None
+
+
+def _is_proxied(base_url: str) -> bool:
+    """Whether the environment names a proxy for the address."""
+    url = httpx.URL(base_url)
+    return bool(getproxies().keys() & {url.scheme, "all"}) and not proxy_bypass(url.host)
 
 
 def _trust(verify_ssl: bool | str) -> ssl.SSLContext:

@@ -1,6 +1,6 @@
 """How requests to a NIM are sent: again where that can help, and fewer at once when asked to.
 
-    Retrying ─► Limited ─► Sending ─► the httpx client
+    Retrying ─► Limited ─► Sending ─► httpx clients ─► nim_connection.py
 
 Each is an httpx transport around the next, so nothing above knows of retries, and a request that
 waits for its next attempt holds none of the places in flight. All of it runs in one event loop.
@@ -93,8 +93,7 @@ def retry_after(headers: httpx.Headers, now: datetime | None = None) -> float | 
 class Sending(httpx.AsyncBaseTransport):
     """Sends through the client used last, and reads the whole reply within `timeout` seconds.
 
-    There is a client for each place in flight, and each keeps one connection: the pool of a client
-    looks at all its connections several times a request, which cost more than reading the reply.
+    There is a client for each place in flight, and each keeps one connection.
     """
 
     def __init__(self, clients: list[httpx.AsyncClient], timeout: float | None) -> None:

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
+import orjson
 from numpy.typing import NDArray
+from pybase64 import b64decode
 
 from shared_engine.documents import Document, Role
 from shared_engine.errors import (
@@ -112,7 +114,7 @@ def parse(content: bytes, n: int, dimensions: int | None = None) -> Reply:
             `dimensions`, or not all finite.
     """
     try:
-        reply = json.loads(content)
+        reply = orjson.loads(content)
         items = reply["data"]
         rows: list[Any] = [None] * n
         for item in items:
@@ -145,7 +147,7 @@ def _stacked(rows: list[Any]) -> NDArray[np.float32]:
     if not all(isinstance(row, str) for row in rows):
         vectors = np.array(rows, np.float32)  # (n, d); ValueError where lengths differ
     else:
-        raw = b"".join(first := [binascii.a2b_base64(row, strict_mode=True) for row in rows])
+        raw = b"".join(first := [b64decode(row, validate=True) for row in rows])
         if {len(row) for row in first} != {len(first[0])}:
             raise ValueError("lengths differ")
         vectors = np.frombuffer(raw, "<f4").reshape(len(rows), -1)  # (n, d)

@@ -749,6 +749,21 @@ def test_a_proxy_is_used() -> None:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_a_proxy_of_the_environment_is_used_but_for_the_hosts_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = Options(model="nvidia/m", base_url="http://nim.internal:1", max_retries=0)
+    with FaultyNim() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        with Embedder(options) as engine:
+            assert engine.embed(["a"]).shape == (1, WIDTH)
+        seen = len(proxy.seen)
+        monkeypatch.setenv("no_proxy", "nim.internal")
+        with Embedder(options) as engine, pytest.raises(ConnectionFailedError):
+            engine.embed(["a"])
+        assert len(proxy.seen) == seen
+
+
 def test_certificates_are_checked_against_what_is_trusted(tmp_path: Path) -> None:
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
     files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"]
