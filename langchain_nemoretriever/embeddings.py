@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 from shared_engine.adapter import Adapter
+from shared_engine.documents import Document, is_data_url, of_images, of_pairs, several
 from shared_engine.errors import MissingExtraError
 
 try:
@@ -15,23 +20,63 @@ except ModuleNotFoundError as exc:
 
 
 class NeMoRetrieverEmbeddings(Adapter, Embeddings):
-    """Embeds texts and queries for LangChain; takes the fields of `shared_engine.Options`.
+    """Embeds texts, images and queries for LangChain; takes the fields of `shared_engine.Options`.
 
+    An image is a path, a file:// or data: URL, base64, bytes, a binary file or a Pillow image.
     `embedder.embed(...)` gives float32 arrays where lists are too slow.
     """
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Return one vector a text, in order."""
-        return self.embedder.embed_lists(texts, "document")
+        """Return one vector a text, in order.
+
+        A text that is a data URL of an image from its first character to its last is taken for that
+        image, as in NVIDIA's sample, where the model takes images.
+        """
+        return self.embedder.embed_lists(self._documents(texts), "document")
 
     def embed_query(self, text: str) -> list[float]:
         """Return the vector of a query."""
         return self.embedder.embed_lists([text], "query")[0]
 
+    def embed_image(self, uris: Sequence[Any]) -> list[list[float]]:
+        """Return one vector an image, in order; the vector stores call it so."""
+        return self.embedder.embed_lists(of_images(uris), "document")
+
+    def embed_text_image(self, texts: Sequence[str], images: Sequence[Any]) -> list[list[float]]:
+        """Return one vector for each text together with its image, in order."""
+        return self.embedder.embed_lists(of_pairs(texts, images), "document")
+
+    def embed_mixed(self, documents: Sequence[str | Document]) -> list[list[float]]:
+        """Return one vector for each text, image, or both as one `shared_engine.Document`."""
+        return self.embedder.embed_lists(documents, "document")
+
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Return one vector a text, in order."""
-        return await self.embedder.aembed_lists(texts, "document")
+        """Do as `embed_documents` does."""
+        documents = await asyncio.to_thread(self._documents, texts)
+        return await self.embedder.aembed_lists(documents, "document")
 
     async def aembed_query(self, text: str) -> list[float]:
         """Return the vector of a query."""
         return (await self.embedder.aembed_lists([text], "query"))[0]
+
+    async def aembed_image(self, uris: Sequence[Any]) -> list[list[float]]:
+        """Do as `embed_image` does."""
+        return await self.embedder.aembed_lists(of_images(uris), "document")
+
+    async def aembed_text_image(
+        self, texts: Sequence[str], images: Sequence[Any]
+    ) -> list[list[float]]:
+        """Do as `embed_text_image` does."""
+        return await self.embedder.aembed_lists(of_pairs(texts, images), "document")
+
+    async def aembed_mixed(self, documents: Sequence[str | Document]) -> list[list[float]]:
+        """Do as `embed_mixed` does."""
+        return await self.embedder.aembed_lists(documents, "document")
+
+    def _documents(self, texts: Iterable[str]) -> list[str | Document]:
+        documents: list[str | Document] = list(several(texts))
+        pictured = [row for row, text in enumerate(documents) if is_data_url(text)]
+        if pictured and "image" in self.embedder.modalities:
+            for row in pictured:
+                documents[row] = Document(image=documents[row])
+        return documents

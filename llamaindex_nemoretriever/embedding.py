@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ConfigDict, Field, model_validator
 
 from shared_engine.adapter import Adapter
-from shared_engine.documents import Document
+from shared_engine.documents import Document, of_images
 from shared_engine.errors import MissingExtraError
 
 try:
     from llama_index.core.base.embeddings.base import Embedding
+    from llama_index.core.callbacks.schema import CBEventType, EventPayload
     from llama_index.core.embeddings import MultiModalEmbedding
-    from llama_index.core.schema import ImageType
+    from llama_index.core.instrumentation.events.embedding import (
+        EmbeddingEndEvent,
+        EmbeddingStartEvent,
+    )
+    from llama_index.core.schema import BaseNode, ImageNode, ImageType, MetadataMode, Node
+    from llama_index.core.utils import get_tqdm_iterable
+    from llama_index_instrumentation import get_dispatcher
 except ModuleNotFoundError as exc:
     raise MissingExtraError(
         f"llamaindex_nemoretriever needs {exc.name!r}: "
         "pip install 'nemoretriever-embeddings[llamaindex]'"
     ) from exc
 
+dispatcher = get_dispatcher(__name__)
+
 
 class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
-    """Embeds texts and queries for LlamaIndex; takes the fields of `shared_engine.Options` too.
+    """Embeds texts, images and queries for LlamaIndex; takes the fields of `shared_engine.Options`.
+
+    An image is a path, a file:// or data: URL, base64, or a BytesIO. In an `IngestionPipeline` an
+    image that has a text is embedded as one with it. The pipeline's own cache tells nodes apart by
+    text and metadata alone: give images metadata, or the pipeline `disable_cache=True`.
 
     `model_name` is `model`. `embedder.embed(...)` gives float32 arrays where lists are too slow.
     With `embeddings_cache`, texts are cached and queries are not: LlamaIndex keys its cache on the
@@ -89,15 +105,115 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         return await self.embedder.aembed_lists(texts, "document")
 
-    def _get_image_embedding(self, img_file_path: ImageType) -> Embedding:
-        return self._get_image_embeddings([img_file_path])[0]
+    def get_image_embedding(self, img_file_path: ImageType) -> Embedding:
+        """Return the vector of an image."""
+        return self._embed([Document(image=img_file_path)])[0]
 
-    async def _aget_image_embedding(self, img_file_path: ImageType) -> Embedding:
-        return (await self._aget_image_embeddings([img_file_path]))[0]
+    async def aget_image_embedding(self, img_file_path: ImageType) -> Embedding:
+        """Return the vector of an image."""
+        return (await self._aembed([Document(image=img_file_path)]))[0]
 
-    def _get_image_embeddings(self, img_file_paths: list[ImageType]) -> list[Embedding]:
-        return self.embedder.embed_lists([Document(image=i) for i in img_file_paths], "document")
+    def get_image_embedding_batch(
+        self, img_file_paths: list[ImageType], show_progress: bool = False
+    ) -> list[Embedding]:
+        """Return one vector an image, in order."""
+        return self._embed(_images(img_file_paths, show_progress))
 
-    async def _aget_image_embeddings(self, img_file_paths: list[ImageType]) -> list[Embedding]:
-        images = [Document(image=image) for image in img_file_paths]
-        return await self.embedder.aembed_lists(images, "document")
+    async def aget_image_embedding_batch(
+        self, img_file_paths: list[ImageType], show_progress: bool = False
+    ) -> list[Embedding]:
+        """Return one vector an image, in order."""
+        return await self._aembed(_images(img_file_paths, show_progress))
+
+    # The base class, whose callbacks would hold the images, asks for these two.
+    _get_image_embedding = get_image_embedding
+    _aget_image_embedding = aget_image_embedding
+
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        """Give each node the vector of its text, its image, or both as one.
+
+        With a model of texts an image goes by its caption. Where there are images, the
+        `embeddings_cache` has no say.
+        """
+        documents = self._documents(nodes)
+        if not documents:
+            return super().__call__(nodes, **kwargs)
+        return _with_vectors(nodes, self._embed(documents))
+
+    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        """Do as calling it does."""
+        documents = await asyncio.to_thread(self._documents, nodes)
+        if not documents:
+            return await super().acall(nodes, **kwargs)
+        return _with_vectors(nodes, await self._aembed(documents))
+
+    def _documents(self, nodes: Sequence[BaseNode]) -> list[Document]:
+        """Return what nodes hold, or nothing if none of them has an image."""
+        images = [_image(node) for node in nodes]
+        if all(image is None for image in images):
+            return []
+        takes_images = "image" in self.embedder.modalities
+        documents = []
+        for node, image in zip(nodes, images, strict=True):
+            caption = node.get_content(metadata_mode=MetadataMode.NONE).strip()
+            if image is not None and not caption:  # metadata alone would be no caption
+                documents.append(Document(image=image))
+            else:
+                text = node.get_content(metadata_mode=MetadataMode.EMBED)
+                documents.append(Document(text, image if takes_images else None))
+        return documents
+
+    @dispatcher.span
+    def _embed(self, documents: list[Document]) -> list[Embedding]:
+        with self._announced(documents) as embeddings:
+            if self.rate_limiter is not None:
+                self.rate_limiter.acquire()
+            embeddings.extend(self.embedder.embed_lists(documents, "document"))
+        return embeddings
+
+    @dispatcher.span
+    async def _aembed(self, documents: list[Document]) -> list[Embedding]:
+        with self._announced(documents) as embeddings:
+            if self.rate_limiter is not None:
+                await self.rate_limiter.async_acquire()
+            embeddings.extend(await self.embedder.aembed_lists(documents, "document"))
+        return embeddings
+
+    @contextmanager
+    def _announced(self, documents: list[Document]) -> Iterator[list[Embedding]]:
+        """Send the events that LlamaIndex sends around texts; an image is named, never held."""
+        from shared_engine.images import shown  # noqa: PLC0415 - brings Pillow
+
+        model = self.to_payload()
+        dispatcher.event(EmbeddingStartEvent(model_dict=model))
+        payload: dict[str, Any] = {EventPayload.SERIALIZED: model}
+        with self.callback_manager.event(CBEventType.EMBEDDING, payload) as event:
+            embeddings: list[Embedding] = []
+            yield embeddings
+            chunks = [
+                f"<image {shown(document.image)}>" if document.text is None else document.text
+                for document in documents
+            ]
+            event.on_end({EventPayload.CHUNKS: chunks, EventPayload.EMBEDDINGS: embeddings})
+        dispatcher.event(EmbeddingEndEvent(chunks=chunks, embeddings=embeddings))
+
+
+def _images(paths: list[ImageType], show_progress: bool) -> list[Document]:
+    return of_images(get_tqdm_iterable(paths, show_progress, "Generating image embeddings"))
+
+
+def _image(node: BaseNode) -> Any:
+    """Return an image as base64, a path or an address, b"" where it got lost, or None."""
+    if isinstance(node, ImageNode):
+        return node.image or node.image_path or node.image_url or b""
+    resource = node.image_resource if isinstance(node, Node) else None
+    if resource is None:
+        return None
+    data = resource.data and resource.data.decode()  # base64
+    return data or resource.path or (str(resource.url) if resource.url else b"")
+
+
+def _with_vectors(nodes: Sequence[BaseNode], vectors: list[Embedding]) -> Sequence[BaseNode]:
+    for node, vector in zip(nodes, vectors, strict=True):
+        node.embedding = vector
+    return nodes

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from shared_engine.documents import Document, Modality, Role
 from shared_engine.options import Truncate
+
+if TYPE_CHECKING:  # numpy takes longer to import than all of this package
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from shared_engine.scheduler import Line
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Request:
     """Called from another thread with the number of documents that were just finished."""
     on_usage: Callable[[int], object] | None = None
     """Called from another thread with the number of tokens that were just embedded."""
+    line: Line | None = None
+    """What the batches of one stream share: they are done in order, and take turns as one."""
 
 
 class Load(NamedTuple):
@@ -34,7 +39,7 @@ class Load(NamedTuple):
 
     steps: int
     tokens: int
-    """Tokens of all those steps; `steps * tokens_per_step` would have been full ones."""
+    """Cost of all those steps in tokens; `steps * tokens_per_step` would have been full ones."""
     tokens_per_step: int
     """The most tokens in one step."""
 

@@ -35,6 +35,8 @@ class ModelSpec:
     """Shorter vector sizes the model was trained for (Matryoshka)."""
     max_tokens: int = 8192
     """The most tokens a text may have, prefix and special tokens included."""
+    max_tokens_with_image: int = 0
+    """The most tokens an image may have, or an image and a text together."""
     modalities: frozenset[Modality] = frozenset({"text"})
     """Kinds of input the model was trained on."""
 
@@ -42,6 +44,11 @@ class ModelSpec:
     def names(self) -> tuple[str, ...]:
         """Every name of the model, the one of NVIDIA's API first."""
         return (self.name, *self.aliases)
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether it takes images."""
+        return "image" in self.modalities
 
 
 _MATRYOSHKA = (384, 512, 768, 1024)
@@ -67,6 +74,18 @@ CATALOGUE: tuple[ModelSpec, ...] = (
         checkpoint="nvidia/llama-nemotron-embed-1b-v2",
         revision="113abe4acafa848e77ead9c0623205e511932348",
         dimensions=_MATRYOSHKA,
+    ),
+    ModelSpec(
+        name="nvidia/llama-nemotron-embed-vl-1b-v2",
+        aliases=(
+            "nvidia/llama-3.2-nemoretriever-1b-vlm-embed-v1",
+            "nvidia/llama-3_2-nemoretriever-1b-vlm-embed-v1",
+        ),
+        checkpoint="nvidia/llama-nemotron-embed-vl-1b-v2",
+        revision="582e3bf72aee355e3c59ed89de53543c5b0657ee",
+        dimensions=_MATRYOSHKA,
+        max_tokens_with_image=10_240,
+        modalities=frozenset({"text", "image", "text_image"}),
     ),
 )
 

@@ -1,7 +1,9 @@
 """From a name to a folder of files that the engine has checked, with nothing loaded yet.
 
 No remote code runs: `config.json` is parsed as data and its `auto_map` is ignored.
-Layout of the public checkpoints: nvidia/llama-nemotron-embed-1b-v2 on Hugging Face.
+Layout of the public checkpoints: nvidia/llama-nemotron-embed-1b-v2 and
+nvidia/llama-nemotron-embed-vl-1b-v2 on Hugging Face; the latter's fields also after NVIDIA-NeMo/
+Automodel `llama_nemotron_vl`.
 """
 
 from __future__ import annotations
@@ -9,16 +11,51 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from shared_engine.catalogue import DEFAULT_MODEL, ModelSpec, find
 from shared_engine.documents import Role
 from shared_engine.errors import CheckpointError
 from shared_engine.options import Options
 
-ARCHITECTURE = "LlamaBidirectionalModel"
+TEXT_ARCHITECTURE = "LlamaBidirectionalModel"
+MULTIMODAL_ARCHITECTURE = "LlamaNemotronVLModel"
 _FILES = ["*.json", "*.safetensors", "1_Pooling/*.json"]
 _ROPE_TYPES = ("default", "llama3")
+_MAX_TOKENS_WITH_IMAGE = 10_240
+_MOST_TILES = 12
+
+
+@dataclass(frozen=True)
+class Vision:
+    """What a multimodal checkpoint says about its images."""
+
+    config: dict[str, Any]
+    """The SigLIP tower, `vision_config` of config.json."""
+    context_token: int
+    """Id of `<IMG_CONTEXT>`, whose embeddings the tower's rows replace."""
+    max_tiles: int
+    """Tiles that an image is cut into at most, beside the thumbnail."""
+
+    @property
+    def tile_size(self) -> int:
+        """Pixels of a tile's side."""
+        return int(self.config["image_size"])
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along a tile's side."""
+        return self.tile_size // int(self.config["patch_size"])
+
+    @property
+    def patches_per_tile(self) -> int:
+        """Rows of the tower for one tile."""
+        return self.patches_per_side**2
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Rows of the language model for one tile: a token for 2 x 2 patches."""
+        return self.patches_per_tile // 4
 
 
 @dataclass(frozen=True)
@@ -29,11 +66,15 @@ class Checkpoint:
     name: str
     """The catalogue's name for it, or what the caller called it."""
     config: dict[str, Any]
-    """config.json as it is."""
+    """The language model: config.json, or its `llm_config`."""
+    vision: Vision | None
+    """The images, where the model takes any."""
     prompts: dict[Role, str]
     """What goes before every text."""
     max_tokens: int
     """The most tokens a text may have, prefix and special tokens included."""
+    max_tokens_with_image: int
+    """The most tokens an image may have, or an image and a text together."""
     dimensions: tuple[int, ...]
     """Vector sizes offered, ascending; the last is the full size."""
 
@@ -41,6 +82,11 @@ class Checkpoint:
     def hidden_size(self) -> int:
         """Length of a full vector."""
         return int(self.config["hidden_size"])
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of any input."""
+        return max(self.max_tokens, self.max_tokens_with_image if self.vision else 0)
 
 
 def resolve(options: Options) -> Checkpoint:
@@ -52,29 +98,46 @@ def resolve(options: Options) -> Checkpoint:
     """
     spec = find(options.model)
     folder = _locate(options, spec)
-    config = _read_json(folder / "config.json", required=True)
-    _check(config, folder, spec)
+    file = _File(folder / "config.json", _read_json(folder / "config.json", required=True))
+    vision = _vision(file, options) if _is_multimodal(file) else None
+    if spec and spec.is_multimodal != (vision is not None):
+        file.fail("architectures", f"those of {spec.name}")
+    config = file if vision is None else file.part("llm_config")
+    _check(config, spec)
     sentence = _read_json(folder / "sentence_bert_config.json")
-    prompts = _read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+    position_limit = int(config["max_position_embeddings"])
     limits = [
-        int(config["max_position_embeddings"]),
+        position_limit,
         spec.max_tokens if spec else None,
         sentence.get("max_seq_length"),
         options.max_tokens,
     ]
-    smaller = spec.dimensions if spec else tuple(config.get("matryoshka_dimensions") or ())
+    limits_with_image = [
+        position_limit,
+        (spec and spec.max_tokens_with_image) or _MAX_TOKENS_WITH_IMAGE,
+        options.max_tokens,
+    ]
+    smaller = spec.dimensions if spec else tuple(file.get("matryoshka_dimensions") or ())
     hidden_size = int(config["hidden_size"])
     return Checkpoint(
         folder=folder,
         name=spec.name if spec else options.model,
-        config=config,
-        prompts={
-            "query": str(prompts.get("query", "query: ")),
-            "document": str(prompts.get("document", prompts.get("passage", "passage: "))),
-        },
+        config=config.fields,
+        vision=vision,
+        prompts=_prompts(folder, file),
         max_tokens=min(int(limit) for limit in limits if limit),
+        max_tokens_with_image=min(int(limit) for limit in limits_with_image if limit),
         dimensions=tuple(sorted({d for d in smaller if d < hidden_size} | {hidden_size})),
     )
+
+
+def _prompts(folder: Path, file: _File) -> dict[Role, str]:
+    given = _read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+    query, passage = file.get("query_prefix", "query:"), file.get("passage_prefix", "passage:")
+    return {
+        "query": str(given.get("query", f"{query} ")),
+        "document": str(given.get("document", given.get("passage", f"{passage} "))),
+    }
 
 
 def _locate(options: Options, spec: ModelSpec | None) -> Path:
@@ -137,33 +200,114 @@ def rope(config: dict[str, Any]) -> dict[str, Any]:
     return parameters
 
 
-def _check(config: dict[str, Any], folder: Path, spec: ModelSpec | None) -> None:
-    """Refuse a config.json that says anything other than what the encoder computes."""
+class _File:
+    """A part of config.json, with errors that say which field of it is at fault."""
 
-    def fail(field: str, expected: object) -> None:
+    def __init__(self, path: Path, fields: dict[str, Any], inside: str = "") -> None:
+        self.fields = fields
+        self.folder = path.parent
+        self._path, self._inside = path, inside
+
+    def __getitem__(self, field: str) -> Any:
+        return self.fields[field]
+
+    def get(self, field: str, default: Any = None) -> Any:
+        return self.fields.get(field, default)
+
+    def part(self, field: str) -> _File:
+        if not isinstance(self.get(field), dict):
+            self.fail(field, "an object")
+        return _File(self._path, self.fields[field], f"{self._inside}{field}.")
+
+    def fail(self, field: str, expected: object) -> NoReturn:
         raise CheckpointError(
-            f"{folder / 'config.json'}: {field} is {config.get(field)!r}; expected {expected}"
+            f"{self._path}: {self._inside}{field} is {self.get(field)!r}; expected {expected}"
         )
 
-    if config.get("architectures") != [ARCHITECTURE]:
-        fail("architectures", f"[{ARCHITECTURE!r}], the text embedding family")
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    for field in (*sizes, "num_attention_heads", "max_position_embeddings"):
-        if not isinstance(config.get(field), int) or config[field] < 1:
-            fail(field, "a positive integer")
+    def require(self, field: str, value: object, default: object, why: str = "") -> None:
+        """Refuse any value but one; `default` is what a missing field means."""
+        if self.get(field, default) != value:
+            self.fail(field, f"{value!r}{why}")
+
+    def require_positive(self, *fields: str) -> None:
+        for field in fields:
+            if type(self.get(field)) is not int or self[field] < 1:
+                self.fail(field, "a positive integer")
+
+
+def _is_multimodal(file: _File) -> bool:
+    architectures = file.get("architectures")
+    if architectures not in ([TEXT_ARCHITECTURE], [MULTIMODAL_ARCHITECTURE]):
+        file.fail(
+            "architectures",
+            f"[{TEXT_ARCHITECTURE!r}], the text embedding family, or [{MULTIMODAL_ARCHITECTURE!r}],"
+            " the multimodal one",
+        )
+    return bool(architectures == [MULTIMODAL_ARCHITECTURE])
+
+
+def _check(config: _File, spec: ModelSpec | None) -> None:
+    """Refuse a language model that is anything other than what the encoder computes."""
+    config.require_positive(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    )
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if kv_heads is not None and (not isinstance(kv_heads, int) or heads % kv_heads):
-        fail("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-    if config.get("pooling", "avg") != "avg":
-        fail("pooling", "'avg', the mean over tokens")
-    if config.get("hidden_act", "silu") != "silu":
-        fail("hidden_act", "'silu'")
+        config.fail("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    config.require("pooling", "avg", "avg", ", the mean over tokens")
+    config.require("hidden_act", "silu", "silu")
     for field in ("attention_bias", "mlp_bias", "quantization_config"):
         if config.get(field):
-            fail(field, "none; the engine runs plain weights without biases")
-    if rope(config)["rope_type"] not in _ROPE_TYPES:
-        fail("rope_scaling", f"a rope_type among {', '.join(_ROPE_TYPES)}")
-    if spec:
-        for field in ("hidden_size", "num_hidden_layers"):
-            if config[field] != getattr(spec, field):
-                fail(field, f"{getattr(spec, field)}, as {spec.name} has")
+            config.fail(field, "none; the engine runs plain weights without biases")
+    if rope(config.fields)["rope_type"] not in _ROPE_TYPES:
+        config.fail("rope_scaling", f"a rope_type among {', '.join(_ROPE_TYPES)}")
+    for field in ("hidden_size", "num_hidden_layers") if spec else ():
+        config.require(field, getattr(spec, field), None, f", as {spec and spec.name} has")
+
+
+def _vision(file: _File, options: Options) -> Vision:
+    """Read how images are cut, and refuse anything other than what the tower computes."""
+    config = file.part("vision_config")
+    config.require_positive(
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+    )
+    config.require("model_type", "siglip_vision_model", None)
+    config.require("hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    config.require("num_channels", 3, 3)
+    if config["hidden_size"] % config["num_attention_heads"]:
+        config.fail("num_attention_heads", "a divisor of hidden_size")
+    if config["image_size"] % (2 * config["patch_size"]):
+        config.fail("patch_size", "such that an even number of patches makes a side")
+    file.require("force_image_size", config["image_size"], config["image_size"])
+    file.require("downsample_ratio", 0.5, 0.5)
+    file.require("ps_version", "v2", "v2")
+    file.require("select_layer", -1, -1, ", the tower's last layer")
+    file.require("pooling", "avg", "last", ", the mean over tokens")
+    token = file.get("img_context_token_id")
+    if type(token) is not int or token < 0:
+        file.fail("img_context_token_id", "the id of <IMG_CONTEXT>")
+    return Vision(config.fields, token, options.max_tiles or _max_tiles(file))
+
+
+def _max_tiles(file: _File) -> int:
+    """Return what the processor's own file says, before config.json, as vLLM reads them."""
+    processor = _read_json(file.folder / "processor_config.json")
+    fields = {**file.fields, **processor.get("image_processor", {}), **processor}
+    most = fields.get("max_input_tiles", 2) if fields.get("dynamic_image_size", True) else 1
+    expected: dict[str, object] = {"use_thumbnail": True, "min_input_tiles": 1} if most != 1 else {}
+    if type(most) is not int or not 1 <= most <= _MOST_TILES:
+        expected = {"max_input_tiles": f"1 to {_MOST_TILES}"}
+    for field, value in expected.items():
+        if fields.get(field, value) != value:
+            raise CheckpointError(f"{file.folder}: {field} is {fields[field]!r}; expected {value}")
+    return int(most)

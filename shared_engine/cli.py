@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from shared_engine import __version__
 from shared_engine.catalogue import DEFAULT_MODEL, find
-from shared_engine.documents import Role
+from shared_engine.documents import Document, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError, MissingExtraError, NeMoRetrieverError
 from shared_engine.nim_address import normalised
@@ -123,7 +123,7 @@ def check(asked: argparse.Namespace) -> int:
     print(f"nemoretriever {__version__}, Python {platform.python_version()}, {_torch()}")
     variable = os.environ.pop("NVIDIA_BASE_URL", None)  # else "here" would be there
     base_url = asked.base_url or variable
-    found = []
+    found: list[dict[str, NDArray[np.float32]] | None] = []
     if not base_url or asked.model or asked.checkpoint:
         found.append(_measure("here", Options(**_given(asked))))
     if base_url:
@@ -131,19 +131,28 @@ def check(asked: argparse.Namespace) -> int:
         _probe(base_url)
         remote: dict[str, Any] = {"model": _remote_model(asked, base_url), "api_key": _key(asked)}
         given = {name: value for name, value in remote.items() if value is not None}
-        found.append(_measure("there", Options(base_url=base_url, max_retries=1, **given)))
+        options = Options(base_url=base_url, max_retries=1, **given)
+        # A server under a name of its own may do text alone; the model here tells.
+        has_images = "image" in (found[0] or ()) if found else find(options.model) is not None
+        found.append(_measure("there", options, has_images))
     working = [vectors for vectors in found if vectors is not None]
     if len(working) < len(found):
         return 1
     return 0 if len(working) == 1 or _compare(*working) else 1
 
 
-def _measure(place: str, options: Options) -> dict[Role, NDArray[np.float32]] | None:
-    """Embed the samples and print how that went."""
+def _measure(
+    place: str, options: Options, has_images: bool = True
+) -> dict[str, NDArray[np.float32]] | None:
+    """Embed the samples, images where the model takes them, and print how that went."""
     started = time.perf_counter()
     try:
         with Embedder(options) as embedder:
-            found = {role: embedder.embed(texts, role) for role, texts in _SAMPLES.items()}
+            found: dict[str, NDArray[np.float32]] = {
+                role: embedder.embed(texts, role) for role, texts in _SAMPLES.items()
+            }
+            if has_images and "image" in embedder.modalities:
+                found["image"] = embedder.embed(_pictures())
             first = time.perf_counter() - started
             seconds = [_seconds_of_a_query(embedder) for _ in range(9)]
             print(f"{place}: {embedder.description}")
@@ -157,24 +166,33 @@ def _measure(place: str, options: Options) -> dict[Role, NDArray[np.float32]] | 
     return found
 
 
+def _pictures() -> list[Document]:
+    from PIL import Image
+
+    disc = Image.radial_gradient("L").resize((700, 500))
+    return [Document(image=disc), Document("A disc that fades to its rim.", disc)]
+
+
 def _seconds_of_a_query(embedder: Embedder) -> float:
     started = time.perf_counter()
     embedder.embed(_SAMPLES["query"][:1], "query")
     return time.perf_counter() - started
 
 
-def _compare(here: dict[Role, NDArray[np.float32]], there: dict[Role, NDArray[np.float32]]) -> bool:
+def _compare(here: dict[str, NDArray[np.float32]], there: dict[str, NDArray[np.float32]]) -> bool:
     """Print how near the vectors of the two places are, and what follows."""
     worst = 1.0
-    for role, mine in here.items():
-        theirs = there[role]
+    for name, mine in here.items():
+        if (theirs := there.get(name)) is None:
+            print(f"not interchangeable: only the model here takes an {name}")
+            return False
         if mine.shape != theirs.shape:
             print(f"not interchangeable: {mine.shape[1]} values here, {theirs.shape[1]} there")
             return False
         cosines = (mine * theirs).sum(axis=1)
         worst = min(worst, float(cosines.min()))
         print(
-            f"{role}: cosine {cosines.min():.7f} to {cosines.max():.7f}, "
+            f"{name}: cosine {cosines.min():.7f} to {cosines.max():.7f}, "
             f"largest difference {np.abs(mine - theirs).max():.1e}"
         )
     same = worst >= SAME
@@ -242,6 +260,7 @@ _ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "device": {},
     "dtype": {"choices": get_args(DType)},
     "max_tokens": {"type": int, "metavar": "N"},
+    "max_tiles": {"type": int, "metavar": "N"},
     "tokens_per_step": {"type": int, "metavar": "N"},
 }
 

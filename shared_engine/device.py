@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shared_engine import attention
 from shared_engine.errors import ConfigurationError
@@ -77,3 +80,11 @@ def _dtype(device: torch.device, name: DType) -> tuple[torch.dtype, str]:
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return torch.bfloat16, "this CPU multiplies bfloat16 (AMX)"
     return torch.float32, "this device does not multiply bfloat16"
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy an array to the device, without waiting for it where that is a GPU."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any, Literal, TypeVar
 
 from shared_engine.errors import InputTypeError, UnsupportedModalityError
 
@@ -14,6 +15,8 @@ On the wire and in the prompt a document is called "passage"."""
 
 Modality = Literal["text", "image", "text_image"]
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -21,31 +24,88 @@ class Document:
 
     text: str | None = None
     image: Any = None
+    """A path, a file:// or data: URL, base64, bytes of a file, a binary file, or a Pillow image."""
 
     @property
     def modality(self) -> Modality:
-        """The kind of input, in the words of a NIM."""
+        """The kind of input, in the words of a NIM, which refuses a blank text with an image."""
         if self.image is None:
             return "text"
-        return "text_image" if self.text else "image"
+        return "text_image" if self.text and not str(self.text).isspace() else "image"
 
 
-def checked(documents: Iterable[str | Document], modalities: frozenset[Modality]) -> list[Document]:
-    """Return the inputs as documents, or raise the error of the first that cannot be embedded.
+def is_data_url(text: object) -> bool:
+    """Tell whether a text is nothing but an image as a data URL."""
+    if not isinstance(text, str) or text[:5].lower() != "data:":
+        return False
+    from shared_engine import images  # brings Pillow
+
+    return images.is_data_url(text)
+
+
+def of_images(images: Iterable[Any]) -> list[Document]:
+    """Return a document for each image.
 
     Raises:
-        InputTypeError: not a `str` or `Document`, or a text that no UTF-8 can carry.
-        UnsupportedModalityError: a kind of input that is not among `modalities`.
+        InputTypeError: one image instead of several.
+    """
+    one = isinstance(images, (str, bytes, bytearray, PathLike)) or hasattr(images, "read")
+    if one or not isinstance(images, Iterable):
+        raise InputTypeError(
+            f"expected a list of images, got one {type(images).__name__}; wrap it in a list"
+        )
+    return [Document(image=image) for image in images]
+
+
+def of_pairs(texts: Iterable[str], images: Iterable[Any]) -> list[Document]:
+    """Return a document for each text with the image beside it.
+
+    Raises:
+        InputTypeError: one text or image instead of several, or not as many of both.
+    """
+    texts, pictured = list(several(texts)), of_images(images)
+    if len(texts) != len(pictured):
+        raise InputTypeError(
+            f"expected a text for each image, got {len(texts)} texts and {len(pictured)} images",
+            index=min(len(texts), len(pictured)),
+        )
+    return [replace(document, text=text) for text, document in zip(texts, pictured, strict=True)]
+
+
+def checked(
+    documents: Iterable[str | Document], role: Role, modalities: frozenset[Modality]
+) -> list[Document]:
+    """Return the inputs as documents, or raise the error of the first that cannot be embedded.
+
+    Images are not opened yet, but an open file is read.
+
+    Raises:
+        InputTypeError: not a `str` or `Document`, a text that no UTF-8 can carry, or an image of a
+            type that none comes in.
+        UnsupportedModalityError: a kind of input that is not among `modalities`, or an image as a
+            query.
+        ImageError: an open file cannot be read, or is too large.
+    """
+    return [
+        _checked(item, index, role, modalities) for index, item in enumerate(several(documents))
+    ]
+
+
+def several(documents: _T) -> _T:
+    """Return what was given, unless it is one document alone.
+
+    Raises:
+        InputTypeError: it is; a string would be taken for a list of its characters.
     """
     if isinstance(documents, (str, Document)):
         raise InputTypeError(
             f"expected a list of documents, got one {type(documents).__name__}; "
             "wrap it in a list: embed([...])"
         )
-    return [_checked(item, index, modalities) for index, item in enumerate(documents)]
+    return documents
 
 
-def _checked(item: object, index: int, modalities: frozenset[Modality]) -> Document:
+def _checked(item: object, index: int, role: Role, modalities: frozenset[Modality]) -> Document:
     document = Document(text=item) if isinstance(item, str) else item
     if not isinstance(document, Document):
         raise InputTypeError(
@@ -59,7 +119,11 @@ def _checked(item: object, index: int, modalities: frozenset[Modality]) -> Docum
             index=index,
         )
     text = document.text
-    if text is None and document.image is None:
+    if document.image is not None:
+        blank = isinstance(text, str) and document.modality == "image"
+        image = _held(document.image, index, role)
+        document = replace(document, text=None if blank else text, image=image)
+    elif text is None:
         raise InputTypeError(f"input {index} has neither text nor image", index=index)
     if text is not None and not isinstance(text, str):
         raise InputTypeError(
@@ -76,3 +140,15 @@ def _checked(item: object, index: int, modalities: frozenset[Modality]) -> Docum
                 index=index,
             ) from None
     return document
+
+
+def _held(image: object, index: int, role: Role) -> object:
+    if role == "query":
+        raise UnsupportedModalityError(
+            f"input {index} has an image, and these models take queries as text only; what one "
+            'searches with is embedded as what one searches for: role="document"',
+            index=index,
+        )
+    from shared_engine import images  # brings Pillow
+
+    return images.held(image, index)

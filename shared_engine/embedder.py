@@ -12,20 +12,17 @@ The adapters for LangChain and LlamaIndex name a role, call this, and return lis
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncIterable, Callable, Iterable
 from concurrent.futures import CancelledError, Future
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from shared_engine import vectors
 from shared_engine.backend import Backend, Request
 from shared_engine.catalogue import without_suffix
-from shared_engine.documents import Document, Role, checked
+from shared_engine.documents import Document, Modality, Role, checked, several
 from shared_engine.engines import Lease
 from shared_engine.errors import (
     EngineClosedError,
@@ -35,8 +32,13 @@ from shared_engine.errors import (
     UnsupportedDimensionsError,
 )
 from shared_engine.options import Options
-from shared_engine.scheduler import failure
+from shared_engine.scheduler import Line, failure
+from shared_engine.stream import AsyncStream, Stream
 from shared_engine.usage import TokenCount, counting
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Documents = Iterable[str | Document]
 
@@ -109,6 +111,45 @@ class Embedder:
         """Do as `embed_lists` does without blocking the event loop."""
         return await asyncio.to_thread(_lists, await self.aembed(documents, role))
 
+    def stream(
+        self, documents: Documents, role: Role = "document", batch_size: int = 1024
+    ) -> Stream:
+        """Return an iterator over the vectors of documents too many for memory.
+
+        It yields what `embed` gives for `batch_size` documents at a time, in order, and reads the
+        source as it goes: two more batches are computed while the caller is busy with one. What
+        takes the vectors can read a twin of the source:
+
+            texts, twin = itertools.tee(source)
+            for vectors in embedder.stream(texts):
+                store(list(itertools.islice(twin, len(vectors))), vectors)
+
+        An error ends no stream: iterate on, with another `for` over the same object, for what comes
+        after it. `close()`, or letting go of the object, cancels what has not started.
+
+        Raises, while iterating:
+            PartialResultError: some documents of a batch were refused or failed. The vectors of
+                the others are on it, from position `offset`, and the errors by position in the
+                stream. Iterate on for the next batch.
+            RemoteError: a NIM failed at all of a batch, for one reason. Iterate on to try this
+                batch again.
+            Exception: what the source raised, after the vectors of all that it gave before.
+            ConfigurationError, EngineClosedError: as with `embed`.
+        """
+        return Stream(self, several(documents), role, batch_size)
+
+    def astream(
+        self,
+        documents: Documents | AsyncIterable[str | Document],
+        role: Role = "document",
+        batch_size: int = 1024,
+    ) -> AsyncStream:
+        """Do as `stream` does without blocking the event loop; cancelling it closes the stream.
+
+        What is no async iterable is read in a thread.
+        """
+        return AsyncStream(self, several(documents), role, batch_size)
+
     @property
     def dimensions(self) -> int:
         """Length of a vector. Loads the model, or asks a NIM for one vector."""
@@ -121,6 +162,14 @@ class Embedder:
             probe = Request([Document("?")], role or "query")
             self._width = self._backend.submit(probe).result().shape[1]
         return self._width
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        """Kinds of input that it takes; a NIM of a name that we do not know may take fewer.
+
+        Loads the model.
+        """
+        return self._backend.modalities
 
     @property
     def description(self) -> str:
@@ -182,7 +231,13 @@ class Embedder:
             self._used = TokenCount()  # after a fork, the parent's lock may be held for ever
         return self._lease.backend
 
-    def _submit(self, documents: Documents, role: Role) -> Future[NDArray[np.float32]]:
+    def _submit(
+        self,
+        documents: Documents,
+        role: Role,
+        line: Line | None = None,
+        on_progress: Callable[[int], object] | None = None,
+    ) -> Future[NDArray[np.float32]]:
         backend = self._backend
         wanted = self.options.dimensions
         offered = backend.dimensions
@@ -192,10 +247,10 @@ class Embedder:
                 f"{', '.join(map(str, offered))}. For a folder or Hugging Face id, give "
                 "the catalogue's name as `model` and the folder as `checkpoint`"
             )
-        valid = checked(documents, backend.modalities)
+        valid = checked(documents, role, backend.modalities)
         count = partial(_add, (self._used, *counting()))
-        request = Request(valid, role, wanted, self.options.truncate, on_usage=count)
-        if not self.options.show_progress:
+        request = Request(valid, role, wanted, self.options.truncate, on_progress, count, line)
+        if on_progress or not self.options.show_progress:
             return backend.submit(request)
         from tqdm.auto import tqdm
 
@@ -215,6 +270,8 @@ class Embedder:
         return future
 
     def _finish(self, pooled: NDArray[np.float32]) -> NDArray[Any]:
+        import numpy as np
+
         out = vectors.unit(pooled)
         bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
         if bad.size:

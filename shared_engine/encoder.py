@@ -1,7 +1,8 @@
-"""The bidirectional Llama over packed rows: tokens in, one mean vector a sequence out.
+"""The bidirectional Llama over packed rows: tokens and tiles in, one mean vector a sequence out.
 
 The decoder stack of Llama 3.2 without its causal mask and without padding: linear layers and norms
 see the tokens of all sequences in one row (T, hidden), attention keeps each sequence to itself.
+Where a sequence has an image, the rows of the vision tower stand in for its context tokens.
 T is the tokens of a step, S its sequences.
 
 Source of the arithmetic: `LlamaBidirectionalModel` of the public checkpoints (mean pooling, no
@@ -10,11 +11,9 @@ causal mask) and transformers' `modeling_llama.py`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,9 @@ from torch import Tensor
 
 from shared_engine.attention import Attention, Layout
 from shared_engine.checkpoint import Checkpoint, rope
-from shared_engine.device import Placement
-from shared_engine.errors import CheckpointError
+from shared_engine.device import Placement, to_device
+from shared_engine.vision import VisionTower
+from shared_engine.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Layer:
 class Encoder:
     """A loaded model on one device. Calls are not concurrent: its worker thread owns it."""
 
-    def __init__(self, checkpoint: Checkpoint, placement: Placement) -> None:
-        """Load the weights.
+    def __init__(self, checkpoint: Checkpoint, placement: Placement, vocabulary: int = 0) -> None:
+        """Load the weights; a `vocabulary` larger than the table of embeddings gets zeros.
 
         Raises:
             CheckpointError: a weight file or tensor is missing, unknown or of another shape.
@@ -57,18 +57,27 @@ class Encoder:
         self._kv_heads = int(config.get("num_key_value_heads") or self._heads)
         self._head_dim = int(config.get("head_dim") or config["hidden_size"] // self._heads)
         self._eps = float(config.get("rms_norm_eps", 1e-6))
-        self._embedding, self._layers, self._norm = _load(
-            checkpoint.folder, config, self._head_dim, placement
-        )
+        weights = Weights(checkpoint, placement)
+        prefix = "" if checkpoint.vision is None else "language_model."
+        table, self._layers, self._norm = _load(weights, prefix, config, self._head_dim)
+        missing = vocabulary - len(table)
+        self._embedding = F.pad(table, (0, 0, 0, missing)) if missing > 0 else table
+        self._vision = checkpoint.vision and VisionTower(checkpoint, weights, placement)
+        weights.check_nothing_left()
         self._cos, self._sin = _rotary_tables(
-            rope(config), self._head_dim, checkpoint.max_tokens, placement
+            rope(config), self._head_dim, checkpoint.longest, placement
         )
 
     @torch.inference_mode()
-    def __call__(self, sequences: Sequence[NDArray[np.int32]]) -> NDArray[np.float32]:
+    def __call__(
+        self,
+        sequences: Sequence[NDArray[np.int32]],
+        tiles: Sequence[NDArray[np.uint8] | None] = (),
+    ) -> NDArray[np.float32]:
         """Return the mean of the last hidden states of every sequence, (S, hidden) float32.
 
-        The means are neither cut nor scaled. Each is over all tokens of its sequence, prefix and
+        `tiles` are the images of the sequences, each (n, size, size, 3), or None for a text. The
+        means are neither cut nor scaled. Each is over all tokens of its sequence, prefix and
         special tokens included, and does not depend on the other sequences.
         """
         # Neighbours of equal length share an attention call on a CPU.
@@ -78,18 +87,21 @@ class Encoder:
         boundaries = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=boundaries[1:])
         positions = np.arange(boundaries[-1], dtype=np.int32) - np.repeat(boundaries[:-1], lengths)
-        layout = Layout(lengths, self._to_device(boundaries))
-        hidden = self._forward(
-            self._to_device(np.concatenate(sequences)), self._to_device(positions), layout
-        )  # (T, hidden)
-        counts = self._to_device(np.asarray(lengths, np.int64))  # (S,)
+        layout = Layout(lengths, to_device(boundaries, self.device))
+        ids = np.concatenate(sequences)
+        x = F.embedding(to_device(ids, self.device), self._embedding)  # (T, hidden)
+        images = [tiles[i] for i in order if tiles[i] is not None] if tiles else []
+        if images and self._vision:
+            places = np.flatnonzero(ids == self._vision.context_token)
+            x[to_device(places, self.device)] = self._vision(images)
+        hidden = self._forward(x, to_device(positions, self.device), layout)  # (T, hidden)
+        counts = to_device(np.asarray(lengths, np.int64), self.device)  # (S,)
         means = torch.segment_reduce(hidden.float(), "mean", lengths=counts, unsafe=True)
         out = np.empty(means.shape, np.float32)  # (S, hidden)
         out[order] = means.cpu().numpy()
         return out
 
-    def _forward(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        x = F.embedding(ids, self._embedding)  # (T, hidden)
+    def _forward(self, x: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         cos, sin = self._cos[positions], self._sin[positions]  # (T, 1, d / 2)
         rotated = self._heads + self._kv_heads  # queries and keys are rotated, values are not
         for layer in self._layers:
@@ -110,12 +122,6 @@ class Encoder:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (T, 1)
         scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(self._eps))
         return (x * scale).to(x.dtype).mul_(weight)
-
-    def _to_device(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -153,10 +159,13 @@ def _rotary_tables(
 
 
 def _load(
-    folder: Path, config: dict[str, Any], head_dim: int, placement: Placement
+    weights: Weights, prefix: str, config: dict[str, Any], head_dim: int
 ) -> tuple[Tensor, list[Layer], Tensor]:
-    """Read the safetensors files, one tensor at a time, straight to the device."""
-    take = _Weights(folder, placement)
+    """Return the table of embeddings, the layers and the last norm."""
+
+    def take(name: str, *shape: int) -> Tensor:
+        return weights(prefix + name, *shape)
+
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     q, kv = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
@@ -185,54 +194,4 @@ def _load(
                 down=take(f"{mlp}.down_proj.weight", hidden, inner),
             )
         )
-    norm = take("norm.weight", hidden)
-    take.check_nothing_left()
-    return embedding, layers, norm
-
-
-class _Weights:
-    """Tensors of a checkpoint by name: in one file or shards, with or without `model.`."""
-
-    _UNUSED = ("lm_head.weight", "rotary_emb.inv_freq")
-
-    def __init__(self, folder: Path, placement: Placement) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self._folder, self._placement = folder, placement
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = ["model.safetensors"]
-        self._left: dict[str, tuple[Any, str]] = {}
-        for name in names:
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder} has no {name}; the engine reads safetensors only")
-            try:
-                file = safe_open(folder / name, framework="pt", device=str(placement.device))
-            except SafetensorError as exc:
-                raise CheckpointError(f"{folder / name} cannot be read: {exc}") from exc
-            for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
-                if not key.endswith(self._UNUSED):
-                    self._left[key.removeprefix("model.")] = (file, key)
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        try:
-            file, key = self._left.pop(name)
-        except KeyError:
-            raise CheckpointError(f"{self._folder} has no tensor {name!r}") from None
-        tensor: Tensor = file.get_tensor(key)
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{self._folder}: tensor {key!r} has shape {tuple(tensor.shape)}; config.json says "
-                f"{shape}"
-            )
-        return tensor.to(self._placement.dtype)
-
-    def check_nothing_left(self) -> None:
-        if self._left:
-            some = ", ".join(sorted(key for _, key in self._left.values())[:3])
-            raise CheckpointError(
-                f"{self._folder} holds {len(self._left)} tensors that config.json does not "
-                f"account for, among them {some}"
-            )
+    return embedding, layers, take("norm.weight", hidden)

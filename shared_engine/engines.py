@@ -32,6 +32,8 @@ _BUILT_FROM_HERE = (
     "device",
     "dtype",
     "max_tokens",
+    "max_tiles",
+    "image_urls",
     "tokens_per_step",
 )
 _BUILT_FROM_THERE = (
@@ -46,10 +48,11 @@ _BUILT_FROM_THERE = (
     "verify_ssl",
     "proxy",
     "user",
+    "image_urls",
     "http_client",
 )
 """The options that an engine is made of; the others travel with each request."""
-_ONLY_HERE = ("checkpoint", "revision", "max_tokens")
+_ONLY_HERE = ("checkpoint", "revision", "max_tokens", "max_tiles")
 """Options that would change the vectors, and that a NIM cannot be told."""
 
 _log = logging.getLogger("shared_engine")

@@ -9,6 +9,8 @@ NeMoRetrieverError
 │   ├── InputTypeError (TypeError)
 │   ├── InputTooLongError
 │   ├── UnsupportedModalityError
+│   ├── ImageError                        an image cannot be found, fetched or decoded
+│   │   └── ImageTooLargeError            it breaks a limit of bytes, sides or tokens
 │   ├── DeviceMemoryError (MemoryError)   this one input does not fit on the device, even alone
 │   └── NonFiniteVectorError              the model gave NaN or infinity for this input
 ├── EngineError (RuntimeError)            the engine failed on inputs that are not at fault
@@ -89,6 +91,14 @@ class InputTooLongError(InputError):
 
 class UnsupportedModalityError(InputError):
     """The model does not take inputs of this kind."""
+
+
+class ImageError(InputError):
+    """An image cannot be found, fetched or decoded; the message says which and why."""
+
+
+class ImageTooLargeError(ImageError):
+    """An image is over a limit: bytes of the file, pixels of a side, or tokens of its tiles."""
 
 
 class DeviceMemoryError(InputError, MemoryError):
@@ -176,7 +186,9 @@ class PartialResultError(NeMoRetrieverError, RuntimeError):
     vectors: NDArray[np.float32]
     """(n, d) float32, unit length; the rows of failed inputs are NaN."""
     errors: dict[int, NeMoRetrieverError]
-    """What went wrong, by position in the list the caller passed."""
+    """What went wrong, by position in the list or stream that the caller passed."""
+    offset: int
+    """Position of the first of `vectors`: 0, but from a stream."""
 
     def __init__(
         self,
@@ -184,8 +196,10 @@ class PartialResultError(NeMoRetrieverError, RuntimeError):
         *,
         vectors: NDArray[np.float32] | None = None,
         errors: dict[int, NeMoRetrieverError] | None = None,
+        offset: int = 0,
     ) -> None:
         super().__init__(message)
+        self.offset = offset
         if vectors is not None:
             self.vectors = vectors
         self.errors = errors or {}

@@ -1,14 +1,17 @@
-"""The model in this process: two worker threads between a queue and a device.
+"""The model in this process: worker threads between a queue and a device.
 
-    submit ──► tokenise (thread 1, ahead of the device) ──► steps (thread 2) ──► the caller's rows
+    submit ──► prepare (ahead of the device) ──► steps (one thread) ──► the caller's rows
 
-Queries are short and urgent: they are tokenised by their caller and never wait behind documents.
+To prepare is to tokenise, which the tokenizers library spreads over the cores by itself, and to
+decode and cut images, for which there is a thread for each core. Queries are short and urgent: they
+are tokenised by their caller and never wait behind documents.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
@@ -23,6 +26,7 @@ from shared_engine.engines import stopping
 from shared_engine.errors import (
     DeviceMemoryError,
     EngineError,
+    InputError,
     MissingExtraError,
     NeMoRetrieverError,
 )
@@ -41,13 +45,12 @@ except ModuleNotFoundError as exc:
         "pip install 'nemoretriever-embeddings[local]'"
     ) from exc
 
+_MOST_PREPARING = 16
 _log = logging.getLogger("shared_engine")
 
 
 class LocalBackend:
-    """A text embedding model on one device, shared by any number of callers."""
-
-    modalities: frozenset[Modality] = frozenset({"text"})
+    """An embedding model on one device, shared by any number of callers."""
 
     def __init__(self, options: Options) -> None:
         """Find the checkpoint, download it if need be, load it, and start the workers.
@@ -57,20 +60,30 @@ class LocalBackend:
             ConfigurationError: no such device.
         """
         self._checkpoint = resolve(options)
+        self._vision = self._checkpoint.vision
+        self._image_urls = options.image_urls
+        kinds: tuple[Modality, ...] = ("text", "image", "text_image")
+        self.modalities = frozenset(kinds if self._vision else kinds[:1])
         placement = place(options.device, options.dtype, options.tokens_per_step)
         self._tokenizer = TextTokenizer(self._checkpoint)
         # In a thread of its own: torch's OpenMP workers belong to the thread that first computes,
         # and a caller who forks later would wait for workers that stayed with the parent.
         with ThreadPoolExecutor(1, "nemoretriever-load") as loader:
-            self._encoder = loader.submit(Encoder, self._checkpoint, placement).result()
+            self._encoder = loader.submit(
+                Encoder, self._checkpoint, placement, self._tokenizer.size
+            ).result()
         self._scheduler = Scheduler(placement.tokens_per_step)
         self._dtype = placement.dtype
         self.dimensions = self._checkpoint.dimensions
         self.description = f"{self._checkpoint.name} in this process on {placement.description}"
+        if self._vision:
+            self.description += f", at most {self._vision.max_tiles} tiles an image"
         _log.info("%s", self.description)
+        preparing = min(os.cpu_count() or 1, _MOST_PREPARING) if self._vision else 1
+        work = [("compute", self._compute), *[("prepare", self._prepare)] * preparing]
         self._workers = [
             threading.Thread(target=target, name=f"nemoretriever-{name}", daemon=True)
-            for name, target in (("tokenise", self._tokenise), ("compute", self._compute))
+            for name, target in work
         ]
         for worker in self._workers:
             worker.start()
@@ -78,7 +91,9 @@ class LocalBackend:
     @property
     def fingerprint(self) -> str:
         """A digest of the configuration, the tokenizer and samples of the weights."""
-        digest = hashlib.sha256(repr((self._checkpoint.prompts, str(self._dtype))).encode())
+        tiles = self._vision and self._vision.max_tiles
+        built = (self._checkpoint.prompts, str(self._dtype), tiles)
+        digest = hashlib.sha256(repr(built).encode())
         for path in sorted(self._checkpoint.folder.glob("*")):
             if path.name in ("config.json", "tokenizer.json"):
                 digest.update(path.read_bytes())
@@ -107,7 +122,11 @@ class LocalBackend:
             self._scheduler.put(call, self._encoded(request, texts, list(range(len(texts)))))
         else:
             if request.truncate == "NONE":  # refuse a long text before anything is computed
-                long = [i for i, text in enumerate(texts) if not self._tokenizer.surely_fits(text)]
+                long = [
+                    row
+                    for row, document in enumerate(request.documents)
+                    if document.image is None and not self._tokenizer.surely_fits(texts[row])
+                ]
                 call.known.update(zip(long, self._encoded(request, texts, long), strict=True))
             self._scheduler.put(call)
         return call.future
@@ -134,19 +153,24 @@ class LocalBackend:
             ]
         return out
 
-    def _tokenise(self) -> None:
-        """Work of the first thread: documents to token ids, a few steps ahead of the device."""
+    def _prepare(self) -> None:
+        """Work of the first threads: documents to sequences, a few steps ahead of the device."""
         while (chunk := self._scheduler.next_chunk()) is not None:
             sequences: list[Sequence] = []
             for call, pairs in groupby(chunk, key=lambda pair: pair[0]):
+                documents = call.request.documents
                 rows = [row for _, row in pairs]
+                texts = [row for row in rows if documents[row].image is None]
                 try:
-                    sequences += self._sequences(call, rows)
+                    sequences += self._texts(call, texts)
                 except Exception as exc:
-                    _fail(call, rows, EngineError(f"the tokenizer failed: {exc}"), exc)
+                    _fail(call, texts, EngineError(f"the tokenizer failed: {exc}"), exc)
+                for row in rows:
+                    if documents[row].image is not None and not call.dropped:
+                        sequences += self._image(call, row)
             self._scheduler.add(sequences)
 
-    def _sequences(self, call: Call, rows: list[int]) -> list[Sequence]:
+    def _texts(self, call: Call, rows: list[int]) -> list[Sequence]:
         request = call.request
         fresh = [row for row in rows if row not in call.known]
         texts = [request.documents[row].text or "" for row in fresh]
@@ -157,8 +181,28 @@ class LocalBackend:
             Sequence(call, row, cut(ids[row], request.role, request.truncate, row)) for row in rows
         ]
 
+    def _image(self, call: Call, row: int) -> list[Sequence]:
+        """Return the sequence of an image, with its text if it has one; none where it failed."""
+        from shared_engine import images
+
+        assert self._vision is not None
+        document, tokenizer, size = call.request.documents[row], self._tokenizer, self._vision
+        try:
+            tiles = images.tiles(
+                document.image, row, size.max_tiles, size.tile_size, self._image_urls
+            )
+            ids, head = tokenizer.encode_with_image(len(tiles), document.text or "")
+            ids = tokenizer.cut_with_image(ids, head, call.request.truncate, row)
+        except InputError as exc:
+            call.fail(row, exc)
+            return []
+        except Exception as exc:
+            _fail(call, [row], EngineError(f"preparing input {row} failed: {exc}"), exc)
+            return []
+        return [Sequence(call, row, ids, tiles, len(tiles) * size.patches_per_tile)]
+
     def _compute(self) -> None:
-        """Work of the second thread: one step after another on the device."""
+        """Work of the last thread: one step after another on the device."""
         while (step := self._scheduler.next_step()) is not None:
             self._run(step)
 
@@ -166,11 +210,13 @@ class LocalBackend:
         """Compute a step and deliver its rows; where memory runs out, its halves."""
         error = None
         try:
-            vectors = self._encoder([sequence.ids for sequence in step])  # (S, hidden)
+            vectors = self._encoder(
+                [sequence.ids for sequence in step], [sequence.tiles for sequence in step]
+            )  # (S, hidden)
         except Exception as exc:
             error = exc.with_traceback(None)  # the traceback would keep the step's tensors alive
         if error is not None and _is_out_of_memory(error) and len(step) > 1:
-            tokens = sum(len(sequence.ids) for sequence in step)
+            tokens = sum(sequence.cost for sequence in step)
             self._scheduler.tokens_per_step = max(1, tokens // 2)
             _log.warning("out of memory at %d tokens a step; going on with half", tokens)
             if self._encoder.device.type == "cuda":

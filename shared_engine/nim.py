@@ -3,7 +3,8 @@
     submit ──► batches (nim_batches.py) ──► requests (nim_wire.py) ──► nim_transport.py ──► rows
 
 One event loop in one thread serves every caller, so that they share connections and a limit of
-requests in flight, whatever thread or event loop they come from.
+requests in flight, whatever thread or event loop they come from. Images are opened in threads, as
+that takes too long for a loop that others wait for.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import ssl
 import threading
 import time
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +33,7 @@ import shared_engine
 from shared_engine import nim_wire as wire
 from shared_engine.backend import Request
 from shared_engine.catalogue import find, without_suffix
-from shared_engine.documents import Modality
+from shared_engine.documents import Document, Modality
 from shared_engine.engines import stopping
 from shared_engine.errors import (
     ConfigurationError,
@@ -81,6 +83,9 @@ class NimBackend:
         self._transport = Retrying(self._once, options.max_retries)
         self._limits = Limits(options.max_batch_size)
         self._encoding = "base64"
+        # Unsaid, a multimodal NIM takes a text that holds a data URL for an image.
+        self._says_text = self._spec is None or self._spec.is_multimodal
+        self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "nemoretriever-images")
         self._succeeded = 0.0  # time.monotonic() of the last reply that was used
         self._served: str | None = self._name if is_hosted(base_url) else None
         self._asking = asyncio.Lock()
@@ -161,10 +166,11 @@ class NimBackend:
             for client in set(self._clients):
                 await client.aclose()
         finally:
+            self._encoders.shutdown(wait=False, cancel_futures=True)
             self._loop.stop()
 
     async def _embed(self, request: Request) -> NDArray[np.float32]:
-        call = Call(request, self._spec.hidden_size if self._spec else 0)
+        call = Call(request, self._encode, self._spec.hidden_size if self._spec else 0)
         deadline = self._options.deadline
         try:
             async with asyncio.timeout(deadline) as running:
@@ -173,14 +179,22 @@ class NimBackend:
             if not running.expired():  # a RequestTimeoutError
                 raise
             call.stopped = RequestTimeoutError(f"not done within deadline={deadline} s")
+        finally:
+            call.close()
         return call.result()
+
+    def _encode(self, document: Document, row: int) -> asyncio.Future[bytes]:
+        urls = self._options.image_urls
+        return self._loop.run_in_executor(self._encoders, lambda: wire.encoded(document, row, urls))
 
     async def _work(self, call: Call) -> None:
         documents = len(call.request.documents)
         if not documents:
             return
         model = await self._model()
-        most = min(2 * self._options.concurrency, -(-documents // self._limits.inputs))
+        has_images = any(document.image is not None for document in call.request.documents)
+        batches = documents if has_images else -(-documents // self._limits.inputs)
+        most = min(2 * self._options.concurrency, batches)
         if most == 1 or self._options.concurrency == 1:
             return await self._worker(call, model)
         async with asyncio.TaskGroup() as group:  # twice, as some wait for their next attempt
@@ -188,7 +202,7 @@ class NimBackend:
                 group.create_task(self._worker(call, model))
 
     async def _worker(self, call: Call, model: str) -> None:
-        while (batch := call.next_batch(self._limits)) is not None:
+        while (batch := await call.next_batch(self._limits)) is not None:
             started = time.monotonic()
             try:
                 await self._try(call, batch, model)
@@ -215,36 +229,42 @@ class NimBackend:
             call.stopped = error
 
     async def _try(self, call: Call, batch: Batch, model: str) -> None:
-        encoding = self._encoding
+        encoding, says_text = self._encoding, self._says_text and batch.modality == "text"
         response = await self._send(self._embeddings_request(call.request, batch, model, encoding))
         if response.is_success:
             reply = wire.parse(response.content, len(batch.rows), call.request.dimensions)
             call.deliver(batch, reply.vectors, reply.tokens)
             self._succeeded = time.monotonic()
+            self._limits.passed = max(self._limits.passed, batch.size)
             return
         said = self._refusal(response)
+        one_input = said.one_input or (batch.has_images and said.unexplained)
         if encoding == "base64" and said.about("encoding_format"):
             _log.info("the server sends no base64; asking for floats from now on")
             self._encoding = "float"
             call.send_again(batch)
-        elif said.one_input and len(batch.rows) > 1:
+        elif says_text and said.about("modality"):
+            _log.info("the server takes no modality; leaving it out with texts from now on")
+            self._says_text = False
+            call.send_again(batch)
+        elif one_input and len(batch.rows) > 1:
             call.send_again(*batch.apart(said.position))
         elif said.too_large and len(batch.rows) > 1:
             self._shrink(batch, said)
             call.send_again(*batch.halves())
         else:
-            error = wire.error(response, said, batch.rows[0])
+            error = wire.error(response, said, batch.rows[0], batch.has_images)
             if response.status_code in RETRIED:
                 raise error
             call.fail(batch, error)
-            if not (said.one_input or said.too_large):
+            if not (one_input or said.too_large) or (said.unexplained and call.is_hopeless):
                 call.stopped = error  # the others would be refused as well
 
     def _shrink(self, batch: Batch, said: wire.Refusal) -> None:
         if said.by_count:
             self._limits.inputs = min(self._limits.inputs, len(batch.rows) // 2)
         else:
-            self._limits.size = min(self._limits.size, batch.size // 2)
+            self._limits.shrink_below(batch.size)
         _log.info("too large for the server: %d inputs, %d bytes", len(batch.rows), batch.size)
 
     def _refusal(self, response: httpx.Response) -> wire.Refusal:
@@ -256,25 +276,19 @@ class NimBackend:
     def _embeddings_request(
         self, request: Request, batch: Batch, model: str, encoding: str
     ) -> httpx.Request:
-        text_only = batch.modality == "text"
         fields = {
             "model": model,
-            # A picture is a passage, also where it is what one searches with.
-            "input_type": wire.INPUT_TYPE[request.role if text_only else "document"],
+            "input_type": wire.INPUT_TYPE[request.role],
             "encoding_format": encoding,
             "truncate": request.truncate,
             "dimensions": request.dimensions,
-            "modality": None if text_only and not self._is_multimodal else batch.modality,
+            "modality": batch.modality if batch.has_images or self._says_text else None,
             "user": self._options.user,
         }
         content = wire.body(fields, batch.inputs)
         out = self._request("POST", f"{self._base_url}/embeddings", content)
         out.extensions["urgent"] = request.role == "query"
         return out
-
-    @property
-    def _is_multimodal(self) -> bool:
-        return self._spec is not None and len(self._spec.modalities) > 1
 
     def _request(self, method: str, url: str, content: bytes | None = None) -> httpx.Request:
         headers = self._headers

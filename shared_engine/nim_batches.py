@@ -1,18 +1,22 @@
 """One caller's documents on their way to a NIM: which are sent together, and what came of each.
 
-Policy only: nothing is sent here, and one thread uses it.
+Policy only: nothing is sent here, and one event loop uses it. Images are encoded a few ahead of
+their batch, in another's threads, and let go when their batch is answered.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared_engine.backend import Request
-from shared_engine.documents import Modality
+from shared_engine.documents import Document, Modality
 from shared_engine.errors import (
     EngineError,
     InputError,
@@ -22,14 +26,29 @@ from shared_engine.errors import (
 from shared_engine.nim_wire import encoded
 from shared_engine.scheduler import failure
 
+IMAGES_AHEAD = 8
+"""Images of one call that are encoded before there is a batch for them."""
+MOST_HELD = 128 * 2**20
+"""Bytes of a call's batches without an answer from which no further batch is made."""
+_HOPELESS = 8
+"""Inputs that fail before any succeeds, from which the others are not tried."""
+
+Encode = Callable[[Document, int], "asyncio.Future[bytes]"]
+
 
 @dataclass
 class Limits:
-    """The most that one request may hold; learned from what the server refuses."""
+    """The most that one request may hold; learned from what the server takes and refuses."""
 
     inputs: int
     size: int = 2_000_000
     """Bytes. Common HTTP servers refuse bodies over 2 MB unless told otherwise."""
+    passed: int = 0
+    """Bytes of the largest batch that was taken."""
+
+    def shrink_below(self, size: int) -> None:
+        """Learn that a batch of `size` bytes was refused; one large input may be why."""
+        self.size = min(self.size, max(size // 2, self.passed))
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,11 @@ class Batch:
     def size(self) -> int:
         """Bytes of its inputs, with the commas."""
         return sum(map(len, self.inputs)) + len(self.inputs)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether its inputs are images, alone or with a text."""
+        return self.modality != "text"
 
     def halves(self) -> tuple[Batch, Batch]:
         """Return the shorter inputs and the longer ones, where a single culprit most often is."""
@@ -71,52 +95,89 @@ class Batch:
 class Call:
     """A request's rows: waiting, in a batch, or finished."""
 
-    def __init__(self, request: Request, width: int = 0) -> None:
-        """Line the rows up; `width` is the length of a vector, or 0 where no one knows yet."""
+    def __init__(self, request: Request, encode: Encode, width: int = 0) -> None:
+        """Line the rows up; `encode` does in a thread what `nim_wire.encoded` does.
+
+        `width` is the length of a vector, or 0 where no one knows yet.
+        """
         self.request = request
+        self._encode = encode
         self.stopped: NeMoRetrieverError | None = None
         """Why nothing more is sent, if so."""
         documents = request.documents
         self._rows = deque(sorted(range(len(documents)), key=lambda row: documents[row].modality))
-        self._again: deque[Batch] = deque()
+        self._ready: deque[Batch] = deque()
+        self._ahead: dict[int, asyncio.Future[bytes]] = {}
+        self._building = asyncio.Lock()
+        self._held = 0
+        self._answered = asyncio.Event()
         self._vectors: NDArray[np.float32] | None = None
         self._width = width
         self._errors: dict[int, NeMoRetrieverError] = {}
         self._unfinished = set(range(len(documents)))
 
-    def next_batch(self, limits: Limits) -> Batch | None:
+    async def next_batch(self, limits: Limits) -> Batch | None:
         """Return the next inputs to send, or None where all were given out."""
-        if self.stopped is not None:
-            return None
-        if self._again:
-            return self._again.popleft()
-        if not self._rows:
-            return None
+        if not self._ready:
+            async with self._building:  # one after the other, so that batches are full
+                while self._rows and not self._ready and self.stopped is None:
+                    await self._build(limits)
+        return self._ready.popleft() if self._ready and self.stopped is None else None
+
+    async def _build(self, limits: Limits) -> None:
+        while self._held > MOST_HELD:
+            self._answered.clear()
+            await self._answered.wait()
         documents = self.request.documents
         modality = documents[self._rows[0]].modality
         rows: list[int] = []
         inputs: list[bytes] = []
         size = 0
-        while self._rows and len(rows) < limits.inputs:
+        while self._rows and len(rows) < limits.inputs and self.stopped is None:
             row = self._rows[0]
             if documents[row].modality != modality:
                 break
-            try:
-                item = encoded(documents[row], row)
-            except InputError as exc:
-                self._errors[self._rows.popleft()] = exc
-                self._finished((row,))
-                continue
-            size += len(item) + 1
+            item = await self._item(row)
+            size += 0 if item is None else len(item) + 1
             if rows and size > limits.size:
                 break
-            rows.append(self._rows.popleft())
-            inputs.append(item)
-        return Batch(tuple(rows), tuple(inputs), modality) if rows else self.next_batch(limits)
+            self._rows.popleft()
+            self._ahead.pop(row, None)
+            if item is None:
+                self._finished((row,))
+            else:
+                rows.append(row)
+                inputs.append(item)
+        if rows:
+            batch = Batch(tuple(rows), tuple(inputs), modality)
+            self._held += batch.size
+            self._ready.append(batch)
+
+    async def _item(self, row: int) -> bytes | None:
+        """Return what is sent for a row, or None where that failed and its error is kept."""
+        documents = self.request.documents
+        try:
+            if documents[row].image is None:
+                return encoded(documents[row], row)
+            for other in islice(self._rows, IMAGES_AHEAD):
+                if other not in self._ahead and documents[other].image is not None:
+                    self._ahead[other] = self._encode(documents[other], other)
+            return await self._ahead[row]
+        except NeMoRetrieverError as exc:
+            self._errors[row] = exc
+        except Exception as exc:
+            self._errors[row] = error = EngineError(f"input {row} cannot be sent: {exc!r}")
+            error.__cause__ = exc
+        return None
+
+    def close(self) -> None:
+        """Drop the images that were encoded ahead of a batch that never came."""
+        for coming in self._ahead.values():
+            coming.cancel()  # if it has failed already, asyncio will not complain of it either
 
     def send_again(self, *batches: Batch) -> None:
         """Put batches before all others."""
-        self._again.extend(batch for batch in batches if batch.rows)
+        self._ready.extend(batch for batch in batches if batch.rows)
 
     def deliver(self, batch: Batch, vectors: NDArray[np.float32], tokens: int) -> None:
         """Take the vectors of a batch.
@@ -134,11 +195,21 @@ class Call:
         self._vectors[list(batch.rows)] = vectors
         if self.request.on_usage and tokens:
             self.request.on_usage(tokens)
-        self._finished(batch.rows)
+        self._let_go(batch)
 
     def fail(self, batch: Batch, error: NeMoRetrieverError) -> None:
         """Take the error of a batch."""
         self._errors.update(dict.fromkeys(batch.rows, error))
+        self._let_go(batch)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether several inputs failed and none succeeded, so that the others would fail too."""
+        return self._vectors is None and len(self._errors) >= _HOPELESS
+
+    def _let_go(self, batch: Batch) -> None:
+        self._held -= batch.size
+        self._answered.set()
         self._finished(batch.rows)
 
     def _finished(self, rows: tuple[int, ...]) -> None:

@@ -6,7 +6,6 @@ have published; NVIDIA calls the wording of errors unstable, so the status decid
 
 from __future__ import annotations
 
-import binascii
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,8 @@ from pybase64 import b64decode
 from shared_engine.documents import Document, Role
 from shared_engine.errors import (
     AuthenticationError,
+    ImageTooLargeError,
     InputTooLongError,
-    InputTypeError,
     InvalidRequestError,
     MalformedResponseError,
     ModelNotFoundError,
@@ -57,33 +56,26 @@ _TOO_LARGE = re.compile(
 )
 
 
-def encoded(document: Document, index: int) -> bytes:
+def encoded(document: Document, index: int, image_urls: bool = False) -> bytes:
     r"""Return a document as one item of `input`, in JSON: a text, a data URL, or both.
+
+    An image is opened and may be converted, which takes up to seconds.
 
     >>> encoded(Document(text="a\n"), 0)
     b'"a\\n"'
+
+    Raises:
+        InputError: the image cannot be opened; `image_urls` says whether it may be fetched.
     """
-    text = document.text or ""
-    if document.image is not None:
-        # The separator of NVIDIA's own client for text with an image.
-        text = (f"{text}\n" if text else "") + _data_url(document.image, index)
-    return json.dumps(text, ensure_ascii=False).encode()
+    text = json.dumps(document.text or "", ensure_ascii=False).encode()
+    if document.image is None:
+        return text
+    from shared_engine import images  # brings Pillow
 
-
-def _data_url(image: object, index: int) -> str:
-    if isinstance(image, str) and image.startswith("data:image/"):
-        return image
-    if isinstance(image, bytes):
-        for magic, kind in ((b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpeg")):
-            if image.startswith(magic):
-                return (
-                    f"data:image/{kind};base64,{binascii.b2a_base64(image, newline=False).decode()}"
-                )
-    raise InputTypeError(
-        f"input {index} has an image of type {type(image).__name__}; a NIM takes the bytes of a "
-        "PNG or JPEG file, or a data URL",
-        index=index,
-    )
+    url = images.data_url(document.image, index, urls=image_urls).encode()
+    if document.modality == "image":
+        return b'"%b"' % url
+    return b'%b\\n%b"' % (text[:-1], url)  # the separator of NVIDIA's own client
 
 
 def body(fields: Mapping[str, object], inputs: Sequence[bytes]) -> bytes:
@@ -204,9 +196,18 @@ class Refusal(NamedTuple):
         return self.status in (400, 422) and self.field == "input" and not self.too_large
 
     @property
+    def unexplained(self) -> bool:
+        """Whether only its words tell what is wrong with the request: an unreadable image, say."""
+        return (
+            self.status in (400, 422)
+            and not (self.location or self.too_large or self.about("dimensions"))
+            and self.tokens_and_limit is None
+        )
+
+    @property
     def position(self) -> int | None:
         """Which of the inputs is at fault, if the server says."""
-        if self.status not in (400, 422) or self.field != "input":
+        if self.status not in (400, 413, 422) or self.field != "input":
             return None
         part = self.location[self.location.index("input") + 1 :][:1]
         return part[0] if part and type(part[0]) is int else None
@@ -236,6 +237,8 @@ def refusal(response: httpx.Response) -> Refusal:
     >>> refusal(httpx.Response(400, json={"object": "error", "message": "Invalid.", "detail": {
     ...     "type": "extra_forbidden", "loc": ["body", "dimensions"], "msg": "Not permitted"}}))
     Refusal(status=400, detail='Invalid. Not permitted', location=('body', 'dimensions'))
+    >>> refusal(httpx.Response(413, json={"error": "too large", "index": 2})).position
+    2
     """
     try:
         content = response.json()
@@ -244,6 +247,8 @@ def refusal(response: httpx.Response) -> Refusal:
     words: list[str] = []
     location: list[tuple[object, ...]] = []
     _collect(content, words, location)
+    if isinstance(content, dict) and "index" in content:  # as our own server says it
+        location.append(("body", "input", content["index"]))
     detail = " ".join(dict.fromkeys(words)) or response.text
     return Refusal(response.status_code, _short(detail), location[0] if location else ())
 
@@ -277,7 +282,9 @@ _BY_STATUS: Mapping[int, tuple[type[RemoteError], str]] = {
 }  # fmt: skip
 
 
-def error(response: httpx.Response, said: Refusal, index: int = 0) -> NeMoRetrieverError:
+def error(
+    response: httpx.Response, said: Refusal, index: int = 0, has_image: bool = False
+) -> NeMoRetrieverError:
     """Return the error of a reply that is not a success; `index` is the input's, where one is."""
     if (lengths := said.tokens_and_limit) is not None:
         tokens, limit = lengths
@@ -290,6 +297,12 @@ def error(response: httpx.Response, said: Refusal, index: int = 0) -> NeMoRetrie
         )
     if said.about("dimensions"):
         return UnsupportedDimensionsError(f"the server refuses the dimensions: {said.detail}")
+    if said.too_large and has_image:
+        return ImageTooLargeError(
+            f"the image of input {index} is too large for the server ({said.status}): "
+            f"{said.detail}",
+            index=index,
+        )
     kind, meaning = _BY_STATUS.get(said.status, (InvalidRequestError, "the server refuses this"))
     if said.status >= 500:
         kind, meaning = ServerError, "the server failed"

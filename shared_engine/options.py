@@ -69,6 +69,17 @@ class Options(BaseModel):
     max_tokens: int | None = _option(
         default=None, gt=0, description="A limit below the model's own, prefix and BOS included."
     )
+    max_tiles: int | None = _option(
+        default=None,
+        gt=0,
+        le=12,
+        description="Tiles that an image is cut into at most, beside a thumbnail of the whole; "
+        "None is what the checkpoint says. More show more detail and take longer.",
+    )
+    image_urls: bool = _option(
+        default=False,
+        description="Fetch images from http and https addresses on the public internet.",
+    )
     tokens_per_step: int | None = _option(
         default=None,
         gt=0,

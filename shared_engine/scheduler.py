@@ -1,29 +1,56 @@
-"""Which text is tokenised next, and which sequences share the next step.
+"""Which document is tokenised next, and which sequences share the next step.
 
 The callers of a device meet here. Queries go first, so that a search does not wait behind an
 ingest, but after `QUERY_STEPS_IN_A_ROW` steps of queries waiting documents get one. Callers of one
-role take turns step by step. This module holds policy only: no tokenizer, no torch, no thread.
+role take turns of equal cost, and a step has the end of one turn and the beginning of the next. A
+call that is cancelled is gone before anything else is taken. This module holds policy only: no
+tokenizer, no torch, no thread.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import groupby
 from threading import Condition, Lock
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from shared_engine.backend import Request
-from shared_engine.documents import Role
+from shared_engine.documents import Document, Role
 from shared_engine.errors import EngineClosedError, NeMoRetrieverError, PartialResultError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from shared_engine.backend import Request
 
 QUERY_STEPS_IN_A_ROW = 8
 TEXTS_PER_CHUNK = 256
 STEPS_AHEAD = 4
+"""Steps of work that are prepared ahead for all callers together, or one for each if more wait."""
+
+
+@dataclass(eq=False)
+class Line:
+    """What takes turns: one caller's call, or the batches of a stream one after the other."""
+
+    calls: deque[Call] = field(default_factory=deque)
+    """With documents that nobody has taken to tokenise."""
+    ready: deque[Sequence] = field(default_factory=deque)
+    """Tokenised, waiting for a step."""
+    cost_ready: int = 0
+    """Of the sequences in `ready`."""
+    used: int = 0
+    """What the turn has cost so far; more than a turn may is paid for with the next ones."""
+
+    def leave(self, call: Call) -> None:
+        """Drop what is left of a call."""
+        if call in self.calls:
+            self.calls.remove(call)
+        self.ready = deque(sequence for sequence in self.ready if sequence.call is not call)
+        self.cost_ready = sum(sequence.cost for sequence in self.ready)
 
 
 @dataclass(eq=False)
@@ -41,13 +68,13 @@ class Call:
     """The first row that nobody has taken to tokenise."""
     unfinished: int = 0
     """Rows without vector or error."""
-    ready: deque[Sequence] = field(default_factory=deque)
-    """Tokenised, waiting for a step."""
-    tokens_ready: int = 0
     lock: Lock = field(default_factory=Lock)
     """Held while rows are marked as finished."""
+    line: Line = field(init=False)
+    """Where it waits."""
 
     def __post_init__(self) -> None:
+        self.line = self.request.line or Line()
         self.unfinished = len(self.request.documents)
 
     @property
@@ -64,7 +91,7 @@ class Call:
 
     def fail(self, row: int, error: NeMoRetrieverError) -> None:
         """Take the error of one row."""
-        self.vectors[row] = np.nan
+        self.vectors[row] = math.nan
         self.errors[row] = error
         self._finished(1)
 
@@ -83,11 +110,20 @@ class Call:
 
 
 class Sequence(NamedTuple):
-    """One tokenised text: which call and row it belongs to."""
+    """One document, ready to compute: which call and row it belongs to."""
 
     call: Call
     row: int
     ids: NDArray[np.int32]
+    tiles: NDArray[np.uint8] | None = None
+    """Its image, (n, size, size, 3)."""
+    patches: int = 0
+    """Of the image."""
+
+    @property
+    def cost(self) -> int:
+        """Its share of a step, in tokens: a patch takes the vision tower half of what one takes."""
+        return len(self.ids) + self.patches // 2
 
 
 def failure(
@@ -108,21 +144,22 @@ def failure(
 
 
 class Scheduler:
-    """The queue of one device. Any thread may `put`; two worker threads take from it."""
+    """The queue of one device. Any thread may `put`; worker threads take from it."""
 
     def __init__(self, tokens_per_step: int) -> None:
         self.tokens_per_step = tokens_per_step
         self._changed = Condition()
-        self._calls: set[Call] = set()
-        self._to_tokenise: deque[Call] = deque()
+        self._calls: dict[Future[NDArray[np.float32]], Call] = {}
+        self._cancelled: deque[Call] = deque()
+        self._to_tokenise: deque[Line] = deque()
         self._tokenising = 0
-        self._to_run: dict[Role, deque[Call]] = {"query": deque(), "document": deque()}
+        self._to_run: dict[Role, deque[Line]] = {"query": deque(), "document": deque()}
         self._query_steps = 0
         self._closed = False
         self.steps = 0
         """Steps formed so far."""
         self.tokens = 0
-        """Tokens of those steps."""
+        """What those steps cost, in tokens."""
 
     def put(self, call: Call, ids: list[NDArray[np.int32]] | None = None) -> None:
         """Accept a call, with the ids of all its texts where they are known already.
@@ -133,13 +170,33 @@ class Scheduler:
         with self._changed:
             if self._closed:
                 raise EngineClosedError("this engine was closed; make a new Embedder")
-            self._calls.add(call)
-            call.future.add_done_callback(lambda _: self._calls.discard(call))
-            if ids is None:
-                self._to_tokenise.append(call)
+            self._calls[call.future] = call
+            call.future.add_done_callback(self._ended)
+            if ids is not None:
+                self._enqueue([Sequence(call, row, known) for row, known in enumerate(ids)])
             else:
-                self._enqueue(Sequence(call, row, known) for row, known in enumerate(ids))
+                if not call.line.calls:
+                    self._to_tokenise.append(call.line)
+                call.line.calls.append(call)
             self._changed.notify_all()
+
+    def _ended(self, future: Future[NDArray[np.float32]]) -> None:
+        call = self._calls.pop(future)
+        if future.cancelled():
+            # Runs wherever the garbage collector does, so it changes no queue: a worker does.
+            self._cancelled.append(call)
+            with self._changed:
+                self._changed.notify_all()
+
+    def _forget_cancelled(self) -> None:
+        while self._cancelled:
+            call = self._cancelled.popleft()
+            line, waiting = call.line, self._to_run[call.request.role]
+            line.leave(call)
+            if not line.calls and line in self._to_tokenise:
+                self._to_tokenise.remove(line)
+            if not line.ready and line in waiting:
+                waiting.remove(line)
 
     def next_chunk(self) -> list[tuple[Call, int]] | None:
         """Return the next (call, row) pairs to tokenise; None after the last.
@@ -148,32 +205,37 @@ class Scheduler:
         with `add`.
         """
         with self._changed:
-            while True:
-                if chunk := self._take_rows():
-                    self._tokenising += 1
-                    return chunk
+            while not (chunk := self.take_chunk()):
                 if self._closed and not self._to_tokenise:
                     self._changed.notify_all()
                     return None
                 self._changed.wait()
+            return chunk
 
-    def _take_rows(self) -> list[tuple[Call, int]]:
-        chunk: list[tuple[Call, int]] = []
-        ahead = STEPS_AHEAD * self.tokens_per_step
-        for _ in range(len(self._to_tokenise)):
-            call = self._to_tokenise.popleft()
-            if call.dropped:
-                continue
-            total = len(call.request.documents)
-            if call.tokens_ready < ahead:
-                stop = min(total, call.next_row + TEXTS_PER_CHUNK - len(chunk))
-                chunk += [(call, row) for row in range(call.next_row, stop)]
-                call.next_row = stop
-            if call.next_row < total:
-                self._to_tokenise.append(call)
-            if len(chunk) == TEXTS_PER_CHUNK:
-                break
-        return chunk
+    def take_chunk(self) -> list[tuple[Call, int]]:
+        """Do as `next_chunk` does, but return [] instead of waiting."""
+        with self._changed:
+            self._forget_cancelled()
+            chunk: list[tuple[Call, int]] = []
+            room = TEXTS_PER_CHUNK
+            waiting = len(self._to_tokenise)
+            ahead = self.tokens_per_step * max(1, STEPS_AHEAD // max(1, waiting))
+            for _ in range(waiting):
+                line = self._to_tokenise.popleft()
+                while line.calls and line.cost_ready < ahead and room > 0:
+                    call = line.calls[0]
+                    chunk.append((call, call.next_row))
+                    room -= _share(call.request.documents[call.next_row])
+                    call.next_row += 1
+                    if call.next_row == len(call.request.documents):
+                        line.calls.popleft()
+                if line.calls:
+                    self._to_tokenise.append(line)
+                if room <= 0:
+                    break
+            if chunk:
+                self._tokenising += 1
+            return chunk
 
     def add(self, sequences: list[Sequence]) -> None:
         """Take what `next_chunk` gave out, now tokenised; rows that failed are left out."""
@@ -182,61 +244,79 @@ class Scheduler:
             self._enqueue(sequences)
             self._changed.notify_all()
 
-    def _enqueue(self, sequences: Iterable[Sequence]) -> None:
-        for sequence in sequences:
-            call = sequence.call
-            if not call.ready:
-                self._to_run[call.request.role].append(call)
-            call.ready.append(sequence)
-            call.tokens_ready += len(sequence.ids)
+    def _enqueue(self, sequences: list[Sequence]) -> None:
+        for call, group in groupby(sequences, key=lambda sequence: sequence.call):
+            if call.dropped:
+                continue
+            line = call.line
+            if not line.ready:
+                self._to_run[call.request.role].append(line)
+            for sequence in group:
+                line.ready.append(sequence)
+                line.cost_ready += sequence.cost
 
     def next_step(self) -> list[Sequence] | None:
         """Return the sequences of the next step, all of one role; None after the last.
 
-        Their tokens are at most `tokens_per_step`, but a longer sequence runs alone. Waits while
+        Their cost is at most `tokens_per_step`, but a longer sequence runs alone. Waits while
         nothing is tokenised.
         """
         with self._changed:
-            while True:
-                if step := self._form_step():
-                    self.steps += 1
-                    self.tokens += sum(len(sequence.ids) for sequence in step)
-                    self._changed.notify_all()
-                    return step
+            while not (step := self.take_step()):
                 if self._closed and not self._tokenising and not self._to_tokenise:
                     return None
                 self._changed.wait()
+            return step
 
-    def _form_step(self) -> list[Sequence]:
-        queries, documents = self._to_run["query"], self._to_run["document"]
-        due = self._query_steps >= QUERY_STEPS_IN_A_ROW
-        for calls in (documents, queries) if due else (queries, documents):
-            if step := self._take_sequences(calls):
-                self._query_steps = self._query_steps + 1 if calls is queries and documents else 0
-                return step
-        return []
+    def take_step(self) -> list[Sequence]:
+        """Do as `next_step` does, but return [] instead of waiting."""
+        with self._changed:
+            self._forget_cancelled()
+            queries, documents = self._to_run["query"], self._to_run["document"]
+            due = self._query_steps >= QUERY_STEPS_IN_A_ROW
+            lines = documents if documents and (due or not queries) else queries
+            if not lines:
+                return []
+            self._query_steps = self._query_steps + 1 if lines is queries and documents else 0
+            step = self._filled(lines)
+            self.steps += 1
+            self._changed.notify_all()  # there is room to tokenise ahead
+            return step
 
-    def _take_sequences(self, calls: deque[Call]) -> list[Sequence]:
+    def _filled(self, lines: deque[Line]) -> list[Sequence]:
         step: list[Sequence] = []
-        tokens = 0
-        while calls:
-            call = calls.popleft()
-            if call.dropped:
-                call.ready.clear()
-            while call.ready:
-                length = len(call.ready[0].ids)
-                if step and tokens + length > self.tokens_per_step:
-                    calls.append(call)  # its turn comes again after the others'
-                    return step
-                step.append(call.ready.popleft())
-                call.tokens_ready -= length
-                tokens += length
+        turn = room = self.tokens_per_step
+        passed: list[Line] = []
+        while lines:
+            line = lines.popleft()
+            while line.ready and line.used < turn:
+                cost = line.ready[0].cost
+                if step and cost > room:
+                    break
+                step.append(line.ready.popleft())
+                room -= cost
+                line.used += cost
+                line.cost_ready -= cost
+            if line.ready and line.used >= turn:
+                line.used -= turn
+                lines.append(line)
+            elif line.ready:  # its next does not fit; it goes on with its turn in the next step
+                passed.append(line)
+                if room < turn / 10:  # full enough not to look for something smaller
+                    break
+        lines.extendleft(reversed(passed))
+        self.tokens += turn - room
         return step
 
     def close(self, cancel: bool = False) -> None:
         """Accept nothing more; with `cancel`, also drop what has not started."""
         with self._changed:
             self._closed = True
-            for call in list(self._calls) if cancel else ():
-                call.future.cancel()
+            for future in list(self._calls) if cancel else ():
+                future.cancel()
             self._changed.notify_all()
+
+
+def _share(document: Document) -> int:
+    # An image is work for a core, and a long text is more work than a short one.
+    return TEXTS_PER_CHUNK if document.image is not None else 1 + len(document.text or "") // 1000

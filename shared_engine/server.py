@@ -2,7 +2,8 @@
 
     POST /v1/embeddings
       read ......... at most `max_body_bytes`, while they arrive
-      parsed ....... server_wire.py: the fields of a NIM and its rules, or its error body
+      parsed ....... server_wire.py: the fields of a NIM and its rules, or its error body; images
+                     come inside the request and are never fetched
       admitted ..... at most `max_waiting` inputs are in the house, or 429
       embedded ..... embedder.py: requests meet in the engine's queue and share its steps
       answered ..... server_wire.py: lists of numbers or base64
@@ -17,15 +18,19 @@ import hmac
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from numpy.typing import NDArray
+
 from shared_engine import __version__
 from shared_engine import server_wire as wire
 from shared_engine.backend import Backend, Load, Stepping
 from shared_engine.catalogue import find
+from shared_engine.documents import Document, Role
 from shared_engine.embedder import Embedder
 from shared_engine.engines import Lease, choose
 from shared_engine.errors import ConfigurationError, MissingExtraError, NeMoRetrieverError
@@ -123,7 +128,7 @@ class _Server:
         self._backend: Backend | None = None
         self._failure: Exception | None = None
         self._waiting = 0  # inputs
-        self._held = 0  # bytes of bodies
+        self._held = 0  # bytes of bodies, read and not answered
         self._last_seconds = 1.0
         self._metrics = Metrics(lambda: self._waiting, self._load)
 
@@ -143,6 +148,10 @@ class _Server:
             backend = await asyncio.to_thread(lambda: lease.backend)
             with Embedder(self._options) as embedder:  # the first call of a kernel is slow
                 await embedder.aembed(["ready"], "query")
+                if "image" in backend.modalities:
+                    from PIL import Image
+
+                    await embedder.aembed([Document(image=Image.new("RGB", (512, 512)))])
         except Exception as exc:
             self._failure = exc
             _log.error("the model cannot be served: %s", exc)
@@ -179,37 +188,60 @@ class _Server:
             )
         if self._waiting >= self._limits.max_waiting:
             raise self._too_busy()
-        asked = await self._read(request)
-        role = asked.role(self._served)
-        asked.check(self._backend.modalities, self._backend.dimensions)
+        with self._holding() as hold:
+            asked = await self._read(request, hold)
+            large = sum(map(len, asked.input)) > _SMALL_BODY
+            modalities, dimensions = self._backend.modalities, self._backend.dimensions
+            kinds = await _threaded(large, lambda: asked.kinds(modalities))
+            role = asked.role(self._served, kinds)
+            asked.check(kinds, role, modalities, dimensions)
+            if (images := len(kinds) - kinds.count("text")) > self._limits.max_images:
+                raise wire.too_large(
+                    f"too many inputs with an image: {images} in one request; the limit is "
+                    f"{self._limits.max_images}. Send them in several"
+                )
+            with self._admitted(len(kinds)):
+                vectors, tokens = await self._embed(request, asked, kinds, role, large)
+                body = await _threaded(
+                    vectors.size > _SMALL_REPLY,
+                    lambda: wire.reply(vectors, asked.encoding_format, self._name, tokens),
+                )
+                self._last_seconds = time.perf_counter() - started
+        side = "query" if role == "query" else "passage"
+        self._metrics.seconds.labels(side).observe(self._last_seconds)
+        self._metrics.inputs.labels(side).inc(len(kinds))
+        self._metrics.tokens.labels(side).inc(tokens)
+        for kind, count in Counter(kinds).items():
+            self._metrics.modalities.labels(kind).inc(count)
+        return body
+
+    async def _embed(
+        self,
+        request: Request,
+        asked: wire.EmbeddingsRequest,
+        kinds: list[str],
+        role: Role,
+        large: bool,
+    ) -> tuple[NDArray[Any], int]:
+        """Return the vectors and how many tokens they took."""
+        most = self._limits.max_image_bytes
         wanted = {
             "dimensions": asked.dimensions or None,
             "embedding_type": asked.embedding_type,
             "truncate": asked.truncate,
         }
-        with self._admitted(len(asked.input)):
-            try:
-                with Embedder(self._options.model_copy(update=wanted)) as embedder:
-                    embedding = embedder.aembed(asked.input, role)
-                    vectors = await _unless_gone(request, embedding)
-            except NeMoRetrieverError as exc:
-                refused = wire.refusal(exc)
-                if refused.status >= 500:
-                    _log.error("a request failed: %s", exc, exc_info=exc)
-                raise refused from exc
-            tokens = embedder.usage
-            body = await _threaded(
-                vectors.size > _SMALL_REPLY,
-                lambda: wire.reply(vectors, asked.encoding_format, self._name, tokens),
-            )
-            self._last_seconds = time.perf_counter() - started
-        side = "query" if role == "query" else "passage"
-        self._metrics.seconds.labels(side).observe(self._last_seconds)
-        self._metrics.inputs.labels(side).inc(len(asked.input))
-        self._metrics.tokens.labels(side).inc(tokens)
-        return body
+        try:
+            documents = await _threaded(large, lambda: asked.documents(kinds, most))
+            with Embedder(self._options.model_copy(update=wanted)) as embedder:
+                vectors = await _unless_gone(request, embedder.aembed(documents, role))
+                return vectors, embedder.usage
+        except NeMoRetrieverError as exc:
+            refused = wire.refusal(exc)
+            if refused.status >= 500:
+                _log.error("a request failed: %s", exc, exc_info=exc)
+            raise refused from exc
 
-    async def _read(self, request: Request) -> wire.EmbeddingsRequest:
+    async def _read(self, request: Request, hold: Callable[[int], None]) -> wire.EmbeddingsRequest:
         limits = self._limits
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # which a page of another site cannot send unasked
@@ -222,25 +254,38 @@ class _Server:
             async with asyncio.timeout(limits.read_seconds):
                 async for chunk in request.stream():
                     body += chunk
-                    self._held += len(chunk)
                     if len(body) > limits.max_body_bytes:
                         raise self._body_too_large()
-                    if self._held > 8 * limits.max_body_bytes:
-                        raise self._too_busy()
+                    hold(len(chunk))
             asked = await _threaded(len(body) > _SMALL_BODY, lambda: wire.parsed(bytes(body)))
         except TimeoutError:
             message = f"the body did not arrive within {limits.read_seconds:g} s"
             raise Refusal(
                 408, "read_timeout", {"error": message}, {"Connection": "close"}
             ) from None
-        finally:
-            self._held -= len(body)
         if len(asked.input) > limits.max_inputs:
             raise wire.too_large(
                 f"{len(asked.input)} inputs in one request; the limit is {limits.max_inputs}. "
                 "Send them in several"
             )
         return asked
+
+    @contextmanager
+    def _holding(self) -> Iterator[Callable[[int], None]]:
+        """Count the bytes of a request until it is answered, as its images wait with it."""
+        mine = 0
+
+        def hold(size: int) -> None:
+            nonlocal mine
+            mine += size
+            self._held += size
+            if self._held > 8 * self._limits.max_body_bytes:
+                raise self._too_busy()
+
+        try:
+            yield hold
+        finally:
+            self._held -= mine
 
     @contextmanager
     def _admitted(self, inputs: int) -> Iterator[None]:

@@ -28,6 +28,9 @@ class Metrics:
         self.inputs = Counter(
             "nemoretriever_inputs", "Embedded inputs.", ["input_type"], registry=registry
         )
+        self.modalities = Counter(
+            "nemoretriever_inputs_by_modality", "Embedded inputs.", ["modality"], registry=registry
+        )
         self.tokens = Counter(
             "nemoretriever_tokens", "Embedded tokens.", ["input_type"], registry=registry
         )

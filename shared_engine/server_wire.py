@@ -7,21 +7,24 @@ the NeMo Retriever embedding NIM (2.0 to 2.4), and error bodies that users captu
 from __future__ import annotations
 
 import base64
-import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import from_json
 
-from shared_engine.documents import Role
+from shared_engine.documents import Document, Modality, Role
 from shared_engine.errors import (
     DeviceMemoryError,
     EngineClosedError,
+    ImageError,
+    ImageTooLargeError,
     InputError,
     InputTooLongError,
     NeMoRetrieverError,
@@ -31,11 +34,6 @@ from shared_engine.errors import (
 from shared_engine.options import Truncate
 from shared_engine.vectors import EmbeddingType
 
-try:
-    import orjson
-except ModuleNotFoundError:  # the standard library's json says the same, more slowly
-    orjson = None  # type: ignore[assignment]
-
 EncodingFormat = Literal["float", "base64"]
 
 _SUFFIXES: tuple[tuple[str, Role], ...] = (("-query", "query"), ("-passage", "document"))
@@ -44,9 +42,15 @@ _INPUT_ERRORS: tuple[tuple[type[InputError], int, str], ...] = (
     (InputTooLongError, 400, "input_too_long"),
     (DeviceMemoryError, 413, "device_memory"),
     (NonFiniteVectorError, 422, "non_finite"),
+    (ImageTooLargeError, 413, "image_too_large"),
+    (ImageError, 400, "image"),
     (InputError, 400, "invalid_input"),
 )
 """Status and kind of an input's error; the first row that fits."""
+_TAG_OPENS = re.compile(r"""<img\s+src=(['"])\Z""")
+_TAG_CLOSES = re.compile(r"""(['"])\s*/?>\Z""")
+_LONGEST_TAG = 64
+_SEPARATORS = (" ", "\n")
 
 
 def _limit(default: float, text: str) -> Any:
@@ -57,8 +61,13 @@ def _limit(default: float, text: str) -> Any:
 class Limits:
     """What one client, or all of them together, may ask of the server."""
 
-    max_body_bytes: int = _limit(32 * 2**20, "A larger request gets 413, while it is being read.")
+    max_body_bytes: int = _limit(
+        64 * 2**20,
+        "A larger request gets 413, while it is being read; eight times as much is held for all.",
+    )
     max_inputs: int = _limit(8192, "A request with more inputs gets 413.")
+    max_images: int = _limit(256, "A request with more images gets 413.")
+    max_image_bytes: int = _limit(25_000_000, "A larger file of an image gets 413.")
     max_waiting: int = _limit(
         16_384, "Inputs accepted and not answered; what comes on top gets 429 and Retry-After."
     )
@@ -94,7 +103,8 @@ class EmbeddingsRequest(BaseModel):
 
     model: str
     input: _Strings
-    input_type: Literal["query", "passage"] = "passage"
+    input_type: Literal["query", "passage", ""] = ""
+    """Empty is as good as left out: NVIDIA's cards show images with it so."""
     modality: _Strings = ["text"]
     encoding_format: EncodingFormat = "float"
     embedding_type: EmbeddingType = "float"
@@ -103,21 +113,29 @@ class EmbeddingsRequest(BaseModel):
     truncate: Truncate = "NONE"
     user: str = ""
 
-    def role(self, served: frozenset[str]) -> Role:
+    def kinds(self, modalities: frozenset[Modality]) -> list[str]:
+        """Return the modality of each input, as said or, for a model that takes images, as seen."""
+        if "modality" in self.model_fields_set:
+            return self.modality * len(self.input) if len(self.modality) == 1 else self.modality
+        if "image" not in modalities:
+            return ["text"] * len(self.input)
+        return [_kind(given) for given in self.input]
+
+    def role(self, served: frozenset[str], kinds: list[str]) -> Role:
         """Return the side of the search that `input_type`, or a suffix of `model`, names.
 
         Raises:
             Refusal: the model is not among `served`, or the role is missing or contradictory.
         """
-        said = _INPUT_TYPES[self.input_type] if "input_type" in self.model_fields_set else None
+        said = _INPUT_TYPES.get(self.input_type)
         if self.model.lower() in served:
-            if said is None:
+            if said is None and "text" in kinds:  # an image has no other side
                 raise Refusal(
                     400,
                     "input_type_missing",
                     {"error": "'input_type' parameter is required for asymmetric models"},
                 )
-            return said
+            return said or "document"
         for suffix, role in _SUFFIXES:
             if self.model.endswith(suffix) and self.model.removesuffix(suffix).lower() in served:
                 if said not in (None, role):
@@ -128,20 +146,30 @@ class EmbeddingsRequest(BaseModel):
         body = {"object": "error", "message": message, "detail": {}, "type": "model_not_found"}
         raise Refusal(404, "model_not_found", body)
 
-    def check(self, modalities: frozenset[str], dimensions: tuple[int, ...]) -> None:
+    def check(
+        self,
+        kinds: list[str],
+        role: Role,
+        modalities: frozenset[Modality],
+        dimensions: tuple[int, ...],
+    ) -> None:
         """Refuse what this model does not offer.
 
         Raises:
-            Refusal: a modality or a vector size that the model does not have.
+            Refusal: a modality or a vector size that the model does not have, or an image as a
+                query.
         """
-        if len(self.modality) not in (1, len(self.input)):
+        if len(kinds) != len(self.input):
             message = f"List should have 1 item, or one for each of the {len(self.input)} inputs"
             raise violation("value_error", ("modality",), message, len(self.modality))
-        for modality in self.modality:
+        for modality in kinds:
             if modality not in modalities:
                 expected = " or ".join(repr(name) for name in sorted(modalities))
                 message = f"Input should be {expected}"
                 raise violation("literal_error", ("modality",), message, modality)
+        if role == "query" and set(kinds) != {"text"}:
+            message = "Input should be 'passage', as an image is among the inputs"
+            raise violation("value_error", ("input_type",), message, "query")
         if self.dimensions and dimensions and self.dimensions not in dimensions:
             if len(dimensions) == 1:  # a model without dynamic dimensions has no such field
                 message = f"Extra inputs are not permitted: every vector has {dimensions[0]} values"
@@ -149,6 +177,71 @@ class EmbeddingsRequest(BaseModel):
             *others, last = map(str, dimensions)
             message = f"Input should be {', '.join(others)} or {last}"
             raise violation("literal_error", ("dimensions",), message, self.dimensions)
+
+    def documents(self, kinds: list[str], max_image_bytes: int) -> list[Document]:
+        """Return the inputs, with the images as bytes: nothing that a client names is opened.
+
+        Raises:
+            Refusal: an input is not of its modality.
+            ImageError: what follows `data:` is no base64, or an image of too many bytes.
+        """
+        return [
+            _document(given, kind, index, max_image_bytes)
+            for index, (given, kind) in enumerate(zip(self.input, kinds, strict=True))
+        ]
+
+
+def _kind(given: str) -> Modality:
+    if (parts := parted(given)) is None:
+        return "text"
+    return "image" if not parts[0].strip() else "text_image"
+
+
+def _document(given: str, kind: str, index: int, max_image_bytes: int) -> Document:
+    if kind == "text":
+        return Document(given)
+    parts = parted(given)
+    if parts is None or (kind == "image" and parts[0].strip()):
+        wanted = "a data URL" if kind == "image" else "a text, a space or newline, and a data URL"
+        message = f"Input should be {wanted}, as of modality {kind!r}: data:image/png;base64,..."
+        raise violation("value_error", ("input", index), message, given)
+    text, url = parts
+    if kind == "text_image" and not text.strip():
+        message = "Text part must be non-empty for text_image modality"
+        raise Refusal(400, "invalid_input", {"error": message, "index": index})
+    from shared_engine import images  # brings Pillow
+
+    image = images.decoded_data_url(url, index, max_image_bytes)
+    return Document(text if kind == "text_image" else None, image)
+
+
+def parted(given: str) -> tuple[str, str] | None:
+    r"""Return the text and the data URL of an input that ends with one, alone or in an <img> tag.
+
+    >>> parted("a cat\ndata:image/png;base64,AAAA")
+    ('a cat', 'data:image/png;base64,AAAA')
+    >>> parted("a cat <img src='data:image/png;base64,AAAA'/>")
+    ('a cat', 'data:image/png;base64,AAAA')
+    >>> parted("data:image/png;base64,AAAA")
+    ('', 'data:image/png;base64,AAAA')
+    >>> parted("data:image/png;base64,AAAA is a data URL") is None
+    True
+    """
+    from shared_engine import images  # brings Pillow
+
+    start = given.rfind("data:image/")
+    if start < 0:
+        return None
+    text, url = given[:start], given[start:].rstrip()
+    opens = _TAG_OPENS.search(text[-_LONGEST_TAG:])
+    closes = _TAG_CLOSES.search(url[-_LONGEST_TAG:])
+    if opens and closes and opens[1] == closes[1]:
+        text, url = text.removesuffix(opens[0]), url.removesuffix(closes[0])
+    elif text and text[-1] not in _SEPARATORS:
+        return None
+    if not images.is_data_url(url):
+        return None
+    return text[:-1] if text[-1:] in _SEPARATORS else text, url
 
 
 def parsed(body: bytes) -> EmbeddingsRequest:
@@ -256,11 +349,7 @@ def _rows(vectors: NDArray[Any], encoding_format: EncodingFormat) -> Iterator[by
 
 def dumps(value: Any) -> bytes:
     """Return a value, or an array of numbers, as JSON."""
-    if orjson is not None:
-        return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _brief(value: object) -> Any:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from shared_engine.checkpoint import Checkpoint
+from shared_engine.checkpoint import Checkpoint, Vision
 from shared_engine.documents import Role
-from shared_engine.errors import CheckpointError, InputTooLongError
+from shared_engine.errors import CheckpointError, ImageTooLargeError, InputTooLongError
 from shared_engine.options import Truncate
 
 TokenIds = NDArray[np.int32]
+
+_IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
 
 class TextTokenizer:
@@ -29,12 +34,17 @@ class TextTokenizer:
         if not path.is_file():
             raise CheckpointError(f"{checkpoint.folder} has no tokenizer.json")
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            content = path.read_text(encoding="utf-8")
+            if checkpoint.vision:
+                content, names = _hidden_image_tokens(content)
+            self._tokenizer = Tokenizer.from_str(content)
         except Exception as exc:  # the library raises a bare Exception
             raise CheckpointError(f"{path} cannot be read: {exc}") from exc
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.size = self._tokenizer.get_vocab_size()
         self.limit = checkpoint.max_tokens
+        self.limit_with_image = checkpoint.max_tokens_with_image
         self._bos = int(checkpoint.config.get("bos_token_id") or 0)
         self._prompts = checkpoint.prompts
         self._slack = 8 + max(len(p.encode()) for p in self._prompts.values())  # and specials
@@ -44,6 +54,49 @@ class TextTokenizer:
             role: self._tokenizer.encode(prompt.rstrip()).ids
             for role, prompt in self._prompts.items()
         }
+        if checkpoint.vision:
+            self._prepare_for_images(checkpoint.vision, names, path)
+
+    def _prepare_for_images(self, vision: Vision, names: list[str], path: Path) -> None:
+        start, context, end = (self._tokenizer.token_to_id(name) for name in names)
+        if start is None or end is None or context != vision.context_token:
+            raise CheckpointError(
+                f"{path} has {', '.join(_IMAGE_TOKENS)} as {start}, {context}, {end}; expected "
+                f"three tokens, the second {vision.context_token} as config.json says"
+            )
+        prompt = self._tokenizer.encode(self._prompts["document"]).ids
+        self._before_image = np.array([*prompt, start], np.int32)
+        self._tile = np.full(vision.tokens_per_tile, context, np.int32)
+        self._after_image = np.array([end], np.int32)
+
+    def encode_with_image(self, tiles: int, text: str) -> tuple[TokenIds, int]:
+        """Return the ids of an image with a text, or with "", and how many of them are the image's.
+
+        The prefix of a document, `<img>`, so many `<IMG_CONTEXT>` for every tile, `</img>`, a
+        space and the text.
+        """
+        head = [self._before_image, *[self._tile] * tiles, self._after_image]
+        words = self._tokenizer.encode(f" {text}", add_special_tokens=False).ids
+        ids = np.concatenate([*head, np.array(words, np.int32)])
+        return ids, len(ids) - len(words)
+
+    def cut_with_image(self, ids: TokenIds, head: int, truncate: Truncate, index: int) -> TokenIds:
+        """Do as `cut` does with the text of an image; the first `head` tokens always stay.
+
+        Raises:
+            ImageTooLargeError: the image alone is over the limit.
+            InputTooLongError: over the limit, and `truncate` is "NONE".
+        """
+        limit = self.limit_with_image
+        if len(ids) <= limit:
+            return ids
+        if head > limit:
+            raise ImageTooLargeError(
+                f"input {index} has an image of {head} tokens; the limit is {limit}. Set a smaller "
+                "max_tiles, or a larger max_tokens",
+                index=index,
+            )
+        return self._cut(ids, head, limit, truncate, index)
 
     def encode(self, texts: Sequence[str], role: Role) -> list[TokenIds]:
         """Return the ids of every text, BOS and prefix included, however long they are.
@@ -74,19 +127,36 @@ class TextTokenizer:
         """
         if len(ids) <= self.limit:
             return ids
-        if truncate == "NONE":
-            raise InputTooLongError(
-                f"input {index} has {len(ids)} tokens; the limit is {self.limit}. Split it, or set "
-                'truncate="END" (or "START") to embed a part of it',
-                index=index,
-                tokens=len(ids),
-                limit=self.limit,
-            )
-        if truncate == "END":
-            return ids[: self.limit]
         head = 0
         for kept, actual in zip(self._kept[role], ids, strict=False):
             if kept != actual or head == self.limit:
                 break
             head += 1
-        return np.concatenate([ids[:head], ids[len(ids) - (self.limit - head) :]])
+        return self._cut(ids, head, self.limit, truncate, index)
+
+    def _cut(
+        self, ids: TokenIds, head: int, limit: int, truncate: Truncate, index: int
+    ) -> TokenIds:
+        if truncate == "NONE":
+            raise InputTooLongError(
+                f"input {index} has {len(ids)} tokens; the limit is {limit}. Split it, or set "
+                'truncate="END" (or "START") to embed a part of it',
+                index=index,
+                tokens=len(ids),
+                limit=limit,
+            )
+        if truncate == "END":
+            return ids[:limit]
+        return np.concatenate([ids[:head], ids[len(ids) - (limit - head) :]])
+
+
+def _hidden_image_tokens(content: str) -> tuple[str, list[str]]:
+    """Return a tokenizer.json whose image tokens have names that no text holds, and those names.
+
+    So a text that quotes `<IMG_CONTEXT>` means the word, and cannot shift an image.
+    """
+    parsed = json.loads(content)
+    names = {name: f"{name}{secrets.token_hex(16)}" for name in _IMAGE_TOKENS}
+    for token in parsed.get("added_tokens") or ():
+        token["content"] = names.get(token["content"], token["content"])
+    return json.dumps(parsed), list(names.values())

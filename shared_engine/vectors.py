@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary"]
 """Number types of a vector, as the NIM's `embedding_type` names them."""
@@ -17,10 +18,13 @@ def unit(vectors: NDArray[np.float32], dimensions: int | None = None) -> NDArray
     Cutting comes first: a part of a unit vector is not of unit length. A row that holds NaN or
     infinity stays so; a zero row stays zero. Works in float32, in place where nothing is cut.
     """
+    import numpy as np
+
     cut = vectors[:, :dimensions] if dimensions is not None else vectors
     out = np.ascontiguousarray(cut, dtype=np.float32)
-    norms = np.sqrt(np.einsum("nd,nd->n", out, out))[:, None]  # (n, 1)
-    out /= np.maximum(norms, np.float32(1e-12))
+    with np.errstate(invalid="ignore", over="ignore"):  # of rows that hold infinity
+        norms = np.sqrt(np.einsum("nd,nd->n", out, out))[:, None]  # (n, 1)
+        out /= np.maximum(norms, np.float32(1e-12))
     return out
 
 
@@ -41,6 +45,8 @@ def quantize(
     The bit types and the formula for `ranges` are those of sentence-transformers'
     `quantize_embeddings`, which calibrates on the batch itself where no ranges are given.
     """
+    import numpy as np
+
     if embedding_type == "float":
         return vectors
     if embedding_type in ("binary", "ubinary"):

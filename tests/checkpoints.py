@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -103,7 +103,7 @@ class Shape:
     @property
     def parameters(self) -> int:
         """Parameters that an embedder uses."""
-        return sum(math.prod(size) for size in _tensor_sizes(self).values())
+        return sum(math.prod(size) for size in text_sizes(self).values())
 
 
 SHAPES: dict[str, Shape] = {
@@ -149,27 +149,14 @@ def build_checkpoint(
 ) -> Path:
     """Write `shape`, with the fields named in `overrides` replaced, into `folder`; return it."""
     import torch
-    from safetensors.torch import save_file
 
     shape = replace(shape, **overrides)
     _write_texts(folder, shape)
     tensors = {
-        name: torch.cat(list(_values(shape, name, size, seed))).reshape(size)
-        for name, size in _file_sizes(shape).items()
+        name: torch.cat(list(draw(shape, name, size, seed))).reshape(size)
+        for name, size in file_sizes(shape).items()
     }
-    if shape.shards == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-    names = list(tensors)
-    weight_map: dict[str, str] = {}
-    for shard in range(shape.shards):  # runs of equal count, which cut layers in two
-        part = names[shard * len(names) // shape.shards : (shard + 1) * len(names) // shape.shards]
-        file = f"model-{shard + 1:05}-of-{shape.shards:05}.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / "model.safetensors.index.json", index)
+    save_tensors(folder, tensors, shape.shards)
     return folder
 
 
@@ -178,22 +165,51 @@ def true_shape_300m(folder: Path, seed: int = 0) -> Path:
 
     The tokenizer is the tiny one: its ids are the first of the 128,256 rows.
     """
+    _write_texts(folder, TRUE_300M)
+    sizes = text_sizes(TRUE_300M)
+    stream_bfloat16(folder, sizes, lambda name: draw(TRUE_300M, name, sizes[name], seed))
+    return folder
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int) -> None:
+    """Write tensors in the order given: one file, or several and their index."""
+    from safetensors.torch import save_file
+
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for shard in range(shards):  # runs of equal count, which cut layers in two
+        part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def stream_bfloat16(
+    folder: Path,
+    sizes: Mapping[str, tuple[int, ...]],
+    values: Callable[[str], Iterator[torch.Tensor]],
+) -> None:
+    """Write one bfloat16 file from the chunks that `values` yields for each name of `sizes`."""
     import torch
 
-    _write_texts(folder, TRUE_300M)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, size in _tensor_sizes(TRUE_300M).items():
+    for name, size in sizes.items():
         start, end = end, end + 2 * math.prod(size)
         header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [start, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # the data starts on a multiple of 8
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        for name, size in _tensor_sizes(TRUE_300M).items():
-            for chunk in _values(TRUE_300M, name, size, seed):
+        for name in sizes:
+            for chunk in values(name):
                 file.write(chunk.view(torch.uint8).numpy().data)
-    return folder
 
 
 def rope_branches(shape: Shape) -> dict[str, int]:
@@ -246,7 +262,7 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def _tensor_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
+def text_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Name and size of each tensor that an embedder uses, in file order, without key_prefix."""
     hidden, mlp = shape.hidden_size, shape.intermediate_size
     queries = shape.num_attention_heads * shape.head_dim
@@ -273,9 +289,9 @@ def _tensor_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _file_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
+def file_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Name and size of each tensor as the file has them, with those that must be ignored."""
-    sizes = {shape.key_prefix + name: size for name, size in _tensor_sizes(shape).items()}
+    sizes = {shape.key_prefix + name: size for name, size in text_sizes(shape).items()}
     if shape.with_rotary_buffers:
         for i in range(shape.num_hidden_layers):
             name = f"{shape.key_prefix}layers.{i}.self_attn.rotary_emb.inv_freq"
@@ -285,7 +301,7 @@ def _file_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def _values(shape: Shape, name: str, size: tuple[int, ...], seed: int) -> Iterator[torch.Tensor]:
+def draw(shape: Shape, name: str, size: tuple[int, ...], seed: int) -> Iterator[torch.Tensor]:
     """Yield the values of a tensor in flat chunks, drawn from a generator of its own."""
     import torch
 
@@ -303,34 +319,40 @@ def _values(shape: Shape, name: str, size: tuple[int, ...], seed: int) -> Iterat
 
 def _write_texts(folder: Path, shape: Shape) -> None:
     """Write everything but the weights."""
-    if (shape.rope or {}).get("rope_type") == "llama3":
-        assert all(rope_branches(shape).values()), rope_branches(shape)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", _config(shape))
-    tokenizer().save(str(folder / "tokenizer.json"))
+    write_json(folder / "config.json", config_json(shape))
+    write_tokenizer(folder, tokenizer(), shape.max_position_embeddings)
+    if shape.prompts is not None:
+        _write_sentence_transformers(folder, shape, shape.prompts)
+
+
+def write_tokenizer(folder: Path, made: Tokenizer, limit: int, **config: Any) -> None:
+    """Write the three files of a tokenizer; `config` adds to tokenizer_config.json."""
+    made.save(str(folder / "tokenizer.json"))
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     tokens = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS}
     specials = {key: {"content": token, **plain} for key, token in tokens.items()}
-    _write_json(folder / "special_tokens_map.json", specials)
+    write_json(folder / "special_tokens_map.json", specials)
     added = {
-        str(tokenizer().token_to_id(token)): {"content": token, **plain, "special": True}
-        for token in (BOS, EOS)
+        str(number): {"content": token.content, **plain, "special": True}
+        for number, token in made.get_added_tokens_decoder().items()
     }
     config = {
         "added_tokens_decoder": added,
         **tokens,
         "clean_up_tokenization_spaces": True,
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": shape.max_position_embeddings,
+        "model_max_length": limit,
+        **config,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    _write_json(folder / "tokenizer_config.json", config)
-    if shape.prompts is not None:
-        _write_sentence_transformers(folder, shape, shape.prompts)
+    write_json(folder / "tokenizer_config.json", config)
 
 
-def _config(shape: Shape) -> dict[str, Any]:
+def config_json(shape: Shape) -> dict[str, Any]:
     """Return config.json, with the fields and the constants of the public 1b sibling."""
+    if (shape.rope or {}).get("rope_type") == "llama3":
+        assert all(rope_branches(shape).values()), rope_branches(shape)
     code = "llama_bidirectional_model.LlamaBidirectional"  # a file that is not there: never run it
     old = shape.rope_spelling == "rope_scaling"
     rope = dict(shape.rope) if shape.rope else None
@@ -378,7 +400,7 @@ def _write_sentence_transformers(folder: Path, shape: Shape, prompts: Mapping[st
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (kind, path) in enumerate(kinds.items())
     ]
-    _write_json(folder / "modules.json", modules)
+    write_json(folder / "modules.json", modules)
     (folder / "1_Pooling").mkdir(exist_ok=True)
     pooling = {
         "word_embedding_dimension": shape.hidden_size,
@@ -386,18 +408,18 @@ def _write_sentence_transformers(folder: Path, shape: Shape, prompts: Mapping[st
         "pooling_mode_mean_tokens": True,
         "include_prompt": True,
     }
-    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    write_json(folder / "1_Pooling" / "config.json", pooling)
     limit = {"max_seq_length": shape.max_position_embeddings, "do_lower_case": False}
-    _write_json(folder / "sentence_bert_config.json", limit)
+    write_json(folder / "sentence_bert_config.json", limit)
     config = {
         "__version__": {"sentence_transformers": "5.1.0"},
         "prompts": dict(prompts),
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
     }
-    _write_json(folder / "config_sentence_transformers.json", config)
+    write_json(folder / "config_sentence_transformers.json", config)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write JSON the way transformers does."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

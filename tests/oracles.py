@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +25,23 @@ Float64 = NDArray[np.float64]
 
 def numpy_float64(folder: Path, texts: list[str], prefix: str, *, causal: bool = False) -> Float64:
     """Embed with the model written out in numpy; `causal` puts back the mask that must be gone."""
-    config, weights = _config(folder), _weights(folder)
+    config, weights = read_config(folder), _weights(folder)
+
+    def last_hidden(ids: list[int]) -> Float64:
+        rows = weights["embed_tokens.weight"][ids].astype(np.float64)  # (t, hidden)
+        return llama_float64(config, weights, rows, causal=causal)
+
+    return _embed(folder, texts, prefix, last_hidden)
+
+
+def llama_float64(
+    config: Mapping[str, Any],
+    weights: Mapping[str, NDArray[np.float32]],
+    x: Float64,
+    *,
+    causal: bool = False,
+) -> Float64:
+    """Take the embeddings of a text's tokens (t, hidden) to the last hidden states, in numpy."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     frequencies = _rope_frequencies(config, head_dim)  # (head_dim / 2,)
@@ -64,15 +80,11 @@ def numpy_float64(folder: Path, texts: list[str], prefix: str, *, causal: bool =
         gate = gate / (1 + np.exp(-gate))
         return linear(gate * linear(x, f"{name}.up_proj"), f"{name}.down_proj")
 
-    def last_hidden(ids: list[int]) -> Float64:
-        x = weights["embed_tokens.weight"][ids].astype(np.float64)  # (t, hidden)
-        for i in range(config["num_hidden_layers"]):
-            layer = f"layers.{i}"
-            x = x + attention(norm(x, f"{layer}.input_layernorm"), f"{layer}.self_attn")
-            x = x + mlp(norm(x, f"{layer}.post_attention_layernorm"), f"{layer}.mlp")
-        return norm(x, "norm")
-
-    return _embed(folder, texts, prefix, last_hidden)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"layers.{i}"
+        x = x + attention(norm(x, f"{layer}.input_layernorm"), f"{layer}.self_attn")
+        x = x + mlp(norm(x, f"{layer}.post_attention_layernorm"), f"{layer}.mlp")
+    return norm(x, "norm")
 
 
 def eurobert(folder: Path, texts: list[str], prefix: str) -> Float64:
@@ -121,7 +133,7 @@ def sentence_transformers(
         Transformer,
     )
 
-    config = _config(folder)
+    config = read_config(folder)
     for key in ("auto_map", "architectures"):  # auto_map would ask on stdin whether to run code
         config.pop(key, None)
     config |= {"model_type": "llama", "is_causal": False}
@@ -158,7 +170,7 @@ def _embed(
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    vectors = np.empty((len(texts), _config(folder)["hidden_size"]))
+    vectors = np.empty((len(texts), read_config(folder)["hidden_size"]))
     for row, text in zip(vectors, texts, strict=True):
         states = last_hidden(tokenizer.encode(prefix + text).ids)  # (t, hidden)
         mean = states.mean(axis=0, dtype=np.float64)
@@ -194,15 +206,15 @@ def _load(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
 def _stock_config(folder: Path) -> dict[str, Any]:
     """Return what config.json says of the dimensions, without what names a class or a dtype."""
     named = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype")
-    return {key: value for key, value in _config(folder).items() if key not in named}
+    return {key: value for key, value in read_config(folder).items() if key not in named}
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config
 
 
-def _rope_frequencies(config: dict[str, Any], head_dim: int) -> Float64:
+def _rope_frequencies(config: Mapping[str, Any], head_dim: int) -> Float64:
     """Return the angle per position of each pair, (head_dim / 2,), from either spelling of RoPE."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or config["rope_theta"]
@@ -219,18 +231,23 @@ def _rope_frequencies(config: dict[str, Any], head_dim: int) -> Float64:
 
 
 def _weights(folder: Path) -> dict[str, NDArray[np.float32]]:
-    """Read all that a bare Llama needs, in one file or shards, under its names without prefix."""
+    """Read all that a bare Llama needs, under its names without prefix."""
+    return {
+        name.removeprefix("model."): values
+        for name, values in read_tensors(folder)
+        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
+    }
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Read every tensor of a folder, one file or shards, under the name it has there."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         shards = ["model.safetensors"]
-    return {
-        name.removeprefix("model."): values
-        for shard in shards
-        for name, values in _read_safetensors(folder / shard)
-        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
-    }
+    for shard in shards:
+        yield from _read_safetensors(folder / shard)
 
 
 def _read_safetensors(path: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -30,11 +30,9 @@ from shared_engine import (
     AuthenticationError,
     ConfigurationError,
     ConnectionFailedError,
-    Document,
     Embedder,
     EngineClosedError,
     InputTooLongError,
-    InputTypeError,
     InvalidRequestError,
     MalformedResponseError,
     ModelNotFoundError,
@@ -44,7 +42,6 @@ from shared_engine import (
     RateLimitError,
     RequestTimeoutError,
     UnsupportedDimensionsError,
-    UnsupportedModalityError,
     count_tokens,
 )
 from shared_engine.engines import choose
@@ -153,42 +150,6 @@ def test_no_request_before_first_use_and_none_for_nothing() -> None:
         assert engine.description == f"{MODEL} at http://nim:8000/v1"
         assert nim.requests == []
         assert engine.dimensions == WIDTH
-
-
-def test_images_go_as_data_urls_with_their_modality_and_as_passages() -> None:
-    nim = Nim()
-    png = b"\x89PNG\r\n"
-    url = "data:image/png;base64," + base64.b64encode(png).decode()
-    items = ["t", Document(image=png), Document("cap", png), "u"]
-    with nim.embedder(model="mine/multimodal") as engine:
-        out = engine.embed(items, "query")
-    sent = {body.get("modality"): body for body in nim.bodies}
-    assert {k: v["input"] for k, v in sent.items()} == {
-        None: ["t", "u"],
-        "image": [url],
-        "text_image": [f"cap\n{url}"],
-    }
-    assert {k: v["input_type"] for k, v in sent.items()} == {
-        None: "query",
-        "image": "passage",
-        "text_image": "passage",
-    }
-    np.testing.assert_allclose(out[[0, 3]], vectors(["t", "u"], "query"), atol=1e-6)
-    np.testing.assert_allclose(out[1], vectors([url])[0], atol=1e-6)
-    with nim.embedder() as engine, pytest.raises(UnsupportedModalityError):
-        engine.embed(items)
-
-
-def test_an_image_that_cannot_be_sent_fails_alone() -> None:
-    items = [*TEXTS[:120], Document(image=object()), *TEXTS[120:]]
-    with Nim().embedder(model="mine/multimodal") as engine:
-        with pytest.raises(PartialResultError) as caught:
-            engine.embed(items)
-        with pytest.raises(InputTypeError):
-            engine.embed([Document(image=object())])
-    assert {k: (type(v), v.index) for k, v in caught.value.errors.items()} == {
-        120: (InputTypeError, 120)
-    }
 
 
 def test_batches_are_bounded_by_count_and_by_bytes() -> None:
