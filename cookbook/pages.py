@@ -1,0 +1,329 @@
+"""Ask the pages of PDFs as they look, through LangChain and LlamaIndex over one store.
+
+    choose_model ... demo.py: yours, the public one or a stand-in, and why
+    read_pages ..... of your PDFs, or of a handbook that is made here (handbook.py)
+    ingest ......... LlamaIndex's IngestionPipeline of images ──► Chroma on disk; only what is new
+    Search ......... LangChain's and LlamaIndex's image retrieval: by a text, or by another picture
+
+`make pages` sets everything up and runs this; `make pages PDF=/path/to/file-or-folder` reads yours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import handbook  # beside this file, as are the next two
+import pypdfium2
+import standin
+from demo import (
+    Default,
+    choose_model,
+    is_slow,
+    open_collection,
+    parser,
+    show,
+    show_found,
+    start,
+)
+from PIL import Image
+from tqdm import tqdm
+
+from langchain_nemoretriever import NeMoRetrieverEmbeddings
+from llamaindex_nemoretriever import NeMoRetrieverEmbedding
+
+if TYPE_CHECKING:
+    from chromadb import Collection
+    from chromadb.api import ClientAPI
+
+DEFAULT = Default(
+    "nvidia/llama-nemotron-embed-vl-1b-v2",
+    standin.build_multimodal,
+    "It is untrained and its vision tower is random: it finds a page by a picture of that page, "
+    "and cannot be asked about pages in words. Judge no model by it.",
+    "pages",
+)
+QUESTIONS = (
+    "How do I open a URL and read the response?",
+    "How can I read a ZIP archive?",
+    "A bar chart whose longest bar is SpooledTemporaryFile",
+)
+PIXELS = 1_754  # of the longer side: A4 at 150 dpi
+PIXELS_SENT = 1_000  # the same of a picture to search with
+BATCH = 16  # pages between two saves
+LIMIT, LIMIT_SLOW = 1_000, 8  # pages; the second for a full-size model without a GPU
+TOP = 3  # pages that answer a question
+
+
+def _turned(picture: Image.Image) -> Image.Image:
+    return picture.rotate(2, Image.Resampling.BICUBIC, fillcolor="white")
+
+
+def _cropped(picture: Image.Image) -> Image.Image:
+    width, height = picture.size
+    return picture.crop((width // 50, height // 50, width * 49 // 50, height * 49 // 50))
+
+
+ALTERATIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "smaller": lambda picture: picture,
+    "smaller and turned by 2 degrees": _turned,
+    "smaller and without 2 % at each edge": _cropped,
+}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of a PDF."""
+
+    path: Path
+    name: str
+    """File and number, as shown."""
+    id: str
+    """The same as long as the name and the bytes of the file are."""
+    index: int
+    """From 0."""
+
+    def render(self, pixels: int) -> Image.Image:
+        """Draw it with so many pixels on its longer side."""
+        try:
+            with pypdfium2.PdfDocument(self.path) as document:
+                page = document[self.index]
+                picture: Image.Image = page.render(scale=pixels / max(page.get_size())).to_pil()
+        except pypdfium2.PdfiumError as exc:
+            raise OSError(f"{self.name} cannot be rendered: {exc}") from exc
+        return picture
+
+
+def read_pages(source: Path) -> list[Page]:
+    """Return the pages of a PDF, or of all PDFs in a folder; one that cannot be read is named."""
+    pages = []
+    for path in sorted(source.rglob("*.pdf")) if source.is_dir() else [source]:
+        name = path.relative_to(source).as_posix() if source.is_dir() else path.name
+        content = path.read_bytes()
+        digest = hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:24]
+        try:
+            with pypdfium2.PdfDocument(content) as document:
+                count = len(document)
+        except pypdfium2.PdfiumError as exc:
+            show("Skipped", f"{name}: {exc}")
+            continue
+        pages += [Page(path, f"{name}, page {n + 1}", f"{digest}-{n + 1}", n) for n in range(count)]
+    return pages
+
+
+def ingest(
+    pages: Sequence[Page], collection: Collection, model: NeMoRetrieverEmbedding, folder: Path
+) -> None:
+    """Bring the collection up to date with the pages, whose pictures are kept in the folder."""
+    from llama_index.core.ingestion import IngestionPipeline
+    from llama_index.core.schema import ImageNode
+    from llama_index.vector_stores.chroma import ChromaVectorStore
+
+    def node(page: Page) -> ImageNode:
+        path = folder / f"{page.id}.png"
+        page.render(PIXELS).save(path, compress_level=1)
+        shown = {"name": page.name, "image": str(path)}
+        return ImageNode(id_=page.id, image_path=str(path), metadata=shown)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = set(collection.get(include=[])["ids"])
+    if gone := stored - {page.id for page in pages}:
+        collection.delete(ids=list(gone))
+        for id_ in gone:
+            (folder / f"{id_}.png").unlink(missing_ok=True)
+    pipeline = IngestionPipeline(
+        transformations=[model],
+        vector_store=ChromaVectorStore(chroma_collection=collection),
+        disable_cache=True,  # the ids tell what is there
+    )
+    new = [page for page in pages if page.id not in stored]
+    start = time.perf_counter()
+    with tqdm(total=len(new), desc="Embedding", unit=" pages", disable=not new) as bar:
+        for first in range(0, len(new), BATCH):
+            batch = new[first : first + BATCH]
+            pipeline.run(nodes=[node(page) for page in batch])
+            bar.update(len(batch))
+    seconds = time.perf_counter() - start
+    rate = f" in {seconds:.1f} s ({len(new) / seconds:.1f} a second)" if new else ""
+    kept = len(pages) - len(new)
+    print(f"{len(new):,} embedded{rate}, {kept:,} unchanged, {len(gone):,} removed")
+
+
+class Found(NamedTuple):
+    """What both frameworks find: cosine similarities by name of a page, best first."""
+
+    langchain: dict[str, float]
+    llamaindex: dict[str, float]
+    seconds: tuple[float, float]
+
+
+class Search:
+    """One collection behind both frameworks."""
+
+    def __init__(self, client: ClientAPI, collection: Collection, options: dict[str, Any]) -> None:
+        from langchain_chroma import Chroma
+        from llama_index.core.indices import MultiModalVectorStoreIndex
+        from llama_index.vector_stores.chroma import ChromaVectorStore
+
+        # LangChain
+        self._embeddings = NeMoRetrieverEmbeddings(**options)
+        self._store = Chroma(
+            client=client, collection_name=collection.name, embedding_function=self._embeddings
+        )
+        # LlamaIndex
+        model = NeMoRetrieverEmbedding(**options)  # equal options: one loaded model
+        vector_store = ChromaVectorStore(chroma_collection=collection)
+        index = MultiModalVectorStoreIndex.from_vector_store(
+            vector_store,
+            embed_model=model,
+            image_vector_store=vector_store,
+            image_embed_model=model,
+        )
+        self._retriever = index.as_retriever(image_similarity_top_k=TOP)
+
+    def by_text(self, question: str) -> Found:
+        """Find pages by what one asks."""
+        return self._found(
+            lambda: self._store.similarity_search_with_score(question, k=TOP),
+            lambda: self._retriever.text_to_image_retrieve(question),
+        )
+
+    def by_picture(self, path: Path) -> Found:
+        """Find pages by what they look like."""
+        return self._found(
+            # similarity_search_by_image(path) does the same and keeps the scores back.
+            lambda: self._store.similarity_search_by_vector_with_relevance_scores(
+                self._embeddings.embed_image([path])[0], k=TOP
+            ),
+            lambda: self._retriever.image_to_image_retrieve(str(path)),
+        )
+
+    def _found(self, langchain: Callable[[], Any], llamaindex: Callable[[], Any]) -> Found:
+        start = time.perf_counter()
+        documents = langchain()
+        between = time.perf_counter()
+        nodes = llamaindex()
+        end = time.perf_counter()
+        # Chroma gives 1 - cosine; LlamaIndex makes exp(-(1 - cosine)) of it.
+        return Found(
+            {document.metadata["name"]: 1 - distance for document, distance in documents},
+            {node.metadata["name"]: 1 + math.log(node.get_score()) for node in nodes},
+            (between - start, end - between),
+        )
+
+
+def look_up(search: Search, pages: Sequence[Page]) -> None:
+    """Search with an altered picture of some pages; print where the right one comes."""
+    print("\nPictures of pages, drawn anew, altered and saved as JPEG, and what looks like them:")
+    step = len(pages) / len(ALTERATIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "picture.jpg")
+        for number, (how, alter) in enumerate(ALTERATIONS.items()):
+            page = pages[int((number + 0.5) * step)]
+            alter(page.render(PIXELS_SENT)).convert("RGB").save(path, quality=40)
+            found = search.by_picture(path)
+            show_found(f"{page.name}: {how}", *found, notes={})
+            both = {standing(page.name, scores): None for scores in found[:2]}
+            print(" " * 24 + f"the right page: {' and '.join(both)}")
+
+
+def standing(name: str, found: dict[str, float]) -> str:
+    """Say at which rank a page is, and how far it is from the best other one.
+
+    >>> standing("a", {"a": 0.75, "b": 0.5}), standing("b", {"a": 0.75, "b": 0.5})
+    ('rank 1, 0.250 ahead of the next', 'rank 2, 0.250 behind the first')
+    """
+    if name not in found:
+        return f"not among the first {TOP}"
+    others = [score for other, score in found.items() if other != name]
+    if not others:
+        return "the only one"
+    rank = list(found).index(name) + 1
+    distance = abs(found[name] - max(others))
+    return f"rank {rank}, {distance:.3f} {'behind the first' if rank > 1 else 'ahead of the next'}"
+
+
+def choose_pages(args: Namespace, source: Path, slow: bool) -> list[Page]:
+    """Return the pages to embed, and say which they are."""
+    found = read_pages(source)
+    pages = found[: args.limit or (LIMIT_SLOW if slow else LIMIT)]
+    files = list(dict.fromkeys(page.path.name for page in pages))
+    said = f"{len(pages):,} of {', '.join(files[:6])}"
+    if len(files) > 6:
+        said += f" and {len(files) - 6:,} more"
+    if args.pdf is None:
+        said += "\nMade of your Python's docstrings and code; PDF=/file/or/folder takes yours."
+    if len(pages) < len(found):
+        said += f"\nThere are {len(found):,}; --limit takes more."
+    show("Pages", said)
+    return pages
+
+
+def run(args: Namespace) -> None:
+    """Say what runs, bring the store up to date, search."""
+    chosen, why = choose_model(args.model, DEFAULT)
+    model = Path(chosen["model"])
+    show("Model", f"{model.name if model.is_dir() else model}: {why}")
+    show("Switch", DEFAULT.switch)
+    options: dict[str, Any] = {**chosen, "device": args.device, "max_tiles": args.max_tiles}
+    embed_model = NeMoRetrieverEmbedding(**options)
+    embedder = embed_model.embedder
+    show("Runs", embedder.description.removeprefix(str(model)).strip())
+    if "image" not in embedder.modalities:
+        sys.exit("\nIt takes texts only; `make demo` is for such a model.")
+
+    if args.pdf is None:
+        handbook.write(args.store / "handbook")
+    source = (args.pdf or args.store / "handbook").resolve()
+    pages = choose_pages(args, source, is_slow(chosen, embedder, args.device))
+    if not pages:
+        sys.exit(f"\n{source} has no page of a PDF.")
+
+    from chromadb.errors import ChromaError
+
+    folder = (args.store / model.name / embedder.cache_key("document")).resolve()
+    name = f"pages-{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
+    try:
+        client, collection = open_collection(folder, name)
+        ingest(pages, collection, embed_model, folder / name)
+    except ChromaError as exc:
+        sys.exit(f"\nThe store does not work ({exc}). Delete its folder to start it anew.")
+
+    search = Search(client, collection, options)
+    print("\nCosine similarity of what each framework finds, and the time that it took:")
+    look_up(search, pages)
+    untrained = standin.is_standin(model)
+    questions = args.question or (() if untrained or args.pdf else QUESTIONS)
+    if untrained:
+        print("\nAsked in words, a random tower finds pages at random; a trained one answers.")
+    elif not questions:
+        print("\nmake pages ... ARGS='--question \"...\"' asks in words.")
+    for question in questions:
+        found = search.by_text(question)
+        show_found(question, *found, notes={})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with the options of a command line."""
+    options = parser((__doc__ or "").splitlines()[0], f"pages to embed (default: {LIMIT:,})")
+    options.add_argument("--pdf", type=Path, help="a PDF, or a folder of them")
+    options.add_argument(
+        "--max-tiles",
+        type=int,
+        choices=range(1, 13),
+        metavar="1..12",
+        help="tiles that a page is cut into at most (default: what the model says)",
+    )
+    start(run, options, argv)
+
+
+if __name__ == "__main__":
+    main()

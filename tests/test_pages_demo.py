@@ -1,0 +1,153 @@
+"""`make pages`, and the stand-in that it runs where the public model is not to be had."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from cookbook.standin import build_multimodal
+from shared_engine import Document, Embedder, Options
+from tests.conftest import ROOT
+
+DATA = ROOT.parent / "shared" / "data" / "nvidia-pages"
+
+
+@pytest.fixture(scope="module")
+def multimodal(standin: Path) -> Path:
+    """The stand-in for images, built around the one for texts."""
+    return build_multimodal()
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, which finds its neighbours beside it."""
+    monkeypatch.syspath_prepend(ROOT / "cookbook")
+    import pages
+
+    return pages
+
+
+@pytest.fixture
+def run(
+    pages: ModuleType,
+    multimodal: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., str]:
+    """Run the script with a store of its own and no public model at hand; return what it prints."""
+    for name in ("NVIDIA_BASE_URL", "NVIDIA_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def run(*args: str) -> str:
+        pages.main([*args, "--device", "cpu", "--store", str(tmp_path / "store")])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_finds_pages_by_their_pictures_in_both_frameworks_and_embeds_nothing_twice(
+    run: Callable[..., str],
+) -> None:
+    first = run("--limit", "6")
+    assert "is not to be had" in first
+    assert "stand-in" in first
+    assert "its vision tower is random" in first
+    assert "6 of files.pdf" in first
+    assert "6 embedded" in first
+    assert len(re.findall("the right page: rank 1, .* ahead of the next\n", first)) == 3
+    assert not re.search("nan|behind| and rank | and not", first)  # both frameworks, the same
+
+    second = run("--limit", "6", "--question", "How do I read a ZIP archive?")
+    assert "0 embedded, 6 unchanged, 0 removed" in second
+    answers = second.partition("How do I read a ZIP archive?\n")[2]
+    assert len(re.findall(r"^ +-?0\.\d{3} +-?0\.\d{3} +files.pdf, page \d$", answers, re.M)) == 3
+
+
+def test_embeds_what_is_new_or_changed_and_forgets_what_is_gone(
+    run: Callable[..., str], pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine"
+    monkeypatch.setattr("handbook.CHAPTERS", {"a": ("wave", "uuid"), "b": ("json",)})
+    a, b = pages.handbook.write(folder)
+    assert "3 embedded" in run("--pdf", str(folder))
+    a.write_bytes(b.read_bytes())
+    (folder / "broken.pdf").write_bytes(b"not a PDF")
+    output = run("--pdf", str(folder))
+    assert re.search("Skipped +broken.pdf: ", output)
+    assert re.search("1 embedded .*, 1 unchanged, 2 removed", output)
+    assert len(list((tmp_path / "store").rglob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--pdf", "nowhere.pdf"], "nowhere.pdf"),
+        (["--pdf", "."], "no page of a PDF"),
+        (["--max-tiles", "13"], "2"),
+    ],
+)
+def test_what_can_be_expected_to_fail_ends_in_a_sentence(
+    run: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    args: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        run(*args)
+
+
+def test_the_standin_for_images_is_laid_out_as_the_public_one_and_says_what_it_is(
+    multimodal: Path, tmp_path: Path
+) -> None:
+    again = build_multimodal(tmp_path / "again")
+    assert (again / "standin.json").read_bytes() == (multimodal / "standin.json").read_bytes()
+    with safe_open(again / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    for name in (
+        "vision_model.vision_model.embeddings.patch_embedding.weight",
+        "mlp1.3.weight",
+        "language_model.layers.0.self_attn.q_proj.weight",
+    ):
+        assert name in names
+    assert "untrained" in json.loads((again / "config.json").read_text())["stand_in"]
+    assert "Untrained" in (again / "README.md").read_text()
+    with Embedder(Options(model=str(multimodal), device="cpu")) as embedder:
+        assert "random-vision-untrained-standin" in embedder.description
+
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="holds something else"):
+        build_multimodal(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["handbook", "nvidia-pages"])
+def test_the_standin_finds_every_page_by_an_altered_picture_of_it(
+    pages: ModuleType, multimodal: Path, tmp_path: Path, source: str
+) -> None:
+    if source == "handbook":
+        pages.handbook.write(tmp_path)
+    elif not DATA.is_dir():
+        pytest.skip(f"{DATA} is not there")
+    found = pages.read_pages(tmp_path if source == "handbook" else DATA)
+    assert len(found) >= 10
+    alter = list(pages.ALTERATIONS.values())
+    altered = [
+        alter[row % len(alter)](page.render(pages.PIXELS_SENT)) for row, page in enumerate(found)
+    ]
+    with Embedder(Options(model=str(multimodal), device="cpu")) as embedder:
+        stored = embedder.embed([Document(image=page.render(pages.PIXELS)) for page in found])
+        scores = embedder.embed([Document(image=picture) for picture in altered]) @ stored.T
+    own = scores.diagonal().copy()
+    np.fill_diagonal(scores, -1)
+    assert (own - scores.max(axis=1)).min() > 0.005
