@@ -9,6 +9,7 @@ Automodel `llama_nemotron_vl`.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ from shared_engine.options import Options
 TEXT_ARCHITECTURE = "LlamaBidirectionalModel"
 MULTIMODAL_ARCHITECTURE = "LlamaNemotronVLModel"
 _FILES = ["*.json", "*.safetensors", "1_Pooling/*.json"]
+_COMMIT = re.compile("[0-9a-f]{40}")
 _ROPE_TYPES = ("default", "llama3")
 _MAX_TOKENS_WITH_IMAGE = 10_240
 _MOST_TILES = 12
@@ -165,6 +167,13 @@ def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
+        if revision and _COMMIT.fullmatch(revision):  # what it names never changes: ask nobody
+            folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+            if _is_complete(folder):
+                return folder
+    except LocalEntryNotFoundError:
+        pass
+    try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
         raise CheckpointError(
@@ -173,6 +182,17 @@ def _download(repo_id: str, revision: str | None) -> Path:
             "Ways out: check the name and HF_TOKEN, or give a local folder: "
             "checkpoint='/path/to/folder'"
         ) from exc
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of a checkpoint's safetensors files, there or not."""
+    index = _read_json(folder / "model.safetensors.index.json").get("weight_map")
+    return sorted(set(index.values())) if index else ["model.safetensors"]
+
+
+def _is_complete(folder: Path) -> bool:
+    names = ("config.json", "tokenizer.json", *weight_files(folder))
+    return all((folder / name).is_file() for name in names)
 
 
 def _read_json(path: Path, required: bool = False) -> dict[str, Any]:

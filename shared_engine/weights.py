@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from shared_engine.checkpoint import Checkpoint
+from shared_engine.checkpoint import Checkpoint, weight_files
 from shared_engine.device import Placement
 from shared_engine.errors import CheckpointError
 
@@ -34,13 +33,8 @@ class Weights:
             CheckpointError: a file is missing or cannot be read.
         """
         self._folder, self._placement = checkpoint.folder, placement
-        index = self._folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = ["model.safetensors"]
         self._left: dict[str, tuple[Any, str]] = {}
-        for name in names:
+        for name in weight_files(self._folder):
             path = self._folder / name
             if not path.is_file():
                 raise CheckpointError(
@@ -51,10 +45,9 @@ class Weights:
             except SafetensorError as exc:
                 raise CheckpointError(f"{path} cannot be read: {exc}") from exc
             for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
-                if not key.endswith(_UNUSED) and not (name := _common(key)).startswith(
-                    _UNUSED_PARTS
-                ):
-                    self._left[name] = (file, key)
+                common = _common(key)
+                if not common.endswith(_UNUSED) and not common.startswith(_UNUSED_PARTS):
+                    self._left[common] = (file, key)
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """Return a tensor in the placement's dtype; each is asked for once.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared_engine import CATALOGUE, CheckpointError, Embedder, Options, UnsupportedDimensionsError
+from shared_engine import checkpoint as checkpoint_module
 from shared_engine.catalogue import DEFAULT_MODEL, find
 from shared_engine.checkpoint import resolve
 from tests.checkpoints import SHAPES, build_checkpoint
@@ -48,6 +49,30 @@ def test_a_model_without_public_weights_names_the_ways_out():
 def test_what_is_no_folder_name_or_id_is_refused_without_the_network(model):
     with pytest.raises(CheckpointError, match="is not a folder here"):
         resolve(Options(model=model))
+
+
+def test_a_commit_that_is_in_the_cache_is_used_without_a_network(tmp_path, python):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "hub" / "models--some--model" / "snapshots" / commit
+    build_checkpoint(folder)
+    program = f"""
+import os
+os.environ |= {{"HF_HOME": {str(tmp_path)!r}, "HF_HUB_OFFLINE": "0"}}
+import socket
+def refuse(*_, **__):
+    raise OSError("the network was asked")
+socket.getaddrinfo = refuse
+from shared_engine import Embedder, Options
+print(Embedder(Options(model="some/model", revision={commit!r})).embed(["x"]).shape)
+"""
+    assert python(program) == "(1, 64)\n"
+
+
+def test_what_an_interrupted_download_left_is_no_checkpoint(tmp_path):
+    folder = build_checkpoint(tmp_path / "sharded", SHAPES["sharded"])
+    assert checkpoint_module._is_complete(folder)
+    next(folder.glob("model-00002*")).unlink()
+    assert not checkpoint_module._is_complete(folder)
 
 
 def test_an_unreachable_hub_is_a_clear_error():
