@@ -353,20 +353,6 @@ def run_without(module: str, code: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def test_without_orjson_the_standard_library_writes_the_same() -> None:
-    code = """
-import numpy as np
-from shared_engine.server_wire import reply
-rows = np.array([[0.1, -2.5e-8], [3.0, 0.0]], np.float32)
-print(reply(rows, "float", "m", 3).decode())
-print(reply(rows.astype(np.int8), "float", "m", 3).decode())
-"""
-    plain, fast = (run_without(module, code).splitlines() for module in ("orjson", "nothing"))
-    assert plain[1] == fast[1]
-    for slow, quick in zip(json.loads(plain[0])["data"], json.loads(fast[0])["data"], strict=True):
-        assert slow["embedding"] == pytest.approx(quick["embedding"], rel=1e-7)
-
-
 @pytest.mark.parametrize("module", ["starlette.applications", "prometheus_client"])
 def test_a_missing_extra_names_its_pip_line(module: str) -> None:
     code = """
