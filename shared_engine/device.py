@@ -33,13 +33,26 @@ class Placement:
         return f"{self.device}, {dtype}, {self.tokens_per_step} tokens a step ({self.reasons})"
 
 
-def place(device: str, dtype: DType, tokens_per_step: int | None) -> Placement:
-    """Decide device, dtype, attention kernel and step size from what was asked for.
+def place(devices: str, dtype: DType, tokens_per_step: int | None) -> list[Placement]:
+    """Decide device, dtype, attention kernel and step size for each device, with commas between.
 
     Raises:
-        ConfigurationError: a device that torch does not know or that is not there.
+        ConfigurationError: a device that torch does not know or that is not there, or devices that
+            would compute in different number types.
     """
-    chosen, why_device = _device(device)
+    placements = [_place(device, dtype, tokens_per_step) for device in devices.split(",")]
+    first = placements[0]
+    for other in placements[1:]:
+        if (other.dtype, other.tokens_per_step) != (first.dtype, first.tokens_per_step):
+            raise ConfigurationError(
+                f"device={devices!r} are of different kinds, so a vector would depend on where it "
+                "is computed; give dtype= and tokens_per_step=, or devices of one kind"
+            )
+    return placements
+
+
+def _place(device: str, dtype: DType, tokens_per_step: int | None) -> Placement:
+    chosen, why_device = _device(device.strip())
     number, why_dtype = _dtype(chosen, dtype)
     attend, why_attention = attention.choose(chosen, number)
     # Measured: a CPU's caches suit 2k tokens; estimated: a data-centre GPU is full at 16k.

@@ -1,6 +1,6 @@
-"""The model in this process: worker threads between a queue and a device.
+"""The model in this process: worker threads between a queue and its devices.
 
-    submit ──► prepare (ahead of the device) ──► steps (one thread) ──► the caller's rows
+    submit ──► prepare (ahead of the devices) ──► steps (a thread each) ──► the caller's rows
 
 To prepare is to tokenise, which the tokenizers library spreads over the cores by itself, and to
 decode and cut images, for which there is a thread for each core. Queries are short and urgent: they
@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -50,7 +51,7 @@ _log = logging.getLogger("shared_engine")
 
 
 class LocalBackend:
-    """An embedding model on one device, shared by any number of callers."""
+    """An embedding model on one device or several, shared by any number of callers."""
 
     def __init__(self, options: Options) -> None:
         """Find the checkpoint, download it if need be, load it, and start the workers.
@@ -64,26 +65,30 @@ class LocalBackend:
         self._image_urls = options.image_urls
         kinds: tuple[Modality, ...] = ("text", "image", "text_image")
         self.modalities = frozenset(kinds if self._vision else kinds[:1])
-        placement = place(options.device, options.dtype, options.tokens_per_step)
+        placements = place(options.device, options.dtype, options.tokens_per_step)
         self._tokenizer = TextTokenizer(self._checkpoint)
         # In a thread of its own: torch's OpenMP workers belong to the thread that first computes,
         # and a caller who forks later would wait for workers that stayed with the parent.
         with ThreadPoolExecutor(1, "nemoretriever-load") as loader:
-            self._encoder = loader.submit(
-                Encoder, self._checkpoint, placement, self._tokenizer.size
-            ).result()
-        self._scheduler = Scheduler(placement.tokens_per_step)
-        self._dtype = placement.dtype
+            self._encoders = [
+                loader.submit(Encoder, self._checkpoint, placement, self._tokenizer.size).result()
+                for placement in placements
+            ]
+        self._scheduler = Scheduler(placements[0].tokens_per_step)
+        self._dtype = placements[0].dtype
         self.dimensions = self._checkpoint.dimensions
-        self.description = f"{self._checkpoint.name} in this process on {placement.description}"
+        places = "; ".join(placement.description for placement in placements)
+        self.description = f"{self._checkpoint.name} in this process on {places}"
         if self._vision:
             self.description += f", at most {self._vision.max_tiles} tiles an image"
         _log.info("%s", self.description)
         preparing = min(os.cpu_count() or 1, _MOST_PREPARING) if self._vision else 1
-        work = [("compute", self._compute), *[("prepare", self._prepare)] * preparing]
+        work = [partial(self._compute, number) for number in range(len(placements))]
         self._workers = [
-            threading.Thread(target=target, name=f"nemoretriever-{name}", daemon=True)
-            for name, target in work
+            threading.Thread(
+                target=target, name=f"nemoretriever-{target.func.__name__}", daemon=True
+            )
+            for target in [*work, *[partial(self._prepare)] * preparing]
         ]
         for worker in self._workers:
             worker.start()
@@ -201,16 +206,16 @@ class LocalBackend:
             return []
         return [Sequence(call, row, ids, tiles, len(tiles) * size.patches_per_tile)]
 
-    def _compute(self) -> None:
-        """Work of the last thread: one step after another on the device."""
+    def _compute(self, device: int) -> None:
+        """Work of a device's thread: one step after another."""
         while (step := self._scheduler.next_step()) is not None:
-            self._run(step)
+            self._run(step, device)
 
-    def _run(self, step: list[Sequence]) -> None:
+    def _run(self, step: list[Sequence], device: int) -> None:
         """Compute a step and deliver its rows; where memory runs out, its halves."""
-        error = None
+        error, encoder = None, self._encoders[device]
         try:
-            vectors = self._encoder(
+            vectors = encoder(
                 [sequence.ids for sequence in step], [sequence.tiles for sequence in step]
             )  # (S, hidden)
         except Exception as exc:
@@ -219,10 +224,10 @@ class LocalBackend:
             tokens = sum(sequence.cost for sequence in step)
             self._scheduler.tokens_per_step = max(1, tokens // 2)
             _log.warning("out of memory at %d tokens a step; going on with half", tokens)
-            if self._encoder.device.type == "cuda":
+            if encoder.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._run(step[: len(step) // 2])
-            self._run(step[len(step) // 2 :])
+            self._run(step[: len(step) // 2], device)
+            self._run(step[len(step) // 2 :], device)
             return
         start = 0
         for call, group in groupby(step, key=lambda sequence: sequence.call):

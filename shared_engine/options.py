@@ -50,7 +50,8 @@ class Options(BaseModel):
     )
     device: str = _option(
         default="auto",
-        description='"cpu", "cuda", "cuda:1"; auto is a CUDA GPU if there is one, else the CPU.',
+        description='"cpu", "cuda", "cuda:1"; auto is a CUDA GPU if there is one, else the CPU. '
+        'With "cuda:0,cuda:1" both take steps from one queue.',
     )
     dtype: DType = _option(
         default="auto",

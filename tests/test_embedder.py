@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared_engine import (
+    ConfigurationError,
     Document,
     Embedder,
     EngineClosedError,
@@ -295,10 +296,10 @@ class Faulty:
     """A real encoder behind a fault: it fails for steps of more tokens than it can hold."""
 
     def __init__(self, backend: LocalBackend, holds: int, error: Exception) -> None:
-        self.encoder, self.holds, self.error = backend._encoder, holds, error
+        self.encoder, self.holds, self.error = backend._encoders[0], holds, error
         self.device = self.encoder.device
         self.steps: list[int] = []
-        backend._encoder = self
+        backend._encoders[0] = self
 
     def __call__(self, sequences, tiles):
         tokens = sum(len(ids) for ids in sequences)
@@ -432,3 +433,23 @@ except MissingExtraError as exc:
     print(exc)
 """
     assert "pip install 'nemoretriever-embeddings[local]'" in run(program).stdout
+
+
+def test_several_devices_take_steps_from_one_queue(checkpoint):
+    """Each computes some of them, and every row is right and in its place."""
+    texts = [f"text {i} " + "word " * (i * 37 % 60) for i in range(300)]
+    expected = Embedder(Options(model=checkpoint, device="cpu", dtype="float32")).embed(texts)
+    options = Options(model=checkpoint, device="cpu, cpu", dtype="float32", tokens_per_step=200)
+    with Embedder(options) as embedder:
+        backend = embedder._backend
+        first = Faulty(backend, holds=10_000, error=MemoryError())
+        assert np.abs(embedder.embed(texts) - expected).max() <= 1e-6
+        assert 0 < sum(first.steps) < backend.load.tokens
+        assert embedder.description.count("cpu, float32, 200 tokens a step") == 2
+
+
+def test_devices_of_different_kinds_are_refused(checkpoint, monkeypatch):
+    dtypes = iter([(torch.float32, "slow"), (torch.bfloat16, "fast")])
+    monkeypatch.setattr("shared_engine.device._dtype", lambda *_: next(dtypes))
+    with pytest.raises(ConfigurationError, match="different kinds"):
+        Embedder(Options(model=checkpoint, device="cpu,cpu")).embed(["x"])
