@@ -1,4 +1,4 @@
-"""Images per second, and where the time goes: reading and cutting, the tower, the language model.
+"""Pages per second, and where the time goes: reading and cutting, the tower, the language model.
 
     python tests/benchmarks/images.py                       # a ninth of the 1.7B model's layers
     python tests/benchmarks/images.py --checkpoint DIR --device cuda --pages 64
@@ -14,43 +14,31 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from shared_engine import Document, Embedder, Options, images
-from shared_engine.encoder import Encoder
-from tests.vl_checkpoints import TRUE_VL, build_vl_checkpoint, page
+from tests.benchmarks.measuring import (
+    LEAST_COSINE,
+    Setting,
+    Timed,
+    gemm_peak,
+    image_checkpoint,
+    image_work,
+)
+from tests.vl_checkpoints import TRUE_VL, page
+from tests.vl_oracles import internvl
 
 WIDTH, HEIGHT = 1275, 1650
 TRUE_FLOPS = 400e12
 """Half of the bfloat16 peak that was measured on an H100 (790 TFLOP/s): an optimistic forward."""
-
-
-def work(tiles: int) -> float:
-    """Return the FLOPs of the 1.7B model over an image of so many tiles."""
-    text, hidden, inner = TRUE_VL.text, TRUE_VL.vision_hidden_size, TRUE_VL.vision_intermediate_size
-    patches = (TRUE_VL.image_size // TRUE_VL.patch_size) ** 2
-    layer = 2 * patches * (4 * hidden**2 + 2 * hidden * inner) + 4 * patches**2 * hidden
-    tower = tiles * TRUE_VL.vision_layers * layer
-    tokens, d = tiles * patches // 4 + 8, text.head_dim
-    heads, kv = text.num_attention_heads, text.num_key_value_heads
-    weights = (
-        2 * text.hidden_size * d * (heads + kv) + 3 * text.hidden_size * text.intermediate_size
-    )
-    llama = text.num_hidden_layers * (2 * tokens * weights + 4 * heads * d * tokens**2)
-    return float(tower + llama)
-
-
-def ninth(folder: Path) -> Path:
-    """Write a checkpoint of the true widths with 3 of the tower's 27 layers and 2 of Llama's 16."""
-    text = replace(TRUE_VL.text, num_hidden_layers=2, vocab_size=None)
-    return build_vl_checkpoint(folder, replace(TRUE_VL, text=text, vision_layers=3))
 
 
 def arguments() -> argparse.Namespace:
@@ -65,44 +53,24 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Timed:
-    """A callable that adds up the seconds spent in it."""
-
-    def __init__(self, call: Callable[..., torch.Tensor], device: torch.device) -> None:
-        self._call, self._device, self.seconds = call, device, 0.0
-
-    def __call__(self, *args: object) -> torch.Tensor:
-        """Call, and wait for the device."""
-        start = time.perf_counter()
-        out = self._call(*args)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - start
-        return out
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._call, name)
-
-
-def measure(embedder: Embedder, paths: dict[str, list[Path]], max_tiles: int) -> dict[str, float]:
+def one_round(embedder: Embedder, paths: dict[str, list[Path]], max_tiles: int) -> dict[str, float]:
     """Return the seconds of each part for one page, and of the whole."""
     out: dict[str, float] = {}
     for kind, files in paths.items():
         start = time.perf_counter()
         cut = [images.tiles(path, 0, max_tiles) for path in files]
         out[f"prepare {kind}"] = (time.perf_counter() - start) / len(files)
-    backend = embedder._backend
-    encoder: Encoder = backend._encoder  # type: ignore[attr-defined]
-    ids = [backend._tokenizer.encode_with_image(len(t), "")[0] for t in cut]  # type: ignore[attr-defined]
-    tower = Timed(encoder._vision, encoder.device)  # type: ignore[arg-type]
-    encoder._vision, kept = tower, encoder._vision  # type: ignore[assignment]
+    backend: Any = embedder._backend
+    encoder = backend._encoders[0]
+    ids = [backend._tokenizer.encode_with_image(len(tiles), "")[0] for tiles in cut]
+    kept, encoder._vision = encoder._vision, Timed(encoder._vision, encoder.device)
     start = time.perf_counter()
     for one, tiles in zip(ids, cut, strict=True):
         encoder([one], [tiles])
     seconds = (time.perf_counter() - start) / len(cut)
-    encoder._vision = kept
-    out["tower"] = tower.seconds / len(cut)
+    out["tower"] = sum(encoder._vision.spans) / len(cut)
     out["language model"] = seconds - out["tower"]
+    encoder._vision = kept
     for kind, files in paths.items():
         start = time.perf_counter()
         embedder.embed([Document(image=path) for path in files])
@@ -110,47 +78,92 @@ def measure(embedder: Embedder, paths: dict[str, list[Path]], max_tiles: int) ->
     return out
 
 
-def main() -> None:
-    """Measure and print."""
-    asked = arguments()
-    figures: dict[str, dict[str, float]] = {}
+def measure(
+    folder: Path, device: str, dtype: str, pages: int, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Return the figures for one tile and for six: seconds a page, the whole's share of the peak.
+
+    Raises:
+        ValueError: transformers' InternVL gives another vector for a page (`cosine` compares them).
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    config = json.loads((folder / "config.json").read_text())
     with tempfile.TemporaryDirectory() as scratch:
-        folder = asked.checkpoint or ninth(Path(scratch) / "ninth")
         paths: dict[str, list[Path]] = {"png": [], "jpeg": []}
-        for seed in range(asked.pages):
+        for seed in range(pages):
             for kind, files in paths.items():
                 files.append(Path(scratch) / f"{seed}.{kind}")
                 page(seed, WIDTH, HEIGHT).save(files[-1])
-        options = Options(model=folder, device=asked.device, dtype=asked.dtype)
         for max_tiles in (1, 6):
-            with Embedder(options.model_copy(update={"max_tiles": max_tiles})) as embedder:
-                print(embedder.description)
-                embedder.embed([Document(image=paths["png"][0])])
-                rounds = [measure(embedder, paths, max_tiles) for _ in range(asked.rounds)]
-            median = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
-            report(max_tiles, median)
-            figures[str(max_tiles)] = median
-    if asked.json:
-        asked.json.write_text(json.dumps(figures, indent=2))
+            options = Options(model=folder, device=device, dtype=dtype, max_tiles=max_tiles)
+            tiles = images.tiles(paths["png"][0], 0, max_tiles)
+            peaks, spans = [], []
+            with Embedder(options) as embedder:
+                vector = embedder.embed([Document(image=paths["png"][0])])[0]
+                backend: Any = embedder._backend
+                place = backend._encoders[0].device
+                setting = Setting(config["llm_config"], place, backend._dtype)
+                for _ in range(rounds):
+                    peaks.append(gemm_peak(setting))
+                    spans.append(one_round(embedder, paths, max_tiles))
+            seconds = {name: statistics.median(span[name] for span in spans) for name in spans[0]}
+            achieved = image_work(config, len(tiles)) / seconds["whole png"]
+            figures[str(max_tiles)] = {
+                "tiles": len(tiles),
+                "layers": [
+                    config[part]["num_hidden_layers"] for part in ("vision_config", "llm_config")
+                ],
+                "seconds": seconds,
+                "of_peak": achieved / statistics.median(peaks),
+            }
+            if max_tiles == 1:
+                expected = internvl(folder, [(None, tiles)], "document")[0]
+                figures["1"]["cosine"] = cosine = float(expected @ vector)
+                if not cosine > LEAST_COSINE[setting.dtype]:
+                    raise ValueError(f"transformers gives another vector: cosine {cosine}")
+    return figures
 
 
-def report(max_tiles: int, seconds: dict[str, float]) -> None:
-    """Print the figures of one number of tiles, and the projection."""
-    tiles = len(images.tiles(page(0, WIDTH, HEIGHT), 0, max_tiles))
+def report(figures: dict[str, Any]) -> str:
+    """Return the figures of one number of tiles, and the projection, as lines for a terminal."""
+    tiles, seconds = figures["tiles"], figures["seconds"]
     parts = [seconds["prepare png"], seconds["tower"], seconds["language model"]]
     shares = np.array(parts) / sum(parts)
-    print(f"{tiles} tiles with the thumbnail:")
-    for kind in ("png", "jpeg"):
-        print(
-            f"  {kind:4}  {1 / seconds[f'whole {kind}']:8.2f} pages/s, prepared on one core in "
-            f"{1000 * seconds[f'prepare {kind}']:.1f} ms"
-        )
-    print("  share  prepare {:.1%}, tower {:.1%}, language model {:.1%}".format(*shares))
-    gpu, cpu = TRUE_FLOPS / work(tiles), 16 / seconds["prepare png"]
-    print(
+    out = [f"{tiles} tiles with the thumbnail: {figures['of_peak']:.2f} of the GEMM peak"]
+    out += [
+        f"  {kind:4}  {1 / seconds[f'whole {kind}']:8.2f} pages/s, prepared on one core in "
+        f"{1000 * seconds[f'prepare {kind}']:.1f} ms"
+        for kind in ("png", "jpeg")
+    ]
+    out.append("  share  prepare {:.1%}, tower {:.1%}, language model {:.1%}".format(*shares))
+    gpu, cpu = TRUE_FLOPS / _true_work(tiles), 16 / seconds["prepare png"]
+    out.append(
         f"  projected: 16 cores prepare {cpu:.0f} PNG pages/s, an H100 at {TRUE_FLOPS / 1e12:.0f} "
         f"TFLOP/s computes {gpu:.0f}: {cpu / gpu:.1f} times what is needed"
     )
+    return "\n".join(out)
+
+
+def _true_work(tiles: int) -> float:
+    vision = {
+        "hidden_size": TRUE_VL.vision_hidden_size,
+        "intermediate_size": TRUE_VL.vision_intermediate_size,
+        "num_hidden_layers": TRUE_VL.vision_layers,
+        "image_size": TRUE_VL.image_size,
+        "patch_size": TRUE_VL.patch_size,
+    }
+    return image_work({"llm_config": vars(TRUE_VL.text), "vision_config": vision}, tiles)
+
+
+def main() -> None:
+    """Measure and print."""
+    asked = arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = asked.checkpoint or image_checkpoint(Path(scratch), 3, 2)
+        figures = measure(folder, asked.device, asked.dtype, asked.pages, asked.rounds)
+    print("\n".join(report(each) for each in figures.values()))
+    if asked.json:
+        asked.json.write_text(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

@@ -31,13 +31,15 @@ from typing import Any
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import Embedder, Options
+from tests.benchmarks.measuring import Timed
+from tests.checkpoints import SHAPES, build_checkpoint
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
 WIDTH = 2048
 IMPORTS = {
     "langchain": (
@@ -49,24 +51,6 @@ IMPORTS = {
         "from llamaindex_nemoretriever import NeMoRetrieverEmbedding",
     ),
 }
-
-
-class Timed:
-    """An encoder with a stopwatch."""
-
-    def __init__(self, encoder: Any) -> None:
-        self.encoder = encoder
-        self.seconds = 0.0
-
-    def __call__(self, *args: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return self.encoder(*args)
-        finally:
-            self.seconds += time.perf_counter() - start
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.encoder, name)
 
 
 def texts(count: int) -> Iterator[str]:
@@ -85,20 +69,21 @@ def outside(args: argparse.Namespace) -> list[dict[str, Any]]:
         "LangChain": lambda: langchain.embed_documents(documents),
         "LlamaIndex": lambda: llamaindex.get_text_embedding_batch(documents),
     }
-    backend = langchain.embedder._backend
-    backend._encoder = forward = Timed(backend._encoder)
+    encoders = langchain.embedder._backend._encoders
+    encoders[0] = forward = Timed(encoders[0], encoders[0].device)
     rows: dict[str, dict[str, Any]] = {}
     langchain.embed_query("warm up")
     for _ in range(args.rounds):
         for name, run in ways.items():
-            forward.seconds, start = 0.0, time.perf_counter()
+            forward.spans.clear()
+            start = time.perf_counter()
             run()
             wall = time.perf_counter() - start
-            left = wall - forward.seconds
+            left = wall - sum(forward.spans)
             row = {
                 "name": name,
                 "wall": wall,
-                "forward": forward.seconds,
+                "forward": sum(forward.spans),
                 "outside": left / wall,
                 "us_per_text": left / args.texts * 1e6,
             }
@@ -176,8 +161,6 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
-    from tests.checkpoints import SHAPES, build_checkpoint
-
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         tiny = build_checkpoint(Path(scratch) / "tiny", SHAPES["gqa"], num_hidden_layers=1)

@@ -1,0 +1,369 @@
+"""All that is said of speed, measured in one run beside what a user would take instead.
+
+    python tests/benchmarks/suite.py                 # ten minutes on a CPU; writes results/
+    python tests/benchmarks/suite.py --quick         # a small one, into .benchmarks/
+    python tests/benchmarks/suite.py --only latency --checkpoint DIR --device cuda
+    python tests/benchmarks/suite.py --readme        # README's table, from all of results/
+
+- text: tokens per second on four corpora, in turn with sentence-transformers at several batch sizes
+  and with padded transformers, on the same weights; vectors are compared.
+- latency: a query of 32 tokens alone, and while a bulk ingest runs; sentence-transformers under a
+  lock that is held for one batch, which is the most considerate way to share it.
+- start: a fresh process until its first vector, files cached; peak memory of the same work.
+- images: pages per second at one tile and at six with a thumbnail.
+
+Without `--checkpoint` the weights are random. A CPU gets the true widths with few layers, a GPU the
+true shapes of the 300M and of the 1.7B model. The figures are written after every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import itertools
+import json
+import logging
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from shared_engine import Embedder, Options
+from tests.benchmarks import images, measuring, report
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+QUERY_TOKENS = 32
+PARTS = ("text", "latency", "start", "images")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured, and how large the models are where they are made up."""
+
+    layers: int
+    """Of the 300M model's nine."""
+    vision_layers: int
+    """Of the 1.7B model's 27 in its tower."""
+    image_layers: int
+    """Of the 16 after it."""
+    texts: dict[str, int]
+    """Of each corpus."""
+    batch_sizes: tuple[int, ...]
+    """Of sentence-transformers."""
+    rounds: int
+    queries: int
+    pages: int
+
+
+SCALES = {
+    "cpu": Scale(
+        layers=2,
+        vision_layers=3,
+        image_layers=2,
+        texts={"skewed": 48, "short": 128, "uniform": 8, "long": 1},
+        batch_sizes=(2, 4, 8, 32),
+        rounds=3,
+        queries=50,
+        pages=1,
+    ),
+    "cuda": Scale(
+        layers=9,
+        vision_layers=27,
+        image_layers=16,
+        texts={"skewed": 4096, "short": 16_384, "uniform": 1024, "long": 32},
+        batch_sizes=(8, 16, 32, 64, 128, 256),
+        rounds=5,
+        queries=500,
+        pages=64,
+    ),
+}
+
+
+def scale(device: str, quick: bool, full: bool) -> Scale:
+    """Return the size of a run."""
+    normal = SCALES[device]
+    if quick:
+        fewer = {name: max(1, count // 4) for name, count in normal.texts.items()}
+        return replace(normal, texts=fewer, rounds=1, queries=normal.queries // 5)
+    if full:
+        more = {name: 2 * count for name, count in normal.texts.items()}
+        return replace(normal, texts=more, rounds=7, queries=4 * normal.queries)
+    return normal
+
+
+class Bench:
+    """The engine and sentence-transformers, loaded from one checkpoint, and texts for both."""
+
+    def __init__(self, options: Options, scratch: Path, size: Scale) -> None:
+        folder = Path(options.model)
+        self.folder, self.scratch, self.size = folder, scratch, size
+        self.embedder = Embedder(options)
+        self.description = self.embedder.description
+        backend: Any = self.embedder._backend
+        self.encoders = backend._encoders
+        self.device, self.dtype = self.encoders[0].device, backend._dtype
+        self.tokens_per_step = backend.load.tokens_per_step
+        self.peer_folder = measuring.peer_folder(folder, scratch / "peer")
+        self.theirs = measuring.sentence_transformer(self.peer_folder, str(self.device), self.dtype)
+        self.source = measuring.Source(folder)
+        self.prompts = self.source.prompts
+        self.config = json.loads((folder / "config.json").read_text())
+        self.best_batch = 32
+
+    def text(self) -> dict[str, Any]:
+        """Return the race on each corpus."""
+        engine = measuring.ours(self.embedder)
+        batch_sizes = self.size.batch_sizes
+        peers = measuring.peers(self.theirs, self.prompts["document"], batch_sizes, 32)
+        out = {}
+        for kind, count in self.size.texts.items():
+            tokens = measuring.lengths(kind, count)
+            # Of the batch sizes that hold all texts, one is enough.
+            different = 1 + sum(size < count for size in batch_sizes[:-1])
+            out[kind] = measuring.race(
+                [engine, *peers[:different], peers[-1]],
+                self.source.texts(tokens),
+                tokens,
+                self.size.rounds,
+                measuring.Setting(self.config, self.device, self.dtype),
+            )
+            print(f"\n{kind}: {measuring.table(out[kind])}", flush=True)
+        self.best_batch = int(out["skewed"]["best_peer"].rpartition(" ")[2])
+        return out
+
+    def latency(self) -> dict[str, Any]:
+        """Return what a query takes alone and during an ingest, and what that costs the ingest."""
+        count = self.size.texts["skewed"]
+        tokens = measuring.lengths("skewed", count)
+        documents = self.source.texts(tokens)
+        queries = self.source.texts([QUERY_TOKENS] * self.size.queries, "query", seed=1)
+        forward = measuring.Timed(self.encoders[0], self.device)
+        self.encoders[0] = forward
+        self.embedder.embed(documents)
+        step = statistics.median(forward.spans[:-1] or forward.spans)  # the last is not full
+        self.encoders[0] = forward.inner
+        lock = threading.Lock()
+        batches = itertools.cycle(range(0, count, self.best_batch))
+
+        def ask(query: str) -> None:
+            with lock:
+                self.theirs.encode([query], prompt=self.prompts["query"])
+
+        def ingest() -> int:
+            batch = slice(start := next(batches), start + self.best_batch)
+            with lock:
+                self.theirs.encode(
+                    documents[batch], prompt=self.prompts["document"], batch_size=self.best_batch
+                )
+            return int(tokens[batch].sum())
+
+        def ours() -> int:
+            self.embedder.embed(documents)
+            return int(tokens.sum())
+
+        out = {
+            "query_tokens": QUERY_TOKENS,
+            "queries": len(queries),
+            "step_seconds": step,
+            "tokens_per_step": self.tokens_per_step,
+            measuring.OURS: contend(
+                lambda query: self.embedder.embed([query], role="query"), ours, queries, step
+            ),
+            f"{measuring.PEER} under a lock, batch {self.best_batch}": contend(
+                ask, ingest, queries, step
+            ),
+        }
+        print(f"\nlatency, a step takes {1000 * step:.0f} ms:\n{json.dumps(out, indent=1)}")
+        return out
+
+    def start(self) -> dict[str, Any]:
+        """Return seconds to the first vector in fresh processes, and their peak memory."""
+        count = max(8, self.size.texts["skewed"] // 4)
+        path = self.scratch / "texts.json"
+        path.write_text(json.dumps(self.source.texts(measuring.lengths("skewed", count))))
+        common = [str(path), "--device", str(self.device)]
+        common += ["--dtype", str(self.dtype).removeprefix("torch.")]
+        theirs = ["--prompt", self.prompts["document"], "--batch-size", str(self.best_batch)]
+        runs = {
+            measuring.OURS: ["ours", str(self.folder), *common],
+            measuring.PEER: [measuring.PEER, str(self.peer_folder), *common, *theirs],
+        }
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        for _ in range(self.size.rounds):
+            for name, arguments in runs.items():
+                found[name].append(cold(arguments))
+        out: dict[str, Any] = {"texts": count}
+        for name, rounds in found.items():
+            out[name] = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+        print(f"\nfresh process:\n{json.dumps(out, indent=1)}")
+        return out
+
+
+def cold(arguments: list[str]) -> dict[str, float]:
+    """Return what one fresh process says, with the seconds until its first vector as `ready`."""
+    command = [sys.executable, str(Path(__file__).with_name("cold.py")), *arguments]
+    started = time.time()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    said: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return said | {"ready": said["ready"] - started}
+
+
+def contend(
+    ask: Callable[[str], object], ingest: Callable[[], int], queries: list[str], step: float
+) -> dict[str, Any]:
+    """Time queries alone, then with up to a step between two of them while another thread ingests.
+
+    `ingest` embeds some documents and returns how many tokens they had. What the queries cost it is
+    told by the tokens a second of its complete calls.
+    """
+    ask(queries[0])
+    alone = [_seconds(ask, query) for query in queries]
+    quiet = []
+    for _ in range(3):
+        start = time.perf_counter()
+        quiet.append(ingest() / (time.perf_counter() - start))
+    done: list[tuple[float, int]] = []
+    stop = threading.Event()
+
+    def bulk() -> None:
+        while not stop.is_set():
+            tokens = ingest()
+            done.append((time.perf_counter(), tokens))
+
+    thread = threading.Thread(target=bulk)
+    start = time.perf_counter()
+    thread.start()
+    random = np.random.default_rng(0)
+    during = []
+    for query in queries:
+        time.sleep(random.uniform(0, step))
+        during.append(_seconds(ask, query))
+    end = time.perf_counter()
+    stop.set()
+    thread.join()
+    complete = [each for each in done if each[0] <= end] or done
+    rate = sum(tokens for _, tokens in complete) / (complete[-1][0] - start)
+    return {
+        "alone": _percentiles(alone),
+        "during": _percentiles(during),
+        "p99_steps": float(np.percentile(during, 99)) / step,
+        "bulk_tokens_per_second_alone": statistics.median(quiet),
+        "bulk_tokens_per_second": rate,
+    }
+
+
+def _seconds(ask: Callable[[str], object], query: str) -> float:
+    start = time.perf_counter()
+    ask(query)
+    return time.perf_counter() - start
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    p50, p95, p99 = np.percentile(seconds, [50, 95, 99])
+    return {"p50": float(p50), "p95": float(p95), "p99": float(p99)}
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    effort = parser.add_mutually_exclusive_group()
+    effort.add_argument("--quick", action="store_true", help="a quarter of it, one round")
+    effort.add_argument("--full", action="store_true", help="twice of it, seven rounds")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--checkpoint", type=Path, help="folder of a text model")
+    parser.add_argument("--image-checkpoint", type=Path, help="folder of a multimodal model")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
+    parser.add_argument("--out", type=Path, help="folder of results")
+    parser.add_argument("--readme", action="store_true", help="write README's table only")
+    asked = parser.parse_args()
+    asked.only = asked.only.split(",")
+    if unknown := set(asked.only) - set(PARTS):
+        parser.error(f"--only takes {', '.join(PARTS)}; not {', '.join(unknown)}")
+    complete = asked.readme or (set(asked.only) == set(PARTS) and not asked.quick)
+    asked.out = asked.out or (RESULTS if complete else ROOT / ".benchmarks")
+    return asked
+
+
+def about(device: torch.device, asked: argparse.Namespace) -> dict[str, Any]:
+    """Return what was measured with what."""
+    packages = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": measuring.device_name(device),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "command": " ".join(["python tests/benchmarks/suite.py", *sys.argv[1:]]),
+        "weights": str(asked.checkpoint.name) if asked.checkpoint else "random",
+    }
+
+
+def main() -> None:
+    """Measure, print and write; or only write the table."""
+    asked = arguments()
+    if asked.readme:
+        found = [json.loads(path.read_text()) for path in sorted(asked.out.glob("*.json"))]
+        report.write_readme(ROOT / "README.md", found)
+        return
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    gpu = asked.device.startswith("cuda") or (asked.device == "auto" and torch.cuda.is_available())
+    size = scale("cuda" if gpu else "cpu", asked.quick, asked.full)
+    result = about(torch.device("cuda" if gpu else "cpu"), asked)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    path = asked.out / (re.sub(r"\W+", "-", result["device"].lower()).strip("-") + ".json")
+
+    def add(part: str, figures: Any) -> None:
+        result[part] = figures
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        if set(asked.only) & {"text", "latency", "start"}:
+            folder = asked.checkpoint or measuring.text_checkpoint(scratch / "text", size.layers)
+            options = Options(model=str(folder), device=asked.device, dtype=asked.dtype)
+            bench = Bench(options, scratch, size)
+            result["layers"] = bench.config["num_hidden_layers"]
+            result["engine"] = bench.description.partition(" on ")[2]
+            print(f"{result['device']}: {result['engine']}")
+            for part in ("text", "latency", "start"):
+                if part in asked.only:
+                    add(part, getattr(bench, part)())
+            bench.embedder.close()
+            del bench
+            gc.collect()
+        if "images" in asked.only:
+            folder = asked.image_checkpoint or measuring.image_checkpoint(
+                scratch / "images", size.vision_layers, size.image_layers
+            )
+            device, dtype = asked.device, asked.dtype
+            figures = images.measure(folder, device, dtype, size.pages, size.rounds)
+            print("\n".join(["", *map(images.report, figures.values())]))
+            add("images", figures)
+    add("bars", report.bars(result))
+    if "text" in result:
+        path.with_suffix(".svg").write_text(report.plot(result))
+    print(
+        "\n"
+        + "\n".join(f"{'met   ' if b['met'] else 'MISSED'} {b['text']}" for b in result["bars"])
+    )
+    print(f"\n{report.tables(result)}\n\n{path}")
+
+
+if __name__ == "__main__":
+    main()
