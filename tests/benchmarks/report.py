@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +152,20 @@ def _images(images: dict[str, Any]) -> list[str]:
     return out
 
 
-def write_readme(path: Path, results: list[dict[str, Any]]) -> None:
-    """Replace what is between the two marks with the tables of these runs."""
+def write_readme(path: Path, results: list[Path]) -> None:
+    """Replace what is between the two marks with the tables of these files, and their plots."""
     head, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, _, tail = rest.partition(END)
-    block = "\n\n".join(tables(result) for result in results)
-    path.write_text(f"{head}{BEGIN}\n{block}\n{END}{tail}", encoding="utf-8")
+    block = []
+    for file in results:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        block.append(tables(result))
+        if "text" in result:
+            svg = file.with_suffix(".svg")
+            svg.write_text(plot(result), encoding="utf-8")
+            block.append(f"![Tokens per second]({svg.relative_to(path.parent).as_posix()})")
+    content = "\n\n".join(block)
+    path.write_text(f"{head}{BEGIN}\n{content}\n{END}{tail}", encoding="utf-8")
 
 
 def plot(result: dict[str, Any]) -> str:
@@ -166,7 +175,7 @@ def plot(result: dict[str, Any]) -> str:
         PEER: "#9a9a9a",
         "transformers": "#cfcfcf",
     }
-    bars, y = [], 48
+    bars, y = [], 66
     for kind, race in result["text"].items():
         bars.append(f'<text x="150" y="{y + 26}" text-anchor="end">{CORPORA[kind]}</text>')
         for name, colour in contenders.items():
@@ -179,8 +188,8 @@ def plot(result: dict[str, Any]) -> str:
             y += 13
         y += 16
     legend = "".join(
-        f'<rect x="{x}" y="26" width="10" height="10" fill="{colour}"/>'
-        f'<text x="{x + 14}" y="35">{name}</text>'
+        f'<rect x="{x}" y="44" width="10" height="10" fill="{colour}"/>'
+        f'<text x="{x + 14}" y="53">{name}</text>'
         for x, (name, colour) in zip((160, 250, 400), contenders.items(), strict=True)
     )
     return (
@@ -188,6 +197,7 @@ def plot(result: dict[str, Any]) -> str:
         'font-family="sans-serif" font-size="11">\n'
         f'<rect width="640" height="{y}" fill="white"/>\n'
         '<text x="10" y="16" font-weight="bold">Tokens per second, as multiples of '
-        f"sentence-transformers at its best batch size; {result['device']}</text>\n"
+        "sentence-transformers at its best batch size</text>\n"
+        f'<text x="10" y="32">{result["device"]}, by tokens a text</text>\n'
         f"{legend}\n" + "\n".join(bars) + "\n</svg>\n"
     )

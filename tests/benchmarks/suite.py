@@ -1,9 +1,9 @@
 """All that is said of speed, measured in one run beside what a user would take instead.
 
-    python tests/benchmarks/suite.py                 # ten minutes on a CPU; writes results/
+    python tests/benchmarks/suite.py                 # a quarter of an hour on two cores
     python tests/benchmarks/suite.py --quick         # a small one, into .benchmarks/
     python tests/benchmarks/suite.py --only latency --checkpoint DIR --device cuda
-    python tests/benchmarks/suite.py --readme        # README's table, from all of results/
+    python tests/benchmarks/suite.py --readme        # README's tables and the plots, from results/
 
 - text: tokens per second on four corpora, in turn with sentence-transformers at several batch sizes
   and with padded transformers, on the same weights; vectors are compared.
@@ -12,8 +12,10 @@
 - start: a fresh process until its first vector, files cached; peak memory of the same work.
 - images: pages per second at one tile and at six with a thumbnail.
 
+A complete run goes to results/, any other to .benchmarks/, written part by part. Linux only.
+
 Without `--checkpoint` the weights are random. A CPU gets the true widths with few layers, a GPU the
-true shapes of the 300M and of the 1.7B model. The figures are written after every part.
+true shapes of the 300M and of the 1.7B model.
 """
 
 from __future__ import annotations
@@ -291,7 +293,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--image-checkpoint", type=Path, help="folder of a multimodal model")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
     parser.add_argument("--out", type=Path, help="folder of results")
-    parser.add_argument("--readme", action="store_true", help="write README's table only")
+    parser.add_argument(
+        "--readme", action="store_true", help="write only README's tables and the plots"
+    )
     asked = parser.parse_args()
     asked.only = asked.only.split(",")
     if unknown := set(asked.only) - set(PARTS):
@@ -317,8 +321,7 @@ def main() -> None:
     """Measure, print and write; or only write the table."""
     asked = arguments()
     if asked.readme:
-        found = [json.loads(path.read_text()) for path in sorted(asked.out.glob("*.json"))]
-        report.write_readme(ROOT / "README.md", found)
+        report.write_readme(ROOT / "README.md", sorted(asked.out.resolve().glob("*.json")))
         return
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
