@@ -52,6 +52,14 @@ def test_vectors_equal_other_implementations(embedder, folder, name):
     assert np.abs(embedder.embed(TEXTS) - theirs).max() <= 1e-5
 
 
+def test_long_texts_equal_the_float64_oracle(checkpoint):
+    texts = ["seven words that are said once more. " * n for n in (40, 80)]
+    assert min(len(tokenizer().encode(text).ids) for text in texts) < attention._LONG
+    assert max(len(tokenizer().encode(text).ids) for text in texts) > attention._LONG
+    ours = Embedder(Options(model=checkpoint, dtype="float32")).embed(texts)
+    assert np.abs(ours - oracles.numpy_float64(checkpoint, texts, "passage: ")).max() <= 2e-6
+
+
 def test_a_causal_mask_would_be_seen(folder):
     causal = oracles.numpy_float64(folder, TEXTS, "passage: ", causal=True)
     assert np.abs(causal - oracles.numpy_float64(folder, TEXTS, "passage: ")).max() > 0.05
