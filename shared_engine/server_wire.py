@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import from_json
 
+from shared_engine.catalogue import without_suffix
 from shared_engine.documents import Document, Modality, Role
 from shared_engine.errors import (
     DeviceMemoryError,
@@ -36,7 +37,6 @@ from shared_engine.vectors import EmbeddingType
 
 EncodingFormat = Literal["float", "base64"]
 
-_SUFFIXES: tuple[tuple[str, Role], ...] = (("-query", "query"), ("-passage", "document"))
 _INPUT_TYPES: dict[str, Role] = {"query": "query", "passage": "document"}
 _INPUT_ERRORS: tuple[tuple[type[InputError], int, str], ...] = (
     (InputTooLongError, 400, "input_too_long"),
@@ -136,12 +136,13 @@ class EmbeddingsRequest(BaseModel):
                     {"error": "'input_type' parameter is required for asymmetric models"},
                 )
             return said or "document"
-        for suffix, role in _SUFFIXES:
-            if self.model.endswith(suffix) and self.model.removesuffix(suffix).lower() in served:
-                if said not in (None, role):
-                    message = f"Input should be {suffix[1:]!r} or left out, as 'model' says"
-                    raise violation("value_error", ("input_type",), message, self.input_type)
-                return role
+        name, role = without_suffix(self.model)
+        if role is not None and name.lower() in served:
+            if said not in (None, role):
+                suffix = self.model.removeprefix(f"{name}-")
+                message = f"Input should be {suffix!r} or left out, as 'model' says"
+                raise violation("value_error", ("input_type",), message, self.input_type)
+            return role
         message = f"The model {_brief(self.model)!r} does not exist; /v1/models lists what is here"
         body = {"object": "error", "message": message, "detail": {}, "type": "model_not_found"}
         raise Refusal(404, "model_not_found", body)
