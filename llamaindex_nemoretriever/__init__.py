@@ -1,5 +1,19 @@
-"""NVIDIA NeMo Retriever embeddings for LlamaIndex."""
+"""NVIDIA NeMo Retriever embeddings for LlamaIndex, loaded when they are first used."""
 
-from llamaindex_nemoretriever.embedding import NeMoRetrieverEmbedding
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llamaindex_nemoretriever.embedding import NeMoRetrieverEmbedding
 
 __all__ = ["NeMoRetrieverEmbedding"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("llamaindex_nemoretriever.embedding"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -57,16 +57,18 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
     @model_validator(mode="before")
     @classmethod
     def _model_from_model_name(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("model_name") is None:
-            return data
-        if data.get("model", data["model_name"]) != data["model_name"]:
-            raise ValueError("model and model_name are one option; give `model` alone")
-        return {**data, "model": data["model_name"]}
+        return _one_model(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _model_name_from_model(self) -> NeMoRetrieverEmbedding:
         self.model_name = self.model
         return self
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy as pydantic does; `model` and `model_name` are one option here, too."""
+        copy = super().model_copy(update=update and _one_model(dict(update)), deep=deep)
+        copy.model_name = copy.model
+        return copy
 
     @classmethod
     def class_name(cls) -> str:
@@ -196,6 +198,15 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
             ]
             event.on_end({EventPayload.CHUNKS: chunks, EventPayload.EMBEDDINGS: embeddings})
         dispatcher.event(EmbeddingEndEvent(chunks=chunks, embeddings=embeddings))
+
+
+def _one_model(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options whose `model` is their `model_name`, if they have one."""
+    if (name := options.get("model_name")) is None:
+        return options
+    if options.get("model", name) != name:
+        raise ValueError("model and model_name are one option; give `model` alone")
+    return {**options, "model": name}
 
 
 def _images(paths: list[ImageType], show_progress: bool) -> list[Document]:

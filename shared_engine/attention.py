@@ -54,10 +54,17 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[Attention, str]:
     if dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 0):
         return per_sequence, "flash kernels need bfloat16 or float16 and compute capability 8.0"
     try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+        _try_varlen(device, dtype)
     except ImportError:
         return per_sequence, f"torch {torch.__version__} has no varlen_attn; 2.10 has"
+    except RuntimeError as exc:  # a torch without flash kernels, or without one for this GPU
+        return per_sequence, f"varlen_attn does not run here: {exc}"
     return varlen, "varlen flash kernel"
+
+
+def _try_varlen(device: torch.device, dtype: torch.dtype) -> None:
+    one = torch.zeros(1, 1, 64, dtype=dtype, device=device)
+    varlen(one, one, one, Layout([1], torch.tensor([0, 1], dtype=torch.int32, device=device)))
 
 
 def per_sequence(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:

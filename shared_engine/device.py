@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,28 +36,29 @@ class Placement:
 def place(devices: str, dtype: DType, tokens_per_step: int | None) -> list[Placement]:
     """Decide device, dtype, attention kernel and step size for each device, with commas between.
 
+    All get the step of the one with the least memory.
+
     Raises:
         ConfigurationError: a device that torch does not know or that is not there, or devices that
             would compute in different number types.
     """
     placements = [_place(device, dtype, tokens_per_step) for device in devices.split(",")]
-    first = placements[0]
-    for other in placements[1:]:
-        if (other.dtype, other.tokens_per_step) != (first.dtype, first.tokens_per_step):
-            raise ConfigurationError(
-                f"device={devices!r} are of different kinds, so a vector would depend on where it "
-                "is computed; give dtype= and tokens_per_step=, or devices of one kind"
-            )
-    return placements
+    if len({placement.dtype for placement in placements}) > 1:
+        raise ConfigurationError(
+            f"device={devices!r} are of different kinds, so a vector would depend on where it "
+            "is computed; give dtype=, or devices of one kind"
+        )
+    step = min(placement.tokens_per_step for placement in placements)
+    return [replace(placement, tokens_per_step=step) for placement in placements]
 
 
 def _place(device: str, dtype: DType, tokens_per_step: int | None) -> Placement:
     chosen, why_device = _device(device.strip())
     number, why_dtype = _dtype(chosen, dtype)
     attend, why_attention = attention.choose(chosen, number)
-    # Measured: a CPU's caches suit 2k tokens; estimated: a data-centre GPU is full at 16k.
-    step = tokens_per_step or (16_384 if chosen.type == "cuda" else 2_048)
+    step, why_step = (tokens_per_step, "asked for") if tokens_per_step else _step(chosen)
     reasons = f"device: {why_device}; dtype: {why_dtype}; attention: {why_attention}"
+    reasons += f"; step: {why_step}"
     return Placement(chosen, number, attend, step, reasons)
 
 
@@ -93,6 +94,15 @@ def _dtype(device: torch.device, name: DType) -> tuple[torch.dtype, str]:
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return torch.bfloat16, "this CPU multiplies bfloat16 (AMX)"
     return torch.float32, "this device does not multiply bfloat16"
+
+
+def _step(device: torch.device) -> tuple[int, str]:
+    if device.type != "cuda":
+        return 2_048, "as much as suits the caches of a CPU"
+    # Estimated: a data-centre GPU is busy with 16k tokens. A token takes about 0.1 MB of
+    # intermediates, and the weights, 1 to 3 GB, are not loaded yet.
+    free = torch.cuda.mem_get_info(device)[0] // 2**20
+    return max(1_024, min(16_384, free)), f"{free:,} MB are free"
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from shared_engine.checkpoint import Checkpoint, rope
 from shared_engine.device import Placement, to_device
 from shared_engine.vision import VisionTower
 from shared_engine.weights import Weights
+
+if TYPE_CHECKING:
+    from shared_engine.images import Tiles
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,48 @@ class Layer:
     down: Tensor  # (hidden, intermediate)
 
 
+class Buffer:
+    """Memory for an intermediate of a layer, written again in the next layer and the next step.
+
+    Fresh memory would be cleared by the system page by page: 8 % of a step on a CPU.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        """Take none yet."""
+        self._empty = torch.empty(0, dtype=placement.dtype, device=placement.device)
+        self._memory = self._empty
+
+    def __call__(self, *shape: int) -> Tensor:
+        """Return an uninitialised tensor; the one before is overwritten."""
+        size = math.prod(shape)
+        if size > len(self._memory):
+            self._memory = self._empty  # never the old and the new at once
+            self._memory = self._empty.new_empty(size)
+        return self._memory[:size].view(shape)
+
+
+class Means:
+    """The mean vectors of a step: a CPU has computed them, a GPU has been told to."""
+
+    def __init__(self, means: Tensor, order: NDArray[np.intp]) -> None:
+        """Take means (S, hidden) float32, of the sequences in this order."""
+        self._means, self._order = means, order
+        self._arrived: torch.cuda.Event | None = None
+        if means.is_cuda:
+            pinned = torch.empty(means.shape, dtype=means.dtype, pin_memory=True)
+            self._means = pinned.copy_(means, non_blocking=True)
+            self._arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._arrived.record(torch.cuda.current_stream(means.device))
+
+    def array(self) -> NDArray[np.float32]:
+        """Wait for them, and return them in the caller's order: (S, hidden)."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        out = np.empty(self._means.shape, np.float32)
+        out[self._order] = self._means.numpy()
+        return out
+
+
 class Encoder:
     """A loaded model on one device. Calls are not concurrent: its worker thread owns it."""
 
@@ -52,6 +97,8 @@ class Encoder:
         """
         config = checkpoint.config
         self.device = placement.device
+        self.runs_ahead = placement.device.type == "cuda"
+        """Whether a step goes on after it was started, so that the next can be started."""
         self._attend: Attention = placement.attend
         self._heads = int(config["num_attention_heads"])
         self._kv_heads = int(config.get("num_key_value_heads") or self._heads)
@@ -67,18 +114,20 @@ class Encoder:
         self._cos, self._sin = _rotary_tables(
             rope(config), self._head_dim, checkpoint.longest, placement
         )
+        self._tokens_per_step = placement.tokens_per_step
+        self._narrow, self._wide = Buffer(placement), Buffer(placement)
 
     @torch.inference_mode()
     def __call__(
         self,
         sequences: Sequence[NDArray[np.int32]],
-        tiles: Sequence[NDArray[np.uint8] | None] = (),
-    ) -> NDArray[np.float32]:
-        """Return the mean of the last hidden states of every sequence, (S, hidden) float32.
+        tiles: Sequence[Tiles | None] = (),
+    ) -> Means:
+        """Start to compute the mean of the last hidden states of every sequence.
 
-        `tiles` are the images of the sequences, each (n, size, size, 3), or None for a text. The
-        means are neither cut nor scaled. Each is over all tokens of its sequence, prefix and
-        special tokens included, and does not depend on the other sequences.
+        `tiles` are the images of the sequences, or None for a text. The means are neither cut nor
+        scaled. Each is over all tokens of its sequence, prefix and special tokens included, and
+        does not depend on the other sequences.
         """
         # Neighbours of equal length share an attention call on a CPU.
         order = np.argsort([len(ids) for ids in sequences], kind="stable")
@@ -95,43 +144,52 @@ class Encoder:
             places = np.flatnonzero(ids == self._vision.context_token)
             x[to_device(places, self.device)] = self._vision(images)
         hidden = self._forward(x, to_device(positions, self.device), layout)  # (T, hidden)
-        counts = to_device(np.asarray(lengths, np.int64), self.device)  # (S,)
-        means = torch.segment_reduce(hidden.float(), "mean", lengths=counts, unsafe=True)
-        out = np.empty(means.shape, np.float32)  # (S, hidden)
-        out[order] = means.cpu().numpy()
-        return out
+        return Means(self._means(hidden.float(), lengths), order)
 
     def _forward(self, x: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         cos, sin = self._cos[positions], self._sin[positions]  # (T, 1, d / 2)
+        tokens = len(x)
         rotated = self._heads + self._kv_heads  # queries and keys are rotated, values are not
         for layer in self._layers:
-            qkv = F.linear(self._rms_norm(x, layer.attention_norm), layer.qkv)
-            heads = qkv.view(len(x), -1, self._head_dim)  # (T, heads + 2 * kv_heads, d)
-            turned = _rotate(heads[:, :rotated], cos, sin)  # (T, heads + kv_heads, d)
+            normed = self._rms_norm(x, layer.attention_norm)
+            qkv = torch.mm(normed, layer.qkv.T, out=self._wide(tokens, len(layer.qkv)))
+            heads = qkv.view(tokens, -1, self._head_dim)  # (T, heads + 2 * kv_heads, d)
+            turned = self._narrow(tokens, rotated, self._head_dim)  # (T, heads + kv_heads, d)
+            _rotate(heads[:, :rotated], cos, sin, out=turned)
             q, k, v = turned[:, : self._heads], turned[:, self._heads :], heads[:, rotated:]
             attended = self._attend(q, k, v, layout)  # (T, heads, d)
             x.addmm_(attended.flatten(1), layer.o.T)
-            gate, up = F.linear(self._rms_norm(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
-            x.addmm_(F.silu(gate, inplace=True).mul_(up), layer.down.T)
+            for rows in torch.split(x, self._tokens_per_step):  # a longer text takes no more memory
+                normed = self._rms_norm(rows, layer.mlp_norm)
+                wide = self._wide(len(rows), len(layer.gate_up))
+                gate, up = torch.mm(normed, layer.gate_up.T, out=wide).chunk(2, dim=-1)
+                rows.addmm_(F.silu(gate, inplace=True).mul_(up), layer.down.T)
         return self._rms_norm(x, self._norm)
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the norm of x (T, hidden), on a CPU in the narrow buffer."""
         if x.is_cuda:
             return F.rms_norm(x, (x.shape[-1],), weight, self._eps)
         # torch has no fused kernel for a CPU: two passes over memory instead of its four.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (T, 1)
         scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(self._eps))
-        return (x * scale).to(x.dtype).mul_(weight)
+        return torch.mul(x, scale, out=self._narrow(*x.shape)).mul_(weight)
+
+    def _means(self, hidden: Tensor, lengths: list[int]) -> Tensor:
+        """Return the mean of each sequence's rows, (S, hidden)."""
+        if hidden.is_cuda:
+            counts = to_device(np.asarray(lengths, np.int64), self.device)  # (S,)
+            return torch.segment_reduce(hidden, "mean", lengths=counts, unsafe=True)
+        # Takes a CPU a third of the time.
+        return torch.stack([rows.mean(0) for rows in torch.split(hidden, lengths)])
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Apply rotary position embedding to x (T, heads, d), whose halves are the two components."""
     first, second = x.chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out_first, out_second = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    return out
 
 
 def _rotary_tables(

@@ -5,6 +5,7 @@ held              accepted: the type is right, and a file object is read
    └─ _opened     the header is read: a known format, at most LONG_SIDE x SHORT_SIDE
       └─ _decoded to the end: 8 bits, transparency over white, upright
          ├─ tiles     resized to the grid that fits best, cut, a thumbnail of the whole last
+         ├─ picture   its pixels and its grid, for a device that does the same
          └─ data_url  the file itself if every reader sees the same in it, else a PNG
 
 Whatever goes wrong is an ImageError that names the input; its cause is the original exception.
@@ -21,6 +22,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from typing import Any, BinaryIO, TypeAlias
@@ -65,6 +67,8 @@ _GRIDS = (
 """(cols, rows) in the order that the reference tries them, and the first of equals wins. It takes
 the order within a product from a Python set, where 4 to 7 tiles happen to have another one."""
 
+_LARGEST_PICTURE = 2**23
+"""Pixels up to which an image waits in memory for a device, 25 MB of it."""
 _DRAFT = 2
 """A JPEG is decoded at a half, quarter or eighth where that leaves so many times the grid."""
 _DATA_URL = re.compile(r"data:image/[\w.+-]+(;[^;,\s]+)*,", re.IGNORECASE)
@@ -81,6 +85,27 @@ _TURNS = {
 }
 """What makes an image upright, by its EXIF orientation; 1 is upright."""
 _LOADING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image, and the grid of tiles that fits it best."""
+
+    pixels: NDArray[np.uint8]
+    """(H, W, 3), or (H, W) of a grey one."""
+    box: tuple[float, float, float, float]
+    """What of it is shown: left, upper, right and lower end."""
+    cols: int
+    rows: int
+
+    def __len__(self) -> int:
+        """Return how many tiles it is cut into, with its thumbnail if there are several."""
+        cells = self.cols * self.rows
+        return cells + (cells > 1)
+
+
+Tiles: TypeAlias = NDArray[np.uint8] | Picture
+"""An image for a model: its tiles (n, size, size, 3), or what they are to be cut from."""
 
 
 def held(image: object, index: int) -> ImageSource:
@@ -122,14 +147,23 @@ def tiles(
     """
     source = held(image, index)
     with _blamed(source, index):
-        content = _content(source, urls)
-        picture = _opened(content)
-        cols, rows = grid(*_upright_size(picture), max_tiles, size)
-        whole = None
-        if _is_plain(picture, content):  # else a PNG of every pixel is what a NIM would get
-            drafted = picture.draft(None, (_DRAFT * cols * size, _DRAFT * rows * size))
-            whole = drafted and drafted[1]
-        return _cut(_decoded(picture), cols, rows, size, whole)
+        return _cut(*_fitted(source, max_tiles, size, urls), size)
+
+
+def picture(
+    image: object, index: int, max_tiles: int, size: int = 512, urls: bool = False
+) -> Tiles:
+    """Decode an image for a device that cuts it into its `tiles`; a very large one is cut here.
+
+    Raises:
+        As `tiles`.
+    """
+    source = held(image, index)
+    with _blamed(source, index):
+        decoded, cols, rows, box = _fitted(source, max_tiles, size, urls)
+        if decoded.width * decoded.height > _LARGEST_PICTURE:
+            return _cut(decoded, cols, rows, box, size)
+        return Picture(np.array(decoded), box or (0, 0, *decoded.size), cols, rows)
 
 
 def grid(width: int, height: int, max_tiles: int, size: int = 512) -> tuple[int, int]:
@@ -381,6 +415,20 @@ def _plugin(data: bytes) -> type[ImageFile]:
     raise ValueError(f"it is no PNG, JPEG, WebP, GIF, TIFF or BMP: it begins {data[:12]!r}")
 
 
+def _fitted(
+    source: Any, max_tiles: int, size: int, urls: bool
+) -> tuple[Image.Image, int, int, Any]:
+    """Decode an image; return it with the columns and rows of its grid, and its box, or None."""
+    content = _content(source, urls)
+    opened = _opened(content)
+    cols, rows = grid(*_upright_size(opened), max_tiles, size)
+    box = None
+    if _is_plain(opened, content):  # else a PNG of every pixel is what a NIM would get
+        drafted = opened.draft(None, (_DRAFT * cols * size, _DRAFT * rows * size))
+        box = drafted and drafted[1]
+    return _decoded(opened), cols, rows, box
+
+
 def _opened(content: bytes | Image.Image) -> Image.Image:
     """An image of our own whose header is read and allowed; a caller's is copied, so decoded."""
     picture = content if isinstance(content, Image.Image) else _plugin(content)(BytesIO(content))
@@ -465,11 +513,11 @@ def _eight_bits(grey: NDArray[Any]) -> NDArray[np.uint8]:
     return np.clip(grey * np.float32(scale), 0, 255).astype(np.uint8)
 
 
-def _cut(picture: Image.Image, cols: int, rows: int, size: int, whole: Any) -> NDArray[np.uint8]:
-    """Tiles (n, size, size, 3) of the box `whole` of a picture, then its thumbnail if n > 1."""
+def _cut(decoded: Image.Image, cols: int, rows: int, box: Any, size: int) -> NDArray[np.uint8]:
+    """Tiles (n, size, size, 3) of the box of an image, then its thumbnail if n > 1."""
 
     def resized(width: int, height: int) -> NDArray[np.uint8]:  # then RGB: grey has a third to do
-        small = picture.resize((width, height), Image.Resampling.BICUBIC, whole)
+        small = decoded.resize((width, height), Image.Resampling.BICUBIC, box)
         return np.array(small.convert("RGB"))
 
     sheet = resized(cols * size, rows * size).reshape(rows, size, cols, size, 3)

@@ -13,9 +13,11 @@ import hashlib
 import logging
 import os
 import threading
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,13 +40,16 @@ try:
     import torch
 
     from shared_engine.device import place
-    from shared_engine.encoder import Encoder
+    from shared_engine.encoder import Encoder, Means
     from shared_engine.tokenizer import TextTokenizer, TokenIds
 except ModuleNotFoundError as exc:
     raise MissingExtraError(
         f"running a model in this process needs {exc.name!r}: "
         "pip install 'nemoretriever-embeddings[local]'"
     ) from exc
+
+Running: TypeAlias = tuple[list[Sequence], Means | Exception]
+"""A step that was started, or could not be."""
 
 _MOST_PREPARING = 16
 _log = logging.getLogger("shared_engine")
@@ -76,6 +81,7 @@ class LocalBackend:
             ]
         self._scheduler = Scheduler(placements[0].tokens_per_step)
         self._dtype = placements[0].dtype
+        self._cuts_on_device = placements[0].device.type == "cuda"
         self.dimensions = self._checkpoint.dimensions
         places = "; ".join(placement.description for placement in placements)
         self.description = f"{self._checkpoint.name} in this process on {places}"
@@ -193,9 +199,8 @@ class LocalBackend:
         assert self._vision is not None
         document, tokenizer, size = call.request.documents[row], self._tokenizer, self._vision
         try:
-            tiles = images.tiles(
-                document.image, row, size.max_tiles, size.tile_size, self._image_urls
-            )
+            prepare = images.picture if self._cuts_on_device else images.tiles
+            tiles = prepare(document.image, row, size.max_tiles, size.tile_size, self._image_urls)
             ids, head = tokenizer.encode_with_image(len(tiles), document.text or "")
             ids = tokenizer.cut_with_image(ids, head, call.request.truncate, row)
         except InputError as exc:
@@ -207,42 +212,62 @@ class LocalBackend:
         return [Sequence(call, row, ids, tiles, len(tiles) * size.patches_per_tile)]
 
     def _compute(self, device: int) -> None:
-        """Work of a device's thread: one step after another."""
-        while (step := self._scheduler.next_step()) is not None:
-            self._run(step, device)
+        """Work of a device's thread: one step after another.
 
-    def _run(self, step: list[Sequence], device: int) -> None:
-        """Compute a step and deliver its rows; where memory runs out, its halves."""
-        error, encoder = None, self._encoders[device]
+        A GPU is given a step while it computes the one before, and so never waits for this thread.
+        """
+        running: deque[Running] = deque()
+        while True:
+            step = self._scheduler.take_step() if running else self._scheduler.next_step()
+            if step is None:
+                return
+            encoder = self._encoders[device]
+            running += self._start(step, encoder)
+            while running and not (step and encoder.runs_ahead and len(running) == 1):
+                _collect(*running.popleft())
+
+    def _start(self, step: list[Sequence], encoder: Encoder) -> list[Running]:
+        """Start a step; where memory runs out, its halves."""
+        if not step:
+            return []
         try:
-            vectors = encoder(
-                [sequence.ids for sequence in step], [sequence.tiles for sequence in step]
-            )  # (S, hidden)
+            ids, tiles = [each.ids for each in step], [each.tiles for each in step]
+            return [(step, encoder(ids, tiles))]
         except Exception as exc:
             error = exc.with_traceback(None)  # the traceback would keep the step's tensors alive
-        if error is not None and _is_out_of_memory(error) and len(step) > 1:
-            tokens = sum(sequence.cost for sequence in step)
-            self._scheduler.tokens_per_step = max(1, tokens // 2)
-            _log.warning("out of memory at %d tokens a step; going on with half", tokens)
-            if encoder.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._run(step[: len(step) // 2], device)
-            self._run(step[len(step) // 2 :], device)
-            return
-        start = 0
-        for call, group in groupby(step, key=lambda sequence: sequence.call):
-            members = list(group)
-            rows = [sequence.row for sequence in members]
-            if error is None:
-                tokens = sum(len(sequence.ids) for sequence in members)
-                call.deliver(rows, vectors[start : start + len(rows)], tokens)
-            elif _is_out_of_memory(error):
-                tokens = len(members[0].ids)
-                message = f"input {rows[0]} ({tokens} tokens) does not fit in the device's memory"
-                _fail(call, rows, DeviceMemoryError(message, index=rows[0]), error)
-            else:
-                _fail(call, rows, EngineError(f"the forward pass failed: {error}"), error)
-            start += len(rows)
+        if not _is_out_of_memory(error) or len(step) == 1:
+            return [(step, error)]
+        tokens = sum(sequence.cost for sequence in step)
+        self._scheduler.tokens_per_step = max(1, tokens // 2)
+        _log.warning("out of memory at %d tokens a step; going on with half", tokens)
+        if encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(step) // 2
+        return [*self._start(step[:half], encoder), *self._start(step[half:], encoder)]
+
+
+def _collect(step: list[Sequence], means: Means | Exception) -> None:
+    """Wait for a step and deliver its rows, or what went wrong."""
+    error = None
+    try:
+        if isinstance(means, Exception):
+            raise means
+        vectors = means.array()  # (S, hidden)
+    except Exception as exc:
+        error = exc.with_traceback(None)
+    start = 0
+    for call, group in groupby(step, key=lambda sequence: sequence.call):
+        members = list(group)
+        rows = [sequence.row for sequence in members]
+        tokens = sum(len(sequence.ids) for sequence in members)
+        if error is None:
+            call.deliver(rows, vectors[start : start + len(rows)], tokens)
+        elif _is_out_of_memory(error):
+            message = f"input {rows[0]} ({tokens} tokens) does not fit in the device's memory"
+            _fail(call, rows, DeviceMemoryError(message, index=rows[0]), error)
+        else:
+            _fail(call, rows, EngineError(f"the forward pass failed: {error}"), error)
+        start += len(rows)
 
 
 def _fail(call: Call, rows: list[int], error: NeMoRetrieverError, cause: Exception) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared_engine.backend import Request
+    from shared_engine.images import Tiles
 
 QUERY_STEPS_IN_A_ROW = 8
 TEXTS_PER_CHUNK = 256
@@ -115,8 +116,8 @@ class Sequence(NamedTuple):
     call: Call
     row: int
     ids: NDArray[np.int32]
-    tiles: NDArray[np.uint8] | None = None
-    """Its image, (n, size, size, 3)."""
+    tiles: Tiles | None = None
+    """Its image."""
     patches: int = 0
     """Of the image."""
 

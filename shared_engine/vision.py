@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from shared_engine.checkpoint import Checkpoint
 from shared_engine.device import Placement, to_device
 from shared_engine.weights import Weights
+
+if TYPE_CHECKING:
+    from shared_engine.images import Tiles
 
 _CONNECTOR_EPS = 1e-5
 
@@ -83,25 +86,31 @@ class VisionTower:
         self._join_up = _linear(weights, "mlp1.1", out, 4 * hidden)
         self._join_down = _linear(weights, "mlp1.3", out, out)
 
-    def __call__(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """Return the rows of images, each (n, size, size, 3), one after another: (rows, width).
+    def __call__(self, images: Sequence[Tiles]) -> Tensor:
+        """Return the rows of images one after another: (rows, width).
 
         A tile gives P / 4 rows, from left to right and top to bottom. Tiles of several images share
         a forward pass.
         """
-        tiles = np.concatenate(images)
-        step = self._tiles_at_once
+        tiles = torch.cat([self._tiles(image) for image in images])  # (n, size, size, 3)
         return torch.cat(
             [
-                self._join(self._features(self._patches(tiles[start : start + step])))
-                for start in range(0, len(tiles), step)
+                self._join(self._features(self._patches(some)))
+                for some in torch.split(tiles, self._tiles_at_once)
             ]
         )
 
-    def _patches(self, tiles: NDArray[np.uint8]) -> Tensor:
+    def _tiles(self, image: Tiles) -> Tensor:
+        if isinstance(image, np.ndarray):
+            return to_device(image, self._device)
+        from shared_engine import resample
+
+        return resample.tiles(image, self._side * self._patch, self._device)
+
+    def _patches(self, tiles: Tensor) -> Tensor:
         """Return the pixels of every patch, channel by channel, from -1 to 1: (N, P, 3 * p * p)."""
         n, g, p = len(tiles), self._side, self._patch
-        pixels = to_device(tiles, self._device).view(n, g, p, g, p, 3)
+        pixels = tiles.view(n, g, p, g, p, 3)
         patches = pixels.permute(0, 1, 3, 5, 2, 4).reshape(n, g * g, 3 * p * p)
         return patches.float().div_(127.5).sub_(1).to(self._dtype)
 

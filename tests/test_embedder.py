@@ -32,6 +32,7 @@ from shared_engine import (
     Options,
     PartialResultError,
     UnsupportedModalityError,
+    device,
     engines,
     errors,
 )
@@ -297,7 +298,7 @@ class Faulty:
 
     def __init__(self, backend: LocalBackend, holds: int, error: Exception) -> None:
         self.encoder, self.holds, self.error = backend._encoders[0], holds, error
-        self.device = self.encoder.device
+        self.device, self.runs_ahead = self.encoder.device, False
         self.steps: list[int] = []
         backend._encoders[0] = self
 
@@ -446,6 +447,67 @@ def test_several_devices_take_steps_from_one_queue(checkpoint):
         assert np.abs(embedder.embed(texts) - expected).max() <= 1e-6
         assert 0 < sum(first.steps) < backend.load.tokens
         assert embedder.description.count("cpu, float32, 200 tokens a step") == 2
+
+
+class Ahead:
+    """A real encoder as a GPU seems: a step is computed when somebody waits for it."""
+
+    runs_ahead = True
+
+    def __init__(self, backend: LocalBackend) -> None:
+        self.encoder, self.device = backend._encoders[0], torch.device("cpu")
+        self.running = self.most = self.steps = 0
+        self.error: Exception | None = None
+        backend._encoders[0] = self
+
+    def __call__(self, sequences, tiles):
+        if self.steps == 3:
+            self.steps += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.steps += 1
+        self.running += 1
+        self.most = max(self.most, self.running)
+        return Later(self, sequences, tiles)
+
+
+class Later:
+    """The means of such a step."""
+
+    def __init__(self, encoder, *step):
+        self.encoder, self.step = encoder, step
+
+    def array(self):
+        self.encoder.running -= 1
+        if self.encoder.error:
+            raise self.encoder.error
+        return self.encoder.encoder(*self.step).array()
+
+
+def test_a_gpu_has_its_next_step_before_the_last_is_collected(checkpoint):
+    texts = [f"text {i} " + "word " * (i * 37 % 60) for i in range(200)]
+    expected = Embedder(Options(model=checkpoint, device="cpu", dtype="float32")).embed(texts)
+    with Embedder(Options(model=checkpoint, tokens_per_step=200, max_tokens=782)) as embedder:
+        encoder = Ahead(embedder._backend)
+        assert np.abs(embedder.embed(texts) - expected).max() <= 1e-6
+        assert (encoder.most, encoder.running) == (3, 0)  # of a step and the halves of another
+        encoder.error = RuntimeError("an illegal memory access was encountered")
+        with pytest.raises(EngineError, match="illegal memory access"):  # found out too late
+            embedder.embed(texts[:1])
+        encoder.error = None
+        assert np.abs(embedder.embed(texts[:1]) - expected[:1]).max() <= 1e-6
+
+
+@pytest.mark.parametrize(("free_mb", "step"), [(79_000, 16_384), (6_000, 6_000), (300, 1_024)])
+def test_a_gpu_takes_as_large_a_step_as_its_free_memory_allows(monkeypatch, free_mb, step):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free_mb * 2**20, 80 * 2**30))
+    assert device._step(torch.device("cuda", 0))[0] == step
+
+
+def test_devices_share_the_smallest_step(monkeypatch):
+    steps = iter([(16_384, "much is free"), (4_000, "little is free")])
+    monkeypatch.setattr(device, "_step", lambda _: next(steps))
+    placements = device.place("cpu,cpu", "float32", None)
+    assert [placement.tokens_per_step for placement in placements] == [4_000, 4_000]
 
 
 def test_devices_of_different_kinds_are_refused(checkpoint, monkeypatch):

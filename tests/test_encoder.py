@@ -129,6 +129,26 @@ def test_per_sequence_attention_equals_a_block_mask():
     torch.testing.assert_close(ours, dense[0].transpose(0, 1), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (None, "varlen flash kernel"),
+        (ImportError(), "has no varlen_attn; 2.10 has"),
+        (RuntimeError("no kernel image is available"), "does not run here: no kernel image"),
+    ],
+)
+def test_a_gpu_without_the_kernel_has_its_attention_by_sequence(monkeypatch, error, said):
+    def attempt(*_):
+        if error:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention, "_try_varlen", attempt)
+    kernel, why = attention.choose(torch.device("cuda"), torch.bfloat16)
+    assert kernel is (attention.per_sequence if error else attention.varlen)
+    assert said in why
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_varlen_attention_equals_per_sequence_attention():

@@ -60,6 +60,20 @@ def test_an_adapter_loads_its_framework_and_us(python, theirs, ours):
     assert not beyond & LATER
 
 
+@pytest.mark.parametrize("package", ["langchain_nemoretriever", "llamaindex_nemoretriever"])
+def test_a_package_alone_loads_next_to_nothing(python, package):
+    modules = loaded(python, f"import {package}") & {*OURS, *HEAVY, *LATER, "pydantic"}
+    assert modules == {package}
+
+
+def test_a_package_says_what_it_has():
+    import langchain_nemoretriever
+
+    assert dir(langchain_nemoretriever) == ["NeMoRetrieverEmbeddings"]
+    with pytest.raises(AttributeError, match="'langchain_nemoretriever' has no attribute 'Nothing"):
+        langchain_nemoretriever.Nothing  # noqa: B018
+
+
 def test_an_object_of_each_kind_costs_no_more(python):
     """Made, but not used."""
     made = "import shared_engine; shared_engine.Embedder(shared_engine.Options()).stream([])"

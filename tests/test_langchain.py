@@ -335,7 +335,7 @@ def test_without_langchain_the_error_says_what_to_install(python: Callable[[str]
         sys.modules["langchain_core"] = None
         from shared_engine import MissingExtraError
         try:
-            import langchain_nemoretriever
+            from langchain_nemoretriever import NeMoRetrieverEmbeddings
         except MissingExtraError as error:
             assert isinstance(error, ImportError)
             print(error)

@@ -359,6 +359,11 @@ def test_model_and_model_name_are_one(checkpoint: Path) -> None:
     given = {"model_name": name}
     assert NeMoRetrieverEmbedding.model_validate(given).model == name
     assert given == {"model_name": name}, "the caller's dict was changed"
+    for update in ({"model": name}, {"model_name": name}):
+        copy = default.model_copy(update=update)
+        assert (copy.model, copy.model_name, copy.embedder.options.model) == (name, name, name)
+    with pytest.raises(ValueError, match="are one option"):
+        default.model_copy(update={"model": name, "model_name": "another"})
 
 
 @pytest.mark.parametrize("option", ["batch_size", "dimension", "text_instruction"])
@@ -471,7 +476,7 @@ def test_without_llama_index_the_error_says_what_to_install(python: Callable[[st
         sys.modules["llama_index.core"] = None
         from shared_engine import MissingExtraError
         try:
-            import llamaindex_nemoretriever
+            from llamaindex_nemoretriever import NeMoRetrieverEmbedding
         except MissingExtraError as error:
             assert isinstance(error, ImportError)
             print(error)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from shared_engine import (
     CheckpointError,
@@ -309,3 +310,14 @@ def test_the_true_shape_fits_on_a_cpu(tmp_path):
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     assert int(done.stdout) < 8_000_000  # kB
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_gives_the_same_vectors(vl, dtype):
+    documents, items = mixed(32, max_tiles=3)
+    exact = numpy_float64(vl, items, "document")
+    options = Options(model=vl, device="cuda", dtype=dtype, max_tiles=3)
+    ours = Embedder(options).embed(documents)
+    assert (ours * exact).sum(1).min() >= (0.999 if dtype == "bfloat16" else 0.999999)

@@ -36,6 +36,9 @@ def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
             bar(f"{kind} text, times sentence-transformers", ours[kind]["ratio"], 1.0, 1e9)
     if latency := result.get("latency"):
         bar("query p99 during an ingest, in steps", latency[OURS]["p99_steps"], 0, 3.0)
+    for figures in result.get("images", {}).values():
+        what = f"{figures['tiles']} tiles: 16 cores' decoded pages to an H100's need, projected"
+        bar(what, figures["cores_to_h100"], 1.0, 1e9)
     return out
 
 
@@ -138,8 +141,9 @@ def _images(images: dict[str, Any]) -> list[str]:
         f"Pages of 1275 x 1650 pixels as PNG; {tower} of the 1.7B model's 27 layers in the tower, "
         f"{llama} of the 16 after it:",
         "",
-        "| tiles with the thumbnail | pages/s | of GEMM peak | cutting, tower, language model |",
-        "|---|---|---|---|",
+        "| tiles with the thumbnail | pages/s | of GEMM peak | cutting, tower, language model | "
+        "one core cuts | one core decodes, for a GPU that cuts | 16 cores to an H100's need |",
+        "|---|---|---|---|---|---|---|",
     ]
     for figures in images.values():
         seconds = figures["seconds"]
@@ -147,7 +151,8 @@ def _images(images: dict[str, Any]) -> list[str]:
         shares = ", ".join(f"{part / sum(parts):.0%}" for part in parts)
         out.append(
             f"| {figures['tiles']} | {1 / seconds['whole png']:.2f} | {figures['of_peak']:.2f} "
-            f"| {shares} |"
+            f"| {shares} | {1000 * seconds['prepare png']:.0f} ms "
+            f"| {1000 * seconds['decode png']:.0f} ms | {figures['cores_to_h100']:.1f} |"
         )
     return out
 
