@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shared_engine.attention import Attention, Layout
 from shared_engine.checkpoint import Checkpoint, rope
-from shared_engine.device import Placement, to_device
+from shared_engine.device import Buffer, Placement, to_device
 from shared_engine.vision import VisionTower
 from shared_engine.weights import Weights
 
@@ -42,26 +42,6 @@ class Layer:
     mlp_norm: Tensor  # (hidden,)
     gate_up: Tensor  # (2 * intermediate, hidden)
     down: Tensor  # (hidden, intermediate)
-
-
-class Buffer:
-    """Memory for an intermediate of a layer, written again in the next layer and the next step.
-
-    Fresh memory would be cleared by the system page by page: 8 % of a step on a CPU.
-    """
-
-    def __init__(self, placement: Placement) -> None:
-        """Take none yet."""
-        self._empty = torch.empty(0, dtype=placement.dtype, device=placement.device)
-        self._memory = self._empty
-
-    def __call__(self, *shape: int) -> Tensor:
-        """Return an uninitialised tensor; the one before is overwritten."""
-        size = math.prod(shape)
-        if size > len(self._memory):
-            self._memory = self._empty  # never the old and the new at once
-            self._memory = self._empty.new_empty(size)
-        return self._memory[:size].view(shape)
 
 
 class Means:

@@ -90,7 +90,7 @@ def _plan(
     n: int, start: float, stop: float, count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the lines that each block of results is made of, (B, L), and how, (B, block, L)."""
-    first, coefficients = coefficients_of(n, start, stop, count)  # (count,), (count, taps)
+    first, coefficients = _coefficients(n, start, stop, count)  # (count,), (count, taps)
     taps = coefficients.shape[1]
     blocks = -(-count // _BLOCK)
     starts = first[::_BLOCK]  # (B,)
@@ -107,7 +107,7 @@ def _plan(
     )
 
 
-def coefficients_of(
+def _coefficients(
     n: int, start: float, stop: float, count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return, for each pixel of the result, the first of `n` it is made of, and all its weights.
@@ -121,13 +121,11 @@ def coefficients_of(
     centers = start + (np.arange(count) + 0.5) * scale
     first = np.maximum((centers - support + 0.5).astype(np.int64), 0)
     last = np.minimum((centers + support + 0.5).astype(np.int64), n)
-    weights = np.zeros((count, taps))
-    total = np.zeros(count)
-    for tap in range(taps):  # one after the other: the order of a sum decides its last bits
-        weight = _bicubic((tap + first - centers + 0.5) * (1.0 / stretch))
-        weights[:, tap] = np.where(first + tap < last, weight, 0.0)
-        total += weights[:, tap]
-    scaled = weights / total[:, None] * (1 << _BITS)
+    seen = first[:, None] + np.arange(taps)  # (count, taps)
+    weights = _bicubic((seen - centers[:, None] + 0.5) * (1.0 / stretch))
+    weights[seen >= last[:, None]] = 0.0
+    total = weights.cumsum(axis=1)[:, -1:]  # one after the other: the order decides the last bits
+    scaled = weights / total * (1 << _BITS)
     return first, np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int64)
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared_engine.checkpoint import Checkpoint
-from shared_engine.device import Placement, to_device
+from shared_engine.device import Buffer, Placement, to_device
 from shared_engine.weights import Weights
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class VisionTower:
         self._heads = int(config["num_attention_heads"])
         self._eps = float(config.get("layer_norm_eps", 1e-6))
         # A patch costs about half of what a token does.
+        self._wide = Buffer(placement)
         self._tiles_at_once = max(1, 2 * placement.tokens_per_step // vision.patches_per_tile)
         hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
         at = "vision_model.embeddings"
@@ -117,22 +118,28 @@ class VisionTower:
     def _features(self, patches: Tensor) -> Tensor:
         x = F.linear(patches, self._embed.weight, self._embed.bias) + self._positions
         n, p, hidden = x.shape
+        x = x.view(n * p, hidden)
         for layer in self._layers:
-            normed = self._normed(x, layer.attention_norm)
-            qkv = F.linear(normed, layer.qkv.weight, layer.qkv.bias)  # (N, P, 3 * hidden)
+            qkv = self._linear(self._normed(x, layer.attention_norm), layer.qkv)
             q, k, v = qkv.view(n, p, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
             attended = F.scaled_dot_product_attention(q, k, v)  # (N, heads, P, d)
-            flat = attended.transpose(1, 2).reshape(n, p, hidden)
-            x.add_(F.linear(flat, layer.out.weight, layer.out.bias))
-            up = F.linear(self._normed(x, layer.mlp_norm), layer.up.weight, layer.up.bias)
-            x.add_(F.linear(F.gelu(up, approximate="tanh"), layer.down.weight, layer.down.bias))
-        return self._normed(x, self._norm)  # (N, P, hidden)
+            flat = attended.transpose(1, 2).reshape(x.shape)
+            x.addmm_(flat, layer.out.weight.T).add_(layer.out.bias)
+            up = self._linear(self._normed(x, layer.mlp_norm), layer.up)
+            torch.ops.aten.gelu_(up, approximate="tanh")
+            x.addmm_(up, layer.down.weight.T).add_(layer.down.bias)
+        return self._normed(x, self._norm)  # (N * P, hidden)
+
+    def _linear(self, x: Tensor, layer: Affine) -> Tensor:
+        """Return x (rows, into) times the weight plus the bias, in the buffer: (rows, out)."""
+        out = self._wide(len(x), len(layer.weight))
+        return torch.addmm(layer.bias, x, layer.weight.T, out=out)
 
     def _join(self, features: Tensor) -> Tensor:
         """Join 2 x 2 patches into one row and bring it to the language model's width."""
-        n, g = len(features), self._side
-        squares = features.view(n, g // 2, 2, g // 2, 2, -1).permute(0, 1, 3, 2, 4, 5)
-        rows = squares.reshape(n * g * g // 4, -1)  # (N * P / 4, 4 * hidden)
+        g = self._side
+        squares = features.view(-1, g // 2, 2, g // 2, 2, features.shape[1])
+        rows = squares.permute(0, 1, 3, 2, 4, 5).reshape(len(features) // 4, -1)  # 4 * hidden wide
         norm = self._join_norm
         rows = F.layer_norm(rows, norm.weight.shape, norm.weight, norm.bias, _CONNECTOR_EPS)
         rows = F.gelu(F.linear(rows, self._join_up.weight, self._join_up.bias))
