@@ -34,6 +34,7 @@ from shared_engine.errors import (
     UnsupportedModalityError,
 )
 from shared_engine.options import Options
+from shared_engine.stream import AsyncStream, Stream
 from shared_engine.usage import TokenCount, count_tokens
 from shared_engine.vectors import EmbeddingType, quantize
 
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CATALOGUE",
+    "AsyncStream",
     "AuthenticationError",
     "Backend",
     "CheckpointError",
@@ -75,6 +77,7 @@ __all__ = [
     "RequestTimeoutError",
     "Role",
     "ServerError",
+    "Stream",
     "TokenCount",
     "UnsupportedDimensionsError",
     "UnsupportedModalityError",

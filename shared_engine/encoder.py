@@ -142,8 +142,8 @@ class Encoder:
             for rows in torch.split(x, self._tokens_per_step):  # a longer text takes no more memory
                 normed = self._rms_norm(rows, layer.mlp_norm)
                 wide = self._wide(len(rows), len(layer.gate_up))
-                gate, up = torch.mm(normed, layer.gate_up.T, out=wide).chunk(2, dim=-1)
-                rows.addmm_(F.silu(gate, inplace=True).mul_(up), layer.down.T)
+                inner = _gated(torch.mm(normed, layer.gate_up.T, out=wide))
+                rows.addmm_(inner, layer.down.T)
         return self._rms_norm(x, self._norm)
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -170,6 +170,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     out_first, out_second = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    """Return SiLU of the first half of each row times the second, in the place of the first."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate, inplace=True).mul_(up)
 
 
 def _rotary_tables(

@@ -42,6 +42,7 @@ from tests.checkpoints import SHAPES, build_checkpoint
 ROOT = Path(__file__).parents[2]
 WIDTH = 2048
 IMPORTS = {
+    "packages alone": ("import langchain_core.embeddings", "import langchain_nemoretriever"),
     "langchain": (
         "from langchain_core.embeddings import Embeddings",
         "from langchain_nemoretriever import NeMoRetrieverEmbeddings",

@@ -1,6 +1,6 @@
 """All that is said of speed, measured in one run beside what a user would take instead.
 
-    python tests/benchmarks/suite.py                 # a quarter of an hour on two cores
+    python tests/benchmarks/suite.py                 # half an hour on two cores
     python tests/benchmarks/suite.py --quick         # a small one, into .benchmarks/
     python tests/benchmarks/suite.py --only latency --checkpoint DIR --device cuda
     python tests/benchmarks/suite.py --readme        # README's tables and the plots, from results/
@@ -9,6 +9,7 @@
   and with padded transformers, on the same weights; vectors are compared.
 - latency: a query of 32 tokens alone, and while a bulk ingest runs; sentence-transformers under a
   lock that is held for one batch, which is the most considerate way to share it.
+- tuning: the engine with other sizes of a step, and with compiled elementwise work.
 - start: a fresh process until its first vector, files cached; peak memory of the same work.
 - images: pages per second at one tile and at six with a thumbnail.
 
@@ -51,7 +52,7 @@ from tests.benchmarks import images, measuring, report
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 QUERY_TOKENS = 32
-PARTS = ("text", "latency", "start", "images")
+PARTS = ("text", "tuning", "latency", "start", "images")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Scale:
     """Of the 16 after it."""
     texts: dict[str, int]
     """Of each corpus."""
+    steps: tuple[int, ...]
+    """Tokens a step, beside the default."""
     batch_sizes: tuple[int, ...]
     """Of sentence-transformers."""
     rounds: int
@@ -79,8 +82,9 @@ SCALES = {
         vision_layers=3,
         image_layers=2,
         texts={"skewed": 48, "short": 128, "uniform": 8, "long": 1},
+        steps=(1_024, 4_096),
         batch_sizes=(2, 4, 8, 32),
-        rounds=3,
+        rounds=5,
         queries=50,
         pages=1,
     ),
@@ -89,6 +93,7 @@ SCALES = {
         vision_layers=27,
         image_layers=16,
         texts={"skewed": 4096, "short": 16_384, "uniform": 1024, "long": 32},
+        steps=(4_096, 8_192, 32_768, 65_536),
         batch_sizes=(8, 16, 32, 64, 128, 256),
         rounds=5,
         queries=500,
@@ -114,7 +119,7 @@ class Bench:
 
     def __init__(self, options: Options, scratch: Path, size: Scale) -> None:
         folder = Path(options.model)
-        self.folder, self.scratch, self.size = folder, scratch, size
+        self.options, self.folder, self.scratch, self.size = options, folder, scratch, size
         self.embedder = Embedder(options)
         self.description = self.embedder.description
         backend: Any = self.embedder._backend
@@ -147,6 +152,17 @@ class Bench:
             )
             print(f"\n{kind}: {measuring.table(out[kind])}", flush=True)
         self.best_batch = int(out["skewed"]["best_peer"].rpartition(" ")[2])
+        return out
+
+    def tuning(self) -> dict[str, Any]:
+        """Return the race of the engine's variants on mixed lengths."""
+        tokens = measuring.lengths("skewed", self.size.texts["skewed"])
+        setting = measuring.Setting(self.config, self.device, self.dtype)
+        contenders = measuring.variants(self.options, self.embedder, self.size.steps)
+        out = measuring.race(
+            contenders, self.source.texts(tokens), tokens, self.size.rounds, setting
+        )
+        print(f"\ntuning: {measuring.table(out)}", flush=True)
         return out
 
     def latency(self) -> dict[str, Any]:
@@ -337,14 +353,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        if set(asked.only) & {"text", "latency", "start"}:
+        if set(asked.only) - {"images"}:
             folder = asked.checkpoint or measuring.text_checkpoint(scratch / "text", size.layers)
             options = Options(model=str(folder), device=asked.device, dtype=asked.dtype)
             bench = Bench(options, scratch, size)
             result["layers"] = bench.config["num_hidden_layers"]
             result["engine"] = bench.description.partition(" on ")[2]
             print(f"{result['device']}: {result['engine']}")
-            for part in ("text", "latency", "start"):
+            for part in PARTS[:-1]:
                 if part in asked.only:
                     add(part, getattr(bench, part)())
             bench.embedder.close()
