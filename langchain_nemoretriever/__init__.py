@@ -3,16 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from langchain_nemoretriever.embeddings import NeMoRetrieverEmbeddings
-
 __all__ = ["NeMoRetrieverEmbeddings"]
 
+if TYPE_CHECKING:
+    from langchain_nemoretriever.embeddings import NeMoRetrieverEmbeddings
+else:
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module("langchain_nemoretriever.embeddings"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            return getattr(import_module("langchain_nemoretriever.embeddings"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -3,16 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from llamaindex_nemoretriever.embedding import NeMoRetrieverEmbedding
-
 __all__ = ["NeMoRetrieverEmbedding"]
 
+if TYPE_CHECKING:
+    from llamaindex_nemoretriever.embedding import NeMoRetrieverEmbedding
+else:
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module("llamaindex_nemoretriever.embedding"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            return getattr(import_module("llamaindex_nemoretriever.embedding"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
