@@ -216,6 +216,8 @@ class LocalBackend:
 
         A GPU is given a step while it computes the one before, and so never waits for this thread.
         """
+        if (gpu := self._encoders[device].device).type == "cuda":
+            torch.cuda.set_device(gpu)  # else pinned memory would wake the first GPU, too
         running: deque[Running] = deque()
         while True:
             step = self._scheduler.take_step() if running else self._scheduler.next_step()
