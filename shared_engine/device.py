@@ -58,8 +58,9 @@ def _place(device: str, dtype: DType, tokens_per_step: int | None) -> Placement:
     number, why_dtype = _dtype(chosen, dtype)
     attend, why_attention = attention.choose(chosen, number)
     step, why_step = (tokens_per_step, "asked for") if tokens_per_step else _step(chosen)
-    reasons = f"device: {why_device}; dtype: {why_dtype}; attention: {why_attention}"
-    reasons += f"; step: {why_step}"
+    reasons = (
+        f"device: {why_device}; dtype: {why_dtype}; attention: {why_attention}; step: {why_step}"
+    )
     return Placement(chosen, number, attend, step, reasons)
 
 

@@ -87,7 +87,7 @@ _TURNS = {
 _LOADING = threading.Lock()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
     """A decoded image, and the grid of tiles that fits it best."""
 
@@ -520,9 +520,15 @@ def _cut(decoded: Image.Image, cols: int, rows: int, box: Any, size: int) -> NDA
         small = decoded.resize((width, height), Image.Resampling.BICUBIC, box)
         return np.array(small.convert("RGB"))
 
-    sheet = resized(cols * size, rows * size).reshape(rows, size, cols, size, 3)
-    cut = np.ascontiguousarray(sheet.swapaxes(1, 2)).reshape(-1, size, size, 3)
+    cut = np.ascontiguousarray(arranged(resized(cols * size, rows * size), size))
     return cut if len(cut) == 1 else np.concatenate([cut, resized(size, size)[None]])
+
+
+def arranged(sheet: Any, size: int) -> Any:
+    """Return the tiles (n, size, size, 3) of an array or tensor (rows * size, cols * size, 3)."""
+    height, width, channels = sheet.shape
+    cells = sheet.reshape(height // size, size, width // size, size, channels)
+    return cells.swapaxes(1, 2).reshape(-1, size, size, channels)
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
@@ -21,9 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared_engine.device import to_device
-
-if TYPE_CHECKING:
-    from shared_engine.images import Picture
+from shared_engine.images import Picture, arranged
 
 _BITS = 22
 """Of the fraction of a coefficient, Pillow's PRECISION_BITS."""
@@ -44,9 +41,7 @@ def tiles(picture: Picture, size: int, device: torch.device) -> Tensor:
     def resized(width: int, height: int) -> Tensor:
         return resize(pixels, picture.box, width, height).expand(height, width, 3)
 
-    cols, rows = picture.cols, picture.rows
-    sheet = resized(cols * size, rows * size).reshape(rows, size, cols, size, 3)
-    cut = sheet.transpose(1, 2).reshape(-1, size, size, 3)
+    cut: Tensor = arranged(resized(picture.cols * size, picture.rows * size), size)
     return cut if len(cut) == 1 else torch.cat([cut, resized(size, size)[None]])
 
 

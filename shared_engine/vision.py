@@ -67,8 +67,8 @@ class VisionTower:
         self._side = vision.patches_per_side
         self._heads = int(config["num_attention_heads"])
         self._eps = float(config.get("layer_norm_eps", 1e-6))
-        # A patch costs about half of what a token does.
         self._wide = Buffer(placement)
+        # A patch costs about half of what a token does.
         self._tiles_at_once = max(1, 2 * placement.tokens_per_step // vision.patches_per_tile)
         hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
         at = "vision_model.embeddings"

@@ -8,7 +8,8 @@
   `--tiny` the forward is next to nothing: little is hidden, and the figure is an upper bound.
 - Lists are what the frameworks return; their conversion is also timed alone, at 2048 values.
 - An import is timed in fresh interpreters, in CPU seconds, the least of several.
-- Memory is Python's and numpy's at its peak (tracemalloc), over that before; torch's is not in it.
+- Memory is that of the process, at the first batch of a long stream through a tiny model, and at
+  its most after it. Linux only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,27 +119,15 @@ def imports(rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
-def memory(checkpoint: Path, count: int) -> dict[str, float]:
-    """Return the peak in MB of one call, of a stream, and of a stream four times as long."""
+def memory(checkpoint: Path, count: int) -> tuple[float, float]:
+    """Return the MB of the process at the first batch of a stream, and the most at a later one."""
+    page = resource.getpagesize()
     embedder = Embedder(Options(model=checkpoint))
-    embedder.embed(["warm up"])
-
-    def peak(run: Callable[[], Any]) -> float:
-        tracemalloc.start()
-        run()
-        _, most = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        return most / 1e6
-
-    def stream(length: int) -> None:
-        for _ in embedder.stream(texts(length)):
-            pass
-
-    return {
-        f"one call of {count}": peak(lambda: embedder.embed(texts(count))),
-        f"a stream of {count}": peak(lambda: stream(count)),
-        f"a stream of {4 * count}": peak(lambda: stream(4 * count)),
-    }
+    resident = [
+        int(Path("/proc/self/statm").read_text().split()[1]) * page / 1e6
+        for _ in embedder.stream(texts(count))
+    ]
+    return resident[0], max(resident)
 
 
 def arguments() -> argparse.Namespace:
@@ -150,7 +138,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--imports", type=int, default=7, help="interpreters a line; 0 for none")
-    parser.add_argument("--memory", type=int, default=20_000, help="texts; 0 for none")
+    parser.add_argument("--stream", type=int, default=20_000, help="texts; 0 for none")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
@@ -182,10 +170,9 @@ def main() -> None:
             )
         result["list_us"] = conversion(2000)
         print(f"\na vector of {WIDTH} values to a list: {result['list_us']:.0f} us")
-        if args.memory:
-            result["memory_mb"] = memory(tiny, args.memory)
-            print("\npeak MB, 64 values a vector: ", end="")
-            print(", ".join(f"{k} {v:.1f}" for k, v in result["memory_mb"].items()))
+        if args.stream:
+            result["memory_mb"] = first, most = memory(tiny, args.stream)
+            print(f"\na stream of {args.stream:,}: {first:.1f} MB at first, {most:.1f} at most")
     if args.imports:
         result["imports"] = imports(args.imports)
         print(f"\n{'CPU s of an import':20}{'theirs':>10}{'ours':>11}{'ratio':>10}")
