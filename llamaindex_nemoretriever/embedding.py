@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from shared_engine import images
 from shared_engine.adapter import Adapter
 from shared_engine.documents import Document, of_images
 from shared_engine.errors import MissingExtraError
@@ -184,8 +185,6 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
     @contextmanager
     def _announced(self, documents: list[Document]) -> Iterator[list[Embedding]]:
         """Send the events that LlamaIndex sends around texts; an image is named, never held."""
-        from shared_engine.images import shown  # noqa: PLC0415 - brings Pillow
-
         model = self.to_payload()
         dispatcher.event(EmbeddingStartEvent(model_dict=model))
         payload: dict[str, Any] = {EventPayload.SERIALIZED: model}
@@ -193,7 +192,9 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
             embeddings: list[Embedding] = []
             yield embeddings
             chunks = [
-                f"<image {shown(document.image)}>" if document.text is None else document.text
+                f"<image {images.describe(document.image)}>"
+                if document.text is None
+                else document.text
                 for document in documents
             ]
             event.on_end({EventPayload.CHUNKS: chunks, EventPayload.EMBEDDINGS: embeddings})

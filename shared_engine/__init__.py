@@ -1,5 +1,6 @@
 """NVIDIA NeMo Retriever embeddings: one engine for Python, LangChain and LlamaIndex."""
 
+from shared_engine._version import __version__ as __version__
 from shared_engine.backend import Backend, Request
 from shared_engine.catalogue import CATALOGUE, ModelSpec
 from shared_engine.documents import Document, Modality, Role
@@ -37,8 +38,6 @@ from shared_engine.options import Options
 from shared_engine.stream import AsyncStream, Stream
 from shared_engine.usage import TokenCount, count_tokens
 from shared_engine.vectors import EmbeddingType, quantize
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CATALOGUE",

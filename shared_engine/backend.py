@@ -14,7 +14,11 @@ if TYPE_CHECKING:  # numpy takes longer to import than all of this package
     import numpy as np
     from numpy.typing import NDArray
 
-    from shared_engine.scheduler import Line
+
+class Flow:
+    """Requests of one flow run in order and take turns with others as one. It holds nothing."""
+
+    __slots__ = ("__weakref__",)
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,11 @@ class Request:
     """Called from another thread with the number of documents that were just finished."""
     on_usage: Callable[[int], object] | None = None
     """Called from another thread with the number of tokens that were just embedded."""
-    line: Line | None = None
-    """What the batches of one stream share: they are done in order, and take turns as one."""
+    flow: Flow | None = None
+    """What the batches of one stream share; None is a flow of its own."""
 
 
-class Load(NamedTuple):
+class StepStats(NamedTuple):
     """What a device has computed since it started."""
 
     steps: int
@@ -45,11 +49,11 @@ class Load(NamedTuple):
 
 
 @runtime_checkable
-class Stepping(Protocol):
+class HasStepStats(Protocol):
     """A backend that computes in steps and counts them, which a remote one cannot."""
 
     @property
-    def load(self) -> Load:
+    def step_stats(self) -> StepStats:
         """The counts so far."""
 
 
@@ -81,11 +85,13 @@ class Backend(Protocol):
         Row i belongs to document i. Rows are cut to size but not yet of unit length. Cancelling the
         future drops what has not started. Safe to call from many threads.
 
-        Raises:
-            InputTooLongError: a text over the limit with `truncate="NONE"`; nothing was started.
-            EngineClosedError: the backend was closed.
+        What fails for one document (a text over the limit with `truncate="NONE"`, an image that
+        cannot be decoded) fails alone: the future raises PartialResultError with the others'
+        vectors, or, where the request has one document only, that document's own error. See
+        `errors.combine_errors`, which puts the index on errors that are made without one.
 
-        The future raises PartialResultError where some documents failed and others did not.
+        Raises:
+            EngineClosedError: the backend was closed.
         """
 
     def wait_until_ready(self, timeout: float) -> None:

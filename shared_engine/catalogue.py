@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared_engine.documents import Modality, Role
+from shared_engine.documents import Modality
 
 DEFAULT_MODEL = "nvidia/llama-nemotron-embed-1b-v2"
 """The model of the family whose weights anybody can download."""
@@ -101,18 +101,3 @@ def find(model: str) -> ModelSpec | None:
     True
     """
     return _BY_NAME.get(model.lower().removeprefix("nvidia/"))
-
-
-def without_suffix(model: str) -> tuple[str, Role | None]:
-    """Return a model name without `-query` or `-passage`, and the role that it stands for.
-
-    NVIDIA's API takes a role in the name, for clients that cannot send one.
-
-    >>> without_suffix("nvidia/llama-nemotron-embed-1b-v2-passage")
-    ('nvidia/llama-nemotron-embed-1b-v2', 'document')
-    """
-    suffixes: dict[str, Role] = {"-query": "query", "-passage": "document"}
-    for suffix, role in suffixes.items():
-        if model.endswith(suffix):
-            return model.removesuffix(suffix), role
-    return model, None

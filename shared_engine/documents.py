@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Literal, TypeVar
 
-from shared_engine.errors import InputTypeError, UnsupportedModalityError
+from shared_engine import images
+from shared_engine.errors import InputError, InputTypeError, UnsupportedModalityError
 
 Role = Literal["query", "document"]
 """Which side of the search a text is on. The models are asymmetric: the role chooses the prefix.
@@ -38,8 +39,6 @@ def is_data_url(text: object) -> bool:
     """Tell whether a text is nothing but an image as a data URL."""
     if not isinstance(text, str) or text[:5].lower() != "data:":
         return False
-    from shared_engine import images  # brings Pillow
-
     return images.is_data_url(text)
 
 
@@ -66,7 +65,7 @@ def of_pairs(texts: Iterable[str], images: Iterable[Any]) -> list[Document]:
     texts, pictured = list(several(texts)), of_images(images)
     if len(texts) != len(pictured):
         raise InputTypeError(
-            f"expected a text for each image, got {len(texts)} texts and {len(pictured)} images",
+            f"has no partner: got {len(texts)} texts and {len(pictured)} images",
             index=min(len(texts), len(pictured)),
         )
     return [replace(document, text=text) for text, document in zip(texts, pictured, strict=True)]
@@ -86,9 +85,13 @@ def checked(
             query.
         ImageError: an open file cannot be read, or is too large.
     """
-    return [
-        _checked(item, index, role, modalities) for index, item in enumerate(several(documents))
-    ]
+    accepted = []
+    for index, item in enumerate(several(documents)):
+        try:
+            accepted.append(check(item, role, modalities))
+        except InputError as exc:
+            raise exc.at(index) from exc.__cause__
+    return accepted
 
 
 def several(documents: _T) -> _T:
@@ -105,50 +108,41 @@ def several(documents: _T) -> _T:
     return documents
 
 
-def _checked(item: object, index: int, role: Role, modalities: frozenset[Modality]) -> Document:
+def check(item: object, role: Role, modalities: frozenset[Modality]) -> Document:
+    """Do as `checked` does with one input."""
     document = Document(text=item) if isinstance(item, str) else item
     if not isinstance(document, Document):
-        raise InputTypeError(
-            f"input {index} is of type {type(item).__name__}; expected a str or a Document",
-            index=index,
-        )
+        raise InputTypeError(f"is of type {type(item).__name__}; expected a str or a Document")
     if document.modality not in modalities:
         raise UnsupportedModalityError(
-            f"input {index} is of modality {document.modality!r}, but this model takes only "
-            f"{', '.join(sorted(modalities))}",
-            index=index,
+            f"is of modality {document.modality!r}, but this model takes only "
+            f"{', '.join(sorted(modalities))}"
         )
     text = document.text
     if document.image is not None:
         blank = isinstance(text, str) and document.modality == "image"
-        image = _held(document.image, index, role)
+        image = _accept(document.image, role)
         document = replace(document, text=None if blank else text, image=image)
     elif text is None:
-        raise InputTypeError(f"input {index} has neither text nor image", index=index)
+        raise InputTypeError(f"has neither text nor image")
     if text is not None and not isinstance(text, str):
-        raise InputTypeError(
-            f"input {index} has a text of type {type(text).__name__}; expected a str", index=index
-        )
+        raise InputTypeError(f"has a text of type {type(text).__name__}; expected a str")
     if text is not None and not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as exc:
             raise InputTypeError(
-                f"input {index} holds a lone surrogate (U+{ord(text[exc.start]):04X}) at character "
+                f"holds a lone surrogate (U+{ord(text[exc.start]):04X}) at character "
                 f"{exc.start}, which no encoding can carry; decode its source again, or use "
-                'text.encode("utf-8", "replace").decode()',
-                index=index,
+                'text.encode("utf-8", "replace").decode()'
             ) from None
     return document
 
 
-def _held(image: object, index: int, role: Role) -> object:
+def _accept(image: object, role: Role) -> object:
     if role == "query":
         raise UnsupportedModalityError(
-            f"input {index} has an image, and these models take queries as text only; what one "
-            'searches with is embedded as what one searches for: role="document"',
-            index=index,
+            "has an image, and these models take queries as text only; to search by image, embed "
+            'it with role="document"'
         )
-    from shared_engine import images  # brings Pillow
-
-    return images.held(image, index)
+    return images.accept(image)

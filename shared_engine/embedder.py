@@ -20,21 +20,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shared_engine import vectors
-from shared_engine.backend import Backend, Request
-from shared_engine.catalogue import without_suffix
+from shared_engine.backend import Backend, Flow, Request
 from shared_engine.documents import Document, Modality, Role, checked, several
-from shared_engine.engines import Lease
 from shared_engine.errors import (
     EngineClosedError,
-    NeMoRetrieverError,
     NonFiniteVectorError,
     PartialResultError,
     UnsupportedDimensionsError,
+    combine_errors,
 )
 from shared_engine.options import Options
-from shared_engine.scheduler import Line, failure
+from shared_engine.registry import Lease
 from shared_engine.stream import AsyncStream, Stream
 from shared_engine.usage import TokenCount, counting
+from shared_engine.wire import split_role_suffix
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,7 +157,7 @@ class Embedder:
         if offered := self._backend.dimensions:
             return offered[-1]
         if self._width is None:
-            _, role = without_suffix(self.options.model)
+            _, role = split_role_suffix(self.options.model)
             probe = Request([Document("?")], role or "query")
             self._width = self._backend.submit(probe).result().shape[1]
         return self._width
@@ -235,7 +234,7 @@ class Embedder:
         self,
         documents: Documents,
         role: Role,
-        line: Line | None = None,
+        flow: Flow | None = None,
         on_progress: Callable[[int], object] | None = None,
     ) -> Future[NDArray[np.float32]]:
         backend = self._backend
@@ -249,7 +248,7 @@ class Embedder:
             )
         valid = checked(documents, role, backend.modalities)
         count = partial(_add, (self._used, *counting()))
-        request = Request(valid, role, wanted, self.options.truncate, on_progress, count, line)
+        request = Request(valid, role, wanted, self.options.truncate, on_progress, count, flow)
         if on_progress or not self.options.show_progress:
             return backend.submit(request)
         from tqdm.auto import tqdm
@@ -276,8 +275,10 @@ class Embedder:
         bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
         if bad.size:
             out[bad] = np.nan
-            errors: dict[int, NeMoRetrieverError] = {row: _non_finite(row) for row in bad.tolist()}
-            raise failure(out, errors) or AssertionError
+            error = NonFiniteVectorError(
+                'gave a vector with NaN or infinity; try dtype="bfloat16" or "float32"'
+            )
+            raise combine_errors(out, dict.fromkeys(bad.tolist(), error))
         return vectors.quantize(out, self.options.embedding_type)
 
     def _finish_partial(self, error: PartialResultError) -> PartialResultError:
@@ -288,13 +289,6 @@ class Embedder:
 def _add(counts: tuple[TokenCount, ...], tokens: int) -> None:
     for count in counts:
         count.add(tokens)
-
-
-def _non_finite(row: int) -> NonFiniteVectorError:
-    return NonFiniteVectorError(
-        f'the vector of input {row} holds NaN or infinity; try dtype="bfloat16" or "float32"',
-        index=row,
-    )
 
 
 def _lists(array: NDArray[Any]) -> list[list[float]]:

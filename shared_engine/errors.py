@@ -33,7 +33,9 @@ Errors pickle with their attributes, so they cross process pools unchanged.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,12 +65,25 @@ class MissingExtraError(NeMoRetrieverError, ImportError):
 class InputError(NeMoRetrieverError, ValueError):
     """One input cannot be embedded."""
 
-    index: int
-    """Position of the input in the list the caller passed, from 0."""
+    index: int | None
+    """Position of the input in the list that the caller passed, from 0; in a stream, from its
+    beginning. None where the list itself is at fault."""
 
-    def __init__(self, message: str, *, index: int = 0) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, *, index: int | None = None) -> None:
+        """Take what is said of the input, as in "has 9000 tokens"."""
+        super().__init__(reason)
         self.index = index
+
+    def __str__(self) -> str:
+        reason = super().__str__()
+        return reason if self.index is None else f"input {self.index} {reason}"
+
+    def at(self, index: int) -> Self:
+        """Return the same error of an input at another position."""
+        moved = copy.copy(self)
+        moved.index = index
+        moved.__cause__ = self.__cause__
+        return moved
 
 
 class InputTypeError(InputError, TypeError):
@@ -83,8 +98,10 @@ class InputTooLongError(InputError):
     limit: int
     """The most tokens an input may have."""
 
-    def __init__(self, message: str, *, index: int = 0, tokens: int = 0, limit: int = 0) -> None:
-        super().__init__(message, index=index)
+    def __init__(
+        self, reason: str, *, index: int | None = None, tokens: int = 0, limit: int = 0
+    ) -> None:
+        super().__init__(reason, index=index)
         self.tokens = tokens
         self.limit = limit
 
@@ -207,3 +224,28 @@ class PartialResultError(NeMoRetrieverError, RuntimeError):
 
 class EngineClosedError(NeMoRetrieverError, RuntimeError):
     """The engine was closed before this work could start."""
+
+
+def combine_errors(
+    vectors: NDArray[np.float32], errors: Mapping[int, NeMoRetrieverError], start: int = 0
+) -> NeMoRetrieverError:
+    """Return the error that a caller sees for failed rows: the only input's own, or a summary.
+
+    `start` is the position of the first row in what the caller passed.
+    """
+    placed = {start + row: place_error(errors[row], start + row) for row in sorted(errors)}
+    position, first = next(iter(placed.items()))
+    if len(vectors) == 1 and not start:
+        return first
+    told = first if isinstance(first, InputError) else f"input {position}: {first}"
+    return PartialResultError(
+        f"{len(errors)} of {len(vectors)} inputs failed, the first: {told}. The others are in "
+        "`vectors` of this error, what went wrong in `errors`",
+        vectors=vectors,
+        errors=placed,
+    )
+
+
+def place_error(error: NeMoRetrieverError, index: int) -> NeMoRetrieverError:
+    """Return an error as that of the input at `index`, if it is an input's."""
+    return error.at(index) if isinstance(error, InputError) else error

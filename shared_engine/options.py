@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from shared_engine.catalogue import DEFAULT_MODEL
-from shared_engine.nim_address import normalised
+from shared_engine.endpoints import normalised
 from shared_engine.vectors import EmbeddingType
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import re
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
@@ -19,6 +18,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from shared_engine.backend import Flow
 from shared_engine.documents import Document, Role, checked
 from shared_engine.errors import (
     ConfigurationError,
@@ -27,8 +27,8 @@ from shared_engine.errors import (
     InputError,
     NeMoRetrieverError,
     PartialResultError,
+    place_error,
 )
-from shared_engine.scheduler import Line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,7 +72,7 @@ class _Batches:
         self._embedder = embedder
         self._role = role
         self._batch_size = batch_size
-        self._line = Line()
+        self._flow = Flow()
         self._pending: deque[Batch] = deque()
         self._read: list[str | Document] = []
         self._next = 0
@@ -122,7 +122,7 @@ class _Batches:
                     document = batch.documents[row]
                     (batch.documents[row],) = checked([document], self._role, modalities)
                 except InputError as exc:
-                    batch.refused[row] = _moved(exc, 0, batch.start + row)
+                    batch.refused[row] = place_error(exc, batch.start + row)
             return self._halves(batch, [row for row in every if row not in batch.refused])
         except Exception as exc:
             failed: Future[NDArray[np.float32]] = Future()
@@ -138,12 +138,12 @@ class _Batches:
         documents = [batch.documents[row] for row in rows]
         progress = None if self._bar is None else self._bar.update
         try:
-            return [(rows, self._embedder._submit(documents, self._role, self._line, progress))]
+            return [(rows, self._embedder._submit(documents, self._role, self._flow, progress))]
         except InputError as exc:
             if len(rows) > 1:
                 middle = len(rows) // 2
                 return self._halves(batch, rows[:middle]) + self._halves(batch, rows[middle:])
-            batch.refused[rows[0]] = _moved(exc, 0, batch.start + rows[0])
+            batch.refused[rows[0]] = place_error(exc, batch.start + rows[0])
             return []
 
     def _oldest(self) -> Batch | None:
@@ -166,7 +166,7 @@ class _Batches:
                 part, failed = _outcome(future.result, len(rows))
                 parts.append((rows, part))
                 errors |= {
-                    rows[row]: _moved(error, row, batch.start + rows[row])
+                    rows[row]: place_error(error, batch.start + rows[row])
                     for row, error in failed.items()
                 }
         except BaseException as exc:
@@ -185,7 +185,7 @@ class _Batches:
         self._pending.popleft()
         out, not_finite = _outcome(partial(self._embedder._finish, pooled), count)
         for row in not_finite.keys() - errors.keys():
-            errors[row] = _moved(not_finite[row], row, batch.start + row)
+            errors[row] = place_error(not_finite[row], batch.start + row)
         if not errors and out is not None:
             return out
         first, last = errors[min(errors)], batch.start + count - 1
@@ -289,11 +289,3 @@ def _outcome(
         if count > 1:
             raise
         return None, {0: exc}
-
-
-def _moved(error: NeMoRetrieverError, row: int, position: int) -> NeMoRetrieverError:
-    """Return an error that speaks of a row of a list, now of a position in the stream."""
-    error.args = (re.sub(rf"\binput {row}\b", f"input {position}", str(error)), *error.args[1:])
-    if isinstance(error, InputError):
-        error.index = position
-    return error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +21,20 @@ os.environ |= {
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def float32() -> Iterator[None]:
+    """Let `dtype="auto"` be float32 on every machine, as the oracles compute."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of 64 dimensions, cut to 16 or 32 on request, with the public prompts."""
-    from tests.checkpoints import PROMPTS, build_checkpoint
+    from tests.support.checkpoints import PROMPTS, build_checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     return build_checkpoint(folder, prompts=PROMPTS, matryoshka_dimensions=(16, 32))

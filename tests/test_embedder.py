@@ -32,11 +32,11 @@ from shared_engine import (
     Options,
     PartialResultError,
     UnsupportedModalityError,
-    device,
-    engines,
     errors,
 )
-from shared_engine.local import LocalBackend
+from shared_engine import registry as engines
+from shared_engine.local import device
+from shared_engine.local.backend import LocalBackend
 
 TEXTS = [f"document {i} " + "and so on " * (i % 7) for i in range(40)]
 
@@ -120,7 +120,7 @@ def test_any_unicode_gives_as_many_finite_unit_vectors(embedder, texts):
 
 
 def test_a_hundred_thousand_texts(tmp_path):
-    from tests.checkpoints import SHAPES, build_checkpoint
+    from tests.support.checkpoints import SHAPES, build_checkpoint
 
     folder = build_checkpoint(tmp_path / "small", SHAPES["gqa"], num_hidden_layers=1)
     names = [f"t{i % 1000}" for i in range(100_000)]
@@ -259,7 +259,7 @@ def test_errors_pickle_with_what_they_carry():
 
 
 def test_cache_keys_differ_where_vectors_do(checkpoint, tmp_path):
-    from tests.checkpoints import build_checkpoint
+    from tests.support.checkpoints import build_checkpoint
 
     keys = [Embedder(Options(model=checkpoint)).cache_key(role) for role in ("query", "document")]
     keys += [
@@ -404,7 +404,7 @@ main()
         assert (done.returncode, done.stderr) == (0, "")
     never_closed = f"""
 from shared_engine import Options
-from shared_engine.local import LocalBackend
+from shared_engine.local.backend import LocalBackend
 backend = LocalBackend(Options(model={str(checkpoint)!r}))
 """
     assert run(never_closed).returncode == 0
@@ -445,7 +445,7 @@ def test_several_devices_take_steps_from_one_queue(checkpoint):
         backend = embedder._backend
         first = Faulty(backend, holds=10_000, error=MemoryError())
         assert np.abs(embedder.embed(texts) - expected).max() <= 1e-6
-        assert 0 < sum(first.steps) < backend.load.tokens
+        assert 0 < sum(first.steps) < backend.step_stats.tokens
         assert embedder.description.count("cpu, float32, 200 tokens a step") == 2
 
 
@@ -512,6 +512,6 @@ def test_devices_share_the_smallest_step(monkeypatch):
 
 def test_devices_of_different_kinds_are_refused(checkpoint, monkeypatch):
     dtypes = iter([(torch.float32, "slow"), (torch.bfloat16, "fast")])
-    monkeypatch.setattr("shared_engine.device._dtype", lambda *_: next(dtypes))
+    monkeypatch.setattr("shared_engine.local.device._dtype", lambda *_: next(dtypes))
     with pytest.raises(ConfigurationError, match="different kinds"):
         Embedder(Options(model=checkpoint, device="cpu,cpu")).embed(["x"])

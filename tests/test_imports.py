@@ -8,12 +8,12 @@ import pytest
 
 OURS = {"langchain_nemoretriever", "llamaindex_nemoretriever", "shared_engine"}
 LATER = {
-    "shared_engine.checkpoint",
-    "shared_engine.encoder",
-    "shared_engine.images",
-    "shared_engine.local",
-    "shared_engine.nim",
-    "shared_engine.server",
+    "shared_engine.local.checkpoint",
+    "shared_engine.local.llama",
+    "shared_engine.images.tiles",
+    "shared_engine.local.backend",
+    "shared_engine.nim.backend",
+    "shared_engine.server.app",
 }
 HEAVY = {
     "PIL",

@@ -32,7 +32,7 @@ from shared_engine import (
     count_tokens,
 )
 from shared_engine.stream import BATCHES_AHEAD
-from tests.faulty_nim import FaultyNim, vectors
+from tests.support.faulty_nim import FaultyNim, vectors
 
 TEXTS = [f"document {i} " + "and so on " * (i % 5) for i in range(50)]
 LONG = "long " * 200

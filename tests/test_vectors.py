@@ -69,7 +69,7 @@ def test_nan_is_an_error_that_keeps_the_other_rows(checkpoint, tmp_path):
 
     from safetensors.torch import load_file, save_file
 
-    from tests.checkpoints import tokenizer
+    from tests.support.checkpoints import tokenizer
 
     folder = tmp_path / "nan"
     shutil.copytree(checkpoint, folder)

@@ -30,7 +30,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.checkpoints import SHAPES, build_checkpoint
+from tests.support.checkpoints import SHAPES, build_checkpoint
 
 NAME = "nvidia/tiny"
 ALPHABET = "abc XYZ,.;'\"\\{}[]<|>\n\t\0é€東👍"

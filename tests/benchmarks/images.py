@@ -34,8 +34,8 @@ from tests.benchmarks.measuring import (
     image_checkpoint,
     image_work,
 )
-from tests.vl_checkpoints import TRUE_VL, page
-from tests.vl_oracles import internvl
+from tests.support.vl_checkpoints import TRUE_VL, page
+from tests.support.vl_oracles import internvl
 
 WIDTH, HEIGHT = 1275, 1650
 TRUE_FLOPS = 0.55 * 790e12
@@ -59,11 +59,11 @@ def one_round(embedder: Embedder, paths: dict[str, list[Path]], max_tiles: int) 
     out: dict[str, float] = {}
     for kind, files in paths.items():
         start = time.perf_counter()
-        cut = [images.tiles(path, 0, max_tiles) for path in files]
+        cut = [images.cut_tiles(path, max_tiles) for path in files]
         out[f"prepare {kind}"] = (time.perf_counter() - start) / len(files)
         start = time.perf_counter()
         for path in files:
-            images.picture(path, 0, max_tiles)
+            images.decode_picture(path, max_tiles)
         out[f"decode {kind}"] = (time.perf_counter() - start) / len(files)
     backend: Any = embedder._backend
     encoder = backend._encoders[0]
@@ -101,7 +101,7 @@ def measure(
                 page(seed, WIDTH, HEIGHT).save(files[-1])
         for max_tiles in (1, 6):
             options = Options(model=folder, device=device, dtype=dtype, max_tiles=max_tiles)
-            tiles = images.tiles(paths["png"][0], 0, max_tiles)
+            tiles = images.cut_tiles(paths["png"][0], max_tiles)
             peaks, spans = [], []
             with Embedder(options) as embedder:
                 vector = embedder.embed([Document(image=paths["png"][0])])[0]

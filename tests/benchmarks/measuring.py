@@ -29,12 +29,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch.autograd import DeviceType
 
-from shared_engine import Embedder, Options, encoder
-from shared_engine.checkpoint import resolve
+from shared_engine import Embedder, Options
 from shared_engine.documents import Role
-from tests.checkpoints import BOS, EOS, PROMPTS, TRUE_300M, build_checkpoint, write_tokenizer
-from tests.checkpoints import tokenizer as tiny_tokenizer
-from tests.vl_checkpoints import TRUE_VL, build_vl_checkpoint
+from shared_engine.local import llama as encoder
+from shared_engine.local.checkpoint import resolve
+from tests.support.checkpoints import (
+    BOS,
+    EOS,
+    PROMPTS,
+    TRUE_300M,
+    build_checkpoint,
+    write_tokenizer,
+)
+from tests.support.checkpoints import tokenizer as tiny_tokenizer
+from tests.support.vl_checkpoints import TRUE_VL, build_vl_checkpoint
 
 OURS, PEER = "this engine", "sentence-transformers"
 LEAST_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.98, torch.float16: 0.98}

@@ -37,7 +37,7 @@ from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import Embedder, Options
 from tests.benchmarks.measuring import Timed
-from tests.checkpoints import SHAPES, build_checkpoint
+from tests.support.checkpoints import SHAPES, build_checkpoint
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 2048

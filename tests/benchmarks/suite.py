@@ -125,7 +125,7 @@ class Bench:
         backend: Any = self.embedder._backend
         self.encoders = backend._encoders
         self.device, self.dtype = self.encoders[0].device, backend._dtype
-        self.tokens_per_step = backend.load.tokens_per_step
+        self.tokens_per_step = backend.step_stats.tokens_per_step
         self.peer_folder = measuring.peer_folder(folder, scratch / "peer")
         self.theirs = measuring.sentence_transformer(self.peer_folder, str(self.device), self.dtype)
         self.source = measuring.Source(folder)

@@ -1,0 +1,174 @@
+"""The vision tower: tiles of images in, rows of the language model's width out.
+
+SigLIP 2 over tiles of one size (every patch of a tile sees the whole tile and no other), its last
+layer after the final norm, 2 x 2 patches joined into one row, and a connector of two layers.
+N is the tiles of a forward pass, P the patches of a tile, g the patches along its side.
+
+Source of the arithmetic: `LlamaNemotronVLModel` of the public checkpoint, after NVIDIA-NeMo/
+Automodel `llama_nemotron_vl/model.py`, and transformers' `modeling_siglip.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared_engine.local.checkpoint import Checkpoint
+from shared_engine.local.device import Buffer, Placement, to_device
+from shared_engine.local.weights import Weights
+
+if TYPE_CHECKING:
+    from shared_engine.images.tiles import Tiles
+
+_CONNECTOR_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A weight and a bias: of a linear layer, or of a norm."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer; query, key and value lie in one matrix."""
+
+    attention_norm: Affine  # (hidden,)
+    qkv: Affine  # (3 * hidden, hidden)
+    out: Affine  # (hidden, hidden)
+    mlp_norm: Affine  # (hidden,)
+    up: Affine  # (intermediate, hidden)
+    down: Affine  # (hidden, intermediate)
+
+
+class VisionTower:
+    """A loaded tower and connector on one device; the encoder's worker thread owns it."""
+
+    def __init__(self, checkpoint: Checkpoint, weights: Weights, placement: Placement) -> None:
+        """Load the weights.
+
+        Raises:
+            CheckpointError: a tensor is missing or of another shape.
+        """
+        vision = checkpoint.vision
+        assert vision is not None
+        config = vision.config
+        self.context_token = vision.context_token
+        self._device, self._dtype = placement.device, placement.dtype
+        self._patch = int(config["patch_size"])
+        self._side = vision.patches_per_side
+        self._heads = int(config["num_attention_heads"])
+        self._eps = float(config.get("layer_norm_eps", 1e-6))
+        self._wide = Buffer(placement)
+        # A patch costs about half of what a token does.
+        self._tiles_at_once = max(1, 2 * placement.tokens_per_step // vision.patches_per_tile)
+        hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+        at = "vision_model.embeddings"
+        patch = weights(f"{at}.patch_embedding.weight", hidden, 3, self._patch, self._patch)
+        self._embed = Affine(patch.flatten(1), weights(f"{at}.patch_embedding.bias", hidden))
+        self._positions = weights(
+            f"{at}.position_embedding.weight", vision.patches_per_tile, hidden
+        )
+        self._layers = [
+            _layer(weights, f"vision_model.encoder.layers.{n}", hidden, inner)
+            for n in range(config["num_hidden_layers"])
+        ]
+        self._norm = _norm(weights, "vision_model.post_layernorm", hidden)
+        out = checkpoint.hidden_size
+        self._join_norm = _norm(weights, "mlp1.0", 4 * hidden)
+        self._join_up = _linear(weights, "mlp1.1", out, 4 * hidden)
+        self._join_down = _linear(weights, "mlp1.3", out, out)
+
+    def __call__(self, images: Sequence[Tiles]) -> Tensor:
+        """Return the rows of images one after another: (rows, width).
+
+        A tile gives P / 4 rows, from left to right and top to bottom. Tiles of several images share
+        a forward pass.
+        """
+        tiles = torch.cat([self._tiles(image) for image in images])  # (n, size, size, 3)
+        return torch.cat(
+            [
+                self._join(self._features(self._patches(some)))
+                for some in torch.split(tiles, self._tiles_at_once)
+            ]
+        )
+
+    def _tiles(self, image: Tiles) -> Tensor:
+        if isinstance(image, np.ndarray):
+            return to_device(image, self._device)
+        from shared_engine.local import resample
+
+        return resample.tiles(image, self._side * self._patch, self._device)
+
+    def _patches(self, tiles: Tensor) -> Tensor:
+        """Return the pixels of every patch, channel by channel, from -1 to 1: (N, P, 3 * p * p)."""
+        n, g, p = len(tiles), self._side, self._patch
+        pixels = tiles.view(n, g, p, g, p, 3)
+        patches = pixels.permute(0, 1, 3, 5, 2, 4).reshape(n, g * g, 3 * p * p)
+        return patches.float().div_(127.5).sub_(1).to(self._dtype)
+
+    def _features(self, patches: Tensor) -> Tensor:
+        x = F.linear(patches, self._embed.weight, self._embed.bias) + self._positions
+        n, p, hidden = x.shape
+        x = x.view(n * p, hidden)
+        for layer in self._layers:
+            qkv = self._linear(self._normed(x, layer.attention_norm), layer.qkv)
+            q, k, v = qkv.view(n, p, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(q, k, v)  # (N, heads, P, d)
+            flat = attended.transpose(1, 2).reshape(x.shape)
+            x.addmm_(flat, layer.out.weight.T).add_(layer.out.bias)
+            up = self._linear(self._normed(x, layer.mlp_norm), layer.up)
+            torch.ops.aten.gelu_(up, approximate="tanh")
+            x.addmm_(up, layer.down.weight.T).add_(layer.down.bias)
+        return self._normed(x, self._norm)  # (N * P, hidden)
+
+    def _linear(self, x: Tensor, layer: Affine) -> Tensor:
+        """Return x (rows, into) times the weight plus the bias, in the buffer: (rows, out)."""
+        out = self._wide(len(x), len(layer.weight))
+        return torch.addmm(layer.bias, x, layer.weight.T, out=out)
+
+    def _join(self, features: Tensor) -> Tensor:
+        """Join 2 x 2 patches into one row and bring it to the language model's width."""
+        g = self._side
+        squares = features.view(-1, g // 2, 2, g // 2, 2, features.shape[1])
+        rows = squares.permute(0, 1, 3, 2, 4, 5).reshape(len(features) // 4, -1)  # 4 * hidden wide
+        norm = self._join_norm
+        rows = F.layer_norm(rows, norm.weight.shape, norm.weight, norm.bias, _CONNECTOR_EPS)
+        rows = F.gelu(F.linear(rows, self._join_up.weight, self._join_up.bias))
+        return F.linear(rows, self._join_down.weight, self._join_down.bias)
+
+    def _normed(self, x: Tensor, norm: Affine) -> Tensor:
+        return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, self._eps)
+
+
+def _layer(weights: Weights, at: str, hidden: int, inner: int) -> Layer:
+    projections = [
+        _linear(weights, f"{at}.self_attn.{name}_proj", hidden, hidden) for name in "qkv"
+    ]
+    return Layer(
+        attention_norm=_norm(weights, f"{at}.layer_norm1", hidden),
+        qkv=Affine(
+            torch.cat([projection.weight for projection in projections]),
+            torch.cat([projection.bias for projection in projections]),
+        ),
+        out=_linear(weights, f"{at}.self_attn.out_proj", hidden, hidden),
+        mlp_norm=_norm(weights, f"{at}.layer_norm2", hidden),
+        up=_linear(weights, f"{at}.mlp.fc1", inner, hidden),
+        down=_linear(weights, f"{at}.mlp.fc2", hidden, inner),
+    )
+
+
+def _linear(weights: Weights, name: str, out: int, into: int) -> Affine:
+    return Affine(weights(f"{name}.weight", out, into), weights(f"{name}.bias", out))
+
+
+def _norm(weights: Weights, name: str, size: int) -> Affine:
+    return Affine(weights(f"{name}.weight", size), weights(f"{name}.bias", size))

@@ -1,0 +1,240 @@
+"""One caller's documents on their way to a NIM: which are sent together, and what came of each.
+
+Policy only: nothing is sent here, and one event loop uses it. Images are encoded a few ahead of
+their batch, in another's threads, and let go when their batch is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared_engine.backend import Request
+from shared_engine.documents import Document, Modality
+from shared_engine.errors import (
+    EngineError,
+    InputError,
+    MalformedResponseError,
+    NeMoRetrieverError,
+    combine_errors,
+)
+from shared_engine.nim.protocol import encoded
+
+IMAGES_AHEAD = 8
+"""Images of one call that are encoded before there is a batch for them."""
+MOST_HELD = 128 * 2**20
+"""Bytes of a call's batches without an answer from which no further batch is made."""
+_HOPELESS = 8
+"""Inputs that fail before any succeeds, from which the others are not tried."""
+
+Encode = Callable[[Document], "asyncio.Future[bytes]"]
+
+
+@dataclass
+class Limits:
+    """The most that one request may hold; learned from what the server takes and refuses."""
+
+    inputs: int
+    size: int = 2_000_000
+    """Bytes. Common HTTP servers refuse bodies over 2 MB unless told otherwise."""
+    passed: int = 0
+    """Bytes of the largest batch that was taken."""
+
+    def shrink_below(self, size: int) -> None:
+        """Learn that a batch of `size` bytes was refused; one large input may be why."""
+        self.size = min(self.size, max(size // 2, self.passed))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents of one modality that go into one request."""
+
+    rows: tuple[int, ...]
+    """Where they are in the caller's list."""
+    inputs: tuple[bytes, ...]
+    """What is sent for each."""
+    modality: Modality
+    malformed: int = 0
+    """Replies to it that could not be believed."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of its inputs, with the commas."""
+        return sum(map(len, self.inputs)) + len(self.inputs)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether its inputs are images, alone or with a text."""
+        return self.modality != "text"
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Return the shorter inputs and the longer ones, where a single culprit most often is."""
+        by_size = sorted(range(len(self.rows)), key=lambda i: len(self.inputs[i]))
+        middle = len(by_size) // 2
+        return self.only(by_size[:middle]), self.only(by_size[middle:])
+
+    def apart(self, position: int | None) -> tuple[Batch, Batch]:
+        """Return the input at `position` and the others, or halves if no such one is known."""
+        if position is None or position >= len(self.rows):
+            return self.halves()
+        return self.only([position]), self.only([i for i in range(len(self.rows)) if i != position])
+
+    def only(self, positions: list[int]) -> Batch:
+        """Return some of its inputs, in their order in the caller's list."""
+        chosen = sorted(positions)
+        rows = tuple(self.rows[i] for i in chosen)
+        return Batch(rows, tuple(self.inputs[i] for i in chosen), self.modality)
+
+
+class Call:
+    """A request's rows: waiting, in a batch, or finished."""
+
+    def __init__(self, request: Request, encode: Encode, width: int = 0) -> None:
+        """Line the rows up; `encode` does in a thread what `nim_wire.encoded` does.
+
+        `width` is the length of a vector, or 0 where no one knows yet.
+        """
+        self.request = request
+        self._encode = encode
+        self.stopped: NeMoRetrieverError | None = None
+        """Why nothing more is sent, if so."""
+        documents = request.documents
+        self._rows = deque(sorted(range(len(documents)), key=lambda row: documents[row].modality))
+        self._ready: deque[Batch] = deque()
+        self._ahead: dict[int, asyncio.Future[bytes]] = {}
+        self._building = asyncio.Lock()
+        self._held = 0
+        self._answered = asyncio.Event()
+        self._vectors: NDArray[np.float32] | None = None
+        self._width = width
+        self._errors: dict[int, NeMoRetrieverError] = {}
+        self._unfinished = set(range(len(documents)))
+
+    async def next_batch(self, limits: Limits) -> Batch | None:
+        """Return the next inputs to send, or None where all were given out."""
+        if not self._ready:
+            async with self._building:  # one after the other, so that batches are full
+                while self._rows and not self._ready and self.stopped is None:
+                    await self._build(limits)
+        return self._ready.popleft() if self._ready and self.stopped is None else None
+
+    async def _build(self, limits: Limits) -> None:
+        while self._held > MOST_HELD:
+            self._answered.clear()
+            await self._answered.wait()
+        documents = self.request.documents
+        modality = documents[self._rows[0]].modality
+        rows: list[int] = []
+        inputs: list[bytes] = []
+        size = 0
+        while self._rows and len(rows) < limits.inputs and self.stopped is None:
+            row = self._rows[0]
+            if documents[row].modality != modality:
+                break
+            item = await self._item(row)
+            size += 0 if item is None else len(item) + 1
+            if rows and size > limits.size:
+                break
+            self._rows.popleft()
+            self._ahead.pop(row, None)
+            if item is None:
+                self._finished((row,))
+            else:
+                rows.append(row)
+                inputs.append(item)
+        if rows:
+            batch = Batch(tuple(rows), tuple(inputs), modality)
+            self._held += batch.size
+            self._ready.append(batch)
+
+    async def _item(self, row: int) -> bytes | None:
+        """Return what is sent for a row, or None where that failed and its error is kept."""
+        documents = self.request.documents
+        try:
+            if documents[row].image is None:
+                return encoded(documents[row])
+            for other in islice(self._rows, IMAGES_AHEAD):
+                if other not in self._ahead and documents[other].image is not None:
+                    self._ahead[other] = self._encode(documents[other])
+            return await self._ahead[row]
+        except NeMoRetrieverError as exc:
+            self._errors[row] = exc
+        except Exception as exc:
+            self._errors[row] = error = EngineError(f"it cannot be sent: {exc!r}")
+            error.__cause__ = exc
+        return None
+
+    def close(self) -> None:
+        """Drop the images that were encoded ahead of a batch that never came."""
+        for coming in self._ahead.values():
+            coming.cancel()  # if it has failed already, asyncio will not complain of it either
+
+    def send_again(self, *batches: Batch) -> None:
+        """Put batches before all others."""
+        self._ready.extend(batch for batch in batches if batch.rows)
+
+    def deliver(self, batch: Batch, vectors: NDArray[np.float32], tokens: int) -> None:
+        """Take the vectors of a batch.
+
+        Raises:
+            MalformedResponseError: they are not as long as the vectors before them.
+        """
+        width = vectors.shape[1]
+        if self._vectors is None:
+            self._vectors = np.empty((len(self.request.documents), width), np.float32)
+        elif self._vectors.shape[1] != width:
+            raise MalformedResponseError(
+                f"the server sent vectors of {width} values after {self._vectors.shape[1]}"
+            )
+        self._vectors[list(batch.rows)] = vectors
+        if self.request.on_usage and tokens:
+            self.request.on_usage(tokens)
+        self._let_go(batch)
+
+    def fail(self, batch: Batch, error: NeMoRetrieverError) -> None:
+        """Take the error of a batch."""
+        self._errors.update(dict.fromkeys(batch.rows, error))
+        self._let_go(batch)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether several inputs failed and none succeeded, so that the others would fail too."""
+        return self._vectors is None and len(self._errors) >= _HOPELESS
+
+    def _let_go(self, batch: Batch) -> None:
+        self._held -= batch.size
+        self._answered.set()
+        self._finished(batch.rows)
+
+    def _finished(self, rows: tuple[int, ...]) -> None:
+        self._unfinished.difference_update(rows)
+        if self.request.on_progress:
+            self.request.on_progress(len(rows))
+
+    def result(self) -> NDArray[np.float32]:
+        """Return all vectors, (n, d).
+
+        Raises:
+            NeMoRetrieverError: the reason, where all inputs failed for the same one.
+            PartialResultError: some inputs failed, or each for a reason of its own.
+        """
+        reason = self.stopped or EngineError("this input was not embedded")
+        errors = {**self._errors, **dict.fromkeys(self._unfinished, reason)}
+        n = len(self.request.documents)
+        vectors = self._vectors
+        if vectors is None:
+            vectors = np.empty((n, self.request.dimensions or self._width), np.float32)
+        if not errors:
+            return vectors
+        first = errors[min(errors)]
+        same = len({type(error) for error in errors.values()}) == 1
+        if len(errors) == n and same and not isinstance(first, InputError):
+            raise first
+        vectors[list(errors)] = np.nan
+        raise combine_errors(vectors, errors)

@@ -1,0 +1,78 @@
+"""What the server counts, in the text format of Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from shared_engine.backend import StepStats
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Metrics:
+    """The counts of one server, in a registry of its own."""
+
+    def __init__(self, waiting: Callable[[], float], load: Callable[[], StepStats | None]) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "nemoretriever_requests", "Answered POST /v1/embeddings.", ["status"], registry=registry
+        )
+        self.errors = Counter(
+            "nemoretriever_errors", "Requests answered with an error.", ["kind"], registry=registry
+        )
+        self.inputs = Counter(
+            "nemoretriever_inputs", "Embedded inputs.", ["input_type"], registry=registry
+        )
+        self.modalities = Counter(
+            "nemoretriever_inputs_by_modality", "Embedded inputs.", ["modality"], registry=registry
+        )
+        self.tokens = Counter(
+            "nemoretriever_tokens", "Embedded tokens.", ["input_type"], registry=registry
+        )
+        self.seconds = Histogram(
+            "nemoretriever_request_seconds",
+            "From the first byte of a request that was embedded to its finished reply.",
+            ["input_type"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        depth = Gauge(
+            "nemoretriever_queue_inputs", "Inputs accepted and not answered.", registry=registry
+        )
+        depth.set_function(waiting)
+        registry.register(_Steps(load))
+
+    def text(self) -> bytes:
+        """Return all of them as Prometheus reads them."""
+        return generate_latest(self._registry)
+
+
+class _Steps(Collector):
+    """The engine's own counts, read when asked for."""
+
+    def __init__(self, load: Callable[[], StepStats | None]) -> None:
+        self._load = load
+
+    def collect(self) -> Iterator[Metric]:
+        load = self._load()
+        if load is None:
+            return
+        yield CounterMetricFamily(
+            "nemoretriever_steps", "Forward passes; requests share them.", value=load.steps
+        )
+        yield CounterMetricFamily(
+            "nemoretriever_step_tokens", "Tokens of all steps.", value=load.tokens
+        )
+        yield GaugeMetricFamily(
+            "nemoretriever_step_tokens_max", "Tokens in a full step.", value=load.tokens_per_step
+        )
+        yield GaugeMetricFamily(
+            "nemoretriever_batch_fill_ratio",
+            "Mean of tokens in a step over tokens in a full one, since the start.",
+            value=load.tokens / max(1, load.steps * load.tokens_per_step),
+        )

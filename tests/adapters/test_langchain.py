@@ -1,0 +1,373 @@
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from langchain_core.documents import Document
+from langchain_core.indexing import InMemoryRecordManager, index
+from langchain_core.runnables import RunnableLambda
+from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_tests.integration_tests import EmbeddingsIntegrationTests
+from langchain_tests.unit_tests import EmbeddingsUnitTests
+from pydantic import PrivateAttr, ValidationError
+
+from langchain_nemoretriever import NeMoRetrieverEmbeddings
+from shared_engine import (
+    InputTooLongError,
+    InputTypeError,
+    Options,
+    UnsupportedDimensionsError,
+)
+from tests.support.oracles import numpy_float64
+
+# Out of order by length, with a text twice, none at all, and one of many tokens.
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "one",
+    "",
+    "Вопросы сравниваются, документы сравниваются. 😀",
+    "one",
+    "In 1999 it had fallen to 0.99. " * 12,
+    "two",
+    "def embed(texts):\n    return [vector(text) for text in texts]\n",
+]
+
+
+@pytest.fixture
+def model(checkpoint: Path) -> NeMoRetrieverEmbeddings:
+    return NeMoRetrieverEmbeddings(model=str(checkpoint), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def queries(checkpoint: Path) -> np.ndarray:
+    return numpy_float64(checkpoint, TEXTS, "query: ")
+
+
+@pytest.fixture(scope="module")
+def documents(checkpoint: Path) -> np.ndarray:
+    return numpy_float64(checkpoint, TEXTS, "passage: ")
+
+
+def same(actual: Sequence[Sequence[float]], expected: np.ndarray, what: str = "") -> None:
+    np.testing.assert_allclose(np.array(actual), expected, rtol=0, atol=1e-5, err_msg=what)
+
+
+class _Suite:
+    @pytest.fixture(autouse=True)
+    def _folder(self, checkpoint: Path) -> None:
+        self.folder = checkpoint
+
+    @property
+    def embeddings_class(self) -> type[NeMoRetrieverEmbeddings]:
+        return NeMoRetrieverEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"model": str(self.folder), "device": "cpu"}
+
+
+class TestUnitSuite(_Suite, EmbeddingsUnitTests):
+    """LangChain's own."""
+
+
+class TestIntegrationSuite(_Suite, EmbeddingsIntegrationTests):
+    """LangChain's own."""
+
+
+async def test_every_document_path_gives_the_oracles_vectors(
+    model: NeMoRetrieverEmbeddings, documents: np.ndarray
+) -> None:
+    paths = {
+        "batch": model.embed_documents(TEXTS),
+        "one by one": [model.embed_documents([text])[0] for text in TEXTS],
+        "async batch": await model.aembed_documents(TEXTS),
+        "async one by one": [(await model.aembed_documents([text]))[0] for text in TEXTS],
+        "embedder": model.embedder.embed(TEXTS, "document"),
+    }
+    for path, vectors in paths.items():
+        same(vectors, documents, path)
+
+
+async def test_every_query_path_gives_the_oracles_vectors(
+    model: NeMoRetrieverEmbeddings, queries: np.ndarray
+) -> None:
+    paths = {
+        "sync": [model.embed_query(text) for text in TEXTS],
+        "async": [await model.aembed_query(text) for text in TEXTS],
+        "embedder": model.embedder.embed(TEXTS, "query"),
+    }
+    for path, vectors in paths.items():
+        same(vectors, queries, path)
+
+
+def test_query_and_document_differ(queries: np.ndarray, documents: np.ndarray) -> None:
+    """Without this the two tests above could pass with the roles exchanged."""
+    assert (np.abs(queries - documents).max(axis=1) > 0.01).all()
+
+
+async def test_vectors_are_lists_of_python_floats_of_unit_length(
+    model: NeMoRetrieverEmbeddings,
+) -> None:
+    batch = model.embed_documents(TEXTS)
+    vectors = [*batch, *await model.aembed_documents(TEXTS), model.embed_query("one")]
+    assert type(batch) is list
+    for vector in [*vectors, await model.aembed_query("one")]:
+        assert type(vector) is list
+        assert {type(value) for value in vector} == {float}
+        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
+
+
+async def test_no_documents(model: NeMoRetrieverEmbeddings) -> None:
+    assert model.embed_documents([]) == await model.aembed_documents([]) == []
+
+
+async def test_concurrent_calls_on_one_loop(
+    model: NeMoRetrieverEmbeddings, queries: np.ndarray, documents: np.ndarray
+) -> None:
+    """Each call its own number of texts, so that an answer to another call shows."""
+    spans = [(i, j) for i in range(len(TEXTS)) for j in range(i + 1, len(TEXTS) + 1)]
+    asked = [model.aembed_documents(TEXTS[i:j]) for i, j in spans]
+    batches, single = await asyncio.gather(
+        asyncio.gather(*asked), asyncio.gather(*map(model.aembed_query, TEXTS))
+    )
+    for (i, j), batch in zip(spans, batches, strict=True):
+        same(batch, documents[i:j], f"texts {i} to {j}")
+    same(single, queries)
+
+
+def test_one_model_from_two_event_loops_and_none(
+    model: NeMoRetrieverEmbeddings, documents: np.ndarray
+) -> None:
+    same(asyncio.run(model.aembed_documents(TEXTS)), documents)
+    same(asyncio.run(model.aembed_documents(TEXTS)), documents)
+    same(model.embed_documents(TEXTS), documents)
+
+
+def test_threads_with_and_without_loops_of_their_own(
+    model: NeMoRetrieverEmbeddings, queries: np.ndarray, documents: np.ndarray
+) -> None:
+    def by_loop(text: str) -> list[float]:
+        return asyncio.run(model.aembed_query(text))
+
+    def batch(i: int) -> list[list[float]]:
+        return model.embed_documents(TEXTS[i:])
+
+    with ThreadPoolExecutor(12) as pool:
+        batches = pool.map(batch, range(len(TEXTS)))
+        plain, looped = pool.map(model.embed_query, TEXTS), pool.map(by_loop, TEXTS)
+        same(list(plain), queries)
+        same(list(looped), queries)
+        for i, vectors in enumerate(batches):
+            same(vectors, documents[i:])
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+@pytest.mark.parametrize(
+    "clone",
+    [
+        lambda model: pickle.loads(pickle.dumps(model)),
+        copy.deepcopy,
+        copy.copy,
+        lambda model: model.model_copy(deep=True),
+        lambda model: NeMoRetrieverEmbeddings(**model.model_dump()),
+        lambda model: NeMoRetrieverEmbeddings.model_validate_json(model.model_dump_json()),
+    ],
+    ids=["pickle", "deepcopy", "copy", "model_copy", "dump", "json"],
+)
+def test_clones_embed_alike(
+    model: NeMoRetrieverEmbeddings,
+    documents: np.ndarray,
+    clone: Callable[[NeMoRetrieverEmbeddings], NeMoRetrieverEmbeddings],
+    used: bool,
+) -> None:
+    model = model.model_copy(update={"dimensions": 32})
+    if used:
+        model.embed_query("one")
+    cloned = clone(model)
+    assert type(cloned) is NeMoRetrieverEmbeddings
+    assert cloned.model_dump() == model.model_dump()
+    cut = documents[:, :32]
+    same(cloned.embed_documents(TEXTS), cut / np.linalg.norm(cut, axis=1, keepdims=True))
+
+
+def test_equal_options_are_equal_models(model: NeMoRetrieverEmbeddings) -> None:
+    other = NeMoRetrieverEmbeddings(**model.model_dump())
+    assert model == other
+    model.embed_query("one")
+    assert model == other  # using one does not change what it is
+    assert pickle.loads(pickle.dumps(model)) == model
+
+
+def test_a_copy_with_other_dimensions(
+    model: NeMoRetrieverEmbeddings, queries: np.ndarray, documents: np.ndarray
+) -> None:
+    model.embed_query("one")  # so that it has an embedder to leave behind
+    short = model.model_copy(update={"dimensions": 16})
+    for vectors, expected in (
+        (short.embed_documents(TEXTS), documents),
+        ([short.embed_query(text) for text in TEXTS], queries),
+    ):
+        cut = expected[:, :16]
+        same(vectors, cut / np.linalg.norm(cut, axis=1, keepdims=True))
+    same(model.embed_documents(TEXTS), documents, "the original stays as it was")
+    assert short.embedder is short.embedder
+    with pytest.raises(UnsupportedDimensionsError, match="16, 32, 64"):
+        model.model_copy(update={"dimensions": 17}).embed_query("one")
+
+
+SECRETS = {"api_key", "default_headers", "proxy", "http_client"}
+
+
+def test_options_show_and_dump(checkpoint: Path) -> None:
+    model = NeMoRetrieverEmbeddings(model=checkpoint, device="cpu", truncate="end")
+    assert repr(model).startswith(f"NeMoRetrieverEmbeddings(model={str(checkpoint)!r}, ")
+    assert model.model_dump(exclude_defaults=True) == {
+        "model": str(checkpoint),
+        "device": "cpu",
+        "truncate": "END",
+    }
+    dumped = {name for name, field in Options.model_fields.items() if not field.exclude}
+    assert model.model_dump().keys() == dumped
+    assert Options.model_fields.keys() - dumped == SECRETS
+
+
+@pytest.mark.parametrize("option", ["model_name", "dimension", "batch_size", "normalize"])
+def test_unknown_options_are_refused(checkpoint: Path, option: str) -> None:
+    with pytest.raises(ValidationError, match=option):
+        NeMoRetrieverEmbeddings(**{"model": str(checkpoint), option: 1})
+
+
+@pytest.mark.parametrize("option", Options.model_fields)
+def test_options_are_frozen(model: NeMoRetrieverEmbeddings, option: str) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(model, option, getattr(model, option))
+
+
+async def test_errors_name_the_input(model: NeMoRetrieverEmbeddings) -> None:
+    texts: list[Any] = ["one", "two", None]
+    with pytest.raises(InputTypeError) as sync:
+        model.embed_documents(texts)
+    with pytest.raises(InputTypeError) as by_loop:
+        await model.aembed_documents(texts)
+    assert (sync.value.index, by_loop.value.index) == (2, 2)
+    with pytest.raises(InputTypeError, match="wrap it in a list"):
+        model.embed_documents("one")  # type: ignore[arg-type]
+    small = model.model_copy(update={"max_tokens": 8})
+    with pytest.raises(InputTooLongError) as long:
+        small.embed_documents(["one", "word " * 20])
+    assert (long.value.index, long.value.limit) == (1, 8)
+
+
+async def test_a_chain_over_chroma_and_the_store_opened_again(
+    model: NeMoRetrieverEmbeddings, checkpoint: Path, tmp_path: Path
+) -> None:
+    import chromadb
+    from langchain_chroma import Chroma
+
+    texts = sorted(set(TEXTS) - {""})  # Chroma takes no empty ones
+    questions = ["how many tokens?", "one", "a dog"]
+    scores = numpy_float64(checkpoint, questions, "query: ") @ (
+        numpy_float64(checkpoint, texts, "passage: ").T
+    )
+    ranking = [[texts[i] for i in row] for row in np.argsort(-scores)]
+
+    async def check(store: Chroma) -> None:
+        retriever = store.as_retriever(search_kwargs={"k": len(texts)})
+        chain = retriever | RunnableLambda(lambda found: [each.page_content for each in found])
+        assert [chain.invoke(question) for question in questions] == ranking
+        assert chain.batch(questions) == await chain.abatch(questions) == ranking
+        found = store.similarity_search_with_score(questions[0], k=len(texts))
+        np.testing.assert_allclose(
+            [1 - distance for _, distance in found], -np.sort(-scores[0]), rtol=0, atol=1e-5
+        )
+
+    for first in (True, False):
+        client = chromadb.PersistentClient(str(tmp_path))
+        store = Chroma(
+            "texts",
+            model,
+            client=client,
+            collection_configuration={"hnsw": {"space": "cosine"}},
+        )
+        if first:
+            store.add_texts(texts[:3])
+            await store.aadd_texts(texts[3:])
+        await check(store)
+        client.close()  # the next one reads the disk
+
+
+class _Counting(NeMoRetrieverEmbeddings):
+    _asked: list[str] = PrivateAttr(default_factory=list)
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        self._asked += texts
+        return super().embed_documents(texts)
+
+
+def test_indexing_again_embeds_only_what_is_new(model: NeMoRetrieverEmbeddings) -> None:
+    counting = _Counting(**model.model_dump())
+    store, records = InMemoryVectorStore(counting), InMemoryRecordManager("texts")
+    records.create_schema()
+
+    def run(*texts: str) -> list[str]:
+        counting._asked.clear()
+        documents = [Document(text, metadata={"source": text}) for text in texts]
+        index(documents, records, store, cleanup="full", key_encoder="blake2b")
+        return sorted(counting._asked)
+
+    assert run("one", "two", "three") == ["one", "three", "two"]
+    assert run("one", "two", "three") == []
+    assert run("one", "four", "two") == ["four"]
+    found = store.similarity_search("one", k=4)
+    assert sorted(document.page_content for document in found) == ["four", "one", "two"]
+
+
+def test_without_langchain_the_error_says_what_to_install(python: Callable[[str], str]) -> None:
+    out = python("""if True:
+        import sys
+        sys.modules["langchain_core"] = None
+        from shared_engine import MissingExtraError
+        try:
+            from langchain_nemoretriever import NeMoRetrieverEmbeddings
+        except MissingExtraError as error:
+            assert isinstance(error, ImportError)
+            print(error)
+    """)
+    assert "pip install 'nemoretriever-embeddings[langchain]'" in out
+
+
+def test_without_torch_the_first_use_says_what_to_install(
+    python: Callable[[str], str], checkpoint: Path
+) -> None:
+    out = python(f"""if True:
+        import sys
+        sys.modules["torch"] = None
+        from langchain_nemoretriever import NeMoRetrieverEmbeddings
+        from shared_engine import MissingExtraError
+        model = NeMoRetrieverEmbeddings(model={str(checkpoint)!r})
+        try:
+            model.embed_query("one")
+        except MissingExtraError as error:
+            print(error)
+    """)
+    assert "'torch'" in out
+    assert "pip install 'nemoretriever-embeddings[local]'" in out
+
+
+def test_importing_and_constructing_load_nothing_heavy(python: Callable[[str], str]) -> None:
+    out = python("""if True:
+        import sys
+        from langchain_nemoretriever import NeMoRetrieverEmbeddings
+        model = NeMoRetrieverEmbeddings(model="no/such-model", device="cuda:7")
+        assert repr(model.embedder)
+        heavy = {"torch", "transformers", "tokenizers", "huggingface_hub", "llama_index"}
+        print(sorted(heavy & sys.modules.keys()))
+    """)
+    assert out.strip() == "[]"

@@ -1,0 +1,181 @@
+"""Names, folders and config files: what is found, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared_engine import CATALOGUE, CheckpointError, Embedder, Options, UnsupportedDimensionsError
+from shared_engine.catalogue import DEFAULT_MODEL, find
+from shared_engine.local import checkpoint as checkpoint_module
+from shared_engine.local.checkpoint import resolve
+from tests.support.checkpoints import SHAPES, build_checkpoint
+
+
+def edit(folder: Path, **changes: object) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path) -> Path:
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_every_name_leads_to_one_row():
+    names = [name for spec in CATALOGUE for name in (spec.name, *spec.aliases)]
+    assert len(names) == len(set(names))
+    for spec in CATALOGUE:
+        for name in (spec.name, *spec.aliases):
+            assert find(name) is find(name.removeprefix("nvidia/")) is spec
+    assert find(DEFAULT_MODEL).checkpoint
+
+
+def test_a_model_without_public_weights_names_the_ways_out():
+    for name in ("nvidia/llama-3.2-nemoretriever-300m-embed-v2", "llama-nemotron-embed-300m-v2"):
+        with pytest.raises(CheckpointError, match=r"checkpoint='/path.*" + DEFAULT_MODEL):
+            Embedder(Options(model=name)).embed(["x"])
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "just-a-word", "a/b/c"])
+def test_what_is_no_folder_name_or_id_is_refused_without_the_network(model):
+    with pytest.raises(CheckpointError, match="is not a folder here"):
+        resolve(Options(model=model))
+
+
+def test_a_commit_that_is_in_the_cache_is_used_without_a_network(tmp_path, python):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "hub" / "models--some--model" / "snapshots" / commit
+    build_checkpoint(folder)
+    program = f"""
+import os
+os.environ |= {{"HF_HOME": {str(tmp_path)!r}, "HF_HUB_OFFLINE": "0"}}
+import socket
+def refuse(*_, **__):
+    raise OSError("the network was asked")
+socket.getaddrinfo = refuse
+from shared_engine import Embedder, Options
+print(Embedder(Options(model="some/model", revision={commit!r})).embed(["x"]).shape)
+"""
+    assert python(program) == "(1, 64)\n"
+
+
+def test_what_an_interrupted_download_left_is_no_checkpoint(tmp_path):
+    folder = build_checkpoint(tmp_path / "sharded", SHAPES["sharded"])
+    assert checkpoint_module._is_complete(folder)
+    next(folder.glob("model-00002*")).unlink()
+    assert not checkpoint_module._is_complete(folder)
+
+
+def test_an_unreachable_hub_is_a_clear_error():
+    with pytest.raises(CheckpointError, match=r"could not get 'nobody/nothing'.*local folder"):
+        resolve(Options(model="nobody/nothing"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architectures", ["LlamaForCausalLM"]),
+        ("architectures", None),
+        ("hidden_size", "64"),
+        ("num_hidden_layers", 0),
+        ("num_key_value_heads", 3),
+        ("pooling", "cls"),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("quantization_config", {"quant_method": "modelopt"}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
+    ],
+)
+def test_a_config_the_engine_does_not_compute_is_refused_by_field(copy, field, value):
+    with pytest.raises(CheckpointError, match=field):
+        resolve(Options(model=edit(copy, **{field: value})))
+
+
+def test_a_named_model_must_have_the_size_of_its_row(copy):
+    with pytest.raises(CheckpointError, match=r"hidden_size is 64; expected 2048"):
+        resolve(Options(model="llama-nemotron-embed-300m-v2", checkpoint=copy))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_missing_or_broken_file_is_named(copy, name):
+    (copy / name).write_bytes(b"{ broken")
+    with pytest.raises(CheckpointError, match=name):
+        Embedder(Options(model=copy)).embed(["x"])
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        Embedder(Options(model=copy)).embed(["x"])
+
+
+def test_missing_unknown_and_misshapen_tensors_are_named(copy):
+    from safetensors.torch import load_file, save_file
+
+    def weights_with(**changes):
+        weights = load_file(copy / "model.safetensors") | changes
+        kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
+        save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+
+    norm = load_file(copy / "model.safetensors")["norm.weight"]
+    for changes, message in [
+        ({"surprise.weight": norm}, r"1 tensors that config.json does not.*surprise\.weight"),
+        ({"surprise.weight": None, "norm.weight": norm[:-1].clone()}, r"norm\.weight.*shape"),
+        ({"norm.weight": None}, r"no tensor 'norm\.weight'"),
+    ]:
+        weights_with(**changes)
+        with pytest.raises(CheckpointError, match=message):
+            Embedder(Options(model=copy)).embed(["x"])
+
+
+def test_prompts_and_limits_come_from_the_sentence_transformers_files(copy):
+    path = copy / "config_sentence_transformers.json"
+    path.write_text(json.dumps({"prompts": {"query": "Q> ", "document": ""}}))
+    (copy / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 77}))
+    found = resolve(Options(model=copy))
+    assert found.prompts == {"query": "Q> ", "document": ""}
+    assert found.max_tokens == 77
+    assert resolve(Options(model=copy, max_tokens=50)).max_tokens == 50
+    path.unlink()
+    assert resolve(Options(model=copy)).prompts == {"query": "query: ", "document": "passage: "}
+
+
+def test_dimensions_are_those_declared(copy):
+    edit(copy, matryoshka_dimensions=[8, 32])
+    assert resolve(Options(model=copy)).dimensions == (8, 32, 64)
+    for size in (8, 32, 64):
+        assert Embedder(Options(model=copy, dimensions=size)).embed(["x"]).shape == (1, size)
+    with pytest.raises(UnsupportedDimensionsError, match=r"dimensions=16.*8, 32, 64"):
+        Embedder(Options(model=copy, dimensions=16)).embed(["x"])
+
+
+def test_a_local_folder_needs_no_network_no_remote_code_and_no_stdin(tmp_path):
+    """With sockets refused, stdin closed and `auto_map` pointing at code that would be seen."""
+    folder = build_checkpoint(tmp_path / "trap", SHAPES["gqa"])
+    assert "auto_map" in json.loads((folder / "config.json").read_text())
+    (folder / "llama_bidirectional_model.py").write_text("raise SystemExit('remote code ran')")
+    program = (
+        "import socket, sys\n"
+        "def refuse(*_): raise SystemExit('the network was used')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from shared_engine import Embedder, Options\n"
+        f"print(Embedder(Options(model={str(folder)!r})).embed(['x']).shape)\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"HF_HUB_OFFLINE": "0"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 64)\n", "")

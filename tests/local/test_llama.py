@@ -1,0 +1,193 @@
+"""The vectors are right: against independent implementations, and whatever runs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shared_engine import Embedder, Options
+from shared_engine.local import attention
+from tests.support import oracles
+from tests.support.checkpoints import SHAPES, build_checkpoint, tokenizer
+
+TEXTS = [
+    "hello world",
+    "",
+    "   ",
+    "The quick brown fox jumps over the lazy dog.",
+    "naïve café — 日本語のテキスト, العربية, 🙂🚀",
+    "a literal <|end_of_text|> inside",
+    "\n\ttabs and\r\nnewlines\n",
+    "one text that is much longer than the others, " * 40,
+]
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    name = str(request.param)
+    return build_checkpoint(tmp_path_factory.mktemp(name) / name, SHAPES[name])
+
+
+@pytest.fixture
+def embedder(folder: Path) -> Iterator[Embedder]:
+    with Embedder(Options(model=folder, device="cpu", dtype="float32")) as made:
+        yield made
+
+
+@pytest.mark.parametrize(("role", "prefix"), [("query", "query: "), ("document", "passage: ")])
+def test_vectors_equal_the_float64_oracle(embedder, folder, role, prefix):
+    ours = embedder.embed(TEXTS, role)
+    assert ours.dtype == np.float32
+    assert ours.shape == (len(TEXTS), SHAPES[folder.name].hidden_size)
+    assert np.abs(ours - oracles.numpy_float64(folder, TEXTS, prefix)).max() <= 2e-6
+    assert np.abs(np.linalg.norm(ours.astype(np.float64), axis=1) - 1).max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["eurobert", "llama_4d_mask", "sentence_transformers"])
+def test_vectors_equal_other_implementations(embedder, folder, name):
+    theirs = oracles.ORACLES[name](folder, TEXTS, "passage: ")
+    assert np.abs(embedder.embed(TEXTS) - theirs).max() <= 1e-5
+
+
+def test_long_texts_equal_the_float64_oracle(checkpoint):
+    texts = ["seven words that are said once more. " * n for n in (40, 80)]
+    assert min(len(tokenizer().encode(text).ids) for text in texts) < attention._LONG
+    assert max(len(tokenizer().encode(text).ids) for text in texts) > attention._LONG
+    ours = Embedder(Options(model=checkpoint, dtype="float32")).embed(texts)
+    assert np.abs(ours - oracles.numpy_float64(checkpoint, texts, "passage: ")).max() <= 2e-6
+
+
+def test_a_causal_mask_would_be_seen(folder):
+    causal = oracles.numpy_float64(folder, TEXTS, "passage: ", causal=True)
+    assert np.abs(causal - oracles.numpy_float64(folder, TEXTS, "passage: ")).max() > 0.05
+
+
+def test_a_vector_does_not_depend_on_neighbours(checkpoint):
+    """Alone, first, last, among copies, among long ones, in steps of any size: the same vector."""
+    text = TEXTS[3]
+    alone = Embedder(Options(model=checkpoint)).embed([text])[0]
+    for tokens_per_step in (1, 64, 700, 8192):
+        embedder = Embedder(Options(model=checkpoint, tokens_per_step=tokens_per_step))
+        for batch in ([text, *TEXTS], [*TEXTS, text], [text] * 9, [*TEXTS[::-1], text, *TEXTS]):
+            rows = embedder.embed(batch)[[i for i, other in enumerate(batch) if other == text]]
+            assert np.abs(rows - alone).max() <= 1e-6
+
+
+def test_rows_come_in_the_callers_order(checkpoint):
+    texts = [f"text {i} " + "word " * (i * 37 % 101) for i in range(600)]
+    vectors = Embedder(Options(model=checkpoint, tokens_per_step=500)).embed(texts)
+    some = np.random.default_rng(0).permutation(600)[:12]
+    expected = oracles.numpy_float64(checkpoint, [texts[i] for i in some], "passage: ")
+    assert np.abs(vectors[some] - expected).max() <= 2e-6
+
+
+def test_shorter_vectors_are_cut_before_they_are_scaled(checkpoint):
+    full = oracles.numpy_float64(checkpoint, TEXTS, "passage: ")
+    cut = full[:, :16] / np.linalg.norm(full[:, :16], axis=1, keepdims=True)
+    ours = Embedder(Options(model=checkpoint, dimensions=16)).embed(TEXTS)
+    assert ours.shape == (len(TEXTS), 16)
+    assert np.abs(ours - cut).max() <= 1e-5
+
+
+def test_bfloat16_stays_close(checkpoint):
+    exact = oracles.numpy_float64(checkpoint, TEXTS, "passage: ")
+    ours = Embedder(Options(model=checkpoint, device="cpu", dtype="bfloat16")).embed(TEXTS)
+    assert (ours * exact).sum(1).min() >= 0.9995
+    assert np.abs(np.linalg.norm(ours, axis=1) - 1).max() <= 1e-6
+
+
+def test_a_text_of_8192_tokens(tmp_path):
+    folder = build_checkpoint(tmp_path / "long", SHAPES["gqa"], max_position_embeddings=8192)
+    text = "word " * 9000
+    ids = tokenizer().encode("passage: " + text).ids
+    assert len(ids) > 8192
+    embedder = Embedder(Options(model=folder, truncate="END", device="cpu"))
+    kept = tokenizer().decode(ids[1:8192]).removeprefix("passage: ")
+    expected = oracles.llama_4d_mask(folder, [kept], "passage: ", attention="sdpa")
+    assert np.abs(embedder.embed([text]) - expected).max() <= 1e-5
+
+
+def test_per_sequence_attention_equals_a_block_mask():
+    """The seam against its definition: one dense mask that keeps each sequence to itself."""
+    torch.manual_seed(0)
+    lengths = [5, 5, 1, 7, 2, 2, 2]
+    total = sum(lengths)
+    q, k, v = (torch.randn(total, heads, 8) for heads in (6, 2, 2))
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = owner[:, None] == owner[None, :]
+    by_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *by_head, attn_mask=mask, enable_gqa=True
+    )
+    boundaries = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    layout = attention.Layout(lengths, boundaries)
+    assert [count for _, count, _ in layout.runs()] == [2, 1, 1, 3]
+    ours = attention.per_sequence(q, k, v, layout)
+    torch.testing.assert_close(ours, dense[0].transpose(0, 1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (None, "varlen flash kernel"),
+        (ImportError(), "has no varlen_attn; 2.10 has"),
+        (RuntimeError("no kernel image is available"), "does not run here: no kernel image"),
+    ],
+)
+def test_a_gpu_without_the_kernel_has_its_attention_by_sequence(monkeypatch, error, said):
+    def attempt(*_):
+        if error:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention, "_try_varlen", attempt)
+    kernel, why = attention.choose(torch.device("cuda"), torch.bfloat16)
+    assert kernel is (attention.per_sequence if error else attention.varlen)
+    assert said in why
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_varlen_attention_equals_per_sequence_attention():
+    torch.manual_seed(0)
+    lengths = [5, 300, 1, 7, 128]
+    q, k, v = (
+        torch.randn(sum(lengths), heads, 64, device="cuda", dtype=torch.bfloat16)
+        for heads in (32, 8, 8)
+    )
+    boundaries = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
+    layout = attention.Layout(lengths, boundaries)
+    exact = attention.per_sequence(q.double(), k.double(), v.double(), layout)
+    for kernel in (attention.varlen, attention.per_sequence):
+        error = (kernel(q, k, v, layout).double() - exact).norm() / exact.norm()
+        assert error < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_gpu_gives_the_same_vectors(checkpoint, dtype):
+    exact = oracles.numpy_float64(checkpoint, TEXTS, "passage: ")
+    ours = Embedder(Options(model=checkpoint, device="cuda", dtype=dtype)).embed(TEXTS)
+    assert (ours * exact).sum(1).min() >= (0.9995 if dtype != "float32" else 0.999999)
+
+
+@pytest.mark.true_shape
+def test_the_true_shape_of_the_300m_model(tmp_path):
+    """9 layers, 2048 hidden, vocabulary 128256: loads under its own name, runs, and is right."""
+    from tests.support.checkpoints import true_shape_300m
+
+    folder = true_shape_300m(tmp_path / "300m")
+    name = "nvidia/llama-3.2-nemoretriever-300m-embed-v2"
+    options = Options(model=name, checkpoint=str(folder), device="cpu", dtype="float32")
+    with Embedder(options) as embedder:
+        full = embedder.embed(TEXTS[:4], "query")
+        theirs = oracles.sentence_transformers(folder, TEXTS[:4], "query: ")
+        assert np.abs(full - theirs).max() <= 1e-5
+        for size in (384, 512, 768, 1024):
+            with Embedder(options.model_copy(update={"dimensions": size})) as shorter:
+                assert shorter.embed(TEXTS[:1], "query").shape == (1, size)

@@ -1,0 +1,590 @@
+"""The policy of the queue, without a model: what runs next, and what a caller gets.
+
+The second part drives the real scheduler through simulated time: one device, one tokeniser, callers
+that come and go, and a clock that jumps from one event to the next.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared_engine import Document, EngineClosedError, EngineError, PartialResultError, Request
+from shared_engine.backend import Flow
+from shared_engine.local.scheduler import (
+    QUERY_STEPS_IN_A_ROW,
+    STEPS_AHEAD,
+    TEXTS_PER_CHUNK,
+    Call,
+    Scheduler,
+    Sequence,
+)
+
+IMAGE = object()
+
+
+def call(
+    count: int, role: str = "document", flow: Flow | None = None, document: Document | None = None
+) -> Call:
+    documents = [document or Document("x")] * count
+    return Call(Request(documents, role, flow=flow), np.zeros((count, 2), np.float32))
+
+
+def ids(tokens: int) -> np.ndarray:
+    return np.zeros(tokens, np.int32)
+
+
+def tokenise(scheduler: Scheduler, tokens: int = 10) -> list[tuple[Call, int]]:
+    chunk = scheduler.take_chunk()
+    if chunk:
+        scheduler.add([Sequence(owner, row, ids(tokens)) for owner, row in chunk])
+    return chunk
+
+
+def owners(step: list[Sequence]) -> list[Call]:
+    return list(dict.fromkeys(sequence.call for sequence in step))
+
+
+def cost(step: list[Sequence]) -> int:
+    return sum(sequence.cost for sequence in step)
+
+
+# One decision at a time
+
+
+def test_a_step_holds_at_most_its_tokens_and_loses_nobody():
+    scheduler, one = Scheduler(100), call(40)
+    lengths = np.random.default_rng(0).integers(1, 60, 40)
+    scheduler.put(one, [ids(n) for n in lengths])
+    seen = []
+    while len(seen) < 40:
+        step = scheduler.next_step()
+        assert cost(step) <= 100
+        seen += [s.row for s in step]
+    assert seen == list(range(40))
+
+
+def test_a_sequence_over_the_budget_runs_alone():
+    scheduler, one = Scheduler(100), call(3)
+    scheduler.put(one, [ids(500), ids(10), ids(500)])
+    assert [[s.row for s in scheduler.next_step()] for _ in range(3)] == [[0], [1], [2]]
+
+
+def test_an_image_costs_its_patches_too():
+    scheduler, one = Scheduler(100), call(3)
+    scheduler.put(one)
+    scheduler.add([Sequence(*pair, ids(20), patches=60) for pair in scheduler.next_chunk()])
+    assert [[s.row for s in scheduler.next_step()] for _ in range(2)] == [[0, 1], [2]]
+    assert (scheduler.steps, scheduler.tokens) == (2, 150)
+
+
+def test_one_step_serves_many_small_callers():
+    scheduler = Scheduler(100)
+    calls = [call(1) for _ in range(8)]
+    for each in calls:
+        scheduler.put(each, [ids(10)])
+    assert owners(scheduler.next_step()) == calls
+
+
+def test_room_that_one_caller_cannot_use_goes_to_the_next():
+    scheduler, large, small = Scheduler(100), call(2), call(4)
+    scheduler.put(large, [ids(70), ids(70)])
+    scheduler.put(small, [ids(15)] * 4)
+    assert [s.cost for s in scheduler.next_step()] == [70, 15, 15]
+    assert [s.cost for s in scheduler.next_step()] == [70, 15, 15]
+
+
+def test_a_large_sequence_waits_for_one_step_however_many_small_ones_come():
+    scheduler, large = Scheduler(100), call(1)
+    scheduler.put(call(1), [ids(20)])
+    scheduler.put(large, [ids(90)])
+    for _ in range(3):
+        scheduler.put(call(1), [ids(20)])
+    assert large not in owners(scheduler.next_step())
+    scheduler.put(call(1), [ids(20)])
+    assert large in owners(scheduler.next_step())
+
+
+def test_queries_go_first_but_documents_are_not_starved():
+    scheduler, bulk = Scheduler(10), call(4)
+    scheduler.put(call(60, "query"), [ids(10)] * 60)
+    for _ in range(20):  # nobody waits for these
+        scheduler.next_step()
+    scheduler.put(bulk, [ids(10)] * 4)
+    roles = [scheduler.next_step()[0].call.request.role for _ in range(44)]
+    assert roles[:QUERY_STEPS_IN_A_ROW] == ["query"] * QUERY_STEPS_IN_A_ROW
+    waits = np.diff(np.flatnonzero(np.array(roles) == "document"))
+    assert waits.max() <= QUERY_STEPS_IN_A_ROW + 1
+    assert roles.count("document") == 4
+
+
+def test_a_query_runs_right_after_the_step_in_progress():
+    scheduler = Scheduler(10)
+    scheduler.put(call(100), [ids(10)] * 100)
+    for _ in range(5):
+        assert scheduler.next_step()[0].call.request.role == "document"
+        scheduler.put(call(1, "query"), [ids(3)])
+        assert scheduler.next_step()[0].call.request.role == "query"
+
+
+def test_bulk_callers_take_turns_of_equal_cost():
+    """One has sequences of three steps each, one of a tenth, and small calls come in between."""
+    scheduler = Scheduler(100)
+    pages, lines = call(50), call(2000)
+    scheduler.put(pages, [ids(300)] * 50)
+    scheduler.put(lines, [ids(10)] * 2000)
+    got: Counter[Call] = Counter()
+    for _ in range(100):
+        scheduler.put(call(1), [ids(90)])
+        for sequence in scheduler.next_step():
+            got[sequence.call] += sequence.cost
+        assert abs(got[pages] - got[lines]) <= 400
+    assert min(got[pages], got[lines]) > 1000
+
+
+def test_batches_of_a_stream_are_one_caller_and_done_in_order():
+    scheduler, other, flow = Scheduler(10), call(30), Flow()
+    stream = [call(10, flow=flow) for _ in range(3)]
+    for each in (*stream, other):
+        scheduler.put(each)
+    while tokenise(scheduler, 5):
+        pass
+    got = [sequence for _ in range(30) for sequence in scheduler.next_step()]
+    assert [s.call for s in got if s.call is not other] == [c for c in stream for _ in range(10)]
+    assert 13 <= sum(s.call is other for s in got[:30]) <= 17
+
+
+# Ahead of the device
+
+
+def test_tokenising_runs_a_bounded_way_ahead():
+    scheduler, big, small = Scheduler(100), call(5 * TEXTS_PER_CHUNK), call(3)
+    scheduler.put(big)
+    assert len(tokenise(scheduler)) == TEXTS_PER_CHUNK  # 2,560 tokens: more than enough ahead
+    assert big.line.cost_ready >= STEPS_AHEAD * 100
+    scheduler.put(small)
+    assert tokenise(scheduler) == [(small, row) for row in range(3)]  # big waits, small does not
+    while big.line.cost_ready >= STEPS_AHEAD * 100:
+        assert not tokenise(scheduler)
+        scheduler.next_step()
+    assert {owner for owner, _ in tokenise(scheduler)} == {big}
+
+
+def test_many_callers_have_a_step_each_ahead():
+    scheduler, calls = Scheduler(100), [call(1000) for _ in range(20)]
+    for each in calls:
+        scheduler.put(each)
+    while tokenise(scheduler, 1):
+        pass
+    assert all(100 <= each.line.cost_ready < 100 + TEXTS_PER_CHUNK for each in calls)
+
+
+def test_small_calls_share_a_chunk():
+    scheduler = Scheduler(100)
+    calls = [call(2) for _ in range(5)]
+    for each in calls:
+        scheduler.put(each)
+    assert tokenise(scheduler) == [(each, row) for each in calls for row in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("document", "most"),
+    [(Document(image=IMAGE), 1), (Document("x" * 10_000), 24), (Document("x"), TEXTS_PER_CHUNK)],
+)
+def test_a_chunk_is_about_as_much_work_whatever_is_in_it(document, most):
+    scheduler = Scheduler(10**6)
+    scheduler.put(call(1000, document=document))
+    assert len(scheduler.next_chunk()) == most
+
+
+# Ends
+
+
+def test_a_cancelled_call_leaves_the_queue():
+    scheduler, gone, stays = Scheduler(10), call(50), call(2)
+    scheduler.put(gone, [ids(10)] * 50)
+    scheduler.put(stays, [ids(10)] * 2)
+    assert gone.future.cancel()
+    assert owners(scheduler.next_step()) == [stays]
+    assert not gone.line.ready
+    assert gone.line.cost_ready == 0
+    late = call(3)
+    scheduler.put(late)
+    late.future.cancel()
+    scheduler.close()
+    assert scheduler.next_chunk() is None
+    assert owners(scheduler.next_step()) == [stays]
+    assert scheduler.next_step() is None
+
+
+def test_cancelling_while_its_rows_are_tokenised_drops_them():
+    scheduler, gone = Scheduler(100), call(5)
+    scheduler.put(gone)
+    chunk = scheduler.next_chunk()
+    gone.future.cancel()
+    assert not scheduler.take_step()
+    scheduler.add([Sequence(*pair, ids(10)) for pair in chunk])
+    assert not scheduler.take_step()
+    assert not gone.line.ready
+
+
+def test_cancelling_one_batch_of_a_stream_leaves_the_others():
+    scheduler, flow = Scheduler(100), Flow()
+    first, second = call(TEXTS_PER_CHUNK + 50, flow=flow), call(3, flow=flow)
+    for each in (first, second):
+        scheduler.put(each)
+    tokenise(scheduler, 1)
+    first.future.cancel()
+    assert tokenise(scheduler, 1) == [(second, row) for row in range(3)]
+    assert second.line.cost_ready == 3
+    assert owners(scheduler.next_step()) == [second]
+    assert not scheduler.take_step()
+    assert not scheduler.take_chunk()
+
+
+def test_a_stream_goes_on_after_all_its_batches_were_cancelled():
+    scheduler, flow = Scheduler(100), Flow()
+    for _ in range(3):
+        batch = call(5, flow=flow)
+        scheduler.put(batch)
+        batch.future.cancel()
+        assert not scheduler.take_step()
+    scheduler.put(call(TEXTS_PER_CHUNK + 5, flow=flow))
+    scheduler.put(call(TEXTS_PER_CHUNK + 5))
+    first, second = scheduler.take_chunk(), scheduler.take_chunk()
+    assert first[0][0] is not second[0][0]  # in turns, so it stands there once
+
+
+def test_closing_drains_or_cancels_and_refuses_more():
+    for cancel in (False, True):
+        scheduler = Scheduler(10)
+        known, unknown = call(2), call(2)
+        scheduler.put(known, [ids(10)] * 2)
+        scheduler.put(unknown)
+        scheduler.close(cancel)
+        with pytest.raises(EngineClosedError):
+            scheduler.put(call(1))
+        assert known.future.cancelled() == unknown.future.cancelled() == cancel
+        if not cancel:
+            tokenise(scheduler)
+            assert sorted(len(scheduler.next_step()) for _ in range(4)) == [1, 1, 1, 1]
+        assert scheduler.next_chunk() is None
+        assert scheduler.next_step() is None
+
+
+def test_a_call_ends_when_its_last_row_does():
+    one = call(3)
+    one.deliver([2, 0], np.array([[2, 2, 9], [0, 1, 9]], np.float32), tokens=7)
+    assert not one.future.done()
+    one.deliver([1], np.array([[1, 1, 9]], np.float32), tokens=2)
+    assert one.future.result().tolist() == [[0, 1], [1, 1], [2, 2]]
+
+
+def test_failed_rows_are_named_and_the_others_kept():
+    one = call(3)
+    one.deliver([0, 2], np.ones((2, 2), np.float32), tokens=4)
+    one.fail(1, EngineError("no luck"))
+    error = one.future.exception()
+    assert isinstance(error, PartialResultError)
+    assert "1 of 3 inputs failed, the first: no luck" in str(error)
+    assert list(error.errors) == [1]
+    assert np.isnan(error.vectors[1]).all()
+    assert error.vectors[[0, 2]].tolist() == [[1, 1], [1, 1]]
+    alone = call(1)
+    alone.fail(0, EngineError("no luck"))
+    assert isinstance(alone.future.exception(), EngineError)
+
+
+# Under load, in simulated time
+
+STEP = 1000
+"""Tokens in a step; a full one takes 1 second and a bit, and the clock counts seconds."""
+
+
+@dataclass
+class Simulation:
+    """A device, a tokeniser that is ten times as fast, and a clock."""
+
+    seed: int = 0
+    tokens_per_step: int = STEP
+    now: float = 0.0
+    steps: list[tuple[float, list[Sequence]]] = field(default_factory=list)
+    """When each began, and what was in it."""
+    done: dict[Call, float] = field(default_factory=dict)
+    """When each call was."""
+
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng(self.seed)
+        self.scheduler = Scheduler(self.tokens_per_step)
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._computing = self._tokenising = False
+        self._lengths: dict[Call, np.ndarray] = {}
+
+    def at(self, time: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time, next(self._order), event))
+
+    def arrive(self, time: float, lengths: np.ndarray, role: str, flow: Flow | None = None) -> Call:
+        """A call whose documents have so many tokens; queries are tokenised by their caller."""
+        documents = [Document("four" * n) for n in lengths.tolist()]
+        new = Call(Request(documents, role, flow=flow), np.zeros((len(lengths), 2), np.float32))
+        self._lengths[new] = lengths
+        known = [ids(n) for n in lengths] if role == "query" else None
+        new.future.add_done_callback(lambda _: self.done.setdefault(new, self.now))
+        self.at(time, lambda: self.scheduler.put(new, known))
+        return new
+
+    def run(self, until: float = 1e9) -> None:
+        while self._events and self._events[0][0] <= until:
+            self.now, _, event = heapq.heappop(self._events)
+            event()
+            if not self._tokenising and (chunk := self.scheduler.take_chunk()):
+                self._tokenising = True
+                made = [Sequence(c, row, ids(self._lengths[c][row])) for c, row in chunk]
+                self.at(self.now + cost(made) / (10 * STEP), lambda made=made: self._add(made))
+            if not self._computing and (step := self.scheduler.take_step()):
+                self._computing = True
+                self.steps.append((self.now, step))
+                duration = 0.02 + cost(step) / STEP
+                self.at(self.now + duration, lambda step=step: self._deliver(step))
+
+    def _add(self, made: list[Sequence]) -> None:
+        self._tokenising = False
+        self.scheduler.add(made)
+
+    def _deliver(self, step: list[Sequence]) -> None:
+        self._computing = False
+        for sequence in step:
+            sequence.call.deliver([sequence.row], np.full((1, 2), sequence.row), sequence.cost)
+
+    def latency(self, each: Call, arrived: float) -> float:
+        return self.done[each] - arrived
+
+    def texts(self, count: int) -> np.ndarray:
+        return self.random.integers(5, 100, count)
+
+    def poisson(self, rate: float, until: float) -> np.ndarray:
+        times = np.cumsum(self.random.exponential(1 / rate, int(2 * rate * until) + 10))
+        return times[times < until]
+
+
+def check_everything_was_computed_once(simulation: Simulation, calls: list[Call]) -> None:
+    computed = Counter((s.call, s.row) for _, step in simulation.steps for s in step)
+    assert set(computed.values()) <= {1}
+    for each in calls:
+        rows = np.arange(len(each.request.documents))
+        assert np.array_equal(each.future.result(timeout=0), np.stack([rows, rows], 1))
+    assert len(computed) == sum(len(each.request.documents) for each in calls)
+
+
+def test_a_query_waits_for_at_most_three_steps_while_much_is_ingested():
+    simulation = Simulation(seed=1)
+    bulks = [simulation.arrive(t, simulation.texts(2000), "document") for t in (0, 1, 20, 21)]
+    queries = {
+        simulation.arrive(time, simulation.texts(1), "query"): time
+        for time in simulation.poisson(2.0, 350)
+    }
+    simulation.run()
+    check_everything_was_computed_once(simulation, [*bulks, *queries])
+    ingesting = max(simulation.done[bulk] for bulk in bulks)
+    latencies = [simulation.latency(q, t) for q, t in queries.items() if t < ingesting]
+    assert len(latencies) > 500
+    assert np.percentile(latencies, 99) <= 3 * 1.02
+    assert np.percentile(latencies, 50) <= 1.02
+
+
+def test_an_ingest_goes_on_under_more_queries_than_the_device_can_answer():
+    simulation = Simulation(seed=2)
+    bulk = simulation.arrive(0, simulation.texts(2000), "document")
+    for time in simulation.poisson(40.0, 100):
+        simulation.arrive(time, simulation.texts(1), "query")
+    simulation.run(until=100)
+    roles = [step[0].call.request.role for _, step in simulation.steps]
+    waits = np.diff(np.flatnonzero(np.array(roles) == "document"))
+    assert waits.max() <= QUERY_STEPS_IN_A_ROW + 1
+    assert roles.count("document") >= len(roles) / (QUERY_STEPS_IN_A_ROW + 1) - 2
+    assert not bulk.future.done()
+
+
+def test_bulk_callers_of_different_kinds_progress_alike():
+    """Short texts, sequences larger than a step, a stream of small batches, and passers-by."""
+    simulation = Simulation(seed=3)
+    short = simulation.arrive(0, simulation.texts(5000), "document")
+    pages = simulation.arrive(0, simulation.random.integers(700, 2500, 300), "document")
+    flow = Flow()
+    stream = [simulation.arrive(0, simulation.texts(100), "document", flow) for _ in range(50)]
+    for time in simulation.poisson(1.0, 300):
+        simulation.arrive(time, simulation.texts(3), "document")
+    simulation.run(until=300)
+    got: Counter[str] = Counter()
+    for _, step in simulation.steps:
+        for s in step:
+            who = "stream" if s.call in stream else {short: "short", pages: "pages"}.get(s.call, "")
+            got[who] += s.cost
+    shares = [got["short"], got["pages"], got["stream"]]
+    assert not short.future.done()
+    assert not pages.future.done()
+    assert max(shares) <= 1.2 * min(shares)
+    ends = [simulation.done[each] for each in stream if each in simulation.done]
+    assert len(ends) > 10
+    assert ends == sorted(ends)
+
+
+@pytest.mark.parametrize("largest", [100, 500])
+def test_steps_are_full_while_there_is_a_backlog(largest):
+    simulation = Simulation(seed=4)
+    bulks = [
+        simulation.arrive(0, simulation.random.integers(5, largest, 1500), "document")
+        for _ in range(4)
+    ]
+    simulation.run()
+    check_everything_was_computed_once(simulation, bulks)
+    first_end = min(simulation.done.values())
+    fills = [cost(step) / STEP for start, step in simulation.steps if start < first_end]
+    assert np.mean(fills[1:]) >= 0.9
+    starts = np.array([start for start, _ in simulation.steps])
+    busy = sum(0.02 + cost(step) / STEP for _, step in simulation.steps)
+    assert busy >= 0.98 * (simulation.now - starts[1])  # the device hardly ever waits
+
+
+def test_what_is_cancelled_takes_no_step_and_no_memory_any_more():
+    simulation = Simulation(seed=5)
+    gone = [simulation.arrive(0, simulation.texts(800), "document") for _ in range(3)]
+    gone += [simulation.arrive(10, simulation.texts(100), "query")]
+    stays = simulation.arrive(0, simulation.texts(800), "document")
+    cancelled_at = 12.3
+    for each in gone:
+        simulation.at(cancelled_at, each.future.cancel)
+    simulation.run()
+    late = [step for start, step in simulation.steps if start >= cancelled_at]
+    assert {s.call for step in late for s in step} == {stays}
+    assert all(each.future.cancelled() and not each.line.ready for each in gone)
+    assert stays.future.done()
+    early = {s.call for start, step in simulation.steps for s in step if start < cancelled_at}
+    assert early == {*gone, stays}
+    # alone from then on, it took no longer than its own work
+    rest = sum(0.02 + cost(step) / STEP for step in late)
+    assert simulation.done[stays] <= cancelled_at + 1.02 + rest + 0.1
+
+
+def test_a_newcomer_with_one_document_waits_for_one_turn_of_each_other():
+    simulation = Simulation(seed=6)
+    for _ in range(5):
+        simulation.arrive(0, simulation.texts(3000), "document")
+    newcomers = {
+        simulation.arrive(time, simulation.texts(1), "document"): time
+        for time in np.arange(10.0, 100.0, 7.0)
+    }
+    simulation.run(until=150)
+    assert max(simulation.latency(c, t) for c, t in newcomers.items()) <= 8 * 1.02
+
+
+# Any order of events
+
+
+@dataclass
+class Driven:
+    """A scheduler, driven event by event, and what came of each."""
+
+    failing: int
+    """Of every four documents this one cannot be tokenised; 3 or less, or none."""
+    scheduler: Scheduler = field(default_factory=lambda: Scheduler(100))
+    flow: Flow = field(default_factory=Flow)
+    lengths: dict[Call, list[int]] = field(default_factory=dict)
+    chunks: list[list[tuple[Call, int]]] = field(default_factory=list)
+    computed: Counter[tuple[Call, int]] = field(default_factory=Counter)
+
+    def put(self, kind: str, lengths: list[int]) -> None:
+        known = kind == "query"
+        flow = self.flow if kind == "stream" else None
+        new = call(len(lengths), "query" if known else "document", flow)
+        try:
+            self.scheduler.put(new, [ids(n) for n in lengths] if known else None)
+        except EngineClosedError:
+            return
+        self.lengths[new] = lengths
+
+    def cancel(self, which: int) -> None:
+        if which < len(self.lengths):
+            list(self.lengths)[which].future.cancel()
+
+    def close(self) -> None:
+        self.scheduler.close()
+
+    def chunk(self) -> bool:
+        if chunk := self.scheduler.take_chunk():
+            self.chunks.append(chunk)
+        return bool(chunk)
+
+    def add(self) -> bool:
+        if not self.chunks:
+            return False
+        made = []
+        for owner, row in self.chunks.pop(0):
+            if row % 4 == self.failing:
+                owner.fail(row, EngineError("no luck"))
+            else:
+                made.append(Sequence(owner, row, ids(self.lengths[owner][row])))
+        self.scheduler.add(made)
+        return True
+
+    def step(self) -> bool:
+        step = self.scheduler.take_step()
+        assert cost(step) <= 100 or len(step) == 1
+        assert len({s.call.request.role for s in step}) <= 1
+        assert not any(s.call.dropped for s in step)
+        for s in step:
+            self.computed[s.call, s.row] += 1
+            s.call.deliver([s.row], np.full((1, 2), s.row), s.cost)
+        assert all(each.line.cost_ready == cost(each.line.ready) for each in self.lengths)
+        assert all(each.calls for each in self.scheduler._to_tokenise)
+        assert all(each.ready for lines in self.scheduler._to_run.values() for each in lines)
+        return bool(step)
+
+    def check(self, each: Call) -> None:
+        assert each.future.done()
+        assert not each.line.ready
+        if each.dropped:
+            return
+        rows = range(len(self.lengths[each]))
+        is_query = each.request.role == "query"
+        good = [row for row in rows if is_query or row % 4 != self.failing]
+        assert [self.computed[each, row] for row in rows] == [int(row in good) for row in rows]
+        assert (each.future.exception() is None) == (len(good) == len(rows))
+
+
+PUT = st.tuples(
+    st.sampled_from(["query", "document", "stream"]),
+    st.lists(st.integers(0, 130), min_size=1, max_size=12),
+)
+OTHER = st.sampled_from(["chunk", "chunk", "add", "add", "step", "step", "close"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(PUT | OTHER | st.integers(0, 9), max_size=50), st.integers(0, 4))
+def test_whatever_the_order_nothing_is_lost_or_done_twice(events, failing):
+    """An int cancels that call."""
+    driven = Driven(failing)
+    for event in events:
+        if isinstance(event, tuple):
+            driven.put(*event)
+        elif isinstance(event, int):
+            driven.cancel(event)
+        else:
+            getattr(driven, event)()
+    driven.close()
+    while driven.chunk() or driven.add() or driven.step():
+        pass
+    assert driven.scheduler.next_chunk() is None
+    assert driven.scheduler.next_step() is None
+    assert not driven.scheduler._calls
+    for each in driven.lengths:
+        driven.check(each)

@@ -1,0 +1,219 @@
+"""Replies that must not be believed, and refusals in every shape seen in the wild."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+
+import httpx
+import numpy as np
+import pytest
+
+from shared_engine import (
+    AuthenticationError,
+    InputTooLongError,
+    InvalidRequestError,
+    MalformedResponseError,
+    ModelNotFoundError,
+    NeMoRetrieverError,
+    Options,
+    PayloadTooLargeError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTimeoutError,
+    ServerError,
+    UnsupportedDimensionsError,
+)
+from shared_engine.nim.protocol import error, parse, refusal
+
+ROWS = np.array([[1, 2], [3, 4], [5, 6]], "<f4")
+
+
+def reply(rows=ROWS, order=(2, 0, 1), encode=True, **extra) -> bytes:
+    data = [
+        {
+            "index": i,
+            "embedding": base64.b64encode(rows[i].tobytes()).decode()
+            if encode
+            else rows[i].tolist(),
+        }
+        for i in order
+    ]
+    return json.dumps({"data": data, **extra}).encode()
+
+
+@pytest.mark.parametrize("encode", [True, False])
+def test_rows_are_put_in_order(encode: bool) -> None:
+    out = parse(reply(encode=encode, usage={"prompt_tokens": 7, "total_tokens": 7}), 3)
+    np.testing.assert_array_equal(out.vectors, ROWS)
+    assert out.vectors.dtype == np.float32
+    assert out.tokens == 7
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"total_tokens": None}, {"total_tokens": "7"}, 3])
+def test_usage_may_be_missing(usage: object) -> None:
+    assert parse(reply(usage=usage), 3).tokens == 0
+
+
+GOOD = base64.b64encode(ROWS[0].tobytes()).decode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<html>",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"data": null}',
+        b'{"data": [1, 2, 3]}',
+        reply(order=(0, 1)),
+        reply(order=(0, 1, 1)),
+        reply(order=(0, 1, 2, 2)),
+        reply(rows=np.array([[1, 2], [3, np.nan], [5, 6]], "<f4")),
+        reply(rows=np.array([[1, 2], [3, np.inf], [5, 6]], "<f4"), encode=False),
+        reply(rows=[ROWS[0], ROWS[1], np.zeros(3, "<f4")]),
+        reply(rows=[ROWS[0], ROWS[1], np.zeros(3, "<f4")], encode=False),
+        reply(rows=np.zeros((3, 0), "<f4")),
+        reply(rows=np.zeros((3, 0), "<f4"), encode=False),
+        reply(rows=np.array([b"abc", b"abc", b"abc"])),
+        json.dumps({"data": [{"index": i, "embedding": "!!!"} for i in range(3)]}).encode(),
+        json.dumps({"data": [{"index": i, "embedding": None} for i in range(3)]}).encode(),
+        json.dumps({"data": [{"index": i, "embedding": ["x"]} for i in range(3)]}).encode(),
+        json.dumps({"data": [{"index": i, "embedding": [None]} for i in range(3)]}).encode(),
+        json.dumps({"data": [{"index": i, "embedding": {}} for i in range(3)]}).encode(),
+        json.dumps({"data": [{"index": i - 1, "embedding": GOOD} for i in range(3)]}).encode(),
+        json.dumps({"data": [{"index": str(i), "embedding": GOOD} for i in range(3)]}).encode(),
+        json.dumps({"data": [{"embedding": GOOD} for i in range(3)]}).encode(),
+    ],
+)
+def test_a_reply_with_anything_wrong_is_not_believed(content: bytes) -> None:
+    with pytest.raises(MalformedResponseError):
+        parse(content, 3)
+
+
+def test_the_length_that_was_asked_for_is_checked() -> None:
+    assert parse(reply(), 3, 2).vectors.shape == (3, 2)
+    with pytest.raises(MalformedResponseError, match="expected vectors of 4 values"):
+        parse(reply(), 3, 4)
+
+
+def made(status: int, body: object, headers: dict[str, str] | None = None) -> NeMoRetrieverError:
+    text = body if isinstance(body, str) else json.dumps(body)
+    response = httpx.Response(status, text=text, headers=headers)
+    return error(response, refusal(response), 5)
+
+
+VALIDATION = {
+    "object": "error",
+    "message": "Your request cannot be validated, it is incorrect.",
+    "detail": {
+        "type": "extra_forbidden",
+        "loc": ["body", "dimensions"],
+        "msg": "Extra inputs are not permitted",
+        "input": 64,
+    },
+    "type": "request_validation_error",
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "words"),
+    [
+        (400, {"error": "'input_type' parameter is required"}, InvalidRequestError, "input_type"),
+        (422, {"detail": "'input_type' is required"}, InvalidRequestError, "input_type"),
+        (400, VALIDATION, UnsupportedDimensionsError, "not permitted"),
+        (
+            400,
+            {"error": {"message": "bad dimensions"}},
+            UnsupportedDimensionsError,
+            "",
+        ),
+        (401, {"status": 401, "title": "Unauthorized", "detail": "no"}, AuthenticationError, "no"),
+        (403, {"status": 403, "title": "Forbidden"}, PermissionDeniedError, "Forbidden"),
+        (403, {"status": 403, "title": "Forbidden"}, PermissionError, "Forbidden"),
+        (404, "404 page not found", ModelNotFoundError, "page not found"),
+        (404, {"error": {"message": "The model `x` does not exist"}}, LookupError, "`x`"),
+        (408, "", TimeoutError, ""),
+        (413, "<html>Request Entity Too Large</html>", PayloadTooLargeError, "Entity"),
+        (422, {"error": "reduce the payload or image size"}, PayloadTooLargeError, "payload"),
+        (429, {"status": 429, "title": "Too Many Requests"}, RateLimitError, "Too Many"),
+        (500, {"error": "ResourceExhausted"}, ServerError, "ResourceExhausted"),
+        (503, "upstream gone", RuntimeError, "upstream gone"),
+        (504, [], ServerError, ""),
+    ],
+)
+def test_errors_are_typed_and_keep_the_servers_words(
+    status: int, body: object, kind: type[Exception], words: str
+) -> None:
+    out = made(status, body)
+    assert isinstance(out, kind)
+    assert words in str(out)
+    copy = pickle.loads(pickle.dumps(out))
+    assert (type(copy), str(copy), vars(copy)) == (type(out), str(out), vars(out))
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens", "limit"),
+    [
+        ("Input length 1728 exceeds maximum allowed token size 512", 1728, 512),
+        ("This model's maximum context length is 512 tokens. However, you requested 600 tokens in "
+         "the input", 600, 512),
+        ("`inputs` must have less than 512 tokens. Given: 601", 601, 512),
+        ("The input exceeds the maximum token limit", 0, 0),
+    ],
+)  # fmt: skip
+def test_the_length_of_a_text_and_its_limit_are_parsed(words: str, tokens: int, limit: int) -> None:
+    out = made(400, {"error": words})
+    assert isinstance(out, InputTooLongError)
+    assert (out.tokens, out.limit, out.index) == (tokens, limit, 5)
+
+
+def test_what_an_error_carries() -> None:
+    out = made(429, {"title": "Too Many"}, {"retry-after": "7", "nvcf-reqid": "abc"})
+    assert isinstance(out, RateLimitError)
+    assert (out.status, out.detail, out.request_id) == (429, "Too Many", "abc")
+    assert out.retry_after == 7.0
+    assert "abc" in str(out)
+    long = made(400, "x" * 5000)
+    assert len(str(long)) < 1200
+    assert isinstance(made(408, ""), RequestTimeoutError)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://nim:8000/v1/embeddings",
+        "https://nim/embeddings",
+        "https://ai.api.nvidia.com/v1/retrieval/nvidia/x",
+        "https://user:hunter2@nim/v1",
+        "https://nim/v1?key=hunter2",
+        "https://nim/v1#hunter2",
+        "nim:8000",
+        "ftp://nim",
+        "http://",
+        "http://nim:port/v1",
+        "",
+    ],
+)
+def test_addresses_that_cannot_be_meant_are_refused_with_guidance(url: str) -> None:
+    with pytest.raises(ValueError, match="localhost:8000/v1") as caught:
+        Options(base_url=url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://nim:8000", "http://nim:8000/v1"),
+        ("http://nim:8000/", "http://nim:8000/v1"),
+        (" http://nim:8000/v1/ ", "http://nim:8000/v1"),
+        ("https://gateway/team", "https://gateway/team/v1"),
+        ("http://[::1]:8000", "http://[::1]:8000/v1"),
+    ],
+)
+def test_the_root_and_v1_are_one_address(url: str, expected: str) -> None:
+    assert Options(base_url=url).base_url == expected
+    assert Options(nvidia_base_url=url).base_url == expected

@@ -1,0 +1,148 @@
+"""The decision to retry, and the limit of requests in flight, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+
+from shared_engine.nim.transport import (
+    LONGEST_WAIT,
+    RETRIED,
+    Limited,
+    Retrying,
+    Sending,
+    wait_before_retry,
+)
+
+REQUEST = httpx.Request("POST", "http://nim/v1/embeddings")
+
+
+def test_only_statuses_that_can_get_better_are_retried() -> None:
+    again = {status for status in range(200, 600) if wait_before_retry(0, 5, status) is not None}
+    assert again == RETRIED == {408, 429, 500, 502, 503, 504}
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (httpx.ConnectError("refused"), True),
+        (httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED]"), False),
+        (httpx.RemoteProtocolError("server left"), True),
+        (httpx.ReadTimeout("slow"), True),
+        (TimeoutError(), True),
+        (httpx.UnsupportedProtocol("ftp"), False),
+        (ValueError("bug"), False),
+    ],
+)
+def test_only_faults_of_the_connection_are_retried(error: Exception, again: bool) -> None:
+    assert (wait_before_retry(0, 5, error) is not None) is again
+
+
+def test_waits_grow_spread_and_end() -> None:
+    waits = [wait_before_retry(attempt, 20, 503, chance=0.5) for attempt in range(21)]
+    assert waits[-1] is None
+    numbers = [wait for wait in waits if wait is not None]
+    assert numbers == sorted(numbers)
+    assert max(numbers) <= LONGEST_WAIT
+    spread = {wait_before_retry(3, 20, 503, chance=chance / 10) for chance in range(10)}
+    assert len(spread) == 10
+
+
+def test_never_earlier_than_the_server_asked() -> None:
+    for chance in (0.0, 0.5, 1.0):
+        wait = wait_before_retry(0, 5, 429, retry_after=2.0, chance=chance)
+        assert wait is not None
+        assert 2.0 <= wait <= 2.5
+
+
+class Server(httpx.AsyncBaseTransport):
+    """Answers when told to."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[httpx.Request, asyncio.Future[httpx.Response]]] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        future: asyncio.Future[httpx.Response] = asyncio.get_running_loop().create_future()
+        self.waiting.append((request, future))
+        return await future
+
+    async def answer(self, *statuses: int) -> None:
+        for status in statuses:
+            self.waiting.pop(0)[1].set_result(httpx.Response(status))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+
+async def test_the_limit_halves_once_for_a_set_in_flight_and_recovers() -> None:
+    server = Server()
+    limited = Limited(server, 8)
+    tasks = [asyncio.create_task(limited.handle_async_request(REQUEST)) for _ in range(40)]
+    await asyncio.sleep(0)
+    assert len(server.waiting) == 8
+    await server.answer(429, 429, 503)  # three of one set
+    assert limited.limit == 4
+    assert len(server.waiting) == 5, "no new request while more are in flight than the limit"
+    await server.answer(200, 200)
+    assert len(server.waiting) == 4
+    while server.waiting:
+        await server.answer(200)
+    await asyncio.gather(*tasks)
+    assert limited.limit == 8
+
+
+async def test_urgent_requests_go_first() -> None:
+    server = Server()
+    limited = Limited(server, 1)
+    plain = [httpx.Request("POST", f"http://nim/{n}") for n in range(3)]
+    urgent = httpx.Request("POST", "http://nim/urgent", extensions={"urgent": True})
+    tasks = [asyncio.create_task(limited.handle_async_request(one)) for one in (*plain, urgent)]
+    await asyncio.sleep(0)
+    order = []
+    while server.waiting:
+        order.append(server.waiting[0][0].url.path)
+        await server.answer(200)
+    await asyncio.gather(*tasks)
+    assert order == ["/0", "/urgent", "/1", "/2"]
+
+
+async def test_cancelled_requests_give_their_place_back() -> None:
+    server = Server()
+    limited = Limited(server, 1)
+    tasks = [asyncio.create_task(limited.handle_async_request(REQUEST)) for _ in range(4)]
+    await asyncio.sleep(0)
+    tasks[1].cancel()  # waiting
+    tasks[0].cancel()  # in flight
+    await asyncio.sleep(0)
+    tasks[2].cancel()  # just let in
+    await asyncio.gather(*tasks[:3], return_exceptions=True)
+    await asyncio.sleep(0)
+    server.waiting[-1][1].set_result(httpx.Response(200))
+    assert (await tasks[3]).status_code == 200
+
+
+async def test_a_slow_drip_ends_at_the_timeout() -> None:
+    class Drip(httpx.AsyncByteStream):
+        async def __aiter__(self):
+            while True:
+                await asyncio.sleep(0.01)
+                yield b" "
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, stream=Drip())
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), timeout=5) as client:
+        with pytest.raises(TimeoutError):
+            await Sending([client], 0.1).handle_async_request(REQUEST)
+
+
+async def test_the_last_reply_is_returned_when_retries_are_used_up() -> None:
+    statuses = iter([503, 429, 500, 200])
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(next(statuses), headers={"retry-after": "0"})
+
+    transport = Retrying(httpx.MockTransport(answer), 2)
+    assert (await transport.handle_async_request(REQUEST)).status_code == 500

@@ -1,0 +1,781 @@
+"""The server over real sockets: what a NIM's clients send, what they get, and what it survives."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from langchain_nemoretriever import NeMoRetrieverEmbeddings
+from llamaindex_nemoretriever import NeMoRetrieverEmbedding
+from shared_engine import ConfigurationError, Embedder, Options
+from shared_engine.cli import main
+from shared_engine.server.app import create_app
+from shared_engine.server.protocol import Limits, Refusal, parsed
+from tests.support.checkpoints import SHAPES, build_checkpoint
+
+NAME = "nvidia/tiny"
+TEXTS = [
+    "How do I return a product?",
+    "",
+    "Der Versand kostet 4,90 €.",
+    "a text of many words " * 30,
+    "東京は日本の首都です。 👍🏽",
+    "def f(x):\n    return x",
+    "<img src='data:image/png;base64,AAAA'>",
+]
+LONG = "word " * 3000  # over the tiny checkpoint's 2048 tokens
+SLOW = ["some words of a long document " * 60] * 40  # about a second of work
+
+
+class Running:
+    """A server that runs, and the options of what it serves."""
+
+    def __init__(self, url: str, options: Options, server: uvicorn.Server) -> None:
+        self.url = url
+        self.options = options
+        self.server = server
+        self.client = httpx.Client(base_url=url, timeout=30)
+
+    def post(self, **fields: Any) -> httpx.Response:
+        """Post the fields of a request; those given as None are left out."""
+        body = {"model": NAME, "input": TEXTS, "input_type": "passage"} | fields
+        return self.client.post("/embeddings", json={k: v for k, v in body.items() if v is not ...})
+
+    def expected(self, texts: list[str] = TEXTS, role: Any = "document", **changed: Any) -> Any:
+        """Return what the engine gives without HTTP."""
+        with Embedder(self.options.model_copy(update=changed)) as embedder:
+            return embedder.embed(texts, role)
+
+    def metric(self, name: str) -> float:
+        """Return the value of one line of /v1/metrics."""
+        for line in self.client.get("/metrics").text.splitlines():
+            if line.startswith(name + " "):
+                return float(line.split()[-1])
+        raise AssertionError(name)
+
+
+@contextmanager
+def running(
+    options: Options, http: Any = "auto", served: str | None = NAME, **arguments: Any
+) -> Iterator[Running]:
+    """Run a server in a thread until the block ends."""
+    app = create_app(options, served_name=served, **arguments)
+    config = uvicorn.Config(
+        app, port=0, http=http, lifespan="on", ws="none", log_config=None, timeout_keep_alive=75
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        here = Running(f"http://127.0.0.1:{port}/v1", options, server)
+        with here.client:
+            wait_for(lambda: here.client.get("/health/ready").status_code == 200)
+            yield here
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Return when a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_checkpoint(tmp_path_factory.mktemp("tiny"), SHAPES["sentence-transformers"])
+
+
+@pytest.fixture(scope="module")
+def options(checkpoint: Path) -> Options:
+    return Options(model=str(checkpoint), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def served(options: Options) -> Iterator[Running]:
+    with running(options) as here:
+        yield here
+
+
+def vectors(response: httpx.Response) -> NDArray[Any]:
+    """Return the vectors of a reply, after a look at everything else in it."""
+    assert response.status_code == 200, response.text
+    body = response.json()
+    assert set(body) == {"object", "data", "model", "usage"}
+    assert body["object"] == "list"
+    assert body["model"] == NAME
+    assert [item["index"] for item in body["data"]] == list(range(len(body["data"])))
+    assert {item["object"] for item in body["data"]} == {"embedding"}
+    assert body["usage"]["prompt_tokens"] == body["usage"]["total_tokens"] > 0
+    return np.array([item["embedding"] for item in body["data"]])
+
+
+# --- what it gives -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("input_type", "role"), [("query", "query"), ("passage", "document")])
+def test_vectors_are_those_of_the_engine(served: Running, input_type: str, role: str) -> None:
+    got = vectors(served.post(input_type=input_type))
+    np.testing.assert_allclose(got, served.expected(role=role), atol=1e-7, rtol=0)
+
+
+def test_one_string_is_one_input(served: Running) -> None:
+    got = vectors(served.post(input=TEXTS[0]))
+    np.testing.assert_allclose(got, served.expected(TEXTS[:1]), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("dimensions", [16, 32, 64])
+def test_base64_is_little_endian_float32(served: Running, dimensions: int) -> None:
+    encoded = vectors(served.post(encoding_format="base64", dimensions=dimensions))
+    got = np.stack([np.frombuffer(base64.b64decode(row), "<f4") for row in encoded])
+    assert got.shape == (len(TEXTS), dimensions)
+    np.testing.assert_allclose(got, served.expected(dimensions=dimensions), atol=1e-6, rtol=0)
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("embedding_type", ["int8", "uint8", "binary", "ubinary"])
+def test_packed_types_come_as_integers_or_bytes(served: Running, embedding_type: str) -> None:
+    expected = served.expected(embedding_type=embedding_type)
+    got = vectors(served.post(embedding_type=embedding_type))
+    np.testing.assert_array_equal(got, expected)
+    encoded = vectors(served.post(embedding_type=embedding_type, encoding_format="base64"))
+    raw = [np.frombuffer(base64.b64decode(row), expected.dtype) for row in encoded]
+    np.testing.assert_array_equal(np.stack(raw), expected)
+
+
+def test_a_suffix_of_the_model_is_an_input_type(served: Running) -> None:
+    for suffix, role in (("-query", "query"), ("-passage", "document")):
+        got = vectors(served.post(model=NAME + suffix, input_type=...))
+        np.testing.assert_allclose(got, served.expected(role=role), atol=1e-7, rtol=0)
+    assert served.post(model=NAME + "-query", input_type="query").status_code == 200
+    assert served.post(model=NAME + "-query", input_type="passage").status_code == 400
+
+
+@pytest.mark.parametrize("truncate", ["START", "END"])
+def test_truncate_cuts_long_inputs(served: Running, truncate: str) -> None:
+    response = served.post(input=["short", LONG], truncate=truncate)
+    expected = served.expected(["short", LONG], truncate=truncate)
+    np.testing.assert_allclose(vectors(response), expected, atol=1e-7, rtol=0)
+    assert response.json()["usage"]["total_tokens"] > 2048
+
+
+def test_usage_counts_the_tokens_that_were_embedded(served: Running) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(served.options.model) / "tokenizer.json"))
+    expected = sum(len(tokenizer.encode("passage: " + text).ids) for text in TEXTS)
+    assert served.post().json()["usage"]["total_tokens"] == expected
+
+
+def test_optional_fields_are_taken(served: Running) -> None:
+    for fields in ({"user": "someone"}, {"modality": "text"}, {"modality": ["text"]}):
+        assert served.post(**fields).status_code == 200
+    assert served.post(modality=["text"] * len(TEXTS)).status_code == 200
+
+
+def test_models_health_metadata(served: Running) -> None:
+    (model,) = served.client.get("/models").json()["data"]
+    assert (model["id"], model["object"], model["root"]) == (NAME, "model", NAME)
+    assert served.client.get("/health/live").json()["live"] is True
+    ready = served.client.get("/health/ready").json()
+    assert ready == {"object": "health.response", "message": "ready", "ready": True}
+    metadata = served.client.get("/metadata").json()
+    assert metadata["dimensions"] == [16, 32, 64]
+    assert metadata["modalities"] == ["text"]
+
+
+# --- what it refuses -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "place"),
+    [
+        ({"encoding_format": None}, "literal_error", ["encoding_format"]),
+        ({"input_type": None}, "literal_error", ["input_type"]),
+        ({"dimensions": None}, "int_type", ["dimensions"]),
+        ({"user": None}, "string_type", ["user"]),
+        ({"modality": None}, "list_type", ["modality"]),
+        ({"truncate": "end"}, "literal_error", ["truncate"]),
+        ({"input": []}, "too_short", ["input"]),
+        ({"input": ["a", 1]}, "string_type", ["input", 1]),
+        ({"input": 1}, "list_type", ["input"]),
+        ({"input": ...}, "missing", ["input"]),
+        ({"model": ...}, "missing", ["model"]),
+        ({"messages": []}, "extra_forbidden", ["messages"]),
+        ({"modality": "image"}, "literal_error", ["modality"]),
+        ({"modality": ["text", "text"]}, "value_error", ["modality"]),
+        ({"dimensions": 17}, "literal_error", ["dimensions"]),
+        ({"dimensions": -1}, "greater_than", ["dimensions"]),
+        ({"dimensions": True}, "int_type", ["dimensions"]),
+        ({"dimensions": 10**30}, "literal_error", ["dimensions"]),
+        ({"embedding_type": "float16"}, "literal_error", ["embedding_type"]),
+    ],
+)
+def test_a_violation_has_the_envelope_of_a_nim(
+    served: Running, fields: dict[str, Any], kind: str, place: list[Any]
+) -> None:
+    response = served.post(**fields)
+    body = response.json()
+    assert response.status_code == 400
+    assert (body["object"], body["type"]) == ("error", "request_validation_error")
+    assert body["message"] == "Your request cannot be validated, it is incorrect."
+    assert (body["detail"]["type"], body["detail"]["loc"]) == (kind, ["body", *place])
+    assert body["detail"]["msg"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"a": NaN}', b"\xff", b"[" * 9999]
+)
+def test_a_body_that_is_no_request(served: Running, content: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = served.client.post("/embeddings", content=content, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["type"] == "request_validation_error"
+
+
+def test_errors_in_the_words_that_clients_look_for(served: Running) -> None:
+    response = served.post(input_type=...)
+    assert response.status_code == 400
+    assert response.json() == {"error": "'input_type' parameter is required for asymmetric models"}
+    response = served.post(input=["short", LONG])
+    assert response.status_code == 400
+    words = r"Input length \d+ exceeds maximum allowed token size 2048"
+    assert re.fullmatch(words, response.json()["error"])
+    assert response.json()["index"] == 1
+
+
+def test_wrong_addresses(served: Running) -> None:
+    assert served.post(model="nvidia/another").status_code == 404
+    assert served.post(model="nvidia/another").json()["type"] == "model_not_found"
+    assert served.client.post("/embeddings/embeddings").status_code == 404
+    assert served.client.post("/embeddings/").status_code == 404
+    response = served.client.get("/embeddings")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    response = served.client.post(
+        "/embeddings", content="{}", headers={"Content-Type": "text/plain"}
+    )
+    assert response.status_code == 415
+
+
+def test_a_model_without_dynamic_dimensions_forbids_the_field(tmp_path: Path) -> None:
+    folder = build_checkpoint(tmp_path / "fixed")
+    with running(Options(model=str(folder), device="cpu")) as here:
+        response = here.post(dimensions=32)
+        assert response.status_code == 400
+        assert response.json()["detail"]["type"] == "extra_forbidden"
+        assert response.json()["detail"]["loc"] == ["body", "dimensions"]
+
+
+def test_a_catalogue_name_answers_to_its_aliases(tmp_path: Path) -> None:
+    name = "nvidia/llama-3.2-nemoretriever-300m-embed-v2"
+    folder = build_checkpoint(
+        tmp_path / "weights", hidden_size=2048, num_hidden_layers=9, intermediate_size=64
+    )
+    with running(Options(model=name, checkpoint=str(folder), device="cpu"), served=None) as here:
+        (model,) = here.client.get("/models").json()["data"]
+        assert (model["id"], model["root"]) == (name, name)
+        for alias in (name, "llama-nemotron-embed-300m-v2", name.upper()):
+            response = here.post(model=f"{alias}-query", input_type=..., dimensions=384)
+            assert response.status_code == 200
+            assert response.json()["model"] == name
+
+
+def test_the_key(options: Options) -> None:
+    body = {"model": NAME, "input": "a", "input_type": "query"}
+    with running(options, api_key="a secret") as here:
+        assert here.client.get("/health/live").status_code == 200
+        for key in (
+            b"",
+            b"Bearer",
+            b"Bearer other",
+            b"Basic a secret",
+            b"Bearer \xff",
+            b"a secret",
+        ):
+            headers = [(b"Authorization", key)]
+            response = here.client.post("/embeddings", json=body, headers=headers)
+            assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert response.json()["title"] == "Unauthorized"
+            for path in ("/metrics", "/models", "/nowhere"):
+                assert here.client.get(path, headers=headers).status_code == 401
+        headers = [(b"Authorization", b"bearer a secret")]
+        assert here.client.post("/embeddings", json=body, headers=headers).status_code == 200
+
+
+async def test_nothing_is_embedded_before_the_model_is_there(options: Options) -> None:
+    app = create_app(options, served_name=NAME)  # without a lifespan it never loads
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://x/v1") as client:
+        assert (await client.get("/health/live")).status_code == 200
+        ready = await client.get("/health/ready")
+        assert (ready.status_code, ready.json()["ready"]) == (503, False)
+        body = {"model": NAME, "input": "a", "input_type": "query"}
+        response = await client.post("/embeddings", json=body)
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "1"
+        assert (await client.get("/metrics")).status_code == 200
+
+
+def run_without(module: str, code: str) -> str:
+    """Return what some code prints where a module is not installed."""
+    code = f"import sys; sys.modules[{module!r}] = None\n{code}"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("module", ["starlette.applications", "prometheus_client"])
+def test_a_missing_extra_names_its_pip_line(module: str) -> None:
+    code = """
+from shared_engine import MissingExtraError
+try:
+    import shared_engine.server.app
+except MissingExtraError as exc:
+    print(exc)
+"""
+    assert "pip install 'nemoretriever-embeddings[server]'" in run_without(module, code)
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+def test_a_large_body_is_refused_while_it_arrives(options: Options, http: str) -> None:
+    pytest.importorskip(http)
+
+    def chunks() -> Iterator[bytes]:
+        yield b'{"model": "nvidia/tiny", "input": "'
+        for _ in range(300):
+            yield b"x" * 1000
+
+    headers = {"Content-Type": "application/json"}
+    with running(options, http=http, limits=Limits(max_body_bytes=100_000)) as here:
+        for _ in range(3):  # with and without Content-Length, on one connection
+            assert here.post(input=["x" * 100_001]).status_code == 413
+            assert here.client.post("/embeddings", content=chunks(), headers=headers).is_error
+            response = here.client.post("/embeddings", content=chunks(), headers=headers)
+            assert response.status_code == 413
+            assert "100000 bytes" in response.json()["error"]
+        assert here.post().status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": NAME, "input": [1] * 200_000},
+        {"model": NAME, "input": "a", "modality": [1] * 200_000},
+        {"model": NAME, "input": "a"} | dict.fromkeys(map(str, range(100_000))),
+    ],
+)
+def test_a_million_violations_cost_no_more_than_one(body: dict[str, Any]) -> None:
+    content = json.dumps(body).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refusal):
+            parsed(content)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * 2**20  # an error for each would be 100 MB
+
+
+def test_too_many_inputs(options: Options) -> None:
+    with running(options, limits=Limits(max_inputs=4)) as here:
+        assert here.post(input=["a"] * 4).status_code == 200
+        response = here.post(input=["a"] * 5)
+        assert response.status_code == 413
+        assert "5 inputs" in response.json()["error"]
+
+
+def test_a_body_that_does_not_arrive(options: Options) -> None:
+    with running(options, limits=Limits(read_seconds=0.2)) as here:
+        address = httpx.URL(here.url)
+        with socket.create_connection((address.host, address.port or 0), timeout=10) as connection:
+            head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_bodies_that_are_still_arriving_are_bounded_together(options: Options) -> None:
+    head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    part = f"{head}Content-Length: 1000\r\n\r\n".encode() + b"x" * 950
+    with running(options, limits=Limits(max_body_bytes=1000)) as here, ExitStack() as stack:
+        address = httpx.URL(here.url)
+
+        def upload() -> socket.socket:
+            made = socket.create_connection((address.host, address.port or 0), timeout=10)
+            stack.enter_context(made)
+            made.sendall(part)
+            return made
+
+        started = [upload() for _ in range(8)]
+        assert upload().recv(1000).startswith(b"HTTP/1.1 429")
+        for connection in started:
+            connection.sendall(b"x" * 50)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 400")
+        assert here.post(input="a").status_code == 200
+
+
+def test_a_nim_is_not_served(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match="base_url is given"):
+        create_app(Options(base_url="http://127.0.0.1:9"))
+    monkeypatch.setenv("NVIDIA_BASE_URL", "http://127.0.0.1:9")
+    with pytest.raises(ConfigurationError, match="NVIDIA_BASE_URL"):
+        create_app(options)
+
+
+def test_a_full_queue_says_try_again_later(options: Options) -> None:
+    with running(options, limits=Limits(max_waiting=5)) as here, ThreadPoolExecutor() as pool:
+        first = pool.submit(here.post, input=SLOW)  # more than the queue holds, but alone
+        wait_for(lambda: here.metric("nemoretriever_queue_inputs") == len(SLOW))
+        response = here.post()
+        assert response.status_code == 429
+        assert 1 <= int(response.headers["retry-after"]) <= 30
+        assert response.json()["status"] == 429
+        assert first.result().status_code == 200
+        assert here.metric("nemoretriever_queue_inputs") == 0
+        assert here.post().status_code == 200
+        assert here.metric('nemoretriever_errors_total{kind="too_busy"}') == 1
+
+
+def test_a_client_that_hangs_up_cancels_its_work(options: Options) -> None:
+    with running(options) as here:
+        before = here.metric("nemoretriever_step_tokens_total")
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{here.url}/embeddings",
+                json={"model": NAME, "input": SLOW * 10, "input_type": "passage"},
+                timeout=httpx.Timeout(10, read=0.5),
+            )
+        wait_for(lambda: here.metric("nemoretriever_queue_inputs") == 0, seconds=5)
+        assert here.metric('nemoretriever_errors_total{kind="disconnected"}') == 1
+        computed = here.metric("nemoretriever_step_tokens_total") - before
+        tokens = here.post(input=SLOW[:1]).json()["usage"]["total_tokens"]
+        assert computed < tokens * len(SLOW) * 10 / 2
+
+
+def test_stopping_finishes_what_was_accepted(options: Options) -> None:
+    with running(options) as here, ThreadPoolExecutor() as pool:
+        expected = here.expected(SLOW[:1])
+        answers = [pool.submit(here.post, input=SLOW) for _ in range(3)]
+        wait_for(lambda: here.metric("nemoretriever_queue_inputs") == 3 * len(SLOW))
+        here.server.should_exit = True
+        for answer in answers:
+            got = vectors(answer.result())
+            np.testing.assert_allclose(got, np.repeat(expected, len(SLOW), 0), atol=1e-6, rtol=0)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{here.url}/health/live")
+
+
+# --- many at once --------------------------------------------------------------------------------
+
+
+def test_concurrent_requests_share_steps_and_keep_their_rows(served: Running) -> None:
+    texts = [f"text number {n} " * (1 + n % 7) for n in range(300)]
+    expected = served.expected(texts)
+    before = served.metric("nemoretriever_steps_total")
+
+    async def ask(client: httpx.AsyncClient, n: int) -> None:
+        body = {"model": NAME, "input": [texts[n]], "input_type": "passage"}
+        got = vectors(await client.post("/embeddings", json=body))
+        np.testing.assert_allclose(got[0], expected[n], atol=1e-6, rtol=0)
+
+    async def ask_all() -> None:
+        async with httpx.AsyncClient(base_url=served.url, timeout=30) as client:
+            await asyncio.gather(*(ask(client, n) for n in range(len(texts))))
+
+    asyncio.run(ask_all())
+    assert served.metric("nemoretriever_steps_total") - before < len(texts) / 2
+
+
+def test_probes_are_answered_during_large_requests(served: Running) -> None:
+    waits = []
+    with ThreadPoolExecutor() as pool:
+        large = pool.submit(served.post, input=["a b c"] * 8000)
+        while not large.done():
+            started = time.perf_counter()
+            assert served.client.get("/health/live").status_code == 200
+            waits.append(time.perf_counter() - started)
+    assert large.result().status_code == 200
+    assert np.median(waits) < 0.1
+    assert max(waits) < 1
+
+
+def test_metrics_count(options: Options) -> None:
+    with running(options) as here:
+        tokens = here.post().json()["usage"]["total_tokens"]
+        here.post(input_type="query", input=["a"])
+        here.post(input=[])
+        text = here.client.get("/metrics")
+        assert text.headers["content-type"].startswith("text/plain")
+        assert here.metric('nemoretriever_requests_total{status="200"}') == 2
+        assert here.metric('nemoretriever_requests_total{status="400"}') == 1
+        assert here.metric('nemoretriever_errors_total{kind="invalid_request"}') == 1
+        assert here.metric('nemoretriever_inputs_total{input_type="passage"}') == len(TEXTS)
+        assert here.metric('nemoretriever_tokens_total{input_type="passage"}') == tokens
+        assert here.metric('nemoretriever_request_seconds_count{input_type="query"}') == 1
+        assert here.metric("nemoretriever_queue_inputs") == 0
+        steps = here.metric("nemoretriever_steps_total")
+        assert steps >= 3  # two requests and the first one, of the server itself
+        fill = here.metric("nemoretriever_step_tokens_total") / steps
+        fill /= here.metric("nemoretriever_step_tokens_max")
+        assert here.metric("nemoretriever_batch_fill_ratio") == pytest.approx(fill)
+
+
+# --- other people's clients ----------------------------------------------------------------------
+
+
+def test_openai_client(served: Running) -> None:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=served.url, api_key="any", max_retries=0) as client:
+        create = client.embeddings.create
+        got = create(model=NAME + "-passage", input=TEXTS)  # it asks for base64 by itself
+        expected = served.expected()
+        np.testing.assert_allclose([x.embedding for x in got.data], expected, atol=1e-6, rtol=0)
+        assert got.usage.prompt_tokens > len(TEXTS)
+        one = create(
+            model=NAME, input=TEXTS[0], encoding_format="float", extra_body={"input_type": "query"}
+        )
+        assert one.data[0].embedding == pytest.approx(
+            served.expected(TEXTS[:1], "query")[0].tolist(), abs=1e-6
+        )
+        assert len(create(model=NAME + "-query", input="a", dimensions=32).data[0].embedding) == 32
+        with pytest.raises(openai.BadRequestError):
+            create(model=NAME + "-query", input="a", dimensions=33)
+        with pytest.raises(openai.BadRequestError) as raised:
+            create(model=NAME + "-query", input=LONG)
+        assert "Input length" in str(raised.value.body)  # a NIM's words too: it does not show them
+        create(model=NAME + "-query", input=LONG, extra_body={"truncate": "END"})
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            create(model="another", input="a")
+        assert [model.id for model in client.models.list()] == [NAME]
+
+
+def test_langchain_nvidia(served: Running) -> None:
+    module = pytest.importorskip("langchain_nvidia_ai_endpoints")
+    model = module.NVIDIAEmbeddings(base_url=served.url, model=NAME)
+    np.testing.assert_allclose(model.embed_documents(TEXTS), served.expected(), atol=1e-6, rtol=0)
+    query = served.expected(TEXTS[:1], "query")[0]
+    np.testing.assert_allclose(model.embed_query(TEXTS[0]), query, atol=1e-6, rtol=0)
+    got = asyncio.run(model.aembed_documents(TEXTS))
+    np.testing.assert_allclose(got, served.expected(), atol=1e-6, rtol=0)
+    with pytest.raises(Exception, match="exceeds maximum allowed token size"):
+        model.embed_documents([LONG])
+    cut = module.NVIDIAEmbeddings(base_url=served.url, model=NAME, dimensions=16, truncate="END")
+    expected = served.expected([LONG], dimensions=16, truncate="END")
+    np.testing.assert_allclose(cut.embed_documents([LONG]), expected, atol=1e-6, rtol=0)
+    found = module.NVIDIAEmbeddings.get_available_models(base_url=served.url, model=NAME)
+    assert [model.id for model in found] == [NAME]
+
+
+async def test_llama_index_nvidia(served: Running) -> None:
+    pytest.importorskip("llama_index.embeddings.nvidia")
+    from llama_index.embeddings.nvidia import NVIDIAEmbedding
+
+    async with httpx.AsyncClient() as client:  # its own is never closed
+        common = {"base_url": served.url, "model": NAME, "api_key": "any", "max_retries": 0}
+        model = NVIDIAEmbedding(**common, async_http_client=client)
+        got = model.get_text_embedding_batch(TEXTS)
+        np.testing.assert_allclose(got, served.expected(), atol=1e-6, rtol=0)
+        got = await model.aget_text_embedding_batch(TEXTS)
+        np.testing.assert_allclose(got, served.expected(), atol=1e-6, rtol=0)
+        query = served.expected(TEXTS[:1], "query")[0]
+        got = await model.aget_query_embedding(TEXTS[0])
+        np.testing.assert_allclose(got, query, atol=1e-6, rtol=0)
+        with pytest.raises(Exception, match="Error code: 400"):
+            model.get_text_embedding(LONG)
+        cut = NVIDIAEmbedding(**common, dimensions=16, truncate="END", async_http_client=client)
+        expected = served.expected([LONG], dimensions=16, truncate="END")[0]
+        np.testing.assert_allclose(cut.get_text_embedding(LONG), expected, atol=1e-6, rtol=0)
+
+
+# --- our own client ------------------------------------------------------------------------------
+
+
+def test_our_own_client(served: Running) -> None:
+    remote = Options(model=NAME, base_url=served.url)
+    with Embedder(remote) as there:
+        for role in ("query", "document"):
+            np.testing.assert_allclose(
+                there.embed(TEXTS, role), served.expected(role=role), atol=1e-6, rtol=0
+            )
+            got = asyncio.run(there.aembed(TEXTS, role))
+            np.testing.assert_allclose(got, served.expected(role=role), atol=1e-6, rtol=0)
+        assert there.usage == 2 * sum(
+            served.post(input_type=side).json()["usage"]["total_tokens"]
+            for side in ("query", "passage")
+        )
+
+
+def test_check_tells_whether_two_places_are_interchangeable(
+    served: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = ["check", "--model", served.options.model, "--base-url", served.url]
+    assert main([*same, "--dtype", "float32"]) == 0
+    said = capsys.readouterr().out
+    assert "\nhere: " in said
+    assert "\nthere: " in said
+    assert "\ninterchangeable" in said
+    other = build_checkpoint(tmp_path / "other", SHAPES["sentence-transformers"], seed=1)
+    assert main(["check", "--model", str(other), "--base-url", served.url]) == 1
+    assert "\nnot interchangeable" in capsys.readouterr().out
+    assert main(["check", "--base-url", served.url]) == 0
+    assert "\nhere: " not in capsys.readouterr().out
+    assert main(["check", "--model", served.options.model]) == 0
+    assert "\nthere: " not in capsys.readouterr().out
+    assert main(["check", "--base-url", "http://127.0.0.1:9"]) == 1
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_serve_runs_until_a_signal_and_finishes(checkpoint: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "shared_engine.cli", "serve", "--model", str(checkpoint)]
+    command += ["--port", str(port), "--api-key-env", "A_KEY", "--served-name", NAME]
+    environment = os.environ | {"A_KEY": "k"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        url = f"http://127.0.0.1:{port}/v1"
+        with httpx.Client(base_url=url, headers={"Authorization": "Bearer k"}) as client:
+
+            def ready() -> bool:
+                try:
+                    return client.get("/health/ready").status_code == 200
+                except httpx.ConnectError:
+                    return False
+
+            wait_for(ready, seconds=60)
+            body = {"model": NAME, "input": SLOW, "input_type": "passage"}
+            with ThreadPoolExecutor() as pool:
+                answer = pool.submit(client.post, "/embeddings", json=body, timeout=30)
+                wait_for(lambda: f"queue_inputs {len(SLOW)}.0" in client.get("/metrics").text)
+                process.send_signal(signal.SIGTERM)
+                assert len(answer.result().json()["data"]) == len(SLOW)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert "Traceback" not in said
+
+
+def test_serve_stops_where_the_model_cannot_load(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model", "/nowhere", "--port", "0"]) == 1
+    assert "/nowhere" in capfd.readouterr().err
+    assert main(["serve", "--max-tokens", "0", "--port", "0"]) == 2
+    assert main(["serve", "--api-key-env", "NOT_SET_ANYWHERE"]) == 2
+
+
+# --- anything at all -----------------------------------------------------------------------------
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+_valid: dict[str, st.SearchStrategy[Any]] = {
+    "model": st.just(NAME),
+    "input": st.text(max_size=50) | st.lists(st.text(max_size=50), min_size=1, max_size=5),
+    "input_type": st.sampled_from(["query", "passage"]),
+}
+_optional: dict[str, st.SearchStrategy[Any]] = {
+    "modality": st.sampled_from(["text", ["text"]]),
+    "encoding_format": st.sampled_from(["float", "base64"]),
+    "embedding_type": st.sampled_from(["float", "int8", "uint8", "binary", "ubinary"]),
+    "dimensions": st.sampled_from([16, 32, 64]),
+    "truncate": st.sampled_from(["NONE", "START", "END"]),
+    "user": st.text(max_size=10),
+}
+_anything = {name: strategy | _json for name, strategy in (_valid | _optional).items()}
+_fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@_fuzz
+@given(st.fixed_dictionaries(_valid, optional=_optional))
+def test_every_valid_request_is_answered(served: Running, fields: dict[str, Any]) -> None:
+    body = json.dumps(fields).encode()
+    if b"\\ud" in body:  # a lone surrogate is not JSON that anybody can read
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return
+    headers = {"Content-Type": "application/json"}
+    response = served.client.post("/embeddings", content=body, headers=headers)
+    assert response.status_code == 200, response.text
+    asked = fields["input"]
+    assert len(response.json()["data"]) == (1 if isinstance(asked, str) else len(asked))
+
+
+@_fuzz
+@given(st.fixed_dictionaries({}, optional=_anything) | st.dictionaries(st.text(), _json) | _json)
+def test_nothing_breaks_it(served: Running, body: Any) -> None:
+    content = json.dumps(body).encode()
+    response = served.client.post(
+        "/embeddings", content=content, headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code in (200, 400, 404), response.text
+    assert isinstance(response.json(), dict)
+
+
+@_fuzz
+@given(
+    st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"]),
+    st.sampled_from(["/embeddings", "/models", "/metrics", "/health/ready", "/x", "/%00", "//"]),
+    st.binary(max_size=200),
+    st.sampled_from(["application/json", "application/json; charset=utf-7", "text/plain", ""]),
+)
+def test_no_bytes_break_it(
+    served: Running, method: str, path: str, content: bytes, kind: str
+) -> None:
+    headers = {"Content-Type": kind}
+    response = served.client.request(method, path, content=content, headers=headers)
+    assert response.status_code < 500
+
+
+@pytest.mark.parametrize("adapter", [NeMoRetrieverEmbeddings, NeMoRetrieverEmbedding])
+async def test_both_frameworks_get_the_same_vectors_here_and_there(
+    served: Running, checkpoint: Path, adapter: type[Any]
+) -> None:
+    here = adapter(model=str(checkpoint), device="cpu", dtype="float32")
+    there = adapter(model=NAME, base_url=served.url)
+    calls = (
+        ("embed_documents", "embed_query")
+        if adapter is NeMoRetrieverEmbeddings
+        else ("get_text_embedding_batch", "get_query_embedding")
+    )
+    for name, argument in zip(calls, (TEXTS, TEXTS[0]), strict=True):
+        expected = np.array(getattr(here, name)(argument))
+        sync = await asyncio.to_thread(getattr(there, name), argument)
+        assert np.abs(np.array(sync) - expected).max() <= 1e-5
+        twin = await getattr(there, f"a{name}")(argument)
+        assert np.abs(np.array(twin) - expected).max() <= 1e-5
