@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from shared_engine.adapter import Adapter
@@ -24,10 +23,19 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
 
     An image is a path, a file:// or data: URL, base64, bytes, a binary file or a Pillow image.
     `embedder.embed(...)` gives float32 arrays where lists are too slow.
+
+    Every method raises, synchronous or not:
+        InputError: an input is of the wrong type or modality (`index` says which), and nothing was
+            computed; or the only input is too long, or its image cannot be used.
+        PartialResultError: some of several inputs failed: `errors` by index, and the `vectors` of
+            the others.
+        RemoteError: a NIM refused or failed at all of them.
+        ConfigurationError: the options cannot work; at first use.
+        EngineClosedError: `embedder.close()` was called.
     """
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Return one vector a text, in order.
+        """Return one vector per text, in order.
 
         A text that is a data URL of an image from its first character to its last is taken for that
         image, as in NVIDIA's sample, where the model takes images.
@@ -39,7 +47,7 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
         return self.embedder.embed_lists([text], "query")[0]
 
     def embed_image(self, uris: Sequence[Any]) -> list[list[float]]:
-        """Return one vector an image, in order; the vector stores call it so."""
+        """Return one vector per image, in order; the vector stores call it so."""
         return self.embedder.embed_lists(of_images(uris), "document")
 
     def embed_text_image(self, texts: Sequence[str], images: Sequence[Any]) -> list[list[float]]:
@@ -52,8 +60,7 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """Do as `embed_documents` does."""
-        documents = await asyncio.to_thread(self._documents, texts)
-        return await self.embedder.aembed_lists(documents, "document")
+        return await self.embedder.aembed_lists(self._documents(texts), "document")
 
     async def aembed_query(self, text: str) -> list[float]:
         """Return the vector of a query."""
@@ -73,10 +80,10 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
         """Do as `embed_mixed` does."""
         return await self.embedder.aembed_lists(documents, "document")
 
-    def _documents(self, texts: Iterable[str]) -> list[str | Document]:
-        documents: list[str | Document] = list(several(texts))
-        pictured = [row for row, text in enumerate(documents) if is_data_url(text)]
-        if pictured and "image" in self.embedder.modalities:
-            for row in pictured:
-                documents[row] = Document(image=documents[row])
-        return documents
+    def _documents(self, texts: Iterable[str]) -> Iterator[str | Document]:
+        """Give texts and, for data URLs, images; run by the engine where it may take its time."""
+        for text in several(texts):
+            if is_data_url(text) and "image" in self.embedder.modalities:
+                yield Document(image=text)
+            else:
+                yield text

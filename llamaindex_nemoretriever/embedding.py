@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -13,6 +12,7 @@ from shared_engine import images
 from shared_engine.adapter import Adapter
 from shared_engine.documents import Document, of_images
 from shared_engine.errors import MissingExtraError
+from shared_engine.off_loop import run_off_loop
 
 try:
     from llama_index.core.base.embeddings.base import Embedding
@@ -44,6 +44,15 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
     `model_name` is `model`. `embedder.embed(...)` gives float32 arrays where lists are too slow.
     With `embeddings_cache`, texts are cached and queries are not: LlamaIndex keys its cache on the
     bare text, so a query would get the vector of a document with the same words.
+
+    Every method raises, synchronous or not:
+        InputError: an input is of the wrong type or modality (`index` says which), and nothing was
+            computed; or the only input is too long, or its image cannot be used.
+        PartialResultError: some of several inputs failed: `errors` by index, and the `vectors` of
+            the others.
+        RemoteError: a NIM refused or failed at all of them.
+        ConfigurationError: the options cannot work; at first use.
+        EngineClosedError: `embedder.close()` was called.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
@@ -87,7 +96,6 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
     def _uncached(self) -> NeMoRetrieverEmbedding:
         if self.embeddings_cache is None:
             return self
-        _ = self.embedder  # made here, so that the copy shares it
         return self.model_copy(update={"embeddings_cache": None})
 
     def _get_query_embedding(self, query: str) -> Embedding:
@@ -119,13 +127,13 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
     def get_image_embedding_batch(
         self, img_file_paths: list[ImageType], show_progress: bool = False
     ) -> list[Embedding]:
-        """Return one vector an image, in order."""
+        """Return one vector per image, in order."""
         return self._embed(_images(img_file_paths, show_progress))
 
     async def aget_image_embedding_batch(
         self, img_file_paths: list[ImageType], show_progress: bool = False
     ) -> list[Embedding]:
-        """Return one vector an image, in order."""
+        """Return one vector per image, in order."""
         return await self._aembed(_images(img_file_paths, show_progress))
 
     # The base class, whose callbacks would hold the images, asks for these two.
@@ -145,7 +153,7 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Do as calling it does."""
-        documents = await asyncio.to_thread(self._documents, nodes)
+        documents = await run_off_loop(self._documents, nodes)
         if not documents:
             return await super().acall(nodes, **kwargs)
         return _with_vectors(nodes, await self._aembed(documents))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 from pydantic import PrivateAttr
 
 from shared_engine.embedder import Embedder
@@ -11,7 +14,19 @@ from shared_engine.options import Options
 class Adapter(Options):  # noqa: PLW1641 - unhashable, as every pydantic model
     """Base of the framework classes; pickles, copies and dumps as its options."""
 
-    _embedder: Embedder | None = PrivateAttr(default=None)
+    _embedder: Embedder = PrivateAttr()
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Make the embedder, which loads nothing before it is used."""
+        super().model_post_init(context)
+        self._embedder = Embedder(self.replace())
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy as pydantic does; a copy with other options has an embedder of its own."""
+        copy = super().model_copy(update=update, deep=deep)
+        if update and update.keys() & Options.model_fields.keys():
+            copy._embedder = Embedder(copy.replace())
+        return copy
 
     def __eq__(self, other: object) -> bool:
         """Compare the options: whether one of them was used already makes no difference."""
@@ -19,8 +34,5 @@ class Adapter(Options):  # noqa: PLW1641 - unhashable, as every pydantic model
 
     @property
     def embedder(self) -> Embedder:
-        """The engine's door, for float32 arrays instead of lists: `embedder.embed(...)`."""
-        options = Options(**{name: getattr(self, name) for name in Options.model_fields})
-        if self._embedder is None or self._embedder.options != options:  # after model_copy(update=)
-            self._embedder = Embedder(options)
+        """The engine itself, for float32 arrays instead of lists: `embedder.embed(...)`."""
         return self._embedder

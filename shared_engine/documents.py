@@ -124,7 +124,7 @@ def check(item: object, role: Role, modalities: frozenset[Modality]) -> Document
         image = _accept(document.image, role)
         document = replace(document, text=None if blank else text, image=image)
     elif text is None:
-        raise InputTypeError(f"has neither text nor image")
+        raise InputTypeError("has neither text nor image")
     if text is not None and not isinstance(text, str):
         raise InputTypeError(f"has a text of type {type(text).__name__}; expected a str")
     if text is not None and not text.isascii():

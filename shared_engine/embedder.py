@@ -1,10 +1,12 @@
 """The way of a document to its vector. Read this first.
 
     embed(documents, role)
-      checked ...... documents.py   every input is one the model takes, or an error with its index
-      submit ....... local.py       tokenise ──► scheduler.py: steps ──► encoder.py: mean vectors
-               or .. nim.py         batches ──► requests ──► replies that were checked
-      finish ....... vectors.py     cut to `dimensions`, unit length, number type
+      registry.py, routing.py ...... one engine for equal options: in this process, or at a NIM
+      pipeline.py
+        check ...... documents.py    every input is one the model takes, or an error with its index
+        submit ..... local/          tokenise ──► scheduler: steps ──► llama: mean vectors
+                 or  nim/            batches ──► requests ──► replies that were checked
+        finish ..... vectors.py      cut to `dimensions`, unit length, number type
 
 The adapters for LangChain and LlamaIndex name a role, call this, and return lists.
 """
@@ -12,34 +14,25 @@ The adapters for LangChain and LlamaIndex name a role, call this, and return lis
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Callable, Iterable
-from concurrent.futures import CancelledError, Future
-from contextvars import copy_context
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterable, Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from shared_engine import vectors
-from shared_engine.backend import Backend, Flow, Request
-from shared_engine.documents import Document, Modality, Role, checked, several
-from shared_engine.errors import (
-    EngineClosedError,
-    NonFiniteVectorError,
-    PartialResultError,
-    UnsupportedDimensionsError,
-    combine_errors,
-)
+from shared_engine.backend import Backend
+from shared_engine.documents import Document, Modality, Role, several
+from shared_engine.errors import ConfigurationError
+from shared_engine.off_loop import run_off_loop, wait_until_done
 from shared_engine.options import Options
+from shared_engine.pipeline import SMALL, Documents, Pipeline
 from shared_engine.registry import Lease
 from shared_engine.stream import AsyncStream, Stream
-from shared_engine.usage import TokenCount, counting
-from shared_engine.wire import split_role_suffix
+from shared_engine.usage import TokenCount
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Documents = Iterable[str | Document]
+_T = TypeVar("_T")
 
 
 class Embedder:
@@ -50,65 +43,68 @@ class Embedder:
     """
 
     def __init__(self, options: Options | None = None) -> None:
-        self.options = options or Options()
-        self._lease: Lease | None = None
-        self._closed = False
-        self._width: int | None = None
+        self._begin(options or Options(), None)
+
+    def _begin(self, options: Options, lease: Lease | None) -> None:
+        self.options = options
+        self._lease = lease or Lease(options)
+        self._owns_lease = lease is None
         self._used = TokenCount()
+        self._pipeline = Pipeline(self._lease, options, self._used)
 
     def embed(self, documents: Documents, role: Role = "document") -> NDArray[Any]:
-        """Return one vector a document: (n, dimensions) float32 of unit length, in order.
+        """Return one vector per document: (n, dimensions) float32 of unit length, in order.
 
         With `embedding_type` "int8" or "uint8" the values are of that type; "binary" (int8) and
         "ubinary" (uint8) pack eight to a byte. An empty text is embedded as its prefix alone.
 
         Raises:
-            InputError: an input is of the wrong type or modality, or too long (`index` says
-                which). Nothing was computed.
-            PartialResultError: some inputs failed later; the vectors of the others are on it.
+            InputError: an input is of the wrong type or modality (`index` says which), and nothing
+                was computed; or the only input is too long, or its image cannot be decoded.
+            PartialResultError: some of several inputs failed; the vectors of the others are on it,
+                and what went wrong by index: InputTooLongError, ImageError and the like.
             RemoteError: a NIM refused or failed at all of them, for one reason.
             ConfigurationError: the options cannot work; raised at first use.
             EngineClosedError: `close` was called.
         """
-        future = self._submit(documents, role)
+        future = self._pipeline.submit(documents, role)
         try:
-            return self._finish(future.result())
-        except CancelledError:
-            raise EngineClosedError("the engine was closed before this work was done") from None
-        except PartialResultError as exc:
-            raise self._finish_partial(exc) from None
+            return self._pipeline.finish(future)
         finally:
             future.cancel()  # where we leave early, what has not started is dropped
 
     async def aembed(self, documents: Documents, role: Role = "document") -> NDArray[Any]:
         """Do as `embed` does without blocking the event loop; cancelling drops what waits."""
-        loop = asyncio.get_running_loop()
-        submitting = loop.run_in_executor(None, copy_context().run, self._submit, documents, role)
-        try:
-            future = await asyncio.shield(submitting)
-        except asyncio.CancelledError:
-            submitting.add_done_callback(_drop)
-            raise
-        waiting = asyncio.wrap_future(future)
-        try:
-            return await loop.run_in_executor(None, self._finish, await waiting)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise EngineClosedError("the engine was closed before this work was done") from None
-        except PartialResultError as exc:
-            raise self._finish_partial(exc) from None
+        return await self._afinish(documents, role, self._pipeline.finish)
 
     def embed_lists(self, documents: Documents, role: Role = "document") -> list[list[float]]:
         """Return what `embed` does as plain lists, which the frameworks want."""
-        return _lists(self.embed(documents, role))
+        return _to_lists(self.embed(documents, role))
 
     async def aembed_lists(
         self, documents: Documents, role: Role = "document"
     ) -> list[list[float]]:
         """Do as `embed_lists` does without blocking the event loop."""
-        return await asyncio.to_thread(_lists, await self.aembed(documents, role))
+        return await self._afinish(
+            documents, role, lambda future: _to_lists(self._pipeline.finish(future))
+        )
+
+    async def _afinish(
+        self,
+        documents: Documents,
+        role: Role,
+        finish: Callable[[Future[NDArray[np.float32]]], _T],
+    ) -> _T:
+        submitting = run_off_loop(self._pipeline.submit, documents, role)
+        try:
+            future = await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_cancel_submitted)
+            raise
+        await wait_until_done(future)
+        if future.cancelled() or future.exception() or future.result().size <= SMALL:
+            return finish(future)
+        return await run_off_loop(finish, future)
 
     def stream(
         self, documents: Documents, role: Role = "document", batch_size: int = 1024
@@ -135,7 +131,7 @@ class Embedder:
             Exception: what the source raised, after the vectors of all that it gave before.
             ConfigurationError, EngineClosedError: as with `embed`.
         """
-        return Stream(self, several(documents), role, batch_size)
+        return Stream(self._pipeline, several(documents), role, batch_size)
 
     def astream(
         self,
@@ -147,20 +143,12 @@ class Embedder:
 
         What is no async iterable is read in a thread.
         """
-        return AsyncStream(self, several(documents), role, batch_size)
+        return AsyncStream(self._pipeline, several(documents), role, batch_size)
 
     @property
     def dimensions(self) -> int:
         """Length of a vector. Loads the model, or asks a NIM for one vector."""
-        if self.options.dimensions is not None:
-            return self.options.dimensions
-        if offered := self._backend.dimensions:
-            return offered[-1]
-        if self._width is None:
-            _, role = split_role_suffix(self.options.model)
-            probe = Request([Document("?")], role or "query")
-            self._width = self._backend.submit(probe).result().shape[1]
-        return self._width
+        return self._pipeline.find_width()
 
     @property
     def modalities(self) -> frozenset[Modality]:
@@ -198,16 +186,32 @@ class Embedder:
         """
         self._backend.wait_until_ready(timeout)
 
+    def with_options(self, **changes: Any) -> Embedder:
+        """Return an embedder on the same engine with other `dimensions`, `truncate` and the like.
+
+        It counts its own `usage`, and works until the one that it came from is closed.
+
+        Raises:
+            ConfigurationError: an option that needs an engine of its own.
+            pydantic.ValidationError: no such option, or not a value for it.
+        """
+        if fixed := changes.keys() & {*Options.names_of("routing", "engine", "local", "nim")}:
+            raise ConfigurationError(
+                f"{', '.join(sorted(fixed))} would need an engine of its own: make a new Embedder; "
+                f"expected some of {', '.join(Options.names_of('request'))}"
+            )
+        sibling = Embedder.__new__(type(self))
+        sibling._begin(self.options.replace(**changes), self._lease)
+        return sibling
+
     def close(self, cancel: bool = False) -> None:
         """Let go of the model; further calls raise EngineClosedError.
 
         The last embedder of a model finishes what was accepted, or cancels what has not started,
         and frees the device.
         """
-        self._closed = True
-        lease, self._lease = self._lease, None
-        if lease is not None and not lease.foreign:
-            lease.close(cancel)
+        if self._owns_lease:
+            self._lease.close(cancel)
 
     def __enter__(self) -> Embedder:
         return self
@@ -223,79 +227,14 @@ class Embedder:
 
     @property
     def _backend(self) -> Backend:
-        if self._closed:
-            raise EngineClosedError("this Embedder was closed; make a new one")
-        if self._lease is None or self._lease.foreign:
-            self._lease = Lease(self.options)
-            self._used = TokenCount()  # after a fork, the parent's lock may be held for ever
         return self._lease.backend
 
-    def _submit(
-        self,
-        documents: Documents,
-        role: Role,
-        flow: Flow | None = None,
-        on_progress: Callable[[int], object] | None = None,
-    ) -> Future[NDArray[np.float32]]:
-        backend = self._backend
-        wanted = self.options.dimensions
-        offered = backend.dimensions
-        if wanted is not None and offered and wanted not in offered:
-            raise UnsupportedDimensionsError(
-                f"dimensions={wanted}, but {self.options.model} offers "
-                f"{', '.join(map(str, offered))}. For a folder or Hugging Face id, give "
-                "the catalogue's name as `model` and the folder as `checkpoint`"
-            )
-        valid = checked(documents, role, backend.modalities)
-        count = partial(_add, (self._used, *counting()))
-        request = Request(valid, role, wanted, self.options.truncate, on_progress, count, flow)
-        if on_progress or not self.options.show_progress:
-            return backend.submit(request)
-        from tqdm.auto import tqdm
 
-        bar = tqdm(total=len(valid), unit="doc")
-
-        def advance(count: int) -> None:
-            bar.update(count)
-            if bar.n >= len(valid):  # before the caller has the result, so that no line comes late
-                bar.close()
-
-        try:
-            future = backend.submit(replace(request, on_progress=advance))
-        except BaseException:
-            bar.close()
-            raise
-        future.add_done_callback(lambda _: bar.close())
-        return future
-
-    def _finish(self, pooled: NDArray[np.float32]) -> NDArray[Any]:
-        import numpy as np
-
-        out = vectors.unit(pooled)
-        bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
-        if bad.size:
-            out[bad] = np.nan
-            error = NonFiniteVectorError(
-                'gave a vector with NaN or infinity; try dtype="bfloat16" or "float32"'
-            )
-            raise combine_errors(out, dict.fromkeys(bad.tolist(), error))
-        return vectors.quantize(out, self.options.embedding_type)
-
-    def _finish_partial(self, error: PartialResultError) -> PartialResultError:
-        error.vectors = vectors.unit(error.vectors)
-        return error
-
-
-def _add(counts: tuple[TokenCount, ...], tokens: int) -> None:
-    for count in counts:
-        count.add(tokens)
-
-
-def _lists(array: NDArray[Any]) -> list[list[float]]:
+def _to_lists(array: NDArray[Any]) -> list[list[float]]:
     # Row by row, so that the interpreter can switch to another thread in between.
     return [row.tolist() for row in array]
 
 
-def _drop(submitting: asyncio.Future[Future[Any]]) -> None:
+def _cancel_submitted(submitting: asyncio.Future[Future[Any]]) -> None:
     if not submitting.cancelled() and submitting.exception() is None:
         submitting.result().cancel()

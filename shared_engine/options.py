@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +15,30 @@ from shared_engine.vectors import EmbeddingType
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Truncate = Literal["NONE", "START", "END"]
 
-_option = partial(Field, frozen=True)  # an engine in use does not change; copy with model_copy()
-_secret = partial(_option, repr=False, exclude=True)
+Scope = Literal["routing", "engine", "local", "nim", "request"]
+"""Whom an option concerns: the choice between here and a NIM; whatever engine was chosen; an engine
+here; a NIM's client; or each request alone, so that engines are shared whatever its value."""
+
 _NOT_PICKLED = SecretStr("")
 """Stands for a key in a pickle: one was given, and NVIDIA_API_KEY has it in the new process."""
+
+
+def _option(scope: Scope, **field: Any) -> Any:
+    # An engine in use does not change, so options are frozen; copy with model_copy().
+    return Field(frozen=True, json_schema_extra={"scope": scope}, **field)
+
+
+def _secret(scope: Scope, **field: Any) -> Any:
+    return _option(scope, repr=False, exclude=True, **field)
 
 
 class Options(BaseModel):
     """Which model, where it runs, and what its vectors look like. Unknown options are refused.
 
-    With `base_url`, or NVIDIA_BASE_URL in the environment, a NIM at that address computes; with
-    `api_key` alone, NVIDIA's hosted catalogue does; otherwise this process. `nvidia_api_key` and
-    `nvidia_base_url` are other names of the two, and win over them.
+    With `base_url`, a NIM at that address computes; with `api_key` alone, NVIDIA's hosted catalogue
+    does; otherwise this process. `backend` says it outright. NVIDIA_BASE_URL in the environment is
+    the address where nothing given says otherwise, such as a `device` or a folder as `model`.
+    `nvidia_api_key` and `nvidia_base_url` are other names of the two, and win over them.
 
     A pickle holds everything but the key: the process that loads it reads NVIDIA_API_KEY. The key
     is in no repr and no dump, nor are headers and proxy; copies keep them, and pickles keep those
@@ -37,40 +48,52 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
     model: str = _option(
+        "engine",
         default=DEFAULT_MODEL,
         min_length=1,
         description="Name or alias of a model in the catalogue, a Hugging Face id, or a folder.",
     )
     checkpoint: str | None = _option(
+        "local",
         default=None,
         description="Folder or Hugging Face id of the weights, where `model` is only their name.",
     )
     revision: str | None = _option(
-        default=None, description="Branch, tag or commit of a Hugging Face id."
+        "local", default=None, description="Branch, tag or commit of a Hugging Face id."
     )
     device: str = _option(
+        "local",
         default="auto",
         description='"cpu", "cuda", "cuda:1"; auto is a CUDA GPU if there is one, else the CPU. '
         'With "cuda:0,cuda:1" both take steps from one queue.',
     )
     dtype: DType = _option(
+        "local",
         default="auto",
         description="Number type of the weights; auto is bfloat16 where the device multiplies it.",
     )
     dimensions: int | None = _option(
-        default=None, gt=0, description="Length of a vector; None is the model's full size."
+        "request",
+        default=None,
+        gt=0,
+        description="Length of a vector; None is the model's full size.",
     )
     embedding_type: EmbeddingType = _option(
-        default="float", description="Number type of a vector's values."
+        "request", default="float", description="Number type of a vector's values."
     )
     truncate: Truncate = _option(
+        "request",
         default="NONE",
         description="A text over the limit is refused (NONE), or loses its START or END.",
     )
     max_tokens: int | None = _option(
-        default=None, gt=0, description="A limit below the model's own, prefix and BOS included."
+        "local",
+        default=None,
+        gt=0,
+        description="A limit below the model's own, prefix and BOS included.",
     )
     max_tiles: int | None = _option(
+        "local",
         default=None,
         gt=0,
         le=12,
@@ -78,56 +101,83 @@ class Options(BaseModel):
         "None is what the checkpoint says. More show more detail and take longer.",
     )
     image_urls: bool = _option(
+        "engine",
         default=False,
         description="Fetch images from http and https addresses on the public internet.",
     )
     tokens_per_step: int | None = _option(
+        "local",
         default=None,
         gt=0,
         description="The most tokens in one forward pass; None suits the device.",
     )
-    show_progress: bool = _option(default=False, description="Show a progress bar.")
+    show_progress: bool = _option("request", default=False, description="Show a progress bar.")
 
+    backend: Literal["auto", "local", "nim"] = _option(
+        "routing",
+        default="auto",
+        description="Where to compute: in this process (local) or at a NIM; auto decides by what "
+        "else is given.",
+    )
     base_url: str | None = _option(
-        default=None, description="Address of a NIM, its root or /v1: http://localhost:8000/v1."
+        "routing",
+        default=None,
+        description="Address of a NIM, its root or /v1: http://localhost:8000/v1.",
     )
     api_key: SecretStr | None = _secret(
-        default=None, description="Key for the NIM or the catalogue; None reads NVIDIA_API_KEY."
+        "routing",
+        default=None,
+        description="Key for the NIM or the catalogue; None reads NVIDIA_API_KEY.",
     )
     allow_insecure_key: bool = _option(
-        default=False, description="Send the key without TLS to a host that is not private too."
+        "nim",
+        default=False,
+        description="Send the key without TLS to a host that is not private too.",
     )
     default_headers: dict[str, str] = _secret(
-        default_factory=dict, description="Headers of every request to the NIM."
+        "nim", default_factory=dict, description="Headers of every request to the NIM."
     )
     timeout: float | None = _option(
-        default=120.0, gt=0, description="Seconds for one request to the NIM; None is no limit."
+        "nim",
+        default=120.0,
+        gt=0,
+        description="Seconds for one request to the NIM; None is no limit.",
     )
     deadline: float | None = _option(
-        default=None, gt=0, description="Seconds for one call in all, with its batches and retries."
+        "nim",
+        default=None,
+        gt=0,
+        description="Seconds for one call in all, with its batches and retries.",
     )
     max_retries: int = _option(
+        "nim",
         default=5,
         ge=0,
         description="Times a request is sent again after 408, 429, 5xx or a broken connection.",
     )
     max_batch_size: int = _option(
-        default=50, gt=0, description="The most inputs in one request to the NIM."
+        "nim", default=50, gt=0, description="The most inputs in one request to the NIM."
     )
     concurrency: int = _option(
+        "nim",
         default=20,
         gt=0,
         description="The most requests in flight; with batches of 50 they stay below 1,024 inputs, "
         "which a NIM queues. Falls while the NIM says that it is busy.",
     )
     verify_ssl: bool | str = _option(
-        default=True, description="Check the NIM's certificate; or the CA file or folder to trust."
+        "nim",
+        default=True,
+        description="Check the NIM's certificate; or the CA file or folder to trust.",
     )
     proxy: str | None = _secret(
-        default=None, description="Proxy for the NIM; None reads HTTPS_PROXY and its kind."
+        "nim", default=None, description="Proxy for the NIM; None reads HTTPS_PROXY and its kind."
     )
-    user: str | None = _option(default=None, description="Sent along as the request's `user`.")
+    user: str | None = _option(
+        "nim", default=None, description="Sent along as the request's `user`."
+    )
     http_client: Callable[[], Any] | None = _secret(
+        "nim",
         default=None,
         description="Makes the httpx.AsyncClient to send with, for what the options above cannot "
         "say. A function, because a client belongs to one event loop and one process: each engine "
@@ -157,6 +207,30 @@ class Options(BaseModel):
             raise ValueError("give a function that makes the client: lambda: httpx.AsyncClient()")
         return value
 
+    @classmethod
+    def names_of(cls, *scopes: Scope) -> list[str]:
+        """Return the names of the options of some scopes, in order."""
+        return [name for name in Options.model_fields if _SCOPES[name] in scopes]
+
+    def list_given(self, scope: Scope) -> list[str]:
+        """Return the names of the options of a scope that are not as they are by default."""
+        fields = Options.model_fields
+        return [n for n in self.names_of(scope) if getattr(self, n) != fields[n].get_default()]
+
+    def replace(self, **changes: Any) -> Options:
+        """Return a checked copy with other values.
+
+        Raises:
+            pydantic.ValidationError: no such option, or not a value for it.
+        """
+        given = Options.model_fields.keys() & self.model_fields_set
+        return Options(**{name: getattr(self, name) for name in given} | changes)
+
+    @property
+    def is_model_given(self) -> bool:
+        """Whether a model was asked for; a NIM that serves another one is no answer then."""
+        return "model" in self.model_fields_set
+
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
         if state["__dict__"].get("api_key") is not None:
@@ -172,3 +246,10 @@ class Options(BaseModel):
     @classmethod
     def _upper(cls, value: Any) -> Any:
         return value.upper() if isinstance(value, str) else value
+
+
+_SCOPES: dict[str, Any] = {
+    name: field.json_schema_extra["scope"]
+    for name, field in Options.model_fields.items()
+    if isinstance(field.json_schema_extra, dict)
+}

@@ -1,4 +1,4 @@
-"""One engine for each configuration in a process, however many objects ask for it.
+"""One backend for each configuration in a process, however many objects ask for it.
 
 An `Embedder` holds a `Lease`. Equal options lead to the same engine, so that a chain and an index
 share one loaded model; the last lease to go closes it. A forked child starts with none.
@@ -13,39 +13,9 @@ import threading
 import weakref
 
 from shared_engine.backend import Backend
+from shared_engine.errors import CheckpointError, EngineClosedError
 from shared_engine.options import Options
-from shared_engine.routing import choose
-
-stopping: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-"""Threads of backends that were told to close; the interpreter waits for them before it goes."""
-
-_BUILT_FROM_HERE = (
-    "model",
-    "checkpoint",
-    "revision",
-    "device",
-    "dtype",
-    "max_tokens",
-    "max_tiles",
-    "image_urls",
-    "tokens_per_step",
-)
-_BUILT_FROM_THERE = (
-    "model",
-    "allow_insecure_key",
-    "default_headers",
-    "timeout",
-    "deadline",
-    "max_retries",
-    "max_batch_size",
-    "concurrency",
-    "verify_ssl",
-    "proxy",
-    "user",
-    "image_urls",
-    "http_client",
-)
-"""The options that an engine is made of; the others travel with each request."""
+from shared_engine.routing import Choice, explain_key_in_environment, select_backend
 
 _log = logging.getLogger("shared_engine")
 
@@ -53,13 +23,14 @@ _log = logging.getLogger("shared_engine")
 class Engine:
     """A backend that is made when first asked for."""
 
-    def __init__(self, options: Options) -> None:
-        self.choice = choose(options)
-        built_from = _BUILT_FROM_HERE if self.choice.base_url is None else _BUILT_FROM_THERE
-        self.key = (*self.choice[:2], *(_hashable(getattr(options, name)) for name in built_from))
+    def __init__(self, options: Options, choice: Choice) -> None:
+        names = options.names_of("engine", choice.scope)
+        values = (_make_hashable(getattr(options, name)) for name in names)
+        self.key = (choice.base_url, choice.api_key, options.is_model_given, *values)
         self.pid = os.getpid()
         self.leases = 0
         self._options = options
+        self._choice = choice
         self._lock = threading.Lock()
         self._backend: Backend | None = None
 
@@ -68,17 +39,23 @@ class Engine:
         """The backend; the first access loads the model."""
         with self._lock:
             if self._backend is None:
-                self._backend = self._made()
+                if _exiting:
+                    park_if_exiting()
+                    raise EngineClosedError("the interpreter is ending")
+                self._backend = self._build()
             return self._backend
 
-    def _made(self) -> Backend:
-        base_url, api_key, reason = self.choice
+    def _build(self) -> Backend:
+        base_url, api_key, reason = self._choice
         _log.info("%s", reason)
         if base_url is None:
             from shared_engine.local import LocalBackend  # brings torch
 
-            return LocalBackend(self._options)
-        from shared_engine.nim import NimBackend
+            try:
+                return LocalBackend(self._options)
+            except CheckpointError as exc:
+                raise type(exc)(f"{exc}{explain_key_in_environment()}") from exc.__cause__
+        from shared_engine.nim import NimBackend  # brings httpx
 
         return NimBackend(self._options, base_url, api_key)
 
@@ -87,43 +64,77 @@ class Engine:
         with self._lock:
             backend, self._backend = self._backend, None
         if backend is not None:
+            _closing.add(backend)
             backend.close(cancel, wait)
 
 
 class Lease:
-    """A share in the engine of some options."""
+    """A share in the engine of some options, taken at first use."""
 
     def __init__(self, options: Options) -> None:
-        with _lock:
-            wanted = Engine(options)
-            self._engine = _engines.setdefault(wanted.key, wanted)
-            self._engine.leases += 1
-        # Runs wherever the garbage collector does, so it must not wait for a worker.
-        self._finalizer = weakref.finalize(self, _give_back, self._engine, cancel=True, wait=False)
-        self._finalizer.atexit = False
+        self._options = options
+        self._engine: Engine | None = None
+        self._closed = False
+        self._finalizer: weakref.finalize[..., Lease] | None = None
 
     @property
     def backend(self) -> Backend:
-        """The backend; the first access by anybody loads the model."""
-        return self._engine.backend
+        """The backend; the first access by anybody loads the model.
 
-    @property
-    def foreign(self) -> bool:
-        """Whether it came over a fork: threads and device stayed with the parent."""
-        return self._engine.pid != os.getpid()
+        Raises:
+            EngineClosedError: `close` was called.
+            ConfigurationError: the options cannot work.
+        """
+        engine = self._engine
+        if engine is None or engine.pid != os.getpid() or self._closed:
+            engine = self._acquire()
+        return engine.backend
 
-    def close(self, cancel: bool) -> None:
+    def _acquire(self) -> Engine:
+        choice = select_backend(self._options)
+        with _lock:
+            if self._closed:
+                raise EngineClosedError("this Embedder was closed; make a new one")
+            engine = self._engine
+            if engine is not None and engine.pid == os.getpid():  # another thread was first
+                return engine
+            if self._finalizer is not None:  # of the parent's engine
+                self._finalizer.detach()
+            wanted = Engine(self._options, choice)
+            engine = self._engine = _engines.setdefault(wanted.key, wanted)
+            engine.leases += 1
+            # Runs wherever the garbage collector does, so it must not wait for a worker.
+            self._finalizer = weakref.finalize(self, _give_back, engine, cancel=True, wait=False)
+            self._finalizer.atexit = False
+            return engine
+
+    def close(self, cancel: bool = False) -> None:
         """Give the share back; the last finishes what was accepted, or cancels it, and waits."""
-        if self._finalizer.detach():
-            _give_back(self._engine, cancel, wait=True)
+        with _lock:
+            self._closed = True
+            engine, finalizer = self._engine, self._finalizer
+        if engine is not None and finalizer is not None and finalizer.detach():
+            _give_back(engine, cancel, wait=True)
 
 
 # Reentrant, because a finalizer may run in a thread that holds it.
 _lock = threading.RLock()
 _engines: dict[tuple[object, ...], Engine] = {}
+_closing: weakref.WeakSet[Backend] = weakref.WeakSet()
+"""Backends that were told to close; their threads keep them alive until they are done."""
+_exiting = False
 
 
-def _hashable(value: object) -> object:
+def park_if_exiting() -> None:
+    """Keep a daemon thread where it is once the interpreter ends and has closed all engines.
+
+    It is about to vanish, and nobody is left to tell; an error would only reach stderr.
+    """
+    if _exiting and threading.current_thread().daemon:
+        threading.Event().wait()
+
+
+def _make_hashable(value: object) -> object:
     return tuple(sorted(value.items())) if isinstance(value, dict) else value
 
 
@@ -143,14 +154,17 @@ def _start_afresh() -> None:
     global _lock  # noqa: PLW0603 - the parent's may be held for ever
     _lock = threading.RLock()
     _engines.clear()
+    _closing.clear()
 
 
 @atexit.register
 def _close_all() -> None:
+    global _exiting  # noqa: PLW0603
+    _exiting = True
     for engine in list(_engines.values()):
         engine.close(cancel=True, wait=True)
-    for thread in list(stopping):  # those of engines that the garbage collector closed
-        thread.join()  # a thread inside torch must not see the interpreter go
+    for backend in list(_closing):  # a thread inside torch must not see the interpreter go
+        backend.close(wait=True)
 
 
 if hasattr(os, "register_at_fork"):

@@ -10,11 +10,10 @@ from pydantic import SecretStr
 
 from shared_engine.endpoints import HOSTED, is_hosted, is_safe_for_keys, normalised
 from shared_engine.errors import ConfigurationError
-from shared_engine.options import Options
+from shared_engine.options import Options, Scope
 
-_ONLY_HERE = ("checkpoint", "revision", "max_tokens", "max_tiles")
-"""Options that would change the vectors, and that a NIM cannot be told."""
-
+_FOLDERS = ("/", "./", "../", "~")
+"""How a model's name begins where it can only be a folder."""
 
 _log = logging.getLogger("shared_engine")
 
@@ -27,34 +26,66 @@ class Choice(NamedTuple):
     api_key: SecretStr | None
     reason: str
 
+    @property
+    def scope(self) -> Scope:
+        """The scope of the options that concern this engine alone."""
+        return "local" if self.base_url is None else "nim"
 
-def choose(options: Options) -> Choice:
-    """Decide from what was said: a base_url, a key, or neither.
 
-    >>> choose(Options(base_url="http://nim:8000")).base_url
+def select_backend(options: Options) -> Choice:
+    """Decide from what was said: a backend, an address, a key, or options that only fit here.
+
+    What is given in the code wins over the environment, which NVIDIA's other clients read, too.
+
+    >>> select_backend(Options(base_url="http://nim:8000")).base_url
     'http://nim:8000/v1'
+    >>> select_backend(Options(backend="local", api_key="nvapi-...")).base_url is None
+    True
 
     Raises:
-        ConfigurationError: a key is needed and missing, or an option makes no sense with a NIM.
+        ConfigurationError: a key is needed and missing, or two options contradict each other.
     """
-    url = os.environ.get("NVIDIA_BASE_URL")
+    variable = os.environ.get("NVIDIA_BASE_URL", "").strip()
+    only_here = [f"{name}=" for name in options.list_given("local")]
+    if options.backend == "local":
+        if options.base_url is not None:
+            raise ConfigurationError('base_url= is given beside backend="local"; leave one out')
+        return Choice(None, None, 'backend="local" is given, so this process')
     if options.base_url is not None:
-        base_url, reason = options.base_url, "base_url is given"
-    elif url:
-        base_url, reason = normalised(url), "NVIDIA_BASE_URL is set"
-    elif options.api_key is not None:
-        base_url, reason = HOSTED, "a key is given and no base_url, so NVIDIA's catalogue"
+        base_url, reason = options.base_url, "base_url= is given"
+    elif options.backend == "auto" and options.api_key is None:
+        if options.model.startswith(_FOLDERS):
+            only_here.insert(0, "a folder as model=")
+        if not variable:
+            return Choice(None, None, "neither base_url= nor api_key= is given, so this process")
+        if only_here:
+            return Choice(None, None, f"{only_here[0]} is given, so this process, not the NIM of "
+                          "NVIDIA_BASE_URL")  # fmt: skip
+        base_url, reason = normalised(variable), "NVIDIA_BASE_URL is set"
+    elif variable:
+        base_url, reason = normalised(variable), "NVIDIA_BASE_URL is set"
     else:
-        return Choice(None, None, "neither base_url nor a key is given, so this process")
-    for name in _ONLY_HERE:
-        if getattr(options, name) is not None:
-            raise ConfigurationError(
-                f"{name}= is for a model in this process, but {reason}; leave one of them out"
-            )
-    return Choice(base_url, _key(options, base_url), reason)
+        given = "api_key=" if options.backend == "auto" else 'backend="nim"'
+        base_url, reason = HOSTED, f"{given} is given and no base_url=, so NVIDIA's catalogue"
+    if only_here:
+        raise ConfigurationError(
+            f"{', '.join(only_here)} would be for a model in this process, but {reason}; leave one "
+            'of them out, or give backend="local"'
+        )
+    return Choice(base_url, _find_key(options, base_url), reason)
 
 
-def _key(options: Options, base_url: str) -> SecretStr | None:
+def explain_key_in_environment() -> str:
+    """Return what to tell somebody whose model could not be loaded here, or nothing."""
+    if not os.environ.get("NVIDIA_API_KEY", "").strip():
+        return ""
+    return (
+        ". NVIDIA_API_KEY is set, which alone sends no text anywhere: "
+        'backend="nim" computes in NVIDIA\'s catalogue'
+    )
+
+
+def _find_key(options: Options, base_url: str) -> SecretStr | None:
     given = options.api_key
     if given is not None and given.get_secret_value():
         return given

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -14,10 +15,15 @@ class TokenCount:
     def __init__(self) -> None:
         self.tokens = 0
         """Tokens so far, prefixes and special tokens included."""
-        self._lock = threading.Lock()
+        self._make_lock()
+
+    def _make_lock(self) -> None:
+        self._lock, self._pid = threading.Lock(), os.getpid()
 
     def add(self, tokens: int) -> None:
         """Add the tokens of some inputs."""
+        if self._pid != os.getpid():  # after a fork: the parent's may be held for ever
+            self._make_lock()
         with self._lock:
             self.tokens += tokens
 
@@ -47,6 +53,12 @@ def count_tokens() -> Iterator[TokenCount]:
         _counting.reset(token)
 
 
-def counting() -> tuple[TokenCount, ...]:
-    """Return the counts that the caller is inside of."""
-    return _counting.get()
+def count_for(own: TokenCount) -> Callable[[int], None]:
+    """Return what adds tokens to a count and to all that the caller is inside of now."""
+    counts = (own, *_counting.get())
+
+    def add(tokens: int) -> None:
+        for count in counts:
+            count.add(tokens)
+
+    return add

@@ -12,6 +12,7 @@ import weakref
 import zlib
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ from shared_engine import (
     ServerError,
     count_tokens,
 )
-from shared_engine.stream import BATCHES_AHEAD
+from shared_engine.errors import combine_errors
+from shared_engine.pipeline import Pipeline
+from shared_engine.stream import WINDOWS_AHEAD
 from tests.support.faulty_nim import FaultyNim, vectors
 
 TEXTS = [f"document {i} " + "and so on " * (i % 5) for i in range(50)]
@@ -61,9 +64,6 @@ class FakeBackend:
 
     def submit(self, request: Request) -> Future[np.ndarray]:
         time.sleep(self.seconds_to_submit)
-        for row, document in enumerate(request.documents):
-            if document.text == LONG:
-                raise InputTooLongError(f"input {row} has 200 tokens; the limit is 99", index=row)
         future: Future[np.ndarray] = Future()
         self.waiting.append((request, future))
         if self.at_once:
@@ -81,7 +81,15 @@ class FakeBackend:
         request.on_usage(len(out))
         if request.on_progress:
             request.on_progress(len(out))
-        future.set_result(out)
+        errors = {
+            row: InputTooLongError("has 200 tokens; the limit is 99")
+            for row, document in enumerate(request.documents)
+            if document.text == LONG
+        }
+        if errors:
+            future.set_exception(combine_errors(out, errors))
+        else:
+            future.set_result(out)
 
 
 class Faked(Embedder):
@@ -90,10 +98,7 @@ class Faked(Embedder):
     def __init__(self, at_once: bool = True, **options: Any) -> None:
         super().__init__(Options(**options))
         self.fake = FakeBackend(at_once)
-
-    @property
-    def _backend(self) -> Any:
-        return self.fake
+        self._pipeline = Pipeline(SimpleNamespace(backend=self.fake), self.options, self._used)
 
 
 class Source(Iterator[str]):
@@ -118,7 +123,7 @@ def answer_the_first(embedder: Faked) -> threading.Thread:
     """Answer one batch as soon as all that may be in flight are."""
 
     def answer() -> None:
-        while len(embedder.fake.waiting) < BATCHES_AHEAD:
+        while len(embedder.fake.waiting) < WINDOWS_AHEAD:
             time.sleep(0.001)
         embedder.fake.answer()
 
@@ -234,7 +239,7 @@ def test_the_source_is_read_a_bounded_way_ahead():
     assert source.read == 0
     for handed_out in range(50):
         next(stream)
-        assert source.read <= 10 * (handed_out + BATCHES_AHEAD)
+        assert source.read <= 10 * (handed_out + WINDOWS_AHEAD)
     assert source.read >= 510  # but ahead it is
 
 
@@ -243,7 +248,7 @@ def test_the_device_has_work_while_the_caller_is_busy():
     stream = embedder.stream(TEXTS, batch_size=10)
     answering = answer_the_first(embedder)
     assert np.abs(next(stream) - expected(TEXTS[:10])).max() <= 1e-6
-    assert len(embedder.fake.waiting) == BATCHES_AHEAD - 1
+    assert len(embedder.fake.waiting) == WINDOWS_AHEAD - 1
     answering.join()
 
 
@@ -253,7 +258,7 @@ def test_memory_is_flat_over_300_000_documents():
         assert part.shape == (1000, WIDTH)
         most = max(most, len(source.held))
     assert source.read == 300_000
-    assert most <= 1000 * (BATCHES_AHEAD + 1)
+    assert most <= 1000 * (WINDOWS_AHEAD + 1)
 
 
 def test_the_engine_keeps_nothing_of_a_batch_that_is_done(embedder):
@@ -265,7 +270,7 @@ def test_the_engine_keeps_nothing_of_a_batch_that_is_done(embedder):
             most = max(most, len(source.held))
     finally:
         gc.enable()
-    assert most <= 100 * (BATCHES_AHEAD + 2)  # the last step may hold a batch that it served
+    assert most <= 100 * (WINDOWS_AHEAD + 2)  # the last step may hold a batch that it served
 
 
 async def test_the_event_loop_stays_free():
@@ -302,11 +307,11 @@ def test_leaving_early_cancels_what_has_not_started(how):
         break
     answering.join()
     futures = [future for _, future in embedder.fake.waiting]
-    assert len(futures) == BATCHES_AHEAD - 1
+    assert len(futures) == WINDOWS_AHEAD - 1
     if how == "close":
         stream.close()
         assert next(stream, None) is None
-        assert source.read == 10 * BATCHES_AHEAD
+        assert source.read == 10 * WINDOWS_AHEAD
     else:
         del stream
     assert all(future.cancelled() for future in futures)
@@ -316,7 +321,7 @@ async def test_cancelling_cancels_what_has_not_started():
     embedder, source = Faked(at_once=False), Source(1000)
     stream = embedder.astream(source, batch_size=10)
     waiting = asyncio.ensure_future(anext(stream))
-    while len(embedder.fake.waiting) < BATCHES_AHEAD:  # noqa: ASYNC110 - threads fill it
+    while len(embedder.fake.waiting) < WINDOWS_AHEAD:  # noqa: ASYNC110 - threads fill it
         await asyncio.sleep(0.001)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -332,7 +337,7 @@ def test_closing_the_embedder_lets_the_stream_have_what_was_accepted(checkpoint)
     embedder.close()
     with pytest.raises(EngineClosedError):
         parts.extend(stream)
-    assert len(parts) >= BATCHES_AHEAD
+    assert len(parts) >= WINDOWS_AHEAD
 
 
 # Errors
@@ -375,7 +380,7 @@ def test_what_fails_later_is_named_by_position_too():
             12: NonFiniteVectorError,
             13: InputTooLongError,
         }
-        assert "the vector of input 12 holds NaN" in str(errors[12])
+        assert "input 12 gave a vector with NaN" in str(errors[12])
         assert np.abs(np.delete(got, [12, 13], 0) - expected(TEXTS)).max() <= 1e-6
 
 
@@ -385,14 +390,14 @@ def test_a_batch_of_nothing_but_refused_documents_keeps_its_place():
     assert list(errors) == [0, 1, 2, 3]
 
 
-def test_open_files_are_read_once_though_a_batch_is_submitted_in_halves():
+def test_open_files_are_read_once_in_the_batch_that_is_submitted():
     embedder = Faked(at_once=False)
     texts = [Document("a picture", io.BytesIO(b"bytes")), "text", LONG]
     stream = embedder.stream(texts, batch_size=3)
     stream._read_from(stream._source)
     stream._submit()
     sent = [document for request, _ in embedder.fake.waiting for document in request.documents]
-    assert sent == [Document("a picture", b"bytes"), Document("text")]
+    assert sent == [Document("a picture", b"bytes"), Document("text"), Document(LONG)]
 
 
 def test_after_an_outage_the_same_batch_is_tried_again():

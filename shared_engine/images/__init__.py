@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from shared_engine.images.sources import is_data_url as is_data_url
     from shared_engine.images.tiles import Picture as Picture
     from shared_engine.images.tiles import Tiles as Tiles
-    from shared_engine.images.tiles import encode_data_url as encode_data_url
-    from shared_engine.images.tiles import decode_picture as decode_picture
     from shared_engine.images.tiles import cut_tiles as cut_tiles
+    from shared_engine.images.tiles import decode_picture as decode_picture
+    from shared_engine.images.tiles import encode_data_url as encode_data_url
 else:
     _ROOMS = {
         "sources": ("accept", "decode_data_url", "describe", "is_data_url"),

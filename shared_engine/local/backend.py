@@ -39,7 +39,6 @@ from shared_engine.local.llama import Encoder, Means
 from shared_engine.local.scheduler import TEXTS_PER_CHUNK, Scheduler
 from shared_engine.local.tokenizer import TextTokenizer, TokenIds
 from shared_engine.options import Options
-from shared_engine.registry import stopping
 
 Running: TypeAlias = tuple[list[Sequence], Means | Exception]
 """A step that was started, or could not be."""
@@ -141,7 +140,6 @@ class LocalBackend:
     def close(self, cancel: bool = False, wait: bool = True) -> None:
         """Finish what was accepted, or cancel what has not started, then stop the workers."""
         self._scheduler.close(cancel)
-        stopping.update(self._workers)
         for worker in self._workers if wait else ():
             if worker is not threading.current_thread():
                 worker.join()

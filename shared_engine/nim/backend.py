@@ -45,7 +45,6 @@ from shared_engine.nim.batches import Batch, Call, Limits
 from shared_engine.nim.client import build_clients, build_headers
 from shared_engine.nim.transport import RETRIED, Limited, Retrying, Sending
 from shared_engine.options import Options
-from shared_engine.registry import stopping
 from shared_engine.wire import split_role_suffix
 
 POLL_EVERY = 0.5
@@ -133,7 +132,6 @@ class NimBackend:
         if cancel:
             for call in calls:
                 call.cancel()
-        stopping.add(self._thread)
         if first:
             asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
         if wait and threading.current_thread() is not self._thread:

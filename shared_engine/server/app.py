@@ -42,7 +42,7 @@ from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError, NeMoRetrieverError
 from shared_engine.options import Options
 from shared_engine.registry import Lease
-from shared_engine.routing import choose
+from shared_engine.routing import select_backend
 from shared_engine.server import protocol
 from shared_engine.server.metrics import Metrics
 from shared_engine.server.protocol import Limits, Refusal
@@ -75,7 +75,7 @@ def create_app(
         ConfigurationError: the options, or NVIDIA_BASE_URL, mean a NIM, which serves itself.
     """
     options = options or Options()
-    if (elsewhere := choose(options)).base_url is not None:
+    if (elsewhere := select_backend(options)).base_url is not None:
         raise ConfigurationError(
             f"a server runs its model in its own process, but {elsewhere.reason}; leave that out"
         )
