@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from shared_engine import (
 from shared_engine import registry as engines
 from shared_engine.local import device
 from shared_engine.local.backend import LocalBackend
+from tests.server.test_app import NAME, running
 
 TEXTS = [f"document {i} " + "and so on " * (i % 7) for i in range(40)]
 
@@ -98,14 +100,23 @@ def test_a_generator_and_documents_are_taken(embedder, expected):
 
 
 @pytest.mark.parametrize("role", ["query", "document"])
-def test_a_long_text_is_refused_before_anything_runs(checkpoint, role):
-    embedder = Embedder(Options(model=checkpoint, max_tokens=50))
-    embedder.embed(["warm"])
+def test_a_long_text_fails_alone_here_as_at_a_nim(checkpoint, role):
+    options = Options(model=str(checkpoint), max_tokens=50)
     texts = ["short"] * 300 + ["word " * 200, "short"]
-    with pytest.raises(InputTooLongError, match="input 300 has 60") as failed:
-        embedder.embed(texts, role)
-    assert (failed.value.index, failed.value.limit) == (300, 50)
-    assert failed.value.tokens > 600
+    with running(options) as server, Embedder(options) as here:
+        good = here.embed(["short"], role)
+        for embedder in (here, Embedder(Options(model=NAME, base_url=server.url))):
+            with embedder, pytest.raises(PartialResultError, match="input 300 ") as partial:
+                embedder.embed(texts, role)
+            with embedder, pytest.raises(InputTooLongError, match="input 0 ") as alone:
+                embedder.embed(texts[300:301], role)
+            ((row, error),) = partial.value.errors.items()
+            assert (row, type(error), error.index) == (300, InputTooLongError, 300)
+            assert (error.tokens, error.limit) == (alone.value.tokens, alone.value.limit)
+            assert (error.tokens > 600, error.limit) == (True, 50)
+            others = np.delete(partial.value.vectors, 300, 0)
+            assert np.abs(others - good).max() <= 1e-6
+            assert np.isnan(partial.value.vectors[300]).all()
     for truncate in ("START", "end"):
         options = Options(model=checkpoint, max_tokens=50, truncate=truncate)
         assert Embedder(options).embed(texts, role).shape == (302, 64)
@@ -278,7 +289,7 @@ def test_the_choice_is_logged_once_with_its_reason(checkpoint, caplog):
     for _ in range(3):
         embedder.embed(["x"])
     choice, message = [record.message for record in caplog.records]
-    assert choice == "neither base_url nor a key is given, so this process"
+    assert choice == "neither base_url= nor api_key= is given, so this process"
     assert message == embedder.description
     assert "on cpu, float32, 2048 tokens a step (device: asked for; dtype: asked for" in message
 
@@ -399,9 +410,8 @@ def main():
     threading.Thread(target=lambda: some[0].embed(["word"] * 100_000), daemon=True).start()
 main()
 """
-    for _ in range(3):
-        done = run(program)
-        assert (done.returncode, done.stderr) == (0, "")
+    done = run(program)
+    assert (done.returncode, done.stderr) == (0, "")
     never_closed = f"""
 from shared_engine import Options
 from shared_engine.local.backend import LocalBackend
@@ -515,3 +525,59 @@ def test_devices_of_different_kinds_are_refused(checkpoint, monkeypatch):
     monkeypatch.setattr("shared_engine.local.device._dtype", lambda *_: next(dtypes))
     with pytest.raises(ConfigurationError, match="different kinds"):
         Embedder(Options(model=checkpoint, device="cpu,cpu")).embed(["x"])
+
+
+# Threads and loops of the program
+
+
+def test_first_calls_at_once_lose_no_count(checkpoint):
+    options = Options(model=str(checkpoint), max_tokens=77)
+    with Embedder(options) as kept:
+        kept.embed(["word"])
+        each = kept.usage
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for _ in range(40):
+                embedder, barrier = Embedder(options), threading.Barrier(8)
+
+                def call(embedder=embedder, barrier=barrier):
+                    barrier.wait()
+                    embedder.embed(["word"])
+
+                callers = [threading.Thread(target=call) for _ in range(8)]
+                for caller in callers:
+                    caller.start()
+                for caller in callers:
+                    caller.join()
+                assert embedder.usage == 8 * each
+                embedder.close()
+        finally:
+            sys.setswitchinterval(interval)
+
+
+async def test_a_vector_does_not_wait_for_the_programs_own_jobs(checkpoint):
+    from langchain_nemoretriever import NeMoRetrieverEmbeddings
+    from llamaindex_nemoretriever import NeMoRetrieverEmbedding
+
+    langchain = NeMoRetrieverEmbeddings(model=str(checkpoint))
+    llamaindex = NeMoRetrieverEmbedding(model=str(checkpoint))
+    embedder = langchain.embedder
+    many = ["a text"] * 3000  # too many values for the loop itself
+    embedder.embed(["loaded"])
+    loop, release = asyncio.get_running_loop(), threading.Event()
+    with ThreadPoolExecutor(1) as busy:
+        loop.set_default_executor(busy)
+        blocked = loop.run_in_executor(None, release.wait)
+        try:
+            async with asyncio.timeout(20):
+                await embedder.aembed(many)
+                await embedder.aembed_lists(many)
+                assert [len(part) async for part in embedder.astream(many, batch_size=2000)]
+                await langchain.aembed_documents(many)
+                await langchain.aembed_query("a query")
+                await llamaindex.aget_text_embedding_batch(many)
+                await llamaindex.aget_query_embedding("a query")
+        finally:
+            release.set()
+            await blocked

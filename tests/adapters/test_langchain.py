@@ -23,6 +23,7 @@ from shared_engine import (
     InputTooLongError,
     InputTypeError,
     Options,
+    PartialResultError,
     UnsupportedDimensionsError,
 )
 from tests.support.oracles import numpy_float64
@@ -260,9 +261,13 @@ async def test_errors_name_the_input(model: NeMoRetrieverEmbeddings) -> None:
     with pytest.raises(InputTypeError, match="wrap it in a list"):
         model.embed_documents("one")  # type: ignore[arg-type]
     small = model.model_copy(update={"max_tokens": 8})
-    with pytest.raises(InputTooLongError) as long:
+    with pytest.raises(PartialResultError) as partial:
         small.embed_documents(["one", "word " * 20])
-    assert (long.value.index, long.value.limit) == (1, 8)
+    assert {row: (type(error), error.index) for row, error in partial.value.errors.items()} == {
+        1: (InputTooLongError, 1)
+    }
+    with pytest.raises(InputTooLongError, match="input 0 has .* limit is 8"):
+        small.embed_query("word " * 20)
 
 
 async def test_a_chain_over_chroma_and_the_store_opened_again(

@@ -78,7 +78,7 @@ async def check_that_the_loop_goes_on(
         return waiting
 
     monkeypatch.setattr(local, "resolve", accept(local.resolve))
-    monkeypatch.setattr(images, "tiles", accept(images.tiles))
+    monkeypatch.setattr(images, "cut_tiles", accept(images.cut_tiles))
     task = asyncio.ensure_future(call())
     for _ in range(2):
         while not entered.acquire(blocking=False):

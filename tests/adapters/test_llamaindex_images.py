@@ -46,7 +46,6 @@ from numpy.typing import NDArray
 
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import (
-    Embedder,
     ImageError,
     InputTypeError,
     Options,
@@ -54,6 +53,7 @@ from shared_engine import (
     UnsupportedModalityError,
     images,
 )
+from shared_engine.pipeline import Pipeline
 from tests.adapters.test_langchain_images import (
     BASE64,
     PNGS,
@@ -202,13 +202,13 @@ async def test_a_broken_image_is_named(model: NeMoRetrieverEmbedding, files: lis
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that gets the number of documents of each call of the engine."""
     calls: list[int] = []
-    submit = Embedder._submit
+    submit = Pipeline.submit
 
-    def counting(self: Embedder, documents: Any, *args: Any) -> Any:
+    def counting(self: Pipeline, documents: Any, *args: Any) -> Any:
         calls.append(len(documents))
         return submit(self, documents, *args)
 
-    monkeypatch.setattr(Embedder, "_submit", counting)
+    monkeypatch.setattr(Pipeline, "submit", counting)
     return calls
 
 
