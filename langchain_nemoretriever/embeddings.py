@@ -7,7 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from shared_engine.adapter import Adapter
-from shared_engine.documents import Document, is_data_url, of_images, of_pairs, several
+from shared_engine.documents import (
+    Document,
+    is_data_url,
+    pair_with_images,
+    require_list,
+    wrap_images,
+)
 from shared_engine.errors import MissingExtraError
 
 try:
@@ -40,11 +46,11 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
 
     def embed_image(self, uris: Sequence[Any]) -> list[list[float]]:
         """Return one vector an image, in order; the vector stores call it so."""
-        return self.embedder.embed_lists(of_images(uris), "document")
+        return self.embedder.embed_lists(wrap_images(uris), "document")
 
     def embed_text_image(self, texts: Sequence[str], images: Sequence[Any]) -> list[list[float]]:
         """Return one vector for each text together with its image, in order."""
-        return self.embedder.embed_lists(of_pairs(texts, images), "document")
+        return self.embedder.embed_lists(pair_with_images(texts, images), "document")
 
     def embed_mixed(self, documents: Sequence[str | Document]) -> list[list[float]]:
         """Return one vector for each text, image, or both as one `shared_engine.Document`."""
@@ -61,20 +67,20 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
 
     async def aembed_image(self, uris: Sequence[Any]) -> list[list[float]]:
         """Do as `embed_image` does."""
-        return await self.embedder.aembed_lists(of_images(uris), "document")
+        return await self.embedder.aembed_lists(wrap_images(uris), "document")
 
     async def aembed_text_image(
         self, texts: Sequence[str], images: Sequence[Any]
     ) -> list[list[float]]:
         """Do as `embed_text_image` does."""
-        return await self.embedder.aembed_lists(of_pairs(texts, images), "document")
+        return await self.embedder.aembed_lists(pair_with_images(texts, images), "document")
 
     async def aembed_mixed(self, documents: Sequence[str | Document]) -> list[list[float]]:
         """Do as `embed_mixed` does."""
         return await self.embedder.aembed_lists(documents, "document")
 
     def _documents(self, texts: Iterable[str]) -> list[str | Document]:
-        documents: list[str | Document] = list(several(texts))
+        documents: list[str | Document] = list(require_list(texts))
         pictured = [row for row, text in enumerate(documents) if is_data_url(text)]
         if pictured and "image" in self.embedder.modalities:
             for row in pictured:

@@ -1,7 +1,7 @@
 """The way of a document to its vector. Read this first.
 
     embed(documents, role)
-      checked ...... documents.py   every input is one the model takes, or an error with its index
+      validate ..... documents.py   every input is one the model takes, or an error with its index
       submit ....... local.py       tokenise ──► scheduler.py: steps ──► encoder.py: mean vectors
                or .. nim.py         batches ──► requests ──► replies that were checked
       finish ....... vectors.py     cut to `dimensions`, unit length, number type
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared_engine import vectors
 from shared_engine.backend import Backend, Flow, Request
-from shared_engine.documents import Document, Modality, Role, checked, several
+from shared_engine.documents import Document, Modality, Role, require_list, validate
 from shared_engine.errors import (
     EngineClosedError,
     NonFiniteVectorError,
@@ -135,7 +135,7 @@ class Embedder:
             Exception: what the source raised, after the vectors of all that it gave before.
             ConfigurationError, EngineClosedError: as with `embed`.
         """
-        return Stream(self, several(documents), role, batch_size)
+        return Stream(self, require_list(documents), role, batch_size)
 
     def astream(
         self,
@@ -147,7 +147,7 @@ class Embedder:
 
         What is no async iterable is read in a thread.
         """
-        return AsyncStream(self, several(documents), role, batch_size)
+        return AsyncStream(self, require_list(documents), role, batch_size)
 
     @property
     def dimensions(self) -> int:
@@ -246,7 +246,7 @@ class Embedder:
                 f"{', '.join(map(str, offered))}. For a folder or Hugging Face id, give "
                 "the catalogue's name as `model` and the folder as `checkpoint`"
             )
-        valid = checked(documents, role, backend.modalities)
+        valid = validate(documents, role, backend.modalities)
         count = partial(_add, (self._used, *counting()))
         request = Request(valid, role, wanted, self.options.truncate, on_progress, count, flow)
         if on_progress or not self.options.show_progress:

@@ -19,7 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from shared_engine.backend import Flow
-from shared_engine.documents import Document, Role, checked
+from shared_engine.documents import Document, Role, validate
 from shared_engine.errors import (
     ConfigurationError,
     EngineClosedError,
@@ -120,7 +120,7 @@ class _Batches:
             for row in every:
                 try:
                     document = batch.documents[row]
-                    (batch.documents[row],) = checked([document], self._role, modalities)
+                    (batch.documents[row],) = validate([document], self._role, modalities)
                 except InputError as exc:
                     batch.refused[row] = place_error(exc, batch.start + row)
             return self._halves(batch, [row for row in every if row not in batch.refused])
