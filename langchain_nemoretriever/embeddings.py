@@ -6,7 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from shared_engine.adapter import Adapter
-from shared_engine.documents import Document, is_data_url, of_images, of_pairs, several
+from shared_engine.documents import (
+    Document,
+    is_data_url,
+    pair_with_images,
+    require_list,
+    wrap_images,
+)
 from shared_engine.errors import MissingExtraError
 
 try:
@@ -27,7 +33,7 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
     Every method raises, synchronous or not:
         InputError: an input is of the wrong type or modality (`index` says which), and nothing was
             computed; or the only input is too long, or its image cannot be used.
-        PartialResultError: some of several inputs failed: `errors` by index, and the `vectors` of
+        PartialResultError: some of require_list inputs failed: `errors` by index, and the `vectors` of
             the others.
         RemoteError: a NIM refused or failed at all of them.
         ConfigurationError: the options cannot work; at first use.
@@ -48,11 +54,11 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
 
     def embed_image(self, uris: Sequence[Any]) -> list[list[float]]:
         """Return one vector per image, in order; the vector stores call it so."""
-        return self.embedder.embed_lists(of_images(uris), "document")
+        return self.embedder.embed_lists(wrap_images(uris), "document")
 
     def embed_text_image(self, texts: Sequence[str], images: Sequence[Any]) -> list[list[float]]:
         """Return one vector for each text together with its image, in order."""
-        return self.embedder.embed_lists(of_pairs(texts, images), "document")
+        return self.embedder.embed_lists(pair_with_images(texts, images), "document")
 
     def embed_mixed(self, documents: Sequence[str | Document]) -> list[list[float]]:
         """Return one vector for each text, image, or both as one `shared_engine.Document`."""
@@ -68,13 +74,13 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
 
     async def aembed_image(self, uris: Sequence[Any]) -> list[list[float]]:
         """Do as `embed_image` does."""
-        return await self.embedder.aembed_lists(of_images(uris), "document")
+        return await self.embedder.aembed_lists(wrap_images(uris), "document")
 
     async def aembed_text_image(
         self, texts: Sequence[str], images: Sequence[Any]
     ) -> list[list[float]]:
         """Do as `embed_text_image` does."""
-        return await self.embedder.aembed_lists(of_pairs(texts, images), "document")
+        return await self.embedder.aembed_lists(pair_with_images(texts, images), "document")
 
     async def aembed_mixed(self, documents: Sequence[str | Document]) -> list[list[float]]:
         """Do as `embed_mixed` does."""
@@ -82,7 +88,7 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
 
     def _documents(self, texts: Iterable[str]) -> Iterator[str | Document]:
         """Give texts and, for data URLs, images; run by the engine where it may take its time."""
-        for text in several(texts):
+        for text in require_list(texts):
             if is_data_url(text) and "image" in self.embedder.modalities:
                 yield Document(image=text)
             else:

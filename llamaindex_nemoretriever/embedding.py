@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from shared_engine import images
 from shared_engine.adapter import Adapter
-from shared_engine.documents import Document, of_images
+from shared_engine.documents import Document, wrap_images
 from shared_engine.errors import MissingExtraError
 from shared_engine.off_loop import run_off_loop
 
@@ -219,7 +219,7 @@ def _one_model(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _images(paths: list[ImageType], show_progress: bool) -> list[Document]:
-    return of_images(get_tqdm_iterable(paths, show_progress, "Generating image embeddings"))
+    return wrap_images(get_tqdm_iterable(paths, show_progress, "Generating image embeddings"))
 
 
 def _image(node: BaseNode) -> Any:

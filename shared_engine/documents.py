@@ -42,7 +42,7 @@ def is_data_url(text: object) -> bool:
     return images.is_data_url(text)
 
 
-def of_images(images: Iterable[Any]) -> list[Document]:
+def wrap_images(images: Iterable[Any]) -> list[Document]:
     """Return a document for each image.
 
     Raises:
@@ -56,13 +56,13 @@ def of_images(images: Iterable[Any]) -> list[Document]:
     return [Document(image=image) for image in images]
 
 
-def of_pairs(texts: Iterable[str], images: Iterable[Any]) -> list[Document]:
+def pair_with_images(texts: Iterable[str], images: Iterable[Any]) -> list[Document]:
     """Return a document for each text with the image beside it.
 
     Raises:
         InputTypeError: one text or image instead of several, or not as many of both.
     """
-    texts, pictured = list(several(texts)), of_images(images)
+    texts, pictured = list(require_list(texts)), wrap_images(images)
     if len(texts) != len(pictured):
         raise InputTypeError(
             f"has no partner: got {len(texts)} texts and {len(pictured)} images",
@@ -71,7 +71,7 @@ def of_pairs(texts: Iterable[str], images: Iterable[Any]) -> list[Document]:
     return [replace(document, text=text) for text, document in zip(texts, pictured, strict=True)]
 
 
-def checked(
+def validate(
     documents: Iterable[str | Document], role: Role, modalities: frozenset[Modality]
 ) -> list[Document]:
     """Return the inputs as documents, or raise the error of the first that cannot be embedded.
@@ -86,15 +86,15 @@ def checked(
         ImageError: an open file cannot be read, or is too large.
     """
     accepted = []
-    for index, item in enumerate(several(documents)):
+    for index, item in enumerate(require_list(documents)):
         try:
-            accepted.append(check(item, role, modalities))
+            accepted.append(validate_document(item, role, modalities))
         except InputError as exc:
             raise exc.at(index) from exc.__cause__
     return accepted
 
 
-def several(documents: _T) -> _T:
+def require_list(documents: _T) -> _T:
     """Return what was given, unless it is one document alone.
 
     Raises:
@@ -108,8 +108,8 @@ def several(documents: _T) -> _T:
     return documents
 
 
-def check(item: object, role: Role, modalities: frozenset[Modality]) -> Document:
-    """Do as `checked` does with one input."""
+def validate_document(item: object, role: Role, modalities: frozenset[Modality]) -> Document:
+    """Do as `validate` does with one input."""
     document = Document(text=item) if isinstance(item, str) else item
     if not isinstance(document, Document):
         raise InputTypeError(f"is of type {type(item).__name__}; expected a str or a Document")

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared_engine.backend import Backend
-from shared_engine.documents import Document, Modality, Role, several
+from shared_engine.documents import Document, Modality, Role, require_list
 from shared_engine.errors import ConfigurationError
 from shared_engine.off_loop import run_off_loop, wait_until_done
 from shared_engine.options import Options
@@ -61,7 +61,7 @@ class Embedder:
         Raises:
             InputError: an input is of the wrong type or modality (`index` says which), and nothing
                 was computed; or the only input is too long, or its image cannot be decoded.
-            PartialResultError: some of several inputs failed; the vectors of the others are on it,
+            PartialResultError: some of require_list inputs failed; the vectors of the others are on it,
                 and what went wrong by index: InputTooLongError, ImageError and the like.
             RemoteError: a NIM refused or failed at all of them, for one reason.
             ConfigurationError: the options cannot work; raised at first use.
@@ -131,7 +131,7 @@ class Embedder:
             Exception: what the source raised, after the vectors of all that it gave before.
             ConfigurationError, EngineClosedError: as with `embed`.
         """
-        return Stream(self._pipeline, several(documents), role, batch_size)
+        return Stream(self._pipeline, require_list(documents), role, batch_size)
 
     def astream(
         self,
@@ -143,7 +143,7 @@ class Embedder:
 
         What is no async iterable is read in a thread.
         """
-        return AsyncStream(self._pipeline, several(documents), role, batch_size)
+        return AsyncStream(self._pipeline, require_list(documents), role, batch_size)
 
     @property
     def dimensions(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shared_engine import vectors
 from shared_engine.backend import Backend, Flow, Request
-from shared_engine.documents import Document, Role, checked
+from shared_engine.documents import Document, Role, validate
 from shared_engine.errors import (
     EngineClosedError,
     NeMoRetrieverError,
@@ -62,7 +62,7 @@ class Pipeline:
             ConfigurationError: the options cannot work.
             EngineClosedError: the backend was closed.
         """
-        valid = checked(documents, role, self.backend.modalities)
+        valid = validate(documents, role, self.backend.modalities)
         if not self.options.show_progress:
             return self.submit_valid(valid, role)
         from tqdm.auto import tqdm

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from shared_engine.backend import Flow
-from shared_engine.documents import Document, Role, check
+from shared_engine.documents import Document, Role, validate_document
 from shared_engine.errors import (
     ConfigurationError,
     EngineError,
@@ -121,7 +121,9 @@ class _Windows:
                 continue
             try:
                 # Kept, as an open file is read only once.
-                window.documents[row] = accepted = check(document, self._role, modalities)
+                window.documents[row] = accepted = validate_document(
+                    document, self._role, modalities
+                )
             except InputError as exc:
                 window.refused[row] = exc
             else:

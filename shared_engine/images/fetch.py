@@ -90,7 +90,7 @@ def is_public(address: Address) -> bool:
     )
 
 
-def fetched(
+def fetch(
     url: str, allowed: Callable[[Address], bool] = is_public, seconds: float = _SECONDS
 ) -> Iterator[bytes]:
     """GET what is at an address, within so many seconds in all, from hosts that are `allowed`.

@@ -141,10 +141,10 @@ def _read(file: Any) -> bytes:
         raise InputTypeError("has an image file that was opened as text; use open(path, 'rb')")
     if hasattr(file, "seekable") and file.seekable():
         file.seek(0)
-    return _joined(iter(partial(file.read, 1 << 20), b""))  # raw files give less than asked for
+    return _join(iter(partial(file.read, 1 << 20), b""))  # raw files give less than asked for
 
 
-def _joined(parts: Iterable[bytes]) -> bytes:
+def _join(parts: Iterable[bytes]) -> bytes:
     data = bytearray()
     for part in parts:
         data += part
@@ -175,9 +175,9 @@ def _from_text(text: str, urls: bool) -> bytes:
         case "http" | "https":
             if not urls:
                 raise ValueError("it is an address; image_urls=True lets images be fetched")
-            from shared_engine.images.fetch import fetched
+            from shared_engine.images.fetch import fetch
 
-            return _joined(fetched(text))
+            return _join(fetch(text))
     if os.path.lexists(text):
         return _from_path(text)
     if (data := _image_in_base64(text.encode("ascii", "replace"))) is None:

@@ -165,11 +165,11 @@ def _cut(decoded: Image.Image, cols: int, rows: int, box: Any, size: int) -> NDA
         small = decoded.resize((width, height), Image.Resampling.BICUBIC, box)
         return np.array(small.convert("RGB"))
 
-    cut = np.ascontiguousarray(arranged(resized(cols * size, rows * size), size))
+    cut = np.ascontiguousarray(arrange_tiles(resized(cols * size, rows * size), size))
     return cut if len(cut) == 1 else np.concatenate([cut, resized(size, size)[None]])
 
 
-def arranged(sheet: Any, size: int) -> Any:
+def arrange_tiles(sheet: Any, size: int) -> Any:
     """Return the tiles (n, size, size, 3) of an array or tensor (rows * size, cols * size, 3)."""
     height, width, channels = sheet.shape
     cells = sheet.reshape(height // size, size, width // size, size, channels)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared_engine.images.tiles import Picture, arranged
+from shared_engine.images.tiles import Picture, arrange_tiles
 from shared_engine.local.device import to_device
 
 _BITS = 22
@@ -41,7 +41,7 @@ def tiles(picture: Picture, size: int, device: torch.device) -> Tensor:
     def resized(width: int, height: int) -> Tensor:
         return resize(pixels, picture.box, width, height).expand(height, width, 3)
 
-    cut: Tensor = arranged(resized(picture.cols * size, picture.rows * size), size)
+    cut: Tensor = arrange_tiles(resized(picture.cols * size, picture.rows * size), size)
     return cut if len(cut) == 1 else torch.cat([cut, resized(size, size)[None]])
 
 

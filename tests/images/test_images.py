@@ -760,7 +760,7 @@ class Pages(BaseHTTPRequestHandler):
         path, _, rest = self.path[1:].partition("?")
         getattr(self, f"_{path}", lambda rest: self.send_error(404))(rest)
 
-    def encode_png(self, rest: str) -> None:
+    def _png(self, rest: str) -> None:
         self._send(200, PNG, "image/png")
 
     def _html(self, rest: str) -> None:
@@ -819,7 +819,7 @@ def fetched(url: str, seconds: float = 10.0) -> bytes:
     def allowed(address: image_urls.Address) -> bool:
         return image_urls.is_public(address) or str(address) == "127.0.0.1"
 
-    return sources._joined(image_urls.fetched(url, allowed, seconds))
+    return sources._join(image_urls.fetch(url, allowed, seconds))
 
 
 def test_an_address_is_fetched(server):

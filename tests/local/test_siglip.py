@@ -25,7 +25,7 @@ from shared_engine import (
     PartialResultError,
     UnsupportedModalityError,
 )
-from shared_engine.documents import of_images, of_pairs
+from shared_engine.documents import pair_with_images, wrap_images
 from shared_engine.images.tiles import cut_tiles
 from tests.support.vl_checkpoints import (
     VL_SHAPES,
@@ -222,14 +222,14 @@ def test_an_image_is_no_query(vl, checkpoint):
 )
 def test_one_image_is_no_list_of_images(one):
     with pytest.raises(InputTypeError, match="expected a list of images"):
-        of_images(one)
+        wrap_images(one)
 
 
 def test_pairs_need_as_many_texts_as_images():
     with pytest.raises(InputTypeError, match="got 1 texts and 2 images"):
-        of_pairs(["a"], ["a.png", "b.png"])
+        pair_with_images(["a"], ["a.png", "b.png"])
     with pytest.raises(InputTypeError, match="expected a list"):
-        of_pairs("a", ["a.png"])
+        pair_with_images("a", ["a.png"])
 
 
 def test_texts_never_touch_the_tower(vl, monkeypatch):
