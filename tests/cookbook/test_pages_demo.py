@@ -16,8 +16,6 @@ from cookbook.standin import build_multimodal
 from shared_engine import Document, Embedder, Options
 from tests.conftest import ROOT
 
-DATA = ROOT.parent / "shared" / "data" / "nvidia-pages"
-
 
 @pytest.fixture(scope="module")
 def multimodal(standin: Path) -> Path:
@@ -131,15 +129,15 @@ def test_the_standin_for_images_is_laid_out_as_the_public_one_and_says_what_it_i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["handbook", "nvidia-pages"])
+@pytest.mark.parametrize(
+    "source", ["handbook", pytest.param("nvidia-pages", marks=pytest.mark.data("nvidia-pages"))]
+)
 def test_the_standin_finds_every_page_by_an_altered_picture_of_it(
-    pages: ModuleType, multimodal: Path, tmp_path: Path, source: str
+    pages: ModuleType, multimodal: Path, tmp_path: Path, data: Path, source: str
 ) -> None:
     if source == "handbook":
         pages.handbook.write(tmp_path)
-    elif not DATA.is_dir():
-        pytest.skip(f"{DATA} is not there")
-    found = pages.read_pages(tmp_path if source == "handbook" else DATA)
+    found = pages.read_pages(tmp_path if source == "handbook" else data / source)
     assert len(found) >= 10
     alter = list(pages.ALTERATIONS.values())
     altered = [

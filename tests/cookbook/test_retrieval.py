@@ -16,7 +16,7 @@ import pytest
 from shared_engine import Embedder, Options
 from tests.support.oracles import llama_4d_mask
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.data("xquad")]
 
 LANGUAGES = ("en", "de", "es", "ru", "ar", "hi", "zh")
 EVERY = 10  # one in ten paragraphs of each language: 24, each of another article
@@ -41,8 +41,8 @@ def embedder(standin: Path) -> Embedder:
 
 
 @pytest.fixture(scope="module")
-def corpus(xquad: Path) -> Callable[[str], Corpus]:
-    return cache(lambda language: Corpus(xquad, language))
+def corpus(data: Path) -> Callable[[str], Corpus]:
+    return cache(lambda language: Corpus(data / "xquad", language))
 
 
 @pytest.fixture(scope="module")
