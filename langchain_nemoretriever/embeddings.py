@@ -33,7 +33,7 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
     Every method raises, synchronous or not:
         InputError: an input is of the wrong type or modality (`index` says which), and nothing was
             computed; or the only input is too long, or its image cannot be used.
-        PartialResultError: some of require_list inputs failed: `errors` by index, and the `vectors` of
+        PartialResultError: some of several inputs failed: `errors` by index, and the `vectors` of
             the others.
         RemoteError: a NIM refused or failed at all of them.
         ConfigurationError: the options cannot work; at first use.

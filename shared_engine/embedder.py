@@ -61,7 +61,7 @@ class Embedder:
         Raises:
             InputError: an input is of the wrong type or modality (`index` says which), and nothing
                 was computed; or the only input is too long, or its image cannot be decoded.
-            PartialResultError: some of require_list inputs failed; the vectors of the others are on it,
+            PartialResultError: some of several inputs failed; the vectors of the others are on it,
                 and what went wrong by index: InputTooLongError, ImageError and the like.
             RemoteError: a NIM refused or failed at all of them, for one reason.
             ConfigurationError: the options cannot work; raised at first use.

@@ -120,13 +120,13 @@ class _Windows:
             if row in window.refused:  # when it was submitted before
                 continue
             try:
-                # Kept, as an open file is read only once.
                 window.documents[row] = accepted = validate_document(
                     document, self._role, modalities
                 )
             except InputError as exc:
                 window.refused[row] = exc
             else:
+                window.documents[row] = accepted  # an open file is read only once
                 valid.append(accepted)
                 window.rows.append(row)
         progress = None if self._bar is None else self._bar.update

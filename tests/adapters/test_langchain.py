@@ -266,7 +266,7 @@ async def test_errors_name_the_input(model: NeMoRetrieverEmbeddings) -> None:
     assert {row: (type(error), error.index) for row, error in partial.value.errors.items()} == {
         1: (InputTooLongError, 1)
     }
-    with pytest.raises(InputTooLongError, match="input 0 has .* limit is 8"):
+    with pytest.raises(InputTooLongError, match=r"input 0 has .* limit is 8"):
         small.embed_query("word " * 20)
 
 
