@@ -1,4 +1,4 @@
-"""What a run of the suite says: bars met or missed, README's table, a plot."""
+"""What a run of the suite says: bars met or missed, the tables of README.md here, a plot."""
 
 from __future__ import annotations
 

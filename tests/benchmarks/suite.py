@@ -3,7 +3,7 @@
     python tests/benchmarks/suite.py                 # half an hour on two cores
     python tests/benchmarks/suite.py --quick         # a small one, into .benchmarks/
     python tests/benchmarks/suite.py --only latency --checkpoint DIR --device cuda
-    python tests/benchmarks/suite.py --readme        # README's tables and the plots, from results/
+    python tests/benchmarks/suite.py --readme        # the tables and plots of README.md here
 
 - text: tokens per second on four corpora, in turn with sentence-transformers at several batch sizes
   and with padded transformers, on the same weights; vectors are compared.
@@ -310,7 +310,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
     parser.add_argument("--out", type=Path, help="folder of results")
     parser.add_argument(
-        "--readme", action="store_true", help="write only README's tables and the plots"
+        "--readme", action="store_true", help="write only the tables and plots of README.md"
     )
     asked = parser.parse_args()
     asked.only = asked.only.split(",")
@@ -337,7 +337,7 @@ def main() -> None:
     """Measure, print and write; or only write the table."""
     asked = arguments()
     if asked.readme:
-        report.write_readme(ROOT / "README.md", sorted(asked.out.resolve().glob("*.json")))
+        report.write_readme(Path(__file__).with_name("README.md"), sorted(asked.out.resolve().glob("*.json")))
         return
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
