@@ -12,7 +12,7 @@ from shared_engine import images
 from shared_engine.adapter import Adapter
 from shared_engine.documents import Document, wrap_images
 from shared_engine.errors import MissingExtraError
-from shared_engine.off_loop import run_off_loop
+from shared_engine.threads import run_off_loop
 
 try:
     from llama_index.core.base.embeddings.base import Embedding

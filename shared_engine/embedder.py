@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from shared_engine.backend import Backend
 from shared_engine.documents import Document, Modality, Role, require_list
 from shared_engine.errors import ConfigurationError
-from shared_engine.off_loop import run_off_loop, wait_until_done
 from shared_engine.options import Options
 from shared_engine.pipeline import SMALL, Documents, Pipeline
 from shared_engine.registry import Lease
 from shared_engine.stream import AsyncStream, Stream
+from shared_engine.threads import run_off_loop, wait_until_done
 from shared_engine.usage import TokenCount
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from shared_engine.errors import (
     combine_errors,
 )
 from shared_engine.options import Options
-from shared_engine.registry import park_if_exiting
+from shared_engine.threads import raise_closed
 from shared_engine.usage import TokenCount, count_for
 from shared_engine.wire import split_role_suffix
 
@@ -109,9 +109,8 @@ class Pipeline:
         )
         try:
             return backend.submit(request)
-        except EngineClosedError:
-            park_if_exiting()
-            raise
+        except EngineClosedError as exc:
+            raise_closed(str(exc))
 
     def finish(self, future: Future[NDArray[np.float32]]) -> NDArray[Any]:
         """Wait for the vectors (n, d) of `submit`; return them in unit length and number type.
@@ -128,9 +127,7 @@ class Pipeline:
         try:
             pooled = future.result()
         except CancelledError:
-            park_if_exiting()
-            message = "the engine was closed before this work was done"
-            raise EngineClosedError(message) from None
+            raise_closed("the engine was closed before this work was done")
         except PartialResultError as exc:
             pooled, errors = exc.vectors, dict(exc.errors)
         out = vectors.unit(pooled)

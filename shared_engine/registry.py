@@ -13,9 +13,10 @@ import threading
 import weakref
 
 from shared_engine.backend import Backend
-from shared_engine.errors import CheckpointError, EngineClosedError
+from shared_engine.errors import CheckpointError
 from shared_engine.options import Options
 from shared_engine.routing import Choice, explain_key_in_environment, select_backend
+from shared_engine.threads import raise_closed
 
 _log = logging.getLogger("shared_engine")
 
@@ -40,8 +41,7 @@ class Engine:
         with self._lock:
             if self._backend is None:
                 if _exiting:
-                    park_if_exiting()
-                    raise EngineClosedError("the interpreter is ending")
+                    raise_closed("the interpreter is ending")
                 self._backend = self._build()
             return self._backend
 
@@ -94,7 +94,7 @@ class Lease:
         choice = select_backend(self._options)
         with _lock:
             if self._closed:
-                raise EngineClosedError("this Embedder was closed; make a new one")
+                raise_closed("this Embedder was closed; make a new one")
             engine = self._engine
             if engine is not None and engine.pid == os.getpid():  # another thread was first
                 return engine
@@ -123,15 +123,6 @@ _engines: dict[tuple[object, ...], Engine] = {}
 _closing: weakref.WeakSet[Backend] = weakref.WeakSet()
 """Backends that were told to close; their threads keep them alive until they are done."""
 _exiting = False
-
-
-def park_if_exiting() -> None:
-    """Keep a daemon thread where it is once the interpreter ends and has closed all engines.
-
-    It is about to vanish, and nobody is left to tell; an error would only reach stderr.
-    """
-    if _exiting and threading.current_thread().daemon:
-        threading.Event().wait()
 
 
 def _make_hashable(value: object) -> object:

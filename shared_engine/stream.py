@@ -27,8 +27,8 @@ from shared_engine.errors import (
     PartialResultError,
     place_error,
 )
-from shared_engine.off_loop import run_off_loop, wait_until_done
 from shared_engine.pipeline import Pipeline
+from shared_engine.threads import run_off_loop, wait_until_done
 
 if TYPE_CHECKING:
     import numpy as np

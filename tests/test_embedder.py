@@ -399,15 +399,32 @@ def test_close_can_cancel(checkpoint):
     assert isinstance(outcome[0], EngineClosedError)
 
 
+USES = {
+    "one long call": "embedder.embed(['word'] * 100_000)",
+    "many calls": "while True: embedder.embed(['word'])",
+    "a stream": "list(embedder.stream(itertools.repeat('word'), batch_size=50))",
+    "a loop": "asyncio.run(embedder.aembed(['word'] * 100_000))",
+    "an async stream": "asyncio.run(read(embedder.astream(itertools.repeat('word'))))",
+}
+
+
 def test_a_program_ends_whatever_is_under_way(checkpoint):
+    """A daemon thread has nobody left to tell; an error of it would only be noise on stderr."""
     program = f"""
-import threading
+import atexit, asyncio, itertools, threading, time
+atexit.register(time.sleep, 0.5)  # runs last: time for a thread to say something
 from shared_engine import Embedder, Options
+async def read(stream):
+    async for part in stream: pass
 def main():
-    some = [Embedder(Options(model={str(checkpoint)!r}, max_tokens=n)) for n in (40, 50, 60)]
-    for each in some:
+    embedders = [Embedder(Options(model={str(checkpoint)!r}, max_tokens=n)) for n in (40, 50)]
+    for each in embedders:
         each.embed(["x"])
-    threading.Thread(target=lambda: some[0].embed(["word"] * 100_000), daemon=True).start()
+    for embedder in embedders:
+        for how in {list(USES.values())!r}:
+            env = globals() | {{"embedder": embedder}}
+            threading.Thread(target=exec, args=(how, env), daemon=True).start()
+    time.sleep(0.3)
 main()
 """
     done = run(program)
@@ -552,6 +569,8 @@ def test_first_calls_at_once_lose_no_count(checkpoint):
                     caller.join()
                 assert embedder.usage == 8 * each
                 embedder.close()
+                (engine,) = [e for e in engines._engines.values() if e.backend is kept._backend]
+                assert engine.leases == 1  # nobody took two shares
         finally:
             sys.setswitchinterval(interval)
 

@@ -22,7 +22,7 @@ OURS = {"langchain_nemoretriever", "llamaindex_nemoretriever", "shared_engine"}
 FLOORS = (
     {"_version", "errors"},
     {"images"},
-    {"catalogue", "documents", "endpoints", "off_loop", "options", "usage", "vectors", "wire"},
+    {"catalogue", "documents", "endpoints", "options", "threads", "usage", "vectors", "wire"},
     {"backend"},
     {"local", "nim"},
     {"registry", "routing"},

@@ -337,7 +337,9 @@ def main() -> None:
     """Measure, print and write; or only write the table."""
     asked = arguments()
     if asked.readme:
-        report.write_readme(Path(__file__).with_name("README.md"), sorted(asked.out.resolve().glob("*.json")))
+        report.write_readme(
+            Path(__file__).with_name("README.md"), sorted(asked.out.resolve().glob("*.json"))
+        )
         return
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
