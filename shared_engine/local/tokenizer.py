@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 from shared_engine.documents import Role
 from shared_engine.errors import CheckpointError, ImageTooLargeError, InputTooLongError
-from shared_engine.local.checkpoint import Checkpoint, Vision
+from shared_engine.local.checkpoint import Checkpoint
+from shared_engine.local.config import VisionConfig
 from shared_engine.options import Truncate
 
 TokenIds = NDArray[np.int32]
@@ -45,7 +46,7 @@ class TextTokenizer:
         self.size = self._tokenizer.get_vocab_size()
         self.limit = checkpoint.max_tokens
         self.limit_with_image = checkpoint.max_tokens_with_image
-        self._bos = int(checkpoint.config.get("bos_token_id") or 0)
+        self._bos = checkpoint.config.bos_token_id or 0
         self._prompts = checkpoint.prompts
         self._slack = 8 + max(len(p.encode()) for p in self._prompts.values())  # and specials
         self._bounded = self._tokenizer.normalizer is None  # a normalizer may lengthen a text
@@ -57,7 +58,7 @@ class TextTokenizer:
         if checkpoint.vision:
             self._prepare_for_images(checkpoint.vision, names, path)
 
-    def _prepare_for_images(self, vision: Vision, names: list[str], path: Path) -> None:
+    def _prepare_for_images(self, vision: VisionConfig, names: list[str], path: Path) -> None:
         start, context, end = (self._tokenizer.token_to_id(name) for name in names)
         if start is None or end is None or context != vision.context_token:
             raise CheckpointError(

@@ -294,7 +294,7 @@ def test_failed_rows_are_named_and_the_others_kept():
     one.fail(1, EngineError("no luck"))
     error = one.future.exception()
     assert isinstance(error, PartialResultError)
-    assert "1 of 3 inputs failed, the first: no luck" in str(error)
+    assert "1 of 3 inputs failed, the first: input 1: no luck" in str(error)
     assert list(error.errors) == [1]
     assert np.isnan(error.vectors[1]).all()
     assert error.vectors[[0, 2]].tolist() == [[1, 1], [1, 1]]
