@@ -198,7 +198,7 @@ async def test_a_cancelled_caller_leaves_the_queue(embedder):
     scheduler = embedder._backend._scheduler
     assert time.perf_counter() - before < 20
     assert not scheduler._to_run["document"]
-    assert not scheduler._to_tokenise
+    assert not scheduler._to_prepare
 
 
 def test_a_fork_rebuilds_the_engine(checkpoint):
@@ -371,7 +371,7 @@ def test_close_drains(checkpoint):
     caller = threading.Thread(target=lambda: results.append(embedder.embed(TEXTS * 20)))
     backend = embedder._backend
     caller.start()
-    while not backend._scheduler._calls:
+    while not backend._scheduler._jobs:
         time.sleep(0.001)
     embedder.close()
     caller.join(60)
@@ -391,7 +391,7 @@ def test_close_can_cancel(checkpoint):
 
     thread = threading.Thread(target=caller)
     thread.start()
-    while not backend._scheduler._calls:
+    while not backend._scheduler._jobs:
         time.sleep(0.001)
     embedder.close(cancel=True)
     thread.join(30)

@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
@@ -30,14 +31,15 @@ from shared_engine.errors import (
     DeviceMemoryError,
     EngineError,
     InputError,
+    InputTooLongError,
     NeMoRetrieverError,
 )
 from shared_engine.local.checkpoint import resolve
 from shared_engine.local.device import place
-from shared_engine.local.jobs import Call, Sequence
+from shared_engine.local.jobs import Job, Sequence
 from shared_engine.local.llama import Encoder, Means
-from shared_engine.local.scheduler import TEXTS_PER_CHUNK, Scheduler
-from shared_engine.local.tokenizer import TextTokenizer, TokenIds
+from shared_engine.local.scheduler import Scheduler
+from shared_engine.local.tokenizer import TextTokenizer
 from shared_engine.options import Options
 
 Running: TypeAlias = tuple[list[Sequence], Means | Exception]
@@ -50,8 +52,10 @@ _log = logging.getLogger("shared_engine")
 class LocalBackend:
     """An embedding model on one device or several, shared by any number of callers."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, load: Callable[..., Encoder] = Encoder) -> None:
         """Find the checkpoint, download it if need be, load it, and start the workers.
+
+        `load` makes the encoder of a device, called as `Encoder` is.
 
         Raises:
             CheckpointError: no such checkpoint, or not one the engine computes.
@@ -68,7 +72,7 @@ class LocalBackend:
         # and a caller who forks later would wait for workers that stayed with the parent.
         with ThreadPoolExecutor(1, "nemoretriever-load") as loader:
             self._encoders = [
-                loader.submit(Encoder, self._checkpoint, placement, self._tokenizer.size).result()
+                loader.submit(load, self._checkpoint, placement, self._tokenizer.size).result()
                 for placement in placements
             ]
         self._scheduler = Scheduler(placements[0].tokens_per_step)
@@ -78,15 +82,15 @@ class LocalBackend:
         places = "; ".join(placement.description for placement in placements)
         self.description = f"{self._checkpoint.name} in this process on {places}"
         if self._vision:
-            self.description += f", at most {self._vision.max_tiles} tiles an image"
+            self.description += f", at most {self._vision.max_tiles} tiles per image"
         _log.info("%s", self.description)
         preparing = min(os.cpu_count() or 1, _MOST_PREPARING) if self._vision else 1
-        work = [partial(self._compute, number) for number in range(len(placements))]
+        work: dict[str, Callable[[], None]] = {
+            f"nemoretriever-compute-{n}": partial(self._compute, n) for n in range(len(placements))
+        }
+        work |= {f"nemoretriever-prepare-{n}": self._prepare for n in range(preparing)}
         self._workers = [
-            threading.Thread(
-                target=target, name=f"nemoretriever-{target.func.__name__}", daemon=True
-            )
-            for target in [*work, *[partial(self._prepare)] * preparing]
+            threading.Thread(target=target, name=name, daemon=True) for name, target in work.items()
         ]
         for worker in self._workers:
             worker.start()
@@ -116,23 +120,15 @@ class LocalBackend:
 
     def submit(self, request: Request) -> Future[NDArray[np.float32]]:
         """Accept a request; see `Backend.submit`."""
-        texts = [document.text or "" for document in request.documents]
+        rows = list(range(len(request.documents)))
         width = request.dimensions or self.dimensions[-1]
-        call = Call(request, np.empty((len(texts), width), np.float32))
-        if not texts:
-            call.future.set_result(call.vectors)
-        elif request.role == "query":
-            self._scheduler.put(call, self._encoded(request, texts, list(range(len(texts)))))
+        job = Job(request, np.empty((len(rows), width), np.float32))
+        if not rows:
+            job.future.set_result(job.vectors)
         else:
-            if request.truncate == "NONE":  # refuse a long text before anything is computed
-                long = [
-                    row
-                    for row, document in enumerate(request.documents)
-                    if document.image is None and not self._tokenizer.surely_fits(texts[row])
-                ]
-                call.known.update(zip(long, self._encoded(request, texts, long), strict=True))
-            self._scheduler.put(call)
-        return call.future
+            is_query = request.role == "query"
+            self._scheduler.put(job, self._tokenize(job, rows) if is_query else None)
+        return job.future
 
     def wait_until_ready(self, timeout: float) -> None:
         """Return at once: what is loaded is ready."""
@@ -144,59 +140,54 @@ class LocalBackend:
             if worker is not threading.current_thread():
                 worker.join()
 
-    def _encoded(self, request: Request, texts: list[str], rows: list[int]) -> list[TokenIds]:
-        out: list[TokenIds] = []
-        for start in range(0, len(rows), TEXTS_PER_CHUNK):
-            chunk = rows[start : start + TEXTS_PER_CHUNK]
-            ids = self._tokenizer.encode([texts[row] for row in chunk], request.role)
-            out += [
-                self._tokenizer.cut(known, request.role, request.truncate)
-                for row, known in zip(chunk, ids, strict=True)
-            ]
-        return out
-
     def _prepare(self) -> None:
         """Work of the first threads: documents to sequences, a few steps ahead of the device."""
         while (chunk := self._scheduler.next_chunk()) is not None:
             sequences: list[Sequence] = []
-            for call, pairs in groupby(chunk, key=lambda pair: pair[0]):
-                documents = call.request.documents
-                rows = [row for _, row in pairs]
-                texts = [row for row in rows if documents[row].image is None]
-                try:
-                    sequences += self._texts(call, texts)
-                except Exception as exc:
-                    _fail(call, texts, EngineError(f"the tokenizer failed: {exc}"), exc)
-                for row in rows:
-                    if documents[row].image is not None and not call.dropped:
-                        sequences += self._image(call, row)
+            for job, pairs in groupby(chunk, key=lambda pair: pair[0]):
+                rows: dict[bool, list[int]] = {False: [], True: []}
+                for _, row in pairs:
+                    rows[job.request.documents[row].image is not None].append(row)
+                sequences += self._tokenize(job, rows[False])
+                for row in rows[True]:
+                    if not job.is_cancelled:
+                        sequences += self._prepare_image(job, row)
             self._scheduler.add(sequences)
 
-    def _texts(self, call: Call, rows: list[int]) -> list[Sequence]:
-        request = call.request
-        fresh = [row for row in rows if row not in call.known]
-        texts = [request.documents[row].text or "" for row in fresh]
-        ids = dict(zip(fresh, self._tokenizer.encode(texts, request.role), strict=True))
-        ids.update((row, call.known.pop(row)) for row in rows if row in call.known)
-        cut = self._tokenizer.cut
-        return [Sequence(call, row, cut(ids[row], request.role, request.truncate)) for row in rows]
+    def _tokenize(self, job: Job, rows: list[int]) -> list[Sequence]:
+        """Return the sequences of texts, without those that failed."""
+        request = job.request
+        texts = [request.documents[row].text or "" for row in rows]
+        try:
+            ids = self._tokenizer.encode(texts, request.role, request.truncate)
+        except Exception as exc:
+            _fail(job, rows, EngineError(f"the tokenizer failed: {exc}"), exc)
+            return []
+        sequences = []
+        for row, given in zip(rows, ids, strict=True):
+            if isinstance(given, InputTooLongError):
+                job.fail(row, given)
+            else:
+                sequences.append(Sequence(job, row, given))
+        return sequences
 
-    def _image(self, call: Call, row: int) -> list[Sequence]:
+    def _prepare_image(self, job: Job, row: int) -> list[Sequence]:
         """Return the sequence of an image, with its text if it has one; none where it failed."""
         assert self._vision is not None
-        document, tokenizer, size = call.request.documents[row], self._tokenizer, self._vision
+        document, vision = job.request.documents[row], self._vision
         try:
             prepare = images.decode_picture if self._cuts_on_device else images.cut_tiles
-            tiles = prepare(document.image, size.max_tiles, size.tile_size, self._image_urls)
-            ids, head = tokenizer.encode_with_image(len(tiles), document.text or "")
-            ids = tokenizer.cut_with_image(ids, head, call.request.truncate)
+            tiles = prepare(document.image, vision.max_tiles, vision.tile_size, self._image_urls)
+            ids = self._tokenizer.encode_with_image(
+                len(tiles), document.text or "", job.request.truncate
+            )
         except InputError as exc:
-            call.fail(row, exc)
+            job.fail(row, exc)
             return []
         except Exception as exc:
-            _fail(call, [row], EngineError(f"preparing it failed: {exc}"), exc)
+            _fail(job, [row], EngineError(f"preparing it failed: {exc}"), exc)
             return []
-        return [Sequence(call, row, ids, tiles, len(tiles) * size.patches_per_tile)]
+        return [Sequence(job, row, ids, tiles, len(tiles) * vision.patches_per_tile)]
 
     def _compute(self, device: int) -> None:
         """Work of a device's thread: one step after another.
@@ -227,8 +218,8 @@ class LocalBackend:
         if not _is_out_of_memory(error) or len(step) == 1:
             return [(step, error)]
         tokens = sum(sequence.cost for sequence in step)
-        self._scheduler.tokens_per_step = max(1, tokens // 2)
-        _log.warning("out of memory at %d tokens a step; going on with half", tokens)
+        self._scheduler.shrink(tokens // 2)
+        _log.warning("out of memory at %d tokens per step; going on with half", tokens)
         if encoder.device.type == "cuda":
             torch.cuda.empty_cache()
         half = len(step) // 2
@@ -245,24 +236,24 @@ def _collect(step: list[Sequence], means: Means | Exception) -> None:
     except Exception as exc:
         error = exc.with_traceback(None)
     start = 0
-    for call, group in groupby(step, key=lambda sequence: sequence.call):
+    for job, group in groupby(step, key=lambda sequence: sequence.job):
         members = list(group)
         rows = [sequence.row for sequence in members]
         tokens = sum(len(sequence.ids) for sequence in members)
         if error is None:
-            call.deliver(rows, vectors[start : start + len(rows)], tokens)
+            job.deliver(rows, vectors[start : start + len(rows)], tokens)
         elif _is_out_of_memory(error):
             message = f"does not fit in the device's memory ({tokens} tokens)"
-            _fail(call, rows, DeviceMemoryError(message), error)
+            _fail(job, rows, DeviceMemoryError(message), error)
         else:
-            _fail(call, rows, EngineError(f"the forward pass failed: {error}"), error)
+            _fail(job, rows, EngineError(f"the forward pass failed: {error}"), error)
         start += len(rows)
 
 
-def _fail(call: Call, rows: list[int], error: NeMoRetrieverError, cause: Exception) -> None:
+def _fail(job: Job, rows: list[int], error: NeMoRetrieverError, cause: Exception) -> None:
     error.__cause__ = cause
     for row in rows:
-        call.fail(row, error)
+        job.fail(row, error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

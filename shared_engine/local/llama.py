@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared_engine.local.attention import Attention, Layout
-from shared_engine.local.checkpoint import Checkpoint, rope
+from shared_engine.local.checkpoint import Checkpoint
+from shared_engine.local.config import Llama3Rope, ModelConfig, Rope
 from shared_engine.local.device import Buffer, Placement, to_device
 from shared_engine.local.siglip import VisionTower
 from shared_engine.local.weights import Weights
@@ -80,19 +81,17 @@ class Encoder:
         self.runs_ahead = placement.device.type == "cuda"
         """Whether a step goes on after it was started, so that the next can be started."""
         self._attend: Attention = placement.attend
-        self._heads = int(config["num_attention_heads"])
-        self._kv_heads = int(config.get("num_key_value_heads") or self._heads)
-        self._head_dim = int(config.get("head_dim") or config["hidden_size"] // self._heads)
-        self._eps = float(config.get("rms_norm_eps", 1e-6))
+        self._heads, self._kv_heads = config.heads, config.kv_heads
+        self._head_dim, self._eps = config.head_dim, config.rms_norm_eps
         weights = Weights(checkpoint, placement)
         prefix = "" if checkpoint.vision is None else "language_model."
-        table, self._layers, self._norm = _load(weights, prefix, config, self._head_dim)
+        table, self._layers, self._norm = _load(weights, prefix, config)
         missing = vocabulary - len(table)
         self._embedding = F.pad(table, (0, 0, 0, missing)) if missing > 0 else table
         self._vision = checkpoint.vision and VisionTower(checkpoint, weights, placement)
         weights.check_nothing_left()
         self._cos, self._sin = _rotary_tables(
-            rope(config), self._head_dim, checkpoint.longest, placement
+            config.rope, self._head_dim, checkpoint.longest, placement
         )
         self._tokens_per_step = placement.tokens_per_step
         self._narrow, self._wide = Buffer(placement), Buffer(placement)
@@ -179,7 +178,7 @@ def _gated(gate_up: Tensor) -> Tensor:
 
 
 def _rotary_tables(
-    parameters: dict[str, Any], head_dim: int, max_tokens: int, placement: Placement
+    rope: Rope | Llama3Rope, head_dim: int, max_tokens: int, placement: Placement
 ) -> tuple[Tensor, Tensor]:
     """Return cosines and sines for every position, each (max_tokens, 1, d / 2).
 
@@ -187,14 +186,13 @@ def _rotary_tables(
     are divided by `factor`, the fast ones kept, those between interpolated. Computed in float32 as
     transformers does, so that long texts agree with it to the last bits.
     """
-    theta = float(parameters["rope_theta"])
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if parameters["rope_type"] == "llama3":
-        factor = parameters["factor"]
-        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-        turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / rope.theta**exponents
+    if isinstance(rope, Llama3Rope):
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: kept
-        frequencies = (1 - kept) * frequencies / factor + kept * frequencies
+        frequencies = (1 - kept) * frequencies / rope.factor + kept * frequencies
     angles = torch.arange(max_tokens, dtype=torch.float32)[:, None, None] * frequencies
     return (
         angles.cos().to(placement.device, placement.dtype),
@@ -202,20 +200,17 @@ def _rotary_tables(
     )
 
 
-def _load(
-    weights: Weights, prefix: str, config: dict[str, Any], head_dim: int
-) -> tuple[Tensor, list[Layer], Tensor]:
+def _load(weights: Weights, prefix: str, config: ModelConfig) -> tuple[Tensor, list[Layer], Tensor]:
     """Return the table of embeddings, the layers and the last norm."""
 
     def take(name: str, *shape: int) -> Tensor:
         return weights(prefix + name, *shape)
 
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    heads = config["num_attention_heads"]
-    q, kv = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
-    embedding = take("embed_tokens.weight", config["vocab_size"], hidden)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    embedding = take("embed_tokens.weight", config.vocab_size, hidden)
     layers = []
-    for n in range(config["num_hidden_layers"]):
+    for n in range(config.layers):
         at, mlp = f"layers.{n}.self_attn", f"layers.{n}.mlp"
         layers.append(
             Layer(

@@ -60,17 +60,16 @@ class VisionTower:
         """
         vision = checkpoint.vision
         assert vision is not None
-        config = vision.config
+        tower = vision.tower
         self.context_token = vision.context_token
         self._device, self._dtype = placement.device, placement.dtype
-        self._patch = int(config["patch_size"])
+        self._patch = tower.patch_size
         self._side = vision.patches_per_side
-        self._heads = int(config["num_attention_heads"])
-        self._eps = float(config.get("layer_norm_eps", 1e-6))
+        self._heads, self._eps = tower.heads, tower.layer_norm_eps
         self._wide = Buffer(placement)
         # A patch costs about half of what a token does.
         self._tiles_at_once = max(1, 2 * placement.tokens_per_step // vision.patches_per_tile)
-        hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+        hidden, inner = tower.hidden_size, tower.intermediate_size
         at = "vision_model.embeddings"
         patch = weights(f"{at}.patch_embedding.weight", hidden, 3, self._patch, self._patch)
         self._embed = Affine(patch.flatten(1), weights(f"{at}.patch_embedding.bias", hidden))
@@ -79,10 +78,10 @@ class VisionTower:
         )
         self._layers = [
             _layer(weights, f"vision_model.encoder.layers.{n}", hidden, inner)
-            for n in range(config["num_hidden_layers"])
+            for n in range(tower.layers)
         ]
         self._norm = _norm(weights, "vision_model.post_layernorm", hidden)
-        out = checkpoint.hidden_size
+        out = checkpoint.config.hidden_size
         self._join_norm = _norm(weights, "mlp1.0", 4 * hidden)
         self._join_up = _linear(weights, "mlp1.1", out, 4 * hidden)
         self._join_down = _linear(weights, "mlp1.3", out, out)

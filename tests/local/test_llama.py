@@ -47,6 +47,7 @@ def test_vectors_equal_the_float64_oracle(embedder, folder, role, prefix):
     assert np.abs(np.linalg.norm(ours.astype(np.float64), axis=1) - 1).max() <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eurobert", "llama_4d_mask", "sentence_transformers"])
 def test_vectors_equal_other_implementations(embedder, folder, name):
     theirs = oracles.ORACLES[name](folder, TEXTS, "passage: ")
@@ -177,6 +178,7 @@ def test_a_gpu_gives_the_same_vectors(checkpoint, dtype):
 
 
 @pytest.mark.true_shape
+@pytest.mark.slow
 def test_the_true_shape_of_the_300m_model(tmp_path):
     """9 layers, 2048 hidden, vocabulary 128256: loads under its own name, runs, and is right."""
     from tests.support.checkpoints import true_shape_300m

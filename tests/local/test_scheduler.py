@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,38 +19,42 @@ from hypothesis import strategies as st
 
 from shared_engine import Document, EngineClosedError, EngineError, PartialResultError, Request
 from shared_engine.backend import Flow
+from shared_engine.local.jobs import Job, Sequence
 from shared_engine.local.scheduler import (
     QUERY_STEPS_IN_A_ROW,
     STEPS_AHEAD,
     TEXTS_PER_CHUNK,
-    Call,
     Scheduler,
-    Sequence,
 )
 
 IMAGE = object()
 
 
-def call(
+def job(
     count: int, role: str = "document", flow: Flow | None = None, document: Document | None = None
-) -> Call:
+) -> Job:
     documents = [document or Document("x")] * count
-    return Call(Request(documents, role, flow=flow), np.zeros((count, 2), np.float32))
+    return Job(Request(documents, role, flow=flow), np.zeros((count, 2), np.float32))
+
+
+def put(scheduler: Scheduler, each: Job, lengths: Iterable[int]) -> None:
+    """Put a job whose texts are tokenised already, to so many tokens."""
+    scheduler.put(each, [Sequence(each, row, ids(n)) for row, n in enumerate(lengths)])
 
 
 def ids(tokens: int) -> np.ndarray:
     return np.zeros(tokens, np.int32)
 
 
-def tokenise(scheduler: Scheduler, tokens: int = 10) -> list[tuple[Call, int]]:
+def tokenise(scheduler: Scheduler, tokens: int = 10) -> list[tuple[Job, int]]:
     chunk = scheduler.take_chunk()
     if chunk:
         scheduler.add([Sequence(owner, row, ids(tokens)) for owner, row in chunk])
     return chunk
 
 
-def owners(step: list[Sequence]) -> list[Call]:
-    return list(dict.fromkeys(sequence.call for sequence in step))
+def owners(step: list[Sequence]) -> list[Job]:
+    return list(dict.fromkeys(sequence.job for sequence in step))
 
 
 def cost(step: list[Sequence]) -> int:
@@ -61,9 +65,9 @@ def cost(step: list[Sequence]) -> int:
 
 
 def test_a_step_holds_at_most_its_tokens_and_loses_nobody():
-    scheduler, one = Scheduler(100), call(40)
+    scheduler, one = Scheduler(100), job(40)
     lengths = np.random.default_rng(0).integers(1, 60, 40)
-    scheduler.put(one, [ids(n) for n in lengths])
+    put(scheduler, one, lengths)
     seen = []
     while len(seen) < 40:
         step = scheduler.next_step()
@@ -73,13 +77,13 @@ def test_a_step_holds_at_most_its_tokens_and_loses_nobody():
 
 
 def test_a_sequence_over_the_budget_runs_alone():
-    scheduler, one = Scheduler(100), call(3)
-    scheduler.put(one, [ids(500), ids(10), ids(500)])
+    scheduler, one = Scheduler(100), job(3)
+    put(scheduler, one, [500, 10, 500])
     assert [[s.row for s in scheduler.next_step()] for _ in range(3)] == [[0], [1], [2]]
 
 
 def test_an_image_costs_its_patches_too():
-    scheduler, one = Scheduler(100), call(3)
+    scheduler, one = Scheduler(100), job(3)
     scheduler.put(one)
     scheduler.add([Sequence(*pair, ids(20), patches=60) for pair in scheduler.next_chunk()])
     assert [[s.row for s in scheduler.next_step()] for _ in range(2)] == [[0, 1], [2]]
@@ -88,38 +92,38 @@ def test_an_image_costs_its_patches_too():
 
 def test_one_step_serves_many_small_callers():
     scheduler = Scheduler(100)
-    calls = [call(1) for _ in range(8)]
-    for each in calls:
-        scheduler.put(each, [ids(10)])
-    assert owners(scheduler.next_step()) == calls
+    jobs = [job(1) for _ in range(8)]
+    for each in jobs:
+        put(scheduler, each, [10])
+    assert owners(scheduler.next_step()) == jobs
 
 
 def test_room_that_one_caller_cannot_use_goes_to_the_next():
-    scheduler, large, small = Scheduler(100), call(2), call(4)
-    scheduler.put(large, [ids(70), ids(70)])
-    scheduler.put(small, [ids(15)] * 4)
+    scheduler, large, small = Scheduler(100), job(2), job(4)
+    put(scheduler, large, [70, 70])
+    put(scheduler, small, [15] * 4)
     assert [s.cost for s in scheduler.next_step()] == [70, 15, 15]
     assert [s.cost for s in scheduler.next_step()] == [70, 15, 15]
 
 
 def test_a_large_sequence_waits_for_one_step_however_many_small_ones_come():
-    scheduler, large = Scheduler(100), call(1)
-    scheduler.put(call(1), [ids(20)])
-    scheduler.put(large, [ids(90)])
+    scheduler, large = Scheduler(100), job(1)
+    put(scheduler, job(1), [20])
+    put(scheduler, large, [90])
     for _ in range(3):
-        scheduler.put(call(1), [ids(20)])
+        put(scheduler, job(1), [20])
     assert large not in owners(scheduler.next_step())
-    scheduler.put(call(1), [ids(20)])
+    put(scheduler, job(1), [20])
     assert large in owners(scheduler.next_step())
 
 
 def test_queries_go_first_but_documents_are_not_starved():
-    scheduler, bulk = Scheduler(10), call(4)
-    scheduler.put(call(60, "query"), [ids(10)] * 60)
+    scheduler, bulk = Scheduler(10), job(4)
+    put(scheduler, job(60, "query"), [10] * 60)
     for _ in range(20):  # nobody waits for these
         scheduler.next_step()
-    scheduler.put(bulk, [ids(10)] * 4)
-    roles = [scheduler.next_step()[0].call.request.role for _ in range(44)]
+    put(scheduler, bulk, [10] * 4)
+    roles = [scheduler.next_step()[0].job.request.role for _ in range(44)]
     assert roles[:QUERY_STEPS_IN_A_ROW] == ["query"] * QUERY_STEPS_IN_A_ROW
     waits = np.diff(np.flatnonzero(np.array(roles) == "document"))
     assert waits.max() <= QUERY_STEPS_IN_A_ROW + 1
@@ -128,71 +132,82 @@ def test_queries_go_first_but_documents_are_not_starved():
 
 def test_a_query_runs_right_after_the_step_in_progress():
     scheduler = Scheduler(10)
-    scheduler.put(call(100), [ids(10)] * 100)
+    put(scheduler, job(100), [10] * 100)
     for _ in range(5):
-        assert scheduler.next_step()[0].call.request.role == "document"
-        scheduler.put(call(1, "query"), [ids(3)])
-        assert scheduler.next_step()[0].call.request.role == "query"
+        assert scheduler.next_step()[0].job.request.role == "document"
+        put(scheduler, job(1, "query"), [3])
+        assert scheduler.next_step()[0].job.request.role == "query"
 
 
 def test_bulk_callers_take_turns_of_equal_cost():
-    """One has sequences of three steps each, one of a tenth, and small calls come in between."""
+    """One has sequences of three steps each, one of a tenth, and small jobs come in between."""
     scheduler = Scheduler(100)
-    pages, lines = call(50), call(2000)
-    scheduler.put(pages, [ids(300)] * 50)
-    scheduler.put(lines, [ids(10)] * 2000)
-    got: Counter[Call] = Counter()
+    pages, lines = job(50), job(2000)
+    put(scheduler, pages, [300] * 50)
+    put(scheduler, lines, [10] * 2000)
+    got: Counter[Job] = Counter()
     for _ in range(100):
-        scheduler.put(call(1), [ids(90)])
+        put(scheduler, job(1), [90])
         for sequence in scheduler.next_step():
-            got[sequence.call] += sequence.cost
+            got[sequence.job] += sequence.cost
         assert abs(got[pages] - got[lines]) <= 400
     assert min(got[pages], got[lines]) > 1000
 
 
 def test_batches_of_a_stream_are_one_caller_and_done_in_order():
-    scheduler, other, flow = Scheduler(10), call(30), Flow()
-    stream = [call(10, flow=flow) for _ in range(3)]
+    scheduler, other, flow = Scheduler(10), job(30), Flow()
+    stream = [job(10, flow=flow) for _ in range(3)]
     for each in (*stream, other):
         scheduler.put(each)
     while tokenise(scheduler, 5):
         pass
     got = [sequence for _ in range(30) for sequence in scheduler.next_step()]
-    assert [s.call for s in got if s.call is not other] == [c for c in stream for _ in range(10)]
-    assert 13 <= sum(s.call is other for s in got[:30]) <= 17
+    assert [s.job for s in got if s.job is not other] == [c for c in stream for _ in range(10)]
+    assert 13 <= sum(s.job is other for s in got[:30]) <= 17
+
+
+@pytest.mark.parametrize("asked", [[400, 800], [800, 400], [400, 400, 100_000, 900]])
+def test_a_step_that_was_shrunk_is_not_raised_by_another_device(asked):
+    """Two devices run out of memory, one of them with a step from before the other shrank it."""
+    scheduler = Scheduler(1000)
+    for tokens in asked:
+        scheduler.shrink(tokens)
+    assert scheduler.tokens_per_step == 400
+    scheduler.shrink(0)
+    assert scheduler.tokens_per_step == 1
 
 
 # Ahead of the device
 
 
 def test_tokenising_runs_a_bounded_way_ahead():
-    scheduler, big, small = Scheduler(100), call(5 * TEXTS_PER_CHUNK), call(3)
+    scheduler, big, small = Scheduler(100), job(5 * TEXTS_PER_CHUNK), job(3)
     scheduler.put(big)
     assert len(tokenise(scheduler)) == TEXTS_PER_CHUNK  # 2,560 tokens: more than enough ahead
-    assert big.line.cost_ready >= STEPS_AHEAD * 100
+    assert scheduler.find_turn(big).ready_cost >= STEPS_AHEAD * 100
     scheduler.put(small)
     assert tokenise(scheduler) == [(small, row) for row in range(3)]  # big waits, small does not
-    while big.line.cost_ready >= STEPS_AHEAD * 100:
+    while scheduler.find_turn(big).ready_cost >= STEPS_AHEAD * 100:
         assert not tokenise(scheduler)
         scheduler.next_step()
     assert {owner for owner, _ in tokenise(scheduler)} == {big}
 
 
 def test_many_callers_have_a_step_each_ahead():
-    scheduler, calls = Scheduler(100), [call(1000) for _ in range(20)]
-    for each in calls:
+    scheduler, jobs = Scheduler(100), [job(1000) for _ in range(20)]
+    for each in jobs:
         scheduler.put(each)
     while tokenise(scheduler, 1):
         pass
-    assert all(100 <= each.line.cost_ready < 100 + TEXTS_PER_CHUNK for each in calls)
+    assert all(100 <= scheduler.find_turn(each).ready_cost < 100 + TEXTS_PER_CHUNK for each in jobs)
 
 
-def test_small_calls_share_a_chunk():
+def test_small_jobs_share_a_chunk():
     scheduler = Scheduler(100)
-    calls = [call(2) for _ in range(5)]
-    for each in calls:
+    jobs = [job(2) for _ in range(5)]
+    for each in jobs:
         scheduler.put(each)
-    assert tokenise(scheduler) == [(each, row) for each in calls for row in range(2)]
+    assert tokenise(scheduler) == [(each, row) for each in jobs for row in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -201,22 +216,22 @@ def test_small_calls_share_a_chunk():
 )
 def test_a_chunk_is_about_as_much_work_whatever_is_in_it(document, most):
     scheduler = Scheduler(10**6)
-    scheduler.put(call(1000, document=document))
+    scheduler.put(job(1000, document=document))
     assert len(scheduler.next_chunk()) == most
 
 
 # Ends
 
 
-def test_a_cancelled_call_leaves_the_queue():
-    scheduler, gone, stays = Scheduler(10), call(50), call(2)
-    scheduler.put(gone, [ids(10)] * 50)
-    scheduler.put(stays, [ids(10)] * 2)
+def test_a_cancelled_job_leaves_the_queue():
+    scheduler, gone, stays = Scheduler(10), job(50), job(2)
+    put(scheduler, gone, [10] * 50)
+    put(scheduler, stays, [10] * 2)
     assert gone.future.cancel()
     assert owners(scheduler.next_step()) == [stays]
-    assert not gone.line.ready
-    assert gone.line.cost_ready == 0
-    late = call(3)
+    assert not scheduler.find_turn(gone).ready
+    assert scheduler.find_turn(gone).ready_cost == 0
+    late = job(3)
     scheduler.put(late)
     late.future.cancel()
     scheduler.close()
@@ -226,25 +241,25 @@ def test_a_cancelled_call_leaves_the_queue():
 
 
 def test_cancelling_while_its_rows_are_tokenised_drops_them():
-    scheduler, gone = Scheduler(100), call(5)
+    scheduler, gone = Scheduler(100), job(5)
     scheduler.put(gone)
     chunk = scheduler.next_chunk()
     gone.future.cancel()
     assert not scheduler.take_step()
     scheduler.add([Sequence(*pair, ids(10)) for pair in chunk])
     assert not scheduler.take_step()
-    assert not gone.line.ready
+    assert not scheduler.find_turn(gone).ready
 
 
 def test_cancelling_one_batch_of_a_stream_leaves_the_others():
     scheduler, flow = Scheduler(100), Flow()
-    first, second = call(TEXTS_PER_CHUNK + 50, flow=flow), call(3, flow=flow)
+    first, second = job(TEXTS_PER_CHUNK + 50, flow=flow), job(3, flow=flow)
     for each in (first, second):
         scheduler.put(each)
     tokenise(scheduler, 1)
     first.future.cancel()
     assert tokenise(scheduler, 1) == [(second, row) for row in range(3)]
-    assert second.line.cost_ready == 3
+    assert scheduler.find_turn(second).ready_cost == 3
     assert owners(scheduler.next_step()) == [second]
     assert not scheduler.take_step()
     assert not scheduler.take_chunk()
@@ -253,12 +268,12 @@ def test_cancelling_one_batch_of_a_stream_leaves_the_others():
 def test_a_stream_goes_on_after_all_its_batches_were_cancelled():
     scheduler, flow = Scheduler(100), Flow()
     for _ in range(3):
-        batch = call(5, flow=flow)
+        batch = job(5, flow=flow)
         scheduler.put(batch)
         batch.future.cancel()
         assert not scheduler.take_step()
-    scheduler.put(call(TEXTS_PER_CHUNK + 5, flow=flow))
-    scheduler.put(call(TEXTS_PER_CHUNK + 5))
+    scheduler.put(job(TEXTS_PER_CHUNK + 5, flow=flow))
+    scheduler.put(job(TEXTS_PER_CHUNK + 5))
     first, second = scheduler.take_chunk(), scheduler.take_chunk()
     assert first[0][0] is not second[0][0]  # in turns, so it stands there once
 
@@ -266,12 +281,12 @@ def test_a_stream_goes_on_after_all_its_batches_were_cancelled():
 def test_closing_drains_or_cancels_and_refuses_more():
     for cancel in (False, True):
         scheduler = Scheduler(10)
-        known, unknown = call(2), call(2)
-        scheduler.put(known, [ids(10)] * 2)
+        known, unknown = job(2), job(2)
+        put(scheduler, known, [10] * 2)
         scheduler.put(unknown)
         scheduler.close(cancel)
         with pytest.raises(EngineClosedError):
-            scheduler.put(call(1))
+            scheduler.put(job(1))
         assert known.future.cancelled() == unknown.future.cancelled() == cancel
         if not cancel:
             tokenise(scheduler)
@@ -280,8 +295,8 @@ def test_closing_drains_or_cancels_and_refuses_more():
         assert scheduler.next_step() is None
 
 
-def test_a_call_ends_when_its_last_row_does():
-    one = call(3)
+def test_a_job_ends_when_its_last_row_does():
+    one = job(3)
     one.deliver([2, 0], np.array([[2, 2, 9], [0, 1, 9]], np.float32), tokens=7)
     assert not one.future.done()
     one.deliver([1], np.array([[1, 1, 9]], np.float32), tokens=2)
@@ -289,16 +304,16 @@ def test_a_call_ends_when_its_last_row_does():
 
 
 def test_failed_rows_are_named_and_the_others_kept():
-    one = call(3)
+    one = job(3)
     one.deliver([0, 2], np.ones((2, 2), np.float32), tokens=4)
     one.fail(1, EngineError("no luck"))
     error = one.future.exception()
     assert isinstance(error, PartialResultError)
-    assert "1 of 3 inputs failed, the first: no luck" in str(error)
+    assert "1 of 3 inputs failed, the first: input 1: no luck" in str(error)
     assert list(error.errors) == [1]
     assert np.isnan(error.vectors[1]).all()
     assert error.vectors[[0, 2]].tolist() == [[1, 1], [1, 1]]
-    alone = call(1)
+    alone = job(1)
     alone.fail(0, EngineError("no luck"))
     assert isinstance(alone.future.exception(), EngineError)
 
@@ -318,8 +333,8 @@ class Simulation:
     now: float = 0.0
     steps: list[tuple[float, list[Sequence]]] = field(default_factory=list)
     """When each began, and what was in it."""
-    done: dict[Call, float] = field(default_factory=dict)
-    """When each call was."""
+    done: dict[Job, float] = field(default_factory=dict)
+    """When each job was."""
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
@@ -327,20 +342,25 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._computing = self._tokenising = False
-        self._lengths: dict[Call, np.ndarray] = {}
+        self._lengths: dict[Job, np.ndarray] = {}
 
     def at(self, time: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time, next(self._order), event))
 
-    def arrive(self, time: float, lengths: np.ndarray, role: str, flow: Flow | None = None) -> Call:
-        """A call whose documents have so many tokens; queries are tokenised by their caller."""
+    def arrive(self, time: float, lengths: np.ndarray, role: str, flow: Flow | None = None) -> Job:
+        """A job whose documents have so many tokens; queries are tokenised by their caller."""
         documents = [Document("four" * n) for n in lengths.tolist()]
-        new = Call(Request(documents, role, flow=flow), np.zeros((len(lengths), 2), np.float32))
+        new = Job(Request(documents, role, flow=flow), np.zeros((len(lengths), 2), np.float32))
         self._lengths[new] = lengths
-        known = [ids(n) for n in lengths] if role == "query" else None
         new.future.add_done_callback(lambda _: self.done.setdefault(new, self.now))
-        self.at(time, lambda: self.scheduler.put(new, known))
+        self.at(time, lambda: self._put(new))
         return new
+
+    def _put(self, new: Job) -> None:
+        if new.request.role == "query":
+            put(self.scheduler, new, self._lengths[new])
+        else:
+            self.scheduler.put(new)
 
     def run(self, until: float = 1e9) -> None:
         while self._events and self._events[0][0] <= until:
@@ -363,9 +383,9 @@ class Simulation:
     def _deliver(self, step: list[Sequence]) -> None:
         self._computing = False
         for sequence in step:
-            sequence.call.deliver([sequence.row], np.full((1, 2), sequence.row), sequence.cost)
+            sequence.job.deliver([sequence.row], np.full((1, 2), sequence.row), sequence.cost)
 
-    def latency(self, each: Call, arrived: float) -> float:
+    def latency(self, each: Job, arrived: float) -> float:
         return self.done[each] - arrived
 
     def texts(self, count: int) -> np.ndarray:
@@ -376,13 +396,13 @@ class Simulation:
         return times[times < until]
 
 
-def check_everything_was_computed_once(simulation: Simulation, calls: list[Call]) -> None:
-    computed = Counter((s.call, s.row) for _, step in simulation.steps for s in step)
+def check_everything_was_computed_once(simulation: Simulation, jobs: list[Job]) -> None:
+    computed = Counter((s.job, s.row) for _, step in simulation.steps for s in step)
     assert set(computed.values()) <= {1}
-    for each in calls:
+    for each in jobs:
         rows = np.arange(len(each.request.documents))
         assert np.array_equal(each.future.result(timeout=0), np.stack([rows, rows], 1))
-    assert len(computed) == sum(len(each.request.documents) for each in calls)
+    assert len(computed) == sum(len(each.request.documents) for each in jobs)
 
 
 def test_a_query_waits_for_at_most_three_steps_while_much_is_ingested():
@@ -407,7 +427,7 @@ def test_an_ingest_goes_on_under_more_queries_than_the_device_can_answer():
     for time in simulation.poisson(40.0, 100):
         simulation.arrive(time, simulation.texts(1), "query")
     simulation.run(until=100)
-    roles = [step[0].call.request.role for _, step in simulation.steps]
+    roles = [step[0].job.request.role for _, step in simulation.steps]
     waits = np.diff(np.flatnonzero(np.array(roles) == "document"))
     assert waits.max() <= QUERY_STEPS_IN_A_ROW + 1
     assert roles.count("document") >= len(roles) / (QUERY_STEPS_IN_A_ROW + 1) - 2
@@ -427,7 +447,7 @@ def test_bulk_callers_of_different_kinds_progress_alike():
     got: Counter[str] = Counter()
     for _, step in simulation.steps:
         for s in step:
-            who = "stream" if s.call in stream else {short: "short", pages: "pages"}.get(s.call, "")
+            who = "stream" if s.job in stream else {short: "short", pages: "pages"}.get(s.job, "")
             got[who] += s.cost
     shares = [got["short"], got["pages"], got["stream"]]
     assert not short.future.done()
@@ -465,10 +485,12 @@ def test_what_is_cancelled_takes_no_step_and_no_memory_any_more():
         simulation.at(cancelled_at, each.future.cancel)
     simulation.run()
     late = [step for start, step in simulation.steps if start >= cancelled_at]
-    assert {s.call for step in late for s in step} == {stays}
-    assert all(each.future.cancelled() and not each.line.ready for each in gone)
+    assert {s.job for step in late for s in step} == {stays}
+    assert all(
+        each.future.cancelled() and not simulation.scheduler.find_turn(each).ready for each in gone
+    )
     assert stays.future.done()
-    early = {s.call for start, step in simulation.steps for s in step if start < cancelled_at}
+    early = {s.job for start, step in simulation.steps for s in step if start < cancelled_at}
     assert early == {*gone, stays}
     # alone from then on, it took no longer than its own work
     rest = sum(0.02 + cost(step) / STEP for step in late)
@@ -498,16 +520,19 @@ class Driven:
     """Of every four documents this one cannot be tokenised; 3 or less, or none."""
     scheduler: Scheduler = field(default_factory=lambda: Scheduler(100))
     flow: Flow = field(default_factory=Flow)
-    lengths: dict[Call, list[int]] = field(default_factory=dict)
-    chunks: list[list[tuple[Call, int]]] = field(default_factory=list)
-    computed: Counter[tuple[Call, int]] = field(default_factory=Counter)
+    lengths: dict[Job, list[int]] = field(default_factory=dict)
+    chunks: list[list[tuple[Job, int]]] = field(default_factory=list)
+    computed: Counter[tuple[Job, int]] = field(default_factory=Counter)
 
     def put(self, kind: str, lengths: list[int]) -> None:
         known = kind == "query"
         flow = self.flow if kind == "stream" else None
-        new = call(len(lengths), "query" if known else "document", flow)
+        new = job(len(lengths), "query" if known else "document", flow)
         try:
-            self.scheduler.put(new, [ids(n) for n in lengths] if known else None)
+            if known:
+                put(self.scheduler, new, lengths)
+            else:
+                self.scheduler.put(new)
         except EngineClosedError:
             return
         self.lengths[new] = lengths
@@ -539,20 +564,21 @@ class Driven:
     def step(self) -> bool:
         step = self.scheduler.take_step()
         assert cost(step) <= 100 or len(step) == 1
-        assert len({s.call.request.role for s in step}) <= 1
-        assert not any(s.call.dropped for s in step)
+        assert len({s.job.request.role for s in step}) <= 1
+        assert not any(s.job.is_cancelled for s in step)
         for s in step:
-            self.computed[s.call, s.row] += 1
-            s.call.deliver([s.row], np.full((1, 2), s.row), s.cost)
-        assert all(each.line.cost_ready == cost(each.line.ready) for each in self.lengths)
-        assert all(each.calls for each in self.scheduler._to_tokenise)
-        assert all(each.ready for lines in self.scheduler._to_run.values() for each in lines)
+            self.computed[s.job, s.row] += 1
+            s.job.deliver([s.row], np.full((1, 2), s.row), s.cost)
+        turns = [self.scheduler.find_turn(each) for each in self.lengths]
+        assert all(turn.ready_cost == cost(turn.ready) for turn in turns)
+        assert all(each.jobs for each in self.scheduler._to_prepare)
+        assert all(each.ready for turns in self.scheduler._to_run.values() for each in turns)
         return bool(step)
 
-    def check(self, each: Call) -> None:
+    def check(self, each: Job) -> None:
         assert each.future.done()
-        assert not each.line.ready
-        if each.dropped:
+        assert not self.scheduler.find_turn(each).ready
+        if each.is_cancelled:
             return
         rows = range(len(self.lengths[each]))
         is_query = each.request.role == "query"
@@ -571,7 +597,7 @@ OTHER = st.sampled_from(["chunk", "chunk", "add", "add", "step", "step", "close"
 @settings(max_examples=100, deadline=None)
 @given(st.lists(PUT | OTHER | st.integers(0, 9), max_size=50), st.integers(0, 4))
 def test_whatever_the_order_nothing_is_lost_or_done_twice(events, failing):
-    """An int cancels that call."""
+    """An int cancels that job."""
     driven = Driven(failing)
     for event in events:
         if isinstance(event, tuple):
@@ -585,6 +611,6 @@ def test_whatever_the_order_nothing_is_lost_or_done_twice(events, failing):
         pass
     assert driven.scheduler.next_chunk() is None
     assert driven.scheduler.next_step() is None
-    assert not driven.scheduler._calls
+    assert not driven.scheduler._jobs
     for each in driven.lengths:
         driven.check(each)

@@ -34,7 +34,7 @@ from tests.support.vl_checkpoints import (
     page,
     true_shape_vl,
 )
-from tests.support.vl_oracles import VL_ORACLES, Item, numpy_float64
+from tests.support.vl_oracles import Item, internvl, numpy_float64
 
 TEXTS = ["hello world", "", "naïve café — 日本語のテキスト", "a longer text, " * 20]
 SIZES = [(32, 32), (200, 100), (60, 170), (31, 97), (640, 480)]
@@ -69,7 +69,13 @@ def mixed(size: int, max_tiles: int) -> tuple[list[Document], list[Item]]:
     return documents, items
 
 
-@pytest.mark.parametrize("oracle", VL_ORACLES.values(), ids=list(VL_ORACLES))
+@pytest.mark.parametrize(
+    "oracle",
+    [
+        pytest.param(numpy_float64, id="numpy_float64"),
+        pytest.param(internvl, id="internvl", marks=pytest.mark.slow),
+    ],
+)
 def test_vectors_equal_independent_implementations(embedder, folder, oracle):
     documents, items = mixed(VL_SHAPES[folder.name].image_size, max_tiles=3)
     assert np.abs(embedder.embed(documents) - oracle(folder, items, "document")).max() <= 1e-5

@@ -10,7 +10,7 @@ import pytest
 
 from shared_engine import Embedder, InputTooLongError, Options
 from shared_engine.local.checkpoint import resolve
-from shared_engine.local.tokenizer import TextTokenizer
+from shared_engine.local.tokenizer import TEXTS_AT_ONCE, TextTokenizer
 from tests.support.checkpoints import BOS, EOS, tokenizer
 
 PREFIXES = {"query": "query: ", "document": "passage: "}
@@ -27,26 +27,24 @@ def made(checkpoint):
 
 @pytest.mark.parametrize("role", ["query", "document"])
 def test_bos_and_prefix_and_no_eos(made, role):
-    for text, ids in zip(
-        ["", "hello", LONG], made().encode(["", "hello", LONG], role), strict=True
-    ):
+    texts = ["", "hello", LONG]
+    for text, ids in zip(texts, made().encode(texts, role, "NONE"), strict=True):
         assert list(ids) == tokenizer().encode(PREFIXES[role] + text).ids
         assert ids[0] == tokenizer().token_to_id(BOS)
         assert ids[-1] != tokenizer().token_to_id(EOS)
 
 
 def test_the_prefix_is_added_also_where_the_text_begins_with_it(made):
-    (ids,) = made().encode(["query: hello"], "query")
+    (ids,) = made().encode(["query: hello"], "query", "NONE")
     assert list(ids) == tokenizer().encode("query: query: hello").ids
 
 
-@pytest.mark.parametrize("limit", [8, 9, 20, 100])
+@pytest.mark.parametrize("limit", [1, 2, 8, 9, 20, 100])
 @pytest.mark.parametrize("role", ["query", "document"])
 def test_truncation_keeps_bos_and_prefix_and_gives_exactly_the_limit(made, role, limit):
-    (ids,) = made().encode([LONG], role)
-    head = tokenizer().encode(PREFIXES[role].rstrip()).ids
-    cut = made(limit)
-    end, start = (cut.cut(ids, role, how) for how in ("END", "START"))
+    (ids,) = made().encode([LONG], role, "NONE")
+    head = tokenizer().encode(PREFIXES[role].rstrip()).ids[:limit]
+    end, start = (made(limit).encode([LONG], role, how)[0] for how in ("END", "START"))
     assert len(end) == len(start) == limit
     assert list(end) == list(ids[:limit])
     assert list(start[: len(head)]) == head == list(ids[: len(head)])
@@ -67,26 +65,23 @@ def test_an_empty_text_without_prefix_and_bos_is_a_lone_bos(checkpoint, tmp_path
 
 
 def test_a_text_at_the_limit_is_left_alone(made):
-    (ids,) = made().encode([LONG], "document")
+    (ids,) = made().encode([LONG], "document", "NONE")
     for how in ("NONE", "START", "END"):
-        assert np.array_equal(made(len(ids)).cut(ids, "document", how), ids)
+        assert np.array_equal(made(len(ids)).encode([LONG], "document", how)[0], ids)
 
 
-def test_a_text_over_the_limit_is_refused_by_name(made):
-    (ids,) = made().encode([LONG], "document")
-    with pytest.raises(InputTooLongError, match=f"has {len(ids)} tokens; the limit is 9"):
-        made(9).cut(ids, "document", "NONE")
+def test_a_text_over_the_limit_is_an_error_in_its_place(made):
+    (ids,) = made().encode([LONG], "document", "NONE")
+    short, error, again = made(9).encode(["a", LONG, "a"], "document", "NONE")
+    assert isinstance(error, InputTooLongError)
+    assert str(error).startswith(f"has {len(ids)} tokens; the limit is 9")
+    assert (error.tokens, error.limit, error.index) == (len(ids), 9, None)
+    assert np.array_equal(short, again)
 
 
-def test_surely_fits_is_never_wrong(made):
-    rng = np.random.default_rng(0)
-    limit = 64
-    tokens = made(limit)
-    alphabet = [*list("aaa bcdé日🙂\n\x00ﷺ"), BOS, EOS, "query: "]
-    fitting = 0
-    for _ in range(2000):
-        text = "".join(rng.choice(alphabet, rng.integers(0, 70)))
-        if tokens.surely_fits(text):
-            fitting += 1
-            assert all(len(tokens.encode([text], role)[0]) <= limit for role in PREFIXES)
-    assert fitting > 200
+def test_many_texts_give_as_many_rows(made):
+    texts = [f"text {i}" for i in range(2 * TEXTS_AT_ONCE + 3)]
+    rows = made().encode(texts, "document", "NONE")
+    assert [list(row) for row in rows] == [
+        tokenizer().encode(f"passage: {text}").ids for text in texts
+    ]

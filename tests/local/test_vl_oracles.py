@@ -27,6 +27,8 @@ from tests.support.vl_checkpoints import (
 )
 from tests.support.vl_oracles import Float64, Item, Mistake, Pixels
 
+pytestmark = pytest.mark.slow  # they prove the oracles, not the product
+
 FILE = "model.safetensors"
 MISTAKES = get_args(Mistake)
 TEXTS: list[Item] = [("hello world", None), ("", None), ("The quick brown fox, " * 10, None)]

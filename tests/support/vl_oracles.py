@@ -107,10 +107,6 @@ def internvl(folder: Path, items: Sequence[Item], role: Role) -> Float64:
     return _embed(folder, items, role, mean_state)
 
 
-VLOracle = Callable[[Path, Sequence[Item], Role], Float64]
-VL_ORACLES: dict[str, VLOracle] = {"numpy_float64": numpy_float64, "internvl": internvl}
-
-
 def prompt(config: Mapping[str, Any], item: Item, role: Role) -> str:
     """Return the string that the tokenizer gets; BOS is the tokenizer's to add."""
     text, pixels = item

@@ -1,0 +1,275 @@
+"""What a caller gets of the model in this process, whatever happens to a text, a step or a device.
+
+`LocalBackend` is given its encoders by `load`, so that a test can stand in front of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shared_engine import (
+    DeviceMemoryError,
+    Document,
+    EngineClosedError,
+    EngineError,
+    InputTooLongError,
+    Options,
+    PartialResultError,
+    Request,
+)
+from shared_engine.local.backend import LocalBackend
+from shared_engine.local.llama import Encoder
+
+TEXTS = [f"text {i} " + "word " * (i * 37 % 25) for i in range(40)]
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
+def request(texts: list[str], role: str = "document", **given: Any) -> Request:
+    return Request([Document(text) for text in texts], role, **given)
+
+
+@pytest.fixture
+def open_backend(checkpoint: Path) -> Iterator[Callable[..., LocalBackend]]:
+    opened: list[LocalBackend] = []
+
+    def open_one(load: Callable[..., Any] = Encoder, **options: Any) -> LocalBackend:
+        given = {"device": "cpu", "dtype": "float32", **options}
+        opened.append(LocalBackend(Options(model=checkpoint, **given), load))
+        return opened[-1]
+
+    yield open_one
+    for backend in opened:
+        backend.close(cancel=True)
+
+
+@pytest.fixture
+def expected(open_backend) -> np.ndarray:
+    return open_backend().submit(request(TEXTS)).result()
+
+
+class Faulty:
+    """A real encoder behind a fault: it fails for steps of more tokens than it can hold."""
+
+    def __init__(self, holds: int, error: Exception) -> None:
+        self.holds, self.error = holds, error
+        self.steps: list[int] = []
+        self.device, self.runs_ahead = torch.device("cpu"), False
+
+    def load(self, *given: Any) -> Faulty:
+        self.encoder = Encoder(*given)
+        return self
+
+    def __call__(self, sequences, tiles):
+        tokens = sum(len(ids) for ids in sequences)
+        if tokens > self.holds:
+            raise self.error
+        self.steps.append(tokens)
+        return self.encoder(sequences, tiles)
+
+
+# Texts that are too long
+
+
+@pytest.mark.parametrize("role", ["query", "document"])
+def test_a_long_text_fails_alone(open_backend, role):
+    backend = open_backend(max_tokens=50)
+    texts = ["short"] * 300 + ["word " * 200, "short"]
+    with pytest.raises(
+        PartialResultError, match="1 of 302 inputs failed, the first: input 300 has"
+    ):
+        backend.submit(request(texts, role)).result()
+    future = backend.submit(request(texts, role))
+    error = future.exception()
+    assert isinstance(error, PartialResultError)
+    (too_long,) = error.errors.values()
+    assert isinstance(too_long, InputTooLongError)
+    assert (too_long.index, too_long.limit) == (300, 50)
+    assert too_long.tokens > 600
+    vectors = error.vectors
+    assert np.isnan(vectors[300]).all()
+    alone = backend.submit(request(["short"], role)).result()
+    assert np.abs(np.delete(vectors, 300, axis=0) - alone).max() <= 1e-6
+    with pytest.raises(InputTooLongError, match="input 0 has 60"):
+        backend.submit(request(["word " * 200], role)).result()
+    for truncate in ("START", "END"):
+        assert np.isfinite(backend.submit(request(texts, role, truncate=truncate)).result()).all()
+
+
+@pytest.mark.parametrize("role", ["query", "document"])
+def test_a_tokenizer_that_fails_is_an_error_of_its_texts(open_backend, monkeypatch, role):
+    backend = open_backend()
+    monkeypatch.setattr(backend._tokenizer, "encode", lambda *_: 1 / 0)
+    with pytest.raises(EngineError, match="the tokenizer failed: division by zero"):
+        backend.submit(request(["a"], role)).result()
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OUT_OF_MEMORY,
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_halves_the_step_and_loses_nothing(open_backend, expected, error, caplog):
+    faulty = Faulty(holds=100, error=error)
+    backend = open_backend(faulty.load, tokens_per_step=512)
+    assert np.abs(backend.submit(request(TEXTS)).result() - expected).max() <= 1e-6
+    assert max(faulty.steps) <= 100
+    assert backend.step_stats.tokens_per_step <= 100  # and it remembers
+    assert "going on with half" in caplog.text
+
+
+def test_two_devices_that_run_out_of_memory_agree_on_the_smaller_step(open_backend):
+    """The second fails at a step that it took before the first had shrunk it."""
+    both_have_one, has_shrunk = threading.Barrier(2), threading.Event()
+    numbers = iter(range(2))
+
+    class Device(Faulty):
+        def __call__(self, sequences, tiles):
+            tokens = sum(len(ids) for ids in sequences)
+            if tokens > 300:
+                both_have_one.wait(10)
+                if not self.holds:
+                    assert has_shrunk.wait(10)
+                raise OUT_OF_MEMORY
+            if self.holds and tokens > self.holds:
+                raise OUT_OF_MEMORY
+            self.steps += [tokens] * len(sequences)
+            if self.holds and len(self.steps) == 26:  # all of its step
+                has_shrunk.set()
+            return self.encoder(sequences, tiles)
+
+    def load(*given: Any) -> Faulty:
+        return Device(holds=30 * next(numbers), error=OUT_OF_MEMORY).load(*given)
+
+    backend = open_backend(load, device="cpu,cpu", tokens_per_step=512)
+    vectors = backend.submit(request(["fifteen tokens in this one text"] * 52)).result(60)
+    assert np.abs(vectors - vectors[0]).max() <= 1e-6
+    assert backend.step_stats.steps == 2
+    assert backend.step_stats.tokens_per_step <= 30
+
+
+def test_a_text_that_does_not_fit_alone_is_named_and_the_others_kept(open_backend, expected):
+    backend = open_backend(Faulty(holds=100, error=OUT_OF_MEMORY).load, tokens_per_step=512)
+    texts = [*TEXTS[:20], "much too long " * 50, *TEXTS[20:]]
+    with pytest.raises(PartialResultError, match="1 of 41 inputs failed") as failed:
+        backend.submit(request(texts)).result()
+    (index,) = failed.value.errors
+    assert index == failed.value.errors[index].index == 20
+    assert isinstance(failed.value.errors[index], DeviceMemoryError)
+    assert np.abs(np.delete(failed.value.vectors, 20, axis=0) - expected).max() <= 1e-6
+
+
+def test_a_failing_forward_fails_its_rows_only_and_the_backend_goes_on(open_backend):
+    faulty = Faulty(holds=100, error=RuntimeError("cublas has a bad day"))
+    backend = open_backend(faulty.load, tokens_per_step=64)
+    with pytest.raises(PartialResultError) as failed:
+        backend.submit(request(["fine", "much too long " * 50, "fine too"])).result()
+    assert list(failed.value.errors) == [1]
+    assert isinstance(failed.value.errors[1], EngineError)
+    assert "bad day" in str(failed.value.errors[1].__cause__)
+    assert backend.submit(request(["next"])).result().shape == (1, 64)
+
+
+# A device that runs ahead of its thread
+
+
+class Ahead:
+    """An encoder as a GPU's: its steps go on after it has returned."""
+
+    runs_ahead = True
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.running = self.most = self.steps = 0
+        self.error: Exception | None = None
+
+    def load(self, *given: Any) -> Ahead:
+        self.encoder = Encoder(*given)
+        return self
+
+    def __call__(self, sequences, tiles):
+        if self.steps == 3:
+            self.steps += 1
+            raise OUT_OF_MEMORY
+        self.steps += 1
+        self.running += 1
+        self.most = max(self.most, self.running)
+        return Later(self, sequences, tiles)
+
+
+class Later:
+    """What such a step will give."""
+
+    def __init__(self, ahead: Ahead, *step: Any) -> None:
+        self.ahead, self.step = ahead, step
+
+    def array(self) -> np.ndarray:
+        self.ahead.running -= 1
+        if self.ahead.error:
+            raise self.ahead.error
+        return self.ahead.encoder(*self.step).array()
+
+
+def test_a_gpu_has_its_next_step_before_the_last_is_collected(open_backend):
+    texts = [f"text {i} " + "word " * (i * 37 % 60) for i in range(200)]
+    expected = open_backend().submit(request(texts)).result()
+    ahead = Ahead()
+    backend = open_backend(ahead.load, tokens_per_step=200)
+    assert np.abs(backend.submit(request(texts)).result() - expected).max() <= 1e-6
+    assert (ahead.most, ahead.running) == (3, 0)  # of a step and the halves of another
+    ahead.error = RuntimeError("an illegal memory access was encountered")
+    with pytest.raises(EngineError, match="illegal memory access"):  # found out too late
+        backend.submit(request(texts[:1])).result()
+    ahead.error = None
+    got = backend.submit(request(texts[:1])).result()
+    assert np.abs(got - expected[:1]).max() <= 1e-6
+
+
+# Ends
+
+
+def test_closing_again_only_joins(open_backend):
+    gate = threading.Event()
+
+    class Waiting(Faulty):
+        def __call__(self, sequences, tiles):
+            assert gate.wait(10)
+            return super().__call__(sequences, tiles)
+
+    backend = open_backend(Waiting(10**6, OUT_OF_MEMORY).load)
+    done: Future[np.ndarray] = backend.submit(request(TEXTS))
+    backend.close(wait=False)
+    with ThreadPoolExecutor(2) as pool:
+        closing = [pool.submit(backend.close, wait=True) for _ in range(2)]
+        assert not any(each.done() for each in closing)
+        gate.set()
+        for each in closing:
+            each.result(10)
+    assert done.done()
+    assert np.isfinite(done.result()).all()
+    with pytest.raises(EngineClosedError):
+        backend.submit(request(["late"]))
+
+
+def test_threads_have_names_that_say_what_they_do(open_backend):
+    open_backend(device="cpu,cpu")
+    names = {thread.name for thread in threading.enumerate()}
+    assert {
+        "nemoretriever-compute-0",
+        "nemoretriever-compute-1",
+        "nemoretriever-prepare-0",
+    } <= names
