@@ -33,7 +33,9 @@ from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import ConfigurationError, Embedder, Options
 from shared_engine.cli import main
 from shared_engine.server.app import create_app
-from shared_engine.server.protocol import Limits, Refusal, parsed
+from shared_engine.server.errors import HTTPRefusal
+from shared_engine.server.limits import ServerLimits
+from shared_engine.server.protocol import parse_request
 from tests.support.checkpoints import SHAPES, build_checkpoint
 
 NAME = "nvidia/tiny"
@@ -358,7 +360,7 @@ def test_a_missing_extra_names_its_pip_line(module: str) -> None:
     code = """
 from shared_engine import MissingExtraError
 try:
-    import shared_engine.server.app
+    from shared_engine.server import create_app
 except MissingExtraError as exc:
     print(exc)
 """
@@ -378,7 +380,7 @@ def test_a_large_body_is_refused_while_it_arrives(options: Options, http: str) -
             yield b"x" * 1000
 
     headers = {"Content-Type": "application/json"}
-    with running(options, http=http, limits=Limits(max_body_bytes=100_000)) as here:
+    with running(options, http=http, limits=ServerLimits(max_body_bytes=100_000)) as here:
         for _ in range(3):  # with and without Content-Length, on one connection
             assert here.post(input=["x" * 100_001]).status_code == 413
             assert here.client.post("/embeddings", content=chunks(), headers=headers).is_error
@@ -400,8 +402,8 @@ def test_a_million_violations_cost_no_more_than_one(body: dict[str, Any]) -> Non
     content = json.dumps(body).encode()
     tracemalloc.start()
     try:
-        with pytest.raises(Refusal):
-            parsed(content)
+        with pytest.raises(HTTPRefusal):
+            parse_request(content)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -409,7 +411,7 @@ def test_a_million_violations_cost_no_more_than_one(body: dict[str, Any]) -> Non
 
 
 def test_too_many_inputs(options: Options) -> None:
-    with running(options, limits=Limits(max_inputs=4)) as here:
+    with running(options, limits=ServerLimits(max_inputs=4)) as here:
         assert here.post(input=["a"] * 4).status_code == 200
         response = here.post(input=["a"] * 5)
         assert response.status_code == 413
@@ -417,7 +419,7 @@ def test_too_many_inputs(options: Options) -> None:
 
 
 def test_a_body_that_does_not_arrive(options: Options) -> None:
-    with running(options, limits=Limits(read_seconds=0.2)) as here:
+    with running(options, limits=ServerLimits(read_seconds=0.2)) as here:
         address = httpx.URL(here.url)
         with socket.create_connection((address.host, address.port or 0), timeout=10) as connection:
             head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -428,7 +430,7 @@ def test_a_body_that_does_not_arrive(options: Options) -> None:
 def test_bodies_that_are_still_arriving_are_bounded_together(options: Options) -> None:
     head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     part = f"{head}Content-Length: 1000\r\n\r\n".encode() + b"x" * 950
-    with running(options, limits=Limits(max_body_bytes=1000)) as here, ExitStack() as stack:
+    with running(options, limits=ServerLimits(max_body_bytes=1000)) as here, ExitStack() as stack:
         address = httpx.URL(here.url)
 
         def upload() -> socket.socket:
@@ -454,7 +456,7 @@ def test_a_nim_is_not_served(options: Options, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_full_queue_says_try_again_later(options: Options) -> None:
-    with running(options, limits=Limits(max_waiting=5)) as here, ThreadPoolExecutor() as pool:
+    with running(options, limits=ServerLimits(max_waiting=5)) as here, ThreadPoolExecutor() as pool:
         first = pool.submit(here.post, input=SLOW)  # more than the queue holds, but alone
         wait_for(lambda: here.metric("nemoretriever_queue_inputs") == len(SLOW))
         response = here.post()
