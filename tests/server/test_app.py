@@ -448,11 +448,13 @@ def test_bodies_that_are_still_arriving_are_bounded_together(options: Options) -
 
 
 def test_a_nim_is_not_served(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigurationError, match="base_url is given"):
+    with pytest.raises(ConfigurationError, match="base_url= is given"):
         create_app(Options(base_url="http://127.0.0.1:9"))
     monkeypatch.setenv("NVIDIA_BASE_URL", "http://127.0.0.1:9")
     with pytest.raises(ConfigurationError, match="NVIDIA_BASE_URL"):
-        create_app(options)
+        create_app(Options())
+    create_app(Options(backend="local"))
+    create_app(options)
 
 
 def test_a_full_queue_says_try_again_later(options: Options) -> None:
@@ -689,11 +691,15 @@ def test_serve_runs_until_a_signal_and_finishes(checkpoint: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_serve_stops_where_the_model_cannot_load(capfd: pytest.CaptureFixture[str]) -> None:
+def test_serve_stops_where_the_model_cannot_load(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVIDIA_BASE_URL", "http://127.0.0.1:9")  # of another program
     assert main(["serve", "--model", "/nowhere", "--port", "0"]) == 1
     assert "/nowhere" in capfd.readouterr().err
     assert main(["serve", "--max-tokens", "0", "--port", "0"]) == 2
     assert main(["serve", "--api-key-env", "NOT_SET_ANYWHERE"]) == 2
+    assert os.environ["NVIDIA_BASE_URL"] == "http://127.0.0.1:9"
 
 
 # --- anything at all -----------------------------------------------------------------------------
