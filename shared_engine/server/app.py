@@ -60,6 +60,7 @@ from shared_engine.server.protocol import (
     write_reply,
 )
 from shared_engine.server.responses import refuse, respond
+from shared_engine.wire import INPUT_TYPE
 
 _log = logging.getLogger("shared_engine")
 _T = TypeVar("_T")
@@ -214,7 +215,7 @@ class _Server:
                     lambda: write_reply(vectors, asked.encoding_format, self._name, tokens),
                 )
                 self._last_seconds = time.perf_counter() - started
-        side = "query" if role == "query" else "passage"
+        side = INPUT_TYPE[role]
         self._metrics.seconds.labels(side).observe(self._last_seconds)
         self._metrics.inputs.labels(side).inc(len(documents))
         self._metrics.tokens.labels(side).inc(tokens)

@@ -1,12 +1,12 @@
 """Every error that the server answers with, in the words and shapes that clients of a NIM know.
 
-Sources: error bodies of NIMs that users captured; `message` is where other servers of this route,
-and so the clients of OpenAI, have theirs.
+Source: error bodies of NIMs that users captured.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from shared_engine.errors import (
@@ -20,6 +20,7 @@ from shared_engine.errors import (
     NonFiniteVectorError,
     PartialResultError,
 )
+from shared_engine.wire import build_error
 
 _INPUT_ERRORS: tuple[tuple[type[InputError], int, str], ...] = (
     (InputTooLongError, 400, "input_too_long"),
@@ -40,14 +41,14 @@ class HTTPRefusal(Exception):  # noqa: N818 - an answer, not a fault
         status: int,
         kind: str,
         message: str,
-        body: dict[str, Any] | None = None,
+        body: Mapping[str, object] | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.kind = kind
         """A short name for the metrics."""
-        self.body = {"error": message} if body is None else body
+        self.body = build_error(message) if body is None else body
         self.headers = headers or {}
 
 
@@ -73,7 +74,8 @@ def refuse_field(
         "detail": detail,
         "type": "request_validation_error",
     }
-    return HTTPRefusal(400, "invalid_request", message, body)
+    where = ".".join(str(shorten(part)) for part in place) or "body"
+    return HTTPRefusal(400, "invalid_request", f"{where}: {message}", body)
 
 
 def refuse_for(error: NeMoRetrieverError) -> HTTPRefusal:
@@ -95,8 +97,7 @@ def refuse_input(
     index: int | None, message: str, status: int = 400, kind: str = "invalid_input"
 ) -> HTTPRefusal:
     """Return the refusal of one input, which `index` names."""
-    where = {} if index is None else {"index": index}
-    return HTTPRefusal(status, kind, message, {"error": message, **where})
+    return HTTPRefusal(status, kind, message, build_error(message, index))
 
 
 def refuse_model(model: str) -> HTTPRefusal:

@@ -29,11 +29,10 @@ from shared_engine.server.errors import (
     refuse_model,
 )
 from shared_engine.vectors import EmbeddingType
-from shared_engine.wire import split_role_suffix
+from shared_engine.wire import INPUT_TYPE, ROLE, split_role_suffix
 
 EncodingFormat = Literal["float", "base64"]
 
-_INPUT_TYPES: dict[str, Role] = {"query": "query", "passage": "document"}
 _TAG_OPENS = re.compile(r"""<img\s+src=(['"])\Z""")
 _TAG_CLOSES = re.compile(r"""(['"])\s*/?>\Z""")
 _LONGEST_TAG = 64
@@ -71,15 +70,14 @@ class EmbeddingsRequest(BaseModel):
         Raises:
             HTTPRefusal: the model is not among `served`, or its suffix contradicts `input_type`.
         """
-        said = _INPUT_TYPES.get(self.input_type)
+        said = ROLE.get(self.input_type)
         if self.model.lower() in served:
             return said
         name, role = split_role_suffix(self.model)
         if role is None or name.lower() not in served:
             raise refuse_model(self.model)
         if said not in (None, role):
-            suffix = self.model.removeprefix(f"{name}-")
-            message = f"Input should be {suffix!r} or left out, as 'model' says"
+            message = f"Input should be {INPUT_TYPE[role]!r} or left out, as 'model' says"
             raise refuse_field("value_error", ("input_type",), message, self.input_type)
         return role
 

@@ -17,5 +17,12 @@ def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None)
 
 
 def refuse(refusal: HTTPRefusal, asked: Headers) -> Response:
-    """Return the response of a refusal to a request with the headers `asked`."""
-    return respond(refusal.body, refusal.status, refusal.headers)
+    """Return the response of a refusal to a request with the headers `asked`.
+
+    Clients of OpenAI, which name themselves in a header, show a message only where it is inside of
+    `error`; clients of a NIM know `error` as the words themselves.
+    """
+    body = dict(refusal.body)
+    if "x-stainless-lang" in asked:
+        body["error"] = {"message": str(refusal), "type": refusal.kind}
+    return respond(body, refusal.status, refusal.headers)

@@ -267,7 +267,8 @@ def test_a_body_that_is_no_request(served: Running, content: bytes) -> None:
 def test_errors_in_the_words_that_clients_look_for(served: Running) -> None:
     response = served.post(input_type=...)
     assert response.status_code == 400
-    assert response.json() == {"error": "'input_type' parameter is required for asymmetric models"}
+    words = "'input_type' parameter is required for asymmetric models"
+    assert response.json() == {"error": words, "message": words}
     response = served.post(input=["short", LONG])
     assert response.status_code == 400
     words = r"Input length \d+ exceeds maximum allowed token size 2048"
@@ -573,15 +574,20 @@ def test_openai_client(served: Running) -> None:
             served.expected(TEXTS[:1], "query")[0].tolist(), abs=1e-6
         )
         assert len(create(model=NAME + "-query", input="a", dimensions=32).data[0].embedding) == 32
-        with pytest.raises(openai.BadRequestError):
-            create(model=NAME + "-query", input="a", dimensions=33)
-        with pytest.raises(openai.BadRequestError) as raised:
-            create(model=NAME + "-query", input=LONG)
-        assert "Input length" in str(raised.value.body)  # a NIM's words too: it does not show them
+        for fields, words in (
+            ({"input": "a", "dimensions": 33}, "dimensions: Input should be 16, 32 or 64"),
+            ({"input": LONG}, "Input length .* exceeds maximum allowed token size"),
+            ({"input": "a", "model": NAME}, "'input_type' parameter is required"),
+            ({"input": ["a"] * 9000}, "9000 inputs in one request"),
+        ):
+            with pytest.raises(openai.APIStatusError, match=words):
+                create(**{"model": NAME + "-query"} | fields)
         create(model=NAME + "-query", input=LONG, extra_body={"truncate": "END"})
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             create(model="another", input="a")
         assert [model.id for model in client.models.list()] == [NAME]
+        with pytest.raises(openai.NotFoundError, match="Not Found"):
+            client.files.list()
 
 
 def test_langchain_nvidia(served: Running) -> None:

@@ -272,7 +272,8 @@ def test_nothing_that_a_client_names_is_opened(
 
 
 def test_a_pair_needs_a_text_and_an_image_has_none(served: Running) -> None:
-    words = {"error": "Text part must be non-empty for text_image modality", "index": 1}
+    said = "Text part must be non-empty for text_image modality"
+    words = {"error": said, "message": said, "index": 1}
     for blank in ("", "\n", "  \n\n", " "):
         response = served.post(input=[f"a\n{URL}", blank + URL], modality="text_image")
         assert (response.status_code, response.json()) == (400, words)
