@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import httpx
@@ -157,7 +158,6 @@ def _find_name(here: Options | None, base_url: str) -> str | None:
 
 def _torch_version() -> str:
     try:
-        import torch
-    except ModuleNotFoundError:
+        return f"torch {version('torch')}"
+    except PackageNotFoundError:
         return "no torch"
-    return f"torch {torch.__version__}"
