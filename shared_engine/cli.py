@@ -70,6 +70,7 @@ def _serve(asked: argparse.Namespace) -> int:
         served_name=asked.served_name,
         api_key=_read_key(asked),
         limits=ServerLimits(**limits),
+        allowed_hosts=asked.allowed_host,
         log_level=asked.log_level,
         access_log=asked.access_log,
     )
@@ -136,6 +137,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--host", default="127.0.0.1", help="Default: %(default)s, itself only.")
     verb.add_argument("--port", type=int, default=8000, help="Default: %(default)s.")
+    verb.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="A name under which the server may be asked without a key, beside localhost and its "
+        "addresses; may be repeated, and be a pattern: *.example.com.",
+    )
     for limit in fields(ServerLimits):
         verb.add_argument(
             "--" + limit.name.replace("_", "-"),

@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,12 +42,13 @@ from shared_engine.errors import ConfigurationError, NeMoRetrieverError
 from shared_engine.options import Options
 from shared_engine.registry import Lease
 from shared_engine.routing import select_backend
-from shared_engine.server.access import RequireKey
+from shared_engine.server.access import RequireHost, RequireKey
 from shared_engine.server.errors import (
     HTTPRefusal,
     refuse_for,
     refuse_for_now,
     refuse_load,
+    refuse_model,
     refuse_size,
 )
 from shared_engine.server.limits import ServerLimits
@@ -60,7 +61,7 @@ from shared_engine.server.protocol import (
     write_reply,
 )
 from shared_engine.server.responses import refuse, respond
-from shared_engine.wire import INPUT_TYPE
+from shared_engine.wire import INPUT_TYPE, split_role_suffix
 
 _log = logging.getLogger("shared_engine")
 _T = TypeVar("_T")
@@ -76,6 +77,7 @@ def create_app(
     served_name: str | None = None,
     api_key: str | None = None,
     limits: ServerLimits | None = None,
+    allowed_hosts: Sequence[str] = (),
     on_failure: Callable[[Exception], object] | None = None,
 ) -> Starlette:
     """Return the ASGI app that serves the model of some options under `served_name`.
@@ -83,7 +85,9 @@ def create_app(
     The model loads in the background when the app starts; until then /v1/health/ready says no and
     requests get 503. Where loading fails, `on_failure` is called with the error, in the event loop.
 
-    With `api_key`, everything but the health routes wants `Authorization: Bearer <key>`.
+    With `api_key`, everything but the health routes wants `Authorization: Bearer <key>`. Without,
+    a request must name the server as localhost, by an address, or as one of `allowed_hosts`
+    ("*.example.com" and "*" are patterns).
 
     Raises:
         ConfigurationError: the options, or NVIDIA_BASE_URL, mean a NIM, which serves itself.
@@ -96,7 +100,8 @@ def create_app(
     server = _Server(options, served_name, limits or ServerLimits(), on_failure)
     routes = [
         Route("/v1/embeddings", server.embeddings, methods=["POST"]),
-        Route("/v1/models", server.models),
+        Route("/v1/models", server.list_models),
+        Route("/v1/models/{name:path}", server.show_model),
         Route("/v1/health/live", server.live),
         Route("/v1/health/ready", server.ready),
         Route("/v1/metadata", server.metadata),
@@ -104,7 +109,11 @@ def create_app(
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(RequireKey, key=api_key)] if api_key else [],
+        middleware=[
+            Middleware(RequireKey, key=api_key)
+            if api_key
+            else Middleware(RequireHost, hosts=allowed_hosts)
+        ],
         exception_handlers={HTTPException: _refuse_route},
         lifespan=server.lifespan,
     )
@@ -254,6 +263,9 @@ class _Server:
         if kind != "application/json":  # which a page of another site cannot send unasked
             message = "the body should be JSON, with Content-Type: application/json"
             raise HTTPRefusal(415, "media_type", message)
+        if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            message = "the body should be sent as it is, without Content-Encoding"
+            raise HTTPRefusal(415, "content_encoding", message, headers={"Accept-Encoding": ""})
         if int(request.headers.get("content-length", 0)) > limits.max_body_bytes:
             raise self._refuse_body()
         body = bytearray()
@@ -313,16 +325,25 @@ class _Server:
         limit = self._limits.max_body_bytes
         return refuse_size(f"the body is larger than {limit} bytes; send fewer inputs in one")
 
-    async def models(self, _: Request) -> Response:
-        """List the one model; `root` is the catalogue's name for it."""
-        model = {
+    async def list_models(self, _: Request) -> Response:
+        """List the one model."""
+        return respond({"object": "list", "data": [self._describe_model()]})
+
+    async def show_model(self, request: Request) -> Response:
+        """Describe the one model, under any name that a request may have for it."""
+        name = request.path_params["name"]
+        if split_role_suffix(name.lower())[0] not in self._served:
+            return refuse(refuse_model(name), request.headers)
+        return respond(self._describe_model())
+
+    def _describe_model(self) -> dict[str, Any]:
+        return {
             "id": self._name,
             "object": "model",
             "created": self._started,
             "owned_by": "nemoretriever",
-            "root": self._spec.name if self._spec else self._name,
+            "root": self._spec.name if self._spec else self._name,  # the catalogue's name
         }
-        return respond({"object": "list", "data": [model]})
 
     async def live(self, _: Request) -> Response:
         """Say that the process answers."""

@@ -24,4 +24,12 @@ class ServerLimits:
     max_waiting: int = _limit(
         16_384, "Inputs accepted and not answered; what comes on top gets 429 and Retry-After."
     )
-    read_seconds: float = _limit(60.0, "A body that has not arrived by then gets 408.")
+    read_seconds: float = _limit(
+        60.0,
+        "A body that has not arrived by then gets 408; a reply that nobody reads is dropped.",
+    )
+    head_seconds: float = _limit(
+        10.0, "A connection whose request line and headers have not arrived by then is closed."
+    )
+    max_head_bytes: int = _limit(64 * 2**10, "Larger headers get 400.")
+    max_connections: int = _limit(512, "A connection on top of these gets 503.")

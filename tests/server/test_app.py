@@ -36,6 +36,7 @@ from shared_engine.server.app import create_app
 from shared_engine.server.errors import HTTPRefusal
 from shared_engine.server.limits import ServerLimits
 from shared_engine.server.protocol import parse_request
+from shared_engine.server.run import build_server
 from tests.support.checkpoints import SHAPES, build_checkpoint
 
 NAME = "nvidia/tiny"
@@ -48,6 +49,7 @@ TEXTS = [
     "def f(x):\n    return x",
     "<img src='data:image/png;base64,AAAA'>",
 ]
+HEAD = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 LONG = "word " * 3000  # over the tiny checkpoint's 2048 tokens
 SLOW = ["some words of a long document " * 60] * 40  # about a second of work
 
@@ -81,14 +83,22 @@ class Running:
 
 @contextmanager
 def running(
-    options: Options, http: Any = "auto", served: str | None = NAME, **arguments: Any
+    options: Options, http: str | None = None, served: str | None = NAME, **arguments: Any
 ) -> Iterator[Running]:
-    """Run a server in a thread until the block ends."""
+    """Run a server in a thread until the block ends: our own, or one of an HTTP parser's name."""
     app = create_app(options, served_name=served, **arguments)
-    config = uvicorn.Config(
-        app, port=0, http=http, lifespan="on", ws="none", log_config=None, timeout_keep_alive=75
-    )
-    server = uvicorn.Server(config)
+    if http is None:
+        server = build_server(app, arguments.get("limits"), port=0, log_config=None)
+    else:
+        config = uvicorn.Config(
+            app,
+            port=0,
+            http=http,
+            lifespan="on",
+            ws="none",
+            log_config=None,
+        )
+        server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -207,6 +217,11 @@ def test_optional_fields_are_taken(served: Running) -> None:
 def test_models_health_metadata(served: Running) -> None:
     (model,) = served.client.get("/models").json()["data"]
     assert (model["id"], model["object"], model["root"]) == (NAME, "model", NAME)
+    for name in (NAME, NAME.upper(), "tiny", f"{NAME}-query", NAME.replace("/", "%2F")):
+        assert served.client.get(f"/models/{name}").json() == model
+    for name in ("another", "nvidia", f"{NAME}/more", "%00", "%E2%82%AC"):
+        response = served.client.get(f"/models/{name}")
+        assert (response.status_code, response.json()["type"]) == (404, "model_not_found")
     assert served.client.get("/health/live").json()["live"] is True
     ready = served.client.get("/health/ready").json()
     assert ready == {"object": "health.response", "message": "ready", "ready": True}
@@ -338,7 +353,7 @@ def test_the_key(options: Options) -> None:
 async def test_nothing_is_embedded_before_the_model_is_there(options: Options) -> None:
     app = create_app(options, served_name=NAME)  # without a lifespan it never loads
     transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://x/v1") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost/v1") as client:
         assert (await client.get("/health/live")).status_code == 200
         ready = await client.get("/health/ready")
         assert (ready.status_code, ready.json()["ready"]) == (503, False)
@@ -423,14 +438,12 @@ def test_a_body_that_does_not_arrive(options: Options) -> None:
     with running(options, limits=ServerLimits(read_seconds=0.2)) as here:
         address = httpx.URL(here.url)
         with socket.create_connection((address.host, address.port or 0), timeout=10) as connection:
-            head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
             assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
 def test_bodies_that_are_still_arriving_are_bounded_together(options: Options) -> None:
-    head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    part = f"{head}Content-Length: 1000\r\n\r\n".encode() + b"x" * 950
+    part = f"{HEAD}Content-Length: 1000\r\n\r\n".encode() + b"x" * 950
     with running(options, limits=ServerLimits(max_body_bytes=1000)) as here, ExitStack() as stack:
         address = httpx.URL(here.url)
 
@@ -586,6 +599,9 @@ def test_openai_client(served: Running) -> None:
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             create(model="another", input="a")
         assert [model.id for model in client.models.list()] == [NAME]
+        assert client.models.retrieve(NAME).id == NAME
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            client.models.retrieve("another/model")
         with pytest.raises(openai.NotFoundError, match="Not Found"):
             client.files.list()
 
