@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import platform
 import statistics
 import time
-from typing import Any, get_args
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from shared_engine import images
 from shared_engine._version import __version__
 from shared_engine.catalogue import find
 from shared_engine.documents import Document, Role
 from shared_engine.embedder import Embedder
 from shared_engine.endpoints import normalised
-from shared_engine.errors import ConfigurationError, NeMoRetrieverError
-from shared_engine.options import DType, Options
+from shared_engine.errors import NeMoRetrieverError
+from shared_engine.options import Options
 
 SAME = 0.999
 """Cosine from which two engines may fill one index. The same weights in bfloat16 and float32 are
@@ -42,30 +42,35 @@ _SAMPLES: dict[Role, list[str]] = {
 }
 
 
-def check(asked: argparse.Namespace) -> int:
-    """Say what runs here and what a server gives, and whether the two are interchangeable."""
-    print(f"nemoretriever {__version__}, Python {platform.python_version()}, {_torch()}")
-    variable = os.environ.pop("NVIDIA_BASE_URL", None)  # else "here" would be there
-    base_url = asked.base_url or variable
+def check(
+    here: Options | None,
+    base_url: str | None,
+    *,
+    served_name: str | None = None,
+    api_key: str | None = None,
+) -> bool:
+    """Print what runs here and what a server gives; return whether all works and is the same.
+
+    `here` is a model in this process, or None; `base_url` a server's address, or None, and
+    `served_name` and `api_key` are that server's.
+    """
+    print(f"nemoretriever {__version__}, Python {platform.python_version()}, {_torch_version()}")
     found: list[dict[str, NDArray[np.float32]] | None] = []
-    if not base_url or asked.model or asked.checkpoint:
-        found.append(_measure("here", Options(**given_options(asked))))
-    if base_url:
+    if here is not None:
+        found.append(_measure("here", here))
+    if base_url is not None:
         base_url = normalised(base_url)
         _probe(base_url)
-        remote: dict[str, Any] = {
-            "model": _remote_model(asked, base_url),
-            "api_key": read_key(asked),
-        }
-        given = {name: value for name, value in remote.items() if value is not None}
+        remote = {"model": served_name or _find_name(here, base_url), "api_key": api_key}
+        given: dict[str, Any] = {name: value for name, value in remote.items() if value is not None}
         options = Options(base_url=base_url, max_retries=1, **given)
         # A server under a name of its own may do text alone; the model here tells.
         has_images = "image" in (found[0] or ()) if found else find(options.model) is not None
         found.append(_measure("there", options, has_images))
     working = [vectors for vectors in found if vectors is not None]
     if len(working) < len(found):
-        return 1
-    return 0 if len(working) == 1 or _compare(*working) else 1
+        return False
+    return len(working) < 2 or _compare(*working)
 
 
 def _measure(
@@ -79,12 +84,14 @@ def _measure(
                 role: embedder.embed(texts, role) for role, texts in _SAMPLES.items()
             }
             if has_images and "image" in embedder.modalities:
-                found["image"] = embedder.embed(_pictures())
+                disc = images.draw_sample()
+                both = Document("A disc that fades to its rim.", disc)
+                found["image"] = embedder.embed([Document(image=disc), both])
             first = time.perf_counter() - started
-            seconds = [_seconds_of_a_query(embedder) for _ in range(9)]
+            seconds = [_time_query(embedder) for _ in range(9)]
             print(f"{place}: {embedder.description}")
             print(
-                f"{'':{len(place)}}  {found['query'].shape[1]} values a vector; ready after "
+                f"{'':{len(place)}}  {found['query'].shape[1]} values per vector; ready after "
                 f"{first:.1f} s; a query takes {1000 * statistics.median(seconds):.1f} ms"
             )
     except NeMoRetrieverError as exc:
@@ -93,14 +100,7 @@ def _measure(
     return found
 
 
-def _pictures() -> list[Document]:
-    from PIL import Image
-
-    disc = Image.radial_gradient("L").resize((700, 500))
-    return [Document(image=disc), Document("A disc that fades to its rim.", disc)]
-
-
-def _seconds_of_a_query(embedder: Embedder) -> float:
+def _time_query(embedder: Embedder) -> float:
     started = time.perf_counter()
     embedder.embed(_SAMPLES["query"][:1], "query")
     return time.perf_counter() - started
@@ -142,51 +142,22 @@ def _probe(base_url: str) -> None:
         print(f"{base_url}/{path}: {response.status_code} {words}")
 
 
-def _remote_model(asked: argparse.Namespace, base_url: str) -> str | None:
+def _find_name(here: Options | None, base_url: str) -> str | None:
     """Return the name to ask a server for; None leaves it to the options' default."""
-    if asked.served_name:
-        return str(asked.served_name)
-    if asked.model and find(asked.model):
-        return str(asked.model)
+    said = here.model if here is not None and "model" in here.model_fields_set else None
+    if said and find(said):
+        return said
     try:
         listed = httpx.get(f"{base_url}/models", timeout=10).json()["data"]
         if len(listed) == 1:  # a server of one model; a catalogue lists many
             return str(listed[0]["id"])
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError):
         pass
-    return asked.model and str(asked.model)
+    return said
 
 
-def read_key(asked: argparse.Namespace) -> str | None:
-    if asked.api_key_env is None:
-        return None
-    key = os.environ.get(asked.api_key_env)
-    if not key:
-        raise ConfigurationError(f"--api-key-env: {asked.api_key_env} is not set, or empty")
-    return key
-
-
-def given_options(asked: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of an engine here that were given."""
-    values = {name: getattr(asked, name) for name in ENGINE_OPTIONS}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _torch() -> str:
+def _torch_version() -> str:
     try:
-        import torch
-    except ModuleNotFoundError:
+        return f"torch {version('torch')}"
+    except PackageNotFoundError:
         return "no torch"
-    return f"torch {torch.__version__}"
-
-
-ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
-    "model": {},
-    "checkpoint": {},
-    "revision": {},
-    "device": {},
-    "dtype": {"choices": get_args(DType)},
-    "max_tokens": {"type": int, "metavar": "N"},
-    "max_tiles": {"type": int, "metavar": "N"},
-    "tokens_per_step": {"type": int, "metavar": "N"},
-}

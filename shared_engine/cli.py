@@ -8,16 +8,28 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from shared_engine._version import __version__
 from shared_engine.catalogue import DEFAULT_MODEL
-from shared_engine.check import ENGINE_OPTIONS, check, given_options, read_key
+from shared_engine.check import check
 from shared_engine.errors import ConfigurationError, MissingExtraError, NeMoRetrieverError
-from shared_engine.options import Options
-from shared_engine.server.protocol import Limits
+from shared_engine.options import DType, Options
+from shared_engine.server.limits import ServerLimits
+
+_ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {},
+    "checkpoint": {},
+    "revision": {},
+    "device": {},
+    "dtype": {"choices": get_args(DType)},
+    "max_tokens": {"type": int, "metavar": "N"},
+    "max_tiles": {"type": int, "metavar": "N"},
+    "tokens_per_step": {"type": int, "metavar": "N"},
+}
+"""The options of a model in this process, and what argparse has to know of each."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,49 +58,52 @@ def _log_to_stderr(level: str) -> None:
     log.setLevel(level.upper())
 
 
-def serve(asked: argparse.Namespace) -> int:
+def _serve(asked: argparse.Namespace) -> int:
     """Serve a model until a signal comes, then finish what was accepted."""
-    try:
-        import uvicorn
-    except ModuleNotFoundError as exc:
-        raise MissingExtraError(
-            "the server needs 'uvicorn': pip install 'nemoretriever-embeddings[server]'"
-        ) from exc
-    from shared_engine.server.app import create_app
+    from shared_engine.server import serve
 
-    failures: list[Exception] = []
-
-    def stop(error: Exception) -> None:
-        failures.append(error)
-        server.should_exit = True
-
-    os.environ.pop("NVIDIA_BASE_URL", None)  # the model runs here, not at another server
-    key = read_key(asked)
-    if key is None and asked.host not in ("127.0.0.1", "localhost", "::1"):
-        logging.getLogger("shared_engine").warning(
-            "anybody who reaches %s can use this server; --api-key-env names a key", asked.host
-        )
-    app = create_app(
-        Options(**given_options(asked)),
-        served_name=asked.served_name,
-        api_key=key,
-        limits=Limits(**{limit.name: getattr(asked, limit.name) for limit in fields(Limits)}),
-        on_failure=stop,
-    )
-    config = uvicorn.Config(
-        app,
+    limits = {limit.name: getattr(asked, limit.name) for limit in fields(ServerLimits)}
+    working = serve(
+        _read_local_options(asked),
         host=asked.host,
         port=asked.port,
-        lifespan="on",
-        ws="none",
-        timeout_keep_alive=75,  # longer than clients keep theirs, so that they close first
-        server_header=False,
-        access_log=asked.access_log,
+        served_name=asked.served_name,
+        api_key=_read_key(asked),
+        limits=ServerLimits(**limits),
+        allowed_hosts=asked.allowed_host,
         log_level=asked.log_level,
+        access_log=asked.access_log,
     )
-    server = uvicorn.Server(config)
-    server.run()
-    return 1 if failures else 0  # the log has it
+    return 0 if working else 1  # the log has it
+
+
+def _check(asked: argparse.Namespace) -> int:
+    """Say what runs here and what a server gives, and whether the two are interchangeable."""
+    base_url = asked.base_url or os.environ.get("NVIDIA_BASE_URL")
+    is_local = not base_url or asked.model or asked.checkpoint
+    same = check(
+        _read_local_options(asked) if is_local else None,
+        base_url,
+        served_name=asked.served_name,
+        api_key=_read_key(asked),
+    )
+    return 0 if same else 1
+
+
+def _read_local_options(asked: argparse.Namespace) -> Options:
+    """Return the options that were given, of a model in this process."""
+    values = {name: getattr(asked, name) for name in _ENGINE_OPTIONS}
+    given = {name: value for name, value in values.items() if value is not None}
+    return Options(backend="local", **given)
+
+
+def _read_key(asked: argparse.Namespace) -> str | None:
+    if asked.api_key_env is None:
+        return None
+    key = os.environ.get(asked.api_key_env)
+    if not key:
+        raise ConfigurationError(f"--api-key-env: {asked.api_key_env} is not set, or empty")
+    return key
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     common = argparse.ArgumentParser(add_help=False)
-    for name, extra in ENGINE_OPTIONS.items():
+    for name, extra in _ENGINE_OPTIONS.items():
         text = Options.model_fields[name].description or ""
         default = f" Default: {DEFAULT_MODEL}." if name == "model" else ""
         help_ = (text + default).replace("%", "%%")
@@ -122,7 +137,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--host", default="127.0.0.1", help="Default: %(default)s, itself only.")
     verb.add_argument("--port", type=int, default=8000, help="Default: %(default)s.")
-    for limit in fields(Limits):
+    verb.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="A name under which the server may be asked without a key, beside localhost and its "
+        "addresses; may be repeated, and be a pattern: *.example.com.",
+    )
+    for limit in fields(ServerLimits):
         verb.add_argument(
             "--" + limit.name.replace("_", "-"),
             type=type(limit.default),
@@ -132,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     verb.add_argument("--access-log", action="store_true", help="Print a line for every request.")
     verb.add_argument("--log-level", default="info", **level)
-    verb.set_defaults(run=serve)
+    verb.set_defaults(run=_serve)
 
     verb = commands.add_parser(
         "check",
@@ -145,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         help="A server to check; with --model or --checkpoint, also against the model here.",
     )
     verb.add_argument("--log-level", default="warning", **level)
-    verb.set_defaults(run=check)
+    verb.set_defaults(run=_check)
     return parser
 
 

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shared_engine.images.sample import draw_sample as draw_sample
     from shared_engine.images.sources import accept as accept
     from shared_engine.images.sources import decode_data_url as decode_data_url
     from shared_engine.images.sources import describe as describe
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from shared_engine.images.tiles import encode_data_url as encode_data_url
 else:
     _ROOMS = {
+        "sample": ("draw_sample",),
         "sources": ("accept", "decode_data_url", "describe", "is_data_url"),
         "tiles": ("Picture", "Tiles", "cut_tiles", "decode_picture", "encode_data_url"),
     }

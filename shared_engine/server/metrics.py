@@ -17,7 +17,9 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 class Metrics:
     """The counts of one server, in a registry of its own."""
 
-    def __init__(self, waiting: Callable[[], float], load: Callable[[], StepStats | None]) -> None:
+    def __init__(
+        self, waiting: Callable[[], float], read_stats: Callable[[], StepStats | None]
+    ) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "nemoretriever_requests", "Answered POST /v1/embeddings.", ["status"], registry=registry
@@ -45,7 +47,7 @@ class Metrics:
             "nemoretriever_queue_inputs", "Inputs accepted and not answered.", registry=registry
         )
         depth.set_function(waiting)
-        registry.register(_Steps(load))
+        registry.register(_Steps(read_stats))
 
     def text(self) -> bytes:
         """Return all of them as Prometheus reads them."""
@@ -55,24 +57,24 @@ class Metrics:
 class _Steps(Collector):
     """The engine's own counts, read when asked for."""
 
-    def __init__(self, load: Callable[[], StepStats | None]) -> None:
-        self._load = load
+    def __init__(self, read_stats: Callable[[], StepStats | None]) -> None:
+        self._read_stats = read_stats
 
     def collect(self) -> Iterator[Metric]:
-        load = self._load()
-        if load is None:
+        stats = self._read_stats()
+        if stats is None:
             return
         yield CounterMetricFamily(
-            "nemoretriever_steps", "Forward passes; requests share them.", value=load.steps
+            "nemoretriever_steps", "Forward passes; requests share them.", value=stats.steps
         )
         yield CounterMetricFamily(
-            "nemoretriever_step_tokens", "Tokens of all steps.", value=load.tokens
+            "nemoretriever_step_tokens", "Tokens of all steps.", value=stats.tokens
         )
         yield GaugeMetricFamily(
-            "nemoretriever_step_tokens_max", "Tokens in a full step.", value=load.tokens_per_step
+            "nemoretriever_step_tokens_max", "Tokens in a full step.", value=stats.tokens_per_step
         )
         yield GaugeMetricFamily(
             "nemoretriever_batch_fill_ratio",
             "Mean of tokens in a step over tokens in a full one, since the start.",
-            value=load.tokens / max(1, load.steps * load.tokens_per_step),
+            value=stats.tokens / max(1, stats.steps * stats.tokens_per_step),
         )

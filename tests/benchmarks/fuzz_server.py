@@ -196,7 +196,7 @@ class Fuzz:
         content = json.dumps(valid(self.rng)).encode()
         port = httpx.URL(self.base).port
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         request = f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
         writer.write(request[: self.rng.randint(1, len(request))])
         await writer.drain()

@@ -33,7 +33,10 @@ from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import ConfigurationError, Embedder, Options
 from shared_engine.cli import main
 from shared_engine.server.app import create_app
-from shared_engine.server.protocol import Limits, Refusal, parsed
+from shared_engine.server.errors import HTTPRefusal
+from shared_engine.server.limits import ServerLimits
+from shared_engine.server.protocol import parse_request
+from shared_engine.server.run import build_server
 from tests.support.checkpoints import SHAPES, build_checkpoint
 
 NAME = "nvidia/tiny"
@@ -46,6 +49,7 @@ TEXTS = [
     "def f(x):\n    return x",
     "<img src='data:image/png;base64,AAAA'>",
 ]
+HEAD = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 LONG = "word " * 3000  # over the tiny checkpoint's 2048 tokens
 SLOW = ["some words of a long document " * 60] * 40  # about a second of work
 
@@ -79,14 +83,22 @@ class Running:
 
 @contextmanager
 def running(
-    options: Options, http: Any = "auto", served: str | None = NAME, **arguments: Any
+    options: Options, http: str | None = None, served: str | None = NAME, **arguments: Any
 ) -> Iterator[Running]:
-    """Run a server in a thread until the block ends."""
+    """Run a server in a thread until the block ends: our own, or one of an HTTP parser's name."""
     app = create_app(options, served_name=served, **arguments)
-    config = uvicorn.Config(
-        app, port=0, http=http, lifespan="on", ws="none", log_config=None, timeout_keep_alive=75
-    )
-    server = uvicorn.Server(config)
+    if http is None:
+        server = build_server(app, arguments.get("limits"), port=0, log_config=None)
+    else:
+        config = uvicorn.Config(
+            app,
+            port=0,
+            http=http,
+            lifespan="on",
+            ws="none",
+            log_config=None,
+        )
+        server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -205,6 +217,11 @@ def test_optional_fields_are_taken(served: Running) -> None:
 def test_models_health_metadata(served: Running) -> None:
     (model,) = served.client.get("/models").json()["data"]
     assert (model["id"], model["object"], model["root"]) == (NAME, "model", NAME)
+    for name in (NAME, NAME.upper(), "tiny", f"{NAME}-query", NAME.replace("/", "%2F")):
+        assert served.client.get(f"/models/{name}").json() == model
+    for name in ("another", "nvidia", f"{NAME}/more", "%00", "%E2%82%AC"):
+        response = served.client.get(f"/models/{name}")
+        assert (response.status_code, response.json()["type"]) == (404, "model_not_found")
     assert served.client.get("/health/live").json()["live"] is True
     ready = served.client.get("/health/ready").json()
     assert ready == {"object": "health.response", "message": "ready", "ready": True}
@@ -265,7 +282,8 @@ def test_a_body_that_is_no_request(served: Running, content: bytes) -> None:
 def test_errors_in_the_words_that_clients_look_for(served: Running) -> None:
     response = served.post(input_type=...)
     assert response.status_code == 400
-    assert response.json() == {"error": "'input_type' parameter is required for asymmetric models"}
+    words = "'input_type' parameter is required for asymmetric models"
+    assert response.json() == {"error": words, "message": words}
     response = served.post(input=["short", LONG])
     assert response.status_code == 400
     words = r"Input length \d+ exceeds maximum allowed token size 2048"
@@ -335,7 +353,7 @@ def test_the_key(options: Options) -> None:
 async def test_nothing_is_embedded_before_the_model_is_there(options: Options) -> None:
     app = create_app(options, served_name=NAME)  # without a lifespan it never loads
     transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://x/v1") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost/v1") as client:
         assert (await client.get("/health/live")).status_code == 200
         ready = await client.get("/health/ready")
         assert (ready.status_code, ready.json()["ready"]) == (503, False)
@@ -358,7 +376,7 @@ def test_a_missing_extra_names_its_pip_line(module: str) -> None:
     code = """
 from shared_engine import MissingExtraError
 try:
-    import shared_engine.server.app
+    from shared_engine.server import create_app
 except MissingExtraError as exc:
     print(exc)
 """
@@ -378,7 +396,7 @@ def test_a_large_body_is_refused_while_it_arrives(options: Options, http: str) -
             yield b"x" * 1000
 
     headers = {"Content-Type": "application/json"}
-    with running(options, http=http, limits=Limits(max_body_bytes=100_000)) as here:
+    with running(options, http=http, limits=ServerLimits(max_body_bytes=100_000)) as here:
         for _ in range(3):  # with and without Content-Length, on one connection
             assert here.post(input=["x" * 100_001]).status_code == 413
             assert here.client.post("/embeddings", content=chunks(), headers=headers).is_error
@@ -400,8 +418,8 @@ def test_a_million_violations_cost_no_more_than_one(body: dict[str, Any]) -> Non
     content = json.dumps(body).encode()
     tracemalloc.start()
     try:
-        with pytest.raises(Refusal):
-            parsed(content)
+        with pytest.raises(HTTPRefusal):
+            parse_request(content)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -409,7 +427,7 @@ def test_a_million_violations_cost_no_more_than_one(body: dict[str, Any]) -> Non
 
 
 def test_too_many_inputs(options: Options) -> None:
-    with running(options, limits=Limits(max_inputs=4)) as here:
+    with running(options, limits=ServerLimits(max_inputs=4)) as here:
         assert here.post(input=["a"] * 4).status_code == 200
         response = here.post(input=["a"] * 5)
         assert response.status_code == 413
@@ -417,18 +435,16 @@ def test_too_many_inputs(options: Options) -> None:
 
 
 def test_a_body_that_does_not_arrive(options: Options) -> None:
-    with running(options, limits=Limits(read_seconds=0.2)) as here:
+    with running(options, limits=ServerLimits(read_seconds=0.2)) as here:
         address = httpx.URL(here.url)
         with socket.create_connection((address.host, address.port or 0), timeout=10) as connection:
-            head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
             assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
 def test_bodies_that_are_still_arriving_are_bounded_together(options: Options) -> None:
-    head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    part = f"{head}Content-Length: 1000\r\n\r\n".encode() + b"x" * 950
-    with running(options, limits=Limits(max_body_bytes=1000)) as here, ExitStack() as stack:
+    part = f"{HEAD}Content-Length: 1000\r\n\r\n".encode() + b"x" * 950
+    with running(options, limits=ServerLimits(max_body_bytes=1000)) as here, ExitStack() as stack:
         address = httpx.URL(here.url)
 
         def upload() -> socket.socket:
@@ -446,15 +462,17 @@ def test_bodies_that_are_still_arriving_are_bounded_together(options: Options) -
 
 
 def test_a_nim_is_not_served(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigurationError, match="base_url is given"):
+    with pytest.raises(ConfigurationError, match="base_url= is given"):
         create_app(Options(base_url="http://127.0.0.1:9"))
     monkeypatch.setenv("NVIDIA_BASE_URL", "http://127.0.0.1:9")
     with pytest.raises(ConfigurationError, match="NVIDIA_BASE_URL"):
-        create_app(options)
+        create_app(Options())
+    create_app(Options(backend="local"))
+    create_app(options)
 
 
 def test_a_full_queue_says_try_again_later(options: Options) -> None:
-    with running(options, limits=Limits(max_waiting=5)) as here, ThreadPoolExecutor() as pool:
+    with running(options, limits=ServerLimits(max_waiting=5)) as here, ThreadPoolExecutor() as pool:
         first = pool.submit(here.post, input=SLOW)  # more than the queue holds, but alone
         wait_for(lambda: here.metric("nemoretriever_queue_inputs") == len(SLOW))
         response = here.post()
@@ -569,15 +587,23 @@ def test_openai_client(served: Running) -> None:
             served.expected(TEXTS[:1], "query")[0].tolist(), abs=1e-6
         )
         assert len(create(model=NAME + "-query", input="a", dimensions=32).data[0].embedding) == 32
-        with pytest.raises(openai.BadRequestError):
-            create(model=NAME + "-query", input="a", dimensions=33)
-        with pytest.raises(openai.BadRequestError) as raised:
-            create(model=NAME + "-query", input=LONG)
-        assert "Input length" in str(raised.value.body)  # a NIM's words too: it does not show them
+        for fields, words in (
+            ({"input": "a", "dimensions": 33}, "dimensions: Input should be 16, 32 or 64"),
+            ({"input": LONG}, "Input length .* exceeds maximum allowed token size"),
+            ({"input": "a", "model": NAME}, "'input_type' parameter is required"),
+            ({"input": ["a"] * 9000}, "9000 inputs in one request"),
+        ):
+            with pytest.raises(openai.APIStatusError, match=words):
+                create(**{"model": NAME + "-query"} | fields)
         create(model=NAME + "-query", input=LONG, extra_body={"truncate": "END"})
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             create(model="another", input="a")
         assert [model.id for model in client.models.list()] == [NAME]
+        assert client.models.retrieve(NAME).id == NAME
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            client.models.retrieve("another/model")
+        with pytest.raises(openai.NotFoundError, match="Not Found"):
+            client.files.list()
 
 
 def test_langchain_nvidia(served: Running) -> None:
@@ -687,11 +713,15 @@ def test_serve_runs_until_a_signal_and_finishes(checkpoint: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_serve_stops_where_the_model_cannot_load(capfd: pytest.CaptureFixture[str]) -> None:
+def test_serve_stops_where_the_model_cannot_load(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVIDIA_BASE_URL", "http://127.0.0.1:9")  # of another program
     assert main(["serve", "--model", "/nowhere", "--port", "0"]) == 1
     assert "/nowhere" in capfd.readouterr().err
     assert main(["serve", "--max-tokens", "0", "--port", "0"]) == 2
     assert main(["serve", "--api-key-env", "NOT_SET_ANYWHERE"]) == 2
+    assert os.environ["NVIDIA_BASE_URL"] == "http://127.0.0.1:9"
 
 
 # --- anything at all -----------------------------------------------------------------------------

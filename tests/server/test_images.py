@@ -31,10 +31,11 @@ from shared_engine import (
     InvalidRequestError,
     Options,
     PartialResultError,
-    images,
 )
 from shared_engine.cli import main
-from shared_engine.server.protocol import Limits, parted
+from shared_engine.images import sources
+from shared_engine.server.limits import ServerLimits
+from shared_engine.server.protocol import split_data_url
 from tests.server.test_app import NAME, Running, running, vectors
 from tests.support.checkpoints import SHAPES, build_checkpoint
 from tests.support.faulty_nim import FaultyNim
@@ -271,7 +272,8 @@ def test_nothing_that_a_client_names_is_opened(
 
 
 def test_a_pair_needs_a_text_and_an_image_has_none(served: Running) -> None:
-    words = {"error": "Text part must be non-empty for text_image modality", "index": 1}
+    said = "Text part must be non-empty for text_image modality"
+    words = {"error": said, "message": said, "index": 1}
     for blank in ("", "\n", "  \n\n", " "):
         response = served.post(input=[f"a\n{URL}", blank + URL], modality="text_image")
         assert (response.status_code, response.json()) == (400, words)
@@ -343,9 +345,9 @@ def test_a_payload_that_is_no_base64(served: Running, payload: str) -> None:
 
 
 def test_limits_of_images(options: Options) -> None:
-    assert Limits().max_image_bytes == images.MAX_BYTES
-    assert 4 * Limits().max_image_bytes // 3 + 100_000 < Limits().max_body_bytes
-    limits = Limits(max_image_bytes=len(PNG), max_images=3)
+    assert ServerLimits().max_image_bytes == sources.MAX_BYTES
+    assert 4 * ServerLimits().max_image_bytes // 3 + 100_000 < ServerLimits().max_body_bytes
+    limits = ServerLimits(max_image_bytes=len(PNG), max_images=3)
     large = Document(image=saved(page(8, 300, 300)))
     with running(options, limits=limits) as here:
         assert here.post(input=[TEXT] * 5 + [URL] * 3).status_code == 200
@@ -373,7 +375,7 @@ def test_our_own_client_finds_the_size_that_a_server_takes(options: Options) -> 
     items = [Document(image=saved(page(i, 100, 100))) for i in range(40)]
     most = 12 * len(items[0].image)
     with (
-        running(options, limits=Limits(max_body_bytes=most)) as here,
+        running(options, limits=ServerLimits(max_body_bytes=most)) as here,
         Embedder(Options(model=NAME, base_url=here.url)) as there,
         Embedder(options) as local,
     ):
@@ -424,7 +426,7 @@ def test_probes_are_answered_while_large_images_are_read(served: Running) -> Non
 
 def test_bodies_are_held_until_they_are_answered(options: Options) -> None:
     image = url(saved(page(9, 200, 200)))
-    with running(options, limits=Limits(max_body_bytes=len(image) + 1000)) as here:
+    with running(options, limits=ServerLimits(max_body_bytes=len(image) + 1000)) as here:
         with ThreadPoolExecutor(40) as pool:
             sent = [pool.submit(here.post, input=image, modality="image") for _ in range(40)]
             statuses = {answer.result().status_code for answer in sent}
@@ -525,5 +527,5 @@ def test_no_image_breaks_it(
 @given(st.text(alphabet="a \n<img src='\"/>;,:dt=", max_size=60), st.booleans())
 def test_what_is_parted_is_what_was_joined(text: str, in_tag: bool) -> None:
     joined = f"{text}\n<img src='{URL}'/>" if in_tag else f"{text}\n{URL}"
-    assert parted(joined) == (text, URL)
-    assert parted(text) is None
+    assert split_data_url(joined) == (text, URL)
+    assert split_data_url(text) is None

@@ -1,0 +1,28 @@
+"""Values and refusals as HTTP responses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+
+from shared_engine.server.errors import HTTPRefusal
+from shared_engine.server.protocol import dump_json
+
+
+def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return the response with a value as JSON."""
+    return Response(dump_json(body), status, headers, media_type="application/json")
+
+
+def refuse(refusal: HTTPRefusal, asked: Headers) -> Response:
+    """Return the response of a refusal to a request with the headers `asked`.
+
+    Clients of OpenAI, which name themselves in a header, show a message only where it is inside of
+    `error`; clients of a NIM know `error` as the words themselves.
+    """
+    body = dict(refusal.body)
+    if "x-stainless-lang" in asked:
+        body["error"] = {"message": str(refusal), "type": refusal.kind}
+    return respond(body, refusal.status, refusal.headers)
