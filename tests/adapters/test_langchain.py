@@ -344,15 +344,3 @@ def test_without_torch_the_first_use_says_what_to_install(
     """)
     assert "'torch'" in out
     assert "pip install 'nemoretriever-embeddings[local]'" in out
-
-
-def test_importing_and_constructing_load_nothing_heavy(python: Callable[[str], str]) -> None:
-    out = python("""if True:
-        import sys
-        from langchain_nemoretriever import NeMoRetrieverEmbeddings
-        model = NeMoRetrieverEmbeddings(model="no/such-model", device="cuda:7")
-        assert repr(model.embedder)
-        heavy = {"torch", "transformers", "tokenizers", "huggingface_hub", "llama_index"}
-        print(sorted(heavy & sys.modules.keys()))
-    """)
-    assert out.strip() == "[]"
