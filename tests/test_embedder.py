@@ -130,16 +130,17 @@ def test_any_unicode_gives_as_many_finite_unit_vectors(embedder, texts):
     assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max(initial=0) <= 1e-5
 
 
-def test_a_hundred_thousand_texts(tmp_path):
+def test_thousands_of_texts(tmp_path):
+    """Many steps, and every row in its place: the texts repeat after a thousand."""
     from tests.support.checkpoints import SHAPES, build_checkpoint
 
     folder = build_checkpoint(tmp_path / "small", SHAPES["gqa"], num_hidden_layers=1)
-    names = [f"t{i % 1000}" for i in range(100_000)]
+    names = [f"t{i % 1000}" for i in range(5_000)]
     with Embedder(Options(model=folder)) as embedder:
         vectors = embedder.embed(names)
-        assert vectors.shape == (100_000, 64)
+        assert vectors.shape == (5_000, 64)
         first = vectors[:1000]
-        assert np.abs(vectors.reshape(100, 1000, 64) - first).max() <= 1e-6
+        assert np.abs(vectors.reshape(5, 1000, 64) - first).max() <= 1e-6
         assert np.abs(first[:5] - embedder.embed(names[:5])).max() <= 1e-6
 
 
@@ -217,9 +218,8 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert np.abs(embedder.embed(texts) - before).max() <= 1e-6
 print("ok")
 """
-    for threads in ("1", "2"):
-        done = run(program, OMP_NUM_THREADS=threads)
-        assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+    done = run(program, OMP_NUM_THREADS="2")  # torch's own threads are lost in the child too
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
 # One engine

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,38 +26,18 @@ from shared_engine import (
     PartialResultError,
     UnsupportedDimensionsError,
 )
+from tests.support.adapters import TEXTS, same
 from tests.support.oracles import numpy_float64
-
-# Out of order by length, with a text twice, none at all, and one of many tokens.
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog.",
-    "one",
-    "",
-    "Вопросы сравниваются, документы сравниваются. 😀",
-    "one",
-    "In 1999 it had fallen to 0.99. " * 12,
-    "two",
-    "def embed(texts):\n    return [vector(text) for text in texts]\n",
-]
 
 
 @pytest.fixture
-def model(checkpoint: Path) -> NeMoRetrieverEmbeddings:
-    return NeMoRetrieverEmbeddings(model=str(checkpoint), device="cpu", dtype="float32")
+def model(text_model: NeMoRetrieverEmbeddings) -> NeMoRetrieverEmbeddings:
+    return text_model
 
 
 @pytest.fixture(scope="module")
-def queries(checkpoint: Path) -> np.ndarray:
-    return numpy_float64(checkpoint, TEXTS, "query: ")
-
-
-@pytest.fixture(scope="module")
-def documents(checkpoint: Path) -> np.ndarray:
-    return numpy_float64(checkpoint, TEXTS, "passage: ")
-
-
-def same(actual: Sequence[Sequence[float]], expected: np.ndarray, what: str = "") -> None:
-    np.testing.assert_allclose(np.array(actual), expected, rtol=0, atol=1e-5, err_msg=what)
+def adapter() -> type[NeMoRetrieverEmbeddings]:
+    return NeMoRetrieverEmbeddings
 
 
 class _Suite:
@@ -364,15 +344,3 @@ def test_without_torch_the_first_use_says_what_to_install(
     """)
     assert "'torch'" in out
     assert "pip install 'nemoretriever-embeddings[local]'" in out
-
-
-def test_importing_and_constructing_load_nothing_heavy(python: Callable[[str], str]) -> None:
-    out = python("""if True:
-        import sys
-        from langchain_nemoretriever import NeMoRetrieverEmbeddings
-        model = NeMoRetrieverEmbeddings(model="no/such-model", device="cuda:7")
-        assert repr(model.embedder)
-        heavy = {"torch", "transformers", "tokenizers", "huggingface_hub", "llama_index"}
-        print(sorted(heavy & sys.modules.keys()))
-    """)
-    assert out.strip() == "[]"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import threading
-from collections.abc import Awaitable, Callable, Iterator
-from functools import partial
+from collections.abc import Awaitable, Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,120 +22,33 @@ from shared_engine import (
     Document,
     ImageError,
     InputTypeError,
-    Options,
     PartialResultError,
     UnsupportedModalityError,
-    images,
 )
-from shared_engine.local import backend as local
-from tests.server.test_app import NAME, running
-from tests.support.vl_checkpoints import build_vl_checkpoint, page
+from tests.support.adapters import (
+    BASE64,
+    CAPTIONS,
+    PNGS,
+    QUESTION,
+    URLS,
+    Oracle,
+    called,
+    check_that_the_loop_goes_on,
+    same,
+    saved,
+)
 from tests.support.vl_oracles import numpy_float64
 
-SIZES = [(90, 60), (50, 120), (64, 64), (200, 100), (31, 97), (70, 80)]
-TEXTS = ["a chart of sales", "two cats", "the plan of a house"]
-QUESTION = "how much was sold?"
-Oracle = Callable[..., NDArray[Any]]
 
-
-def saved(seed: int, kind: str = "PNG") -> bytes:
-    file = BytesIO()
-    page(seed, *SIZES[seed % len(SIZES)]).save(file, kind)
-    return file.getvalue()
-
-
-def expected_of(folder: Path, *items: tuple[str | None, bytes | None]) -> NDArray[Any]:
-    """Return the oracle's vectors of (text, image) pairs, either of which may be None."""
-    seen = [(text, png if png is None else images.cut_tiles(png, 2, 32)) for text, png in items]
-    return numpy_float64(folder, seen, "document")
-
-
-def same(actual: Any, expected: Any, what: str = "") -> None:
-    np.testing.assert_allclose(np.array(actual), expected, rtol=0, atol=1e-5, err_msg=what)
-
-
-async def called(call: Callable[..., Any], *args: Any) -> Any:
-    """Return the result of a method or of its async twin."""
-    result = call(*args)
-    return await result if isinstance(result, Awaitable) else result
-
-
-async def check_that_the_loop_goes_on(
-    monkeypatch: pytest.MonkeyPatch, call: Callable[[], Awaitable[Any]]
-) -> None:
-    """Hold the load of a model and the first image until the loop, if it is free, lets them go."""
-    entered, free = threading.Semaphore(0), threading.Semaphore(0)
-
-    def accept(function: Callable[..., Any]) -> Callable[..., Any]:
-        def waiting(*args: Any) -> Any:
-            entered.release()
-            assert free.acquire(timeout=20), "the loop is blocked"
-            return function(*args)
-
-        return waiting
-
-    monkeypatch.setattr(local, "resolve", accept(local.resolve))
-    monkeypatch.setattr(images, "cut_tiles", accept(images.cut_tiles))
-    task = asyncio.ensure_future(call())
-    for _ in range(2):
-        while not entered.acquire(blocking=False):
-            assert not task.done()
-            await asyncio.sleep(0.01)
-        free.release()
-    assert len(await task) == 1
-
-
-PNGS = [saved(seed) for seed in range(len(SIZES))]
-BASE64 = [base64.b64encode(png).decode() for png in PNGS]
-URLS = [f"data:image/png;base64,{text}" for text in BASE64]
+@pytest.fixture(scope="module")
+def adapter() -> type[NeMoRetrieverEmbeddings]:
+    return NeMoRetrieverEmbeddings
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_vl_checkpoint(tmp_path_factory.mktemp("vl") / "vl")
-
-
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    with running(Options(model=str(folder), device="cpu", dtype="float32")) as served:
-        yield served.url
-
-
-@pytest.fixture
-def model(folder: Path) -> NeMoRetrieverEmbeddings:
-    return NeMoRetrieverEmbeddings(model=str(folder), device="cpu", dtype="float32")
-
-
-@pytest.fixture
-def there(address: str) -> NeMoRetrieverEmbeddings:
-    return NeMoRetrieverEmbeddings(model=NAME, base_url=address)
-
-
-@pytest.fixture(params=["model", "there"])
-def either(request: pytest.FixtureRequest) -> NeMoRetrieverEmbeddings:
-    """The model in this process, or served."""
-    made = request.getfixturevalue(request.param)
-    assert isinstance(made, NeMoRetrieverEmbeddings)
-    return made
-
-
-@pytest.fixture
-def text_model(checkpoint: Path) -> NeMoRetrieverEmbeddings:
-    return NeMoRetrieverEmbeddings(model=str(checkpoint), device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("images")
-    paths = [folder / f"page {seed}.png" for seed in range(len(SIZES))]
-    for path, png in zip(paths, PNGS, strict=True):
-        path.write_bytes(png)
-    return [str(path) for path in paths]
-
-
-@pytest.fixture(scope="module")
-def oracle(folder: Path) -> Oracle:
-    return partial(expected_of, folder)
+def files(files: list[Path]) -> list[str]:
+    """By name, as LangChain's stores take them."""
+    return [str(path) for path in files]
 
 
 @pytest.fixture(scope="module")
@@ -182,21 +92,21 @@ async def test_every_kind_of_image_gives_the_oracles_vector(
 async def test_texts_with_images_and_mixtures(
     either: NeMoRetrieverEmbeddings, files: list[str], oracle: Oracle
 ) -> None:
-    pairs = oracle(*zip(TEXTS, PNGS[:3], strict=True))
-    same(either.embed_text_image(TEXTS, files[:3]), pairs)
-    same(await either.aembed_text_image(texts=TEXTS, images=files[:3]), pairs)
+    pairs = oracle(*zip(CAPTIONS, PNGS[:3], strict=True))
+    same(either.embed_text_image(CAPTIONS, files[:3]), pairs)
+    same(await either.aembed_text_image(texts=CAPTIONS, images=files[:3]), pairs)
     mixture: list[str | Document] = [
-        TEXTS[0],
+        CAPTIONS[0],
         Document(image=files[0]),
-        Document(TEXTS[1], files[1]),
-        Document(TEXTS[2]),
+        Document(CAPTIONS[1], files[1]),
+        Document(CAPTIONS[2]),
         URLS[0][:90],
     ]
     mixed = oracle(
-        (TEXTS[0], None),
+        (CAPTIONS[0], None),
         (None, PNGS[0]),
-        (TEXTS[1], PNGS[1]),
-        (TEXTS[2], None),
+        (CAPTIONS[1], PNGS[1]),
+        (CAPTIONS[2], None),
         (URLS[0][:90], None),
     )
     same(either.embed_mixed(mixture), mixed)
@@ -264,7 +174,7 @@ async def test_one_instead_of_a_list_is_refused(
             with pytest.raises(InputTypeError, match="wrap it in a list"):
                 await called(call, one)
     with pytest.raises(InputTypeError, match="2 texts and 1 images"):
-        model.embed_text_image(TEXTS[:2], files[:1])
+        model.embed_text_image(CAPTIONS[:2], files[:1])
 
 
 async def test_a_broken_image_is_named(model: NeMoRetrieverEmbeddings, files: list[str]) -> None:
@@ -294,8 +204,8 @@ async def test_chroma_on_disk_finds_images_when_opened_again(
     oracle: Oracle,
     query: NDArray[Any],
 ) -> None:
-    names = [f"image {seed}" for seed in range(len(files))] + TEXTS
-    stored = oracle(*((None, png) for png in PNGS), *((text, None) for text in TEXTS))
+    names = [f"image {seed}" for seed in range(len(files))] + CAPTIONS
+    stored = oracle(*((None, png) for png in PNGS), *((text, None) for text in CAPTIONS))
     count = len(names)
     for opened in range(3):
         client = chromadb.PersistentClient(str(tmp_path))
@@ -305,8 +215,8 @@ async def test_chroma_on_disk_finds_images_when_opened_again(
         if opened == 0:
             metadata = [{"name": name} for name in names]
             store.add_images(files, metadatas=metadata[: len(files)])
-            store.add_texts(TEXTS[:1], metadatas=metadata[-3:-2])
-            await store.aadd_texts(TEXTS[1:], metadatas=metadata[-2:])
+            store.add_texts(CAPTIONS[:1], metadatas=metadata[-3:-2])
+            await store.aadd_texts(CAPTIONS[1:], metadatas=metadata[-2:])
         check(store.similarity_search_with_score(QUESTION, k=count), names, stored @ query)
         asked = await store.asimilarity_search(QUESTION, k=count)
         assert [each.metadata["name"] for each in asked] == [
@@ -329,10 +239,10 @@ async def test_texts_and_images_in_one_store_in_memory(
     model: NeMoRetrieverEmbeddings, oracle: Oracle, query: NDArray[Any]
 ) -> None:
     store = InMemoryVectorStore(model)
-    pages = [Page(each, metadata={"name": str(i)}) for i, each in enumerate([*TEXTS, *URLS])]
+    pages = [Page(each, metadata={"name": str(i)}) for i, each in enumerate([*CAPTIONS, *URLS])]
     store.add_documents(pages[:5])
     await store.aadd_documents(pages[5:])
-    stored = oracle(*((text, None) for text in TEXTS), *((None, png) for png in PNGS))
+    stored = oracle(*((text, None) for text in CAPTIONS), *((None, png) for png in PNGS))
     image = model.embed_image([URLS[3]])[0]
     same([image], stored[6:7])
     for scores, found in [
@@ -356,7 +266,7 @@ async def test_the_loop_goes_on_while_the_model_loads_and_an_image_is_decoded(
     calls: dict[str, Callable[[], Awaitable[Any]]] = {
         "images": lambda: model.aembed_image(URLS[:1]),
         "texts": lambda: model.aembed_documents(URLS[:1]),
-        "pairs": lambda: model.aembed_text_image(TEXTS[:1], URLS[:1]),
+        "pairs": lambda: model.aembed_text_image(CAPTIONS[:1], URLS[:1]),
         "mixed": lambda: model.aembed_mixed([Document(image=URLS[0])]),
     }
     await check_that_the_loop_goes_on(monkeypatch, calls[way])

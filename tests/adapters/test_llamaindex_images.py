@@ -48,81 +48,31 @@ from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import (
     ImageError,
     InputTypeError,
-    Options,
     PartialResultError,
     UnsupportedModalityError,
     images,
 )
 from shared_engine.pipeline import Pipeline
-from tests.adapters.test_langchain_images import (
+from tests.adapters.test_llamaindex import _Callbacks, _Recorder
+from tests.support.adapters import (
     BASE64,
+    CAPTIONS,
     PNGS,
+    QUESTION,
     Oracle,
     called,
     check_that_the_loop_goes_on,
-    expected_of,
     same,
     saved,
 )
-from tests.adapters.test_llamaindex import _Callbacks, _Recorder
-from tests.server.test_app import NAME, running
-from tests.support.vl_checkpoints import build_vl_checkpoint
 from tests.support.vl_oracles import numpy_float64
 
 URL = f"data:image/png;base64,{BASE64[0][:60]}"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_vl_checkpoint(tmp_path_factory.mktemp("vl") / "vl")
-
-
-@pytest.fixture(scope="module")
-def options(folder: Path) -> dict[str, Any]:
-    return {"model": str(folder), "device": "cpu", "dtype": "float32"}
-
-
-@pytest.fixture(scope="module")
-def address(options: dict[str, Any]) -> Iterator[str]:
-    with running(Options(**options)) as served:
-        yield served.url
-
-
-@pytest.fixture
-def model(options: dict[str, Any]) -> NeMoRetrieverEmbedding:
-    return NeMoRetrieverEmbedding(**options)
-
-
-@pytest.fixture
-def there(address: str) -> NeMoRetrieverEmbedding:
-    return NeMoRetrieverEmbedding(model=NAME, base_url=address)
-
-
-@pytest.fixture(params=["model", "there"])
-def either(request: pytest.FixtureRequest) -> NeMoRetrieverEmbedding:
-    """The model in this process, or served."""
-    made = request.getfixturevalue(request.param)
-    assert isinstance(made, NeMoRetrieverEmbedding)
-    return made
-
-
-@pytest.fixture
-def text_model(checkpoint: Path) -> NeMoRetrieverEmbedding:
-    return NeMoRetrieverEmbedding(model=str(checkpoint), device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("images")
-    paths = [folder / f"page {seed}.png" for seed in range(len(PNGS))]
-    for path, png in zip(paths, PNGS, strict=True):
-        path.write_bytes(png)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def oracle(folder: Path) -> Oracle:
-    return partial(expected_of, folder)
+def adapter() -> type[NeMoRetrieverEmbedding]:
+    return NeMoRetrieverEmbedding
 
 
 @pytest.fixture
@@ -469,7 +419,6 @@ async def test_a_cache_of_texts_holds_no_image(options: dict[str, Any], oracle: 
 
 # --- stores on disk ------------------------------------------------------------------------------
 
-CAPTIONS = ["a chart of sales", "two cats", "the plan of a house"]
 SPACE = {"hnsw": {"space": "cosine"}}
 
 
@@ -499,7 +448,7 @@ async def test_text_and_images_find_images_in_a_multimodal_index_opened_again(
     ]
     texts = [TextNode(id_=text, text=text) for text in CAPTIONS]
     pictured = oracle(*((None, png) for png in PNGS))
-    query = numpy_float64(folder, [("how much was sold?", None)], "query")[0]
+    query = numpy_float64(folder, [(QUESTION, None)], "query")[0]
 
     for opened in range(3):
         client = chromadb.PersistentClient(str(tmp_path))
@@ -516,10 +465,9 @@ async def test_text_and_images_find_images_in_a_multimodal_index_opened_again(
             index.insert_nodes([nodes[4], texts[1]])
             await index.ainsert_nodes([nodes[5], texts[2]])
         retriever = index.as_retriever(similarity_top_k=3, image_similarity_top_k=6)
-        question = "how much was sold?"
-        check(retriever.text_to_image_retrieve(question), ids, pictured @ query)
-        check(await retriever.atext_to_image_retrieve(question), ids, pictured @ query)
-        for both in (retriever.retrieve(question), await retriever.aretrieve(question)):
+        check(retriever.text_to_image_retrieve(QUESTION), ids, pictured @ query)
+        check(await retriever.atext_to_image_retrieve(QUESTION), ids, pictured @ query)
+        for both in (retriever.retrieve(QUESTION), await retriever.aretrieve(QUESTION)):
             assert {each.node.node_id for each in both} == {*ids, *CAPTIONS}
         for seed, source in [(2, str(files[2])), (3, BASE64[3])]:
             scores = pictured @ pictured[seed]
@@ -549,8 +497,7 @@ async def test_what_a_pipeline_stored_is_found_by_an_index_opened_again(
         (CAPTIONS[2], PNGS[2]),
         (None, PNGS[3]),
     )
-    question = "how much was sold?"
-    query = numpy_float64(folder, [(question, None)], "query")[0]
+    query = numpy_float64(folder, [(QUESTION, None)], "query")[0]
     for opened in range(2):
         client = chromadb.PersistentClient(str(tmp_path))
         store = collection(client, "nodes")
@@ -560,13 +507,13 @@ async def test_what_a_pipeline_stored_is_found_by_an_index_opened_again(
             await pipeline.arun(nodes=nodes[4:])
             in_memory = VectorStoreIndex(embedded, embed_model=model)
             in_memory.insert_nodes(nodes[4:])
-            found = in_memory.as_retriever(similarity_top_k=5).retrieve(question)
+            found = in_memory.as_retriever(similarity_top_k=5).retrieve(QUESTION)
             order = np.argsort(-(stored @ query))
             assert [each.node.node_id for each in found] == [ids[i] for i in order]
         index = VectorStoreIndex.from_vector_store(store, embed_model=model)
         retriever = index.as_retriever(similarity_top_k=5)
-        check(retriever.retrieve(question), ids, stored @ query)
-        check(await retriever.aretrieve(question), ids, stored @ query)
+        check(retriever.retrieve(QUESTION), ids, stored @ query)
+        check(await retriever.aretrieve(QUESTION), ids, stored @ query)
         vector = model.get_image_embedding(BASE64[1])
         check(retriever.retrieve(QueryBundle("", embedding=vector)), ids, stored @ stored[1])
         client.close()
