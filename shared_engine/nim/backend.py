@@ -46,6 +46,7 @@ from shared_engine.nim.client import build_clients, build_headers
 from shared_engine.nim.transport import RETRIED, Limited, Retrying, Sending
 from shared_engine.options import Options
 from shared_engine.wire import split_role_suffix
+from shared_engine.wire import INPUT_TYPE, split_role_suffix
 
 POLL_EVERY = 0.5
 TRIES_MALFORMED = 3
@@ -273,7 +274,7 @@ class NimBackend:
     ) -> httpx.Request:
         fields = {
             "model": model,
-            "input_type": protocol.INPUT_TYPE[request.role],
+            "input_type": INPUT_TYPE[request.role],
             "encoding_format": encoding,
             "truncate": request.truncate,
             "dimensions": request.dimensions,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pybase64 import b64decode
 
 from shared_engine import images
-from shared_engine.documents import Document, Role
+from shared_engine.documents import Document
 from shared_engine.errors import (
     AuthenticationError,
     ImageTooLargeError,
@@ -36,8 +36,7 @@ from shared_engine.errors import (
     UnsupportedDimensionsError,
 )
 from shared_engine.nim.transport import retry_after
-
-INPUT_TYPE: Mapping[Role, str] = {"query": "query", "document": "passage"}
+from shared_engine.wire import read_error_index
 
 _LONGEST_DETAIL = 1000
 _TOO_LONG = (  # patterns of (tokens, limit); NIM, vLLM, text-embeddings-inference
@@ -246,8 +245,8 @@ def refusal(response: httpx.Response) -> Refusal:
     words: list[str] = []
     location: list[tuple[object, ...]] = []
     _collect(content, words, location)
-    if isinstance(content, dict) and "index" in content:  # as our own server says it
-        location.append(("body", "input", content["index"]))
+    if (index := read_error_index(content)) is not None:  # as our own server says it
+        location.append(("body", "input", index))
     detail = " ".join(dict.fromkeys(words)) or response.text
     return Refusal(response.status_code, _short(detail), location[0] if location else ())
 
