@@ -1,4 +1,4 @@
-"""What both ends of /v1/embeddings agree on: roles in NVIDIA's words, and our own errors' bodies."""
+"""What both ends of /v1/embeddings agree on: the words of roles, and the body of an error."""
 
 from __future__ import annotations
 
