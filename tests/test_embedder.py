@@ -105,18 +105,19 @@ def test_a_long_text_fails_alone_here_as_at_a_nim(checkpoint, role):
     texts = ["short"] * 300 + ["word " * 200, "short"]
     with running(options) as server, Embedder(options) as here:
         good = here.embed(["short"], role)
-        for embedder in (here, Embedder(Options(model=NAME, base_url=server.url))):
-            with embedder, pytest.raises(PartialResultError, match="input 300 ") as partial:
-                embedder.embed(texts, role)
-            with embedder, pytest.raises(InputTooLongError, match="input 0 ") as alone:
-                embedder.embed(texts[300:301], role)
-            ((row, error),) = partial.value.errors.items()
-            assert (row, type(error), error.index) == (300, InputTooLongError, 300)
-            assert (error.tokens, error.limit) == (alone.value.tokens, alone.value.limit)
-            assert (error.tokens > 600, error.limit) == (True, 50)
-            others = np.delete(partial.value.vectors, 300, 0)
-            assert np.abs(others - good).max() <= 1e-6
-            assert np.isnan(partial.value.vectors[300]).all()
+        with Embedder(Options(model=NAME, base_url=server.url)) as there:
+            for embedder in (here, there):
+                with pytest.raises(PartialResultError, match="input 300 ") as partial:
+                    embedder.embed(texts, role)
+                with pytest.raises(InputTooLongError, match="input 0 ") as alone:
+                    embedder.embed(texts[300:301], role)
+                ((row, error),) = partial.value.errors.items()
+                assert (row, type(error), error.index) == (300, InputTooLongError, 300)
+                assert (error.tokens, error.limit) == (alone.value.tokens, alone.value.limit)
+                assert (error.tokens > 600, error.limit) == (True, 50)
+                others = np.delete(partial.value.vectors, 300, 0)
+                assert np.abs(others - good).max() <= 1e-6
+                assert np.isnan(partial.value.vectors[300]).all()
     for truncate in ("START", "end"):
         options = Options(model=checkpoint, max_tokens=50, truncate=truncate)
         assert Embedder(options).embed(texts, role).shape == (302, 64)
