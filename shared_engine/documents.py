@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -35,11 +36,38 @@ class Document:
         return "text_image" if self.text and not str(self.text).isspace() else "image"
 
 
+_HEAD = re.compile(r"data:image/[\w.+-]+(;[^;,\s]+)*,", re.ASCII | re.IGNORECASE)
+_LONGEST_HEAD = 256
+_BASE64 = re.compile(
+    r"(?:(?:[A-Za-z0-9+/]++|%[0-9A-F]{2})*+"  # in one line, or in lines as in an e-mail
+    r"|(?:[A-Za-z0-9+/]{1,76}+\r?\n)++[A-Za-z0-9+/]{0,76}+)"
+    r"(?:=|%3D){0,2}[\r\n]*+",
+    re.IGNORECASE,
+)
+_ESCAPED = re.compile(
+    r"[\w.~/+-]*+(?:%[0-9A-F]{2}[\w.~/+=-]*+)++[\r\n]*+", re.ASCII | re.IGNORECASE
+)
+
+
 def is_data_url(text: object) -> bool:
-    """Tell whether a text is nothing but an image as a data URL."""
+    """Tell whether a text is nothing but an image as a data URL, from its first to its last letter.
+
+    The body is base64, in one line or in lines of at most 76, or bytes as URLs escape them. Where
+    one letter of it could not be, the whole is a text.
+
+    >>> is_data_url("data:image/png;base64,iVBORw0KGgo=")
+    True
+    >>> is_data_url("data:image/png;base64,iVBORw0KGgo=) shows"), is_data_url("data:image/png, a")
+    (False, False)
+    """
     if not isinstance(text, str) or text[:5].lower() != "data:":
         return False
-    return images.is_data_url(text)
+    head = _HEAD.match(text, 0, _LONGEST_HEAD)
+    if head is None:
+        return False
+    if _BASE64.fullmatch(text, head.end()):
+        return True
+    return not head[0].lower().endswith(";base64,") and bool(_ESCAPED.fullmatch(text, head.end()))
 
 
 def wrap_images(images: Iterable[Any]) -> list[Document]:

@@ -1,9 +1,10 @@
-"""The bytes of an image to upright, opaque pixels of 8 bits."""
+"""From the bytes of an image to upright, opaque pixels of 8 bits."""
 
 from __future__ import annotations
 
 import struct
 import threading
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -12,11 +13,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
 
-from shared_engine.images.sources import Jpeg, TooLargeError, find_format
+from shared_engine.images.formats import Jpeg, find_format
+from shared_engine.images.sources import TooLargeError
 
 LONG_SIDE, SHORT_SIDE = 16_384, 8_192
 """Pixels, either way round, of the same card."""
-
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,15 +30,69 @@ _TURNS = {
 }
 """What makes an image upright, by its EXIF orientation; 1 is upright."""
 
-
 _LOADING = threading.Lock()
 
 
-def open_image(content: bytes | Image.Image) -> Image.Image:
-    """An image of our own whose header is read and allowed; a caller's is copied, so decoded."""
-    picture = (
-        content if isinstance(content, Image.Image) else find_format(content)(BytesIO(content))
-    )
+@dataclass(frozen=True, eq=False)
+class OpenedImage:
+    """An image whose header is read and allowed, and whose pixels are still to be decoded."""
+
+    picture: Image.Image
+    orientation: int
+    """How EXIF says that it is turned, 1 to 8; 1 is upright."""
+    content: bytes | None
+    """Its file; None of a caller's PIL image, which is never written to."""
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height as a person sees it."""
+        width, height = self.picture.size
+        return (width, height) if self.orientation <= 4 else (height, width)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all readers of its file see the same in it."""
+        picture = self.picture
+        return (
+            self.content is not None
+            and isinstance(picture, (Jpeg, PngImageFile))
+            and picture.mode in ("1", "L", "P", "RGB")
+            and not (isinstance(picture, PngImageFile) and self.content[24] > 8)  # bits of a value
+            and not picture.has_transparency_data
+            and not getattr(picture, "is_animated", False)
+            and self.orientation == 1
+        )
+
+    def decode(self) -> Image.Image:
+        """Decode to the end: an image of our own, upright, opaque, RGB or grey of 8 bits."""
+        picture = self.picture
+        if self.content is None:
+            with _LOADING:  # two threads must not decode one object
+                picture = picture.copy()
+        picture.load()
+        if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+            picture = Image.fromarray(_eight_bits(np.asarray(picture)))
+        if picture.has_transparency_data:
+            layer = picture.convert("RGBA")
+            picture = Image.new("RGB", layer.size, "white")
+            picture.paste(layer, mask=layer)
+        if picture.mode not in ("RGB", "L"):
+            picture = picture.convert("L" if picture.mode == "1" else "RGB")
+        turn = _TURNS.get(self.orientation)
+        return picture if turn is None else picture.transpose(turn)
+
+
+def open_image(content: bytes | Image.Image) -> OpenedImage:
+    """Read the header of a file, or look at a caller's PIL image.
+
+    Raises:
+        TooLargeError: it has more than LONG_SIDE x SHORT_SIDE pixels.
+        ValueError: it has none, or is of no format that is read. Pillow raises others.
+    """
+    if isinstance(content, Image.Image):
+        picture, file = content, None
+    else:
+        picture, file = find_format(content)(BytesIO(content)), content
     width, height = picture.size
     if not width or not height:
         raise ValueError("it has no pixels")
@@ -46,27 +101,11 @@ def open_image(content: bytes | Image.Image) -> Image.Image:
             f"it has {width:,} x {height:,} pixels; expected at most {LONG_SIDE:,} x "
             f"{SHORT_SIDE:,}, either way round"
         )
-    if picture is content:
-        with _LOADING:  # two threads must not decode one object
-            return picture.copy()
-    return picture
+    return OpenedImage(picture, _find_orientation(picture), file)
 
 
-def is_plain(picture: Image.Image, content: object) -> bool:
-    """Whether all readers of a file see the same in it."""
-    return (
-        isinstance(content, bytes)
-        and isinstance(picture, (Jpeg, PngImageFile))
-        and picture.mode in ("1", "L", "P", "RGB")
-        and not (isinstance(picture, PngImageFile) and content[24] > 8)  # bits of a value
-        and not picture.has_transparency_data
-        and not getattr(picture, "is_animated", False)
-        and _orientation(picture) == 1
-    )
-
-
-def _orientation(picture: Image.Image) -> int:
-    """How EXIF says that the image is turned, 1 to 8; 1, upright, where it does not say.
+def _find_orientation(picture: Image.Image) -> int:
+    """Return how EXIF says that the image is turned, 1 to 8; 1, upright, where it does not say.
 
     Not by `getexif`, which reads all tags and warns of corrupt ones. Pillow turns TIFFs itself.
     """
@@ -82,26 +121,6 @@ def _orientation(picture: Image.Image) -> int:
     except struct.error:
         pass
     return 1
-
-
-def find_upright_size(picture: Image.Image) -> tuple[int, int]:
-    width, height = picture.size
-    return (width, height) if _orientation(picture) <= 4 else (height, width)
-
-
-def decode(picture: Image.Image) -> Image.Image:
-    """Decode an image of our own to the end: upright, opaque, RGB or grey of 8 bits."""
-    turn = _TURNS.get(_orientation(picture))
-    picture.load()
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        picture = Image.fromarray(_eight_bits(np.asarray(picture)))
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        picture = Image.new("RGB", layer.size, "white")
-        picture.paste(layer, mask=layer)
-    if picture.mode not in ("RGB", "L"):
-        picture = picture.convert("L" if picture.mode == "1" else "RGB")
-    return picture if turn is None else picture.transpose(turn)
 
 
 def _eight_bits(grey: NDArray[Any]) -> NDArray[np.uint8]:
@@ -120,8 +139,9 @@ def _eight_bits(grey: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def encode_png(picture: Image.Image) -> bytes:
+    """Return the file of a decoded image; a colour profile of its source would be wrong now."""
     rgb = picture.convert("RGB")
-    rgb.info = {}  # a colour profile of the source would be wrong now
+    rgb.info = {}
     buffer = BytesIO()
     rgb.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

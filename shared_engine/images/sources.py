@@ -1,4 +1,9 @@
-"""Anything that stands for an image, to the bytes of its file."""
+"""From anything that stands for an image to the bytes of its file.
+
+`accept` looks at the type only, and reads an open file before its owner closes it; `read` opens
+what an accepted source names. What goes wrong between the two and the last pixel becomes an error
+of the input in `image_errors`.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +19,28 @@ from urllib.request import url2pathname
 
 import pybase64
 from PIL import Image
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from shared_engine.errors import ImageError, ImageTooLargeError, InputError, InputTypeError
+from shared_engine.images.formats import find_format
 
 ImageSource: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image
 )
 """A path, a file:, data: or http(s): URL, base64, the bytes of a file, a file, or a PIL image."""
 
+AcceptedImage: TypeAlias = str | os.PathLike[str] | bytes | Image.Image
+"""An `ImageSource` that `accept` gave; it can be read any number of times."""
+
 
 MAX_BYTES = 25_000_000
 """Of a file. NVIDIA's card says "less than 25MB" and not which MB; this is the smaller one."""
-
-
-_DATA_URL = re.compile(r"data:image/[\w.+-]+(;[^;,\s]+)*,", re.IGNORECASE)
 
 
 _ESCAPES = 1_000_000
 """The most %XX in a data URL: decoding one takes some 80 bytes for a while."""
 
 
-def accept(image: object) -> ImageSource:
+def accept(image: object) -> AcceptedImage:
     """Accept an image: check its type, and read a file object before its owner closes it.
 
     Raises:
@@ -60,19 +59,6 @@ def accept(image: object) -> ImageSource:
         )
     with image_errors(image):
         return _read(image)
-
-
-def is_data_url(text: str) -> bool:
-    """Whether a text is nothing but an image as a data URL. Looks at its two ends only.
-
-    >>> is_data_url("data:image/png;base64,iVBORw0KGgo="), is_data_url("data:image/png, a prefix")
-    (True, False)
-    """
-    return (
-        _DATA_URL.match(text, 0, 256) is not None
-        and " " not in text[:256]
-        and " " not in text[-256:]
-    )
 
 
 def decode_data_url(text: str, max_bytes: int = MAX_BYTES) -> bytes:
@@ -131,6 +117,7 @@ def _scheme(text: str) -> str:
 
 
 def check_size(data: bytes, limit: int, kind: str = "") -> bytes:
+    """Return what was given, unless it has more bytes than `limit`: a TooLargeError."""
     if len(data) > limit:
         raise TooLargeError(f"{kind} it has over {limit:,} bytes, the most there may be".lstrip())
     return data
@@ -153,7 +140,7 @@ def _join(parts: Iterable[bytes]) -> bytes:
     return check_size(bytes(data), MAX_BYTES)
 
 
-def read(source: Any, urls: bool) -> bytes | Image.Image:
+def read(source: AcceptedImage, urls: bool) -> bytes | Image.Image:
     """The bytes of the file that a source stands for; a PIL image stands for itself."""
     if isinstance(source, Image.Image):
         return source
@@ -226,38 +213,3 @@ def _image_in_base64(text: bytes) -> bytes | None:
     except ValueError:
         return None
     return data
-
-
-class Jpeg(JpegImageFile):
-    """A JPEG whose EXIF is not searched for a resolution, with a warning where it is corrupt."""
-
-    def _read_dpi_from_exif(self) -> None:
-        """Leave `info` without one."""
-
-
-class Tiff(TiffImageFile):
-    """A TIFF of a size that `open_image` has allowed, though Pillow warns of the largest."""
-
-    def load_prepare(self) -> None:
-        if self._im is None:
-            self.im = Image.new(self.mode, self._tile_size).im
-        super().load_prepare()
-
-
-_FORMATS: tuple[tuple[bytes, type[ImageFile]], ...] = (
-    (rb"\x89PNG\r\n\x1a\n", PngImageFile),
-    (rb"\xff\xd8\xff", Jpeg),
-    (rb"RIFF....WEBP", WebPImageFile),
-    (rb"GIF8[79]a", GifImageFile),
-    (rb"II[*+]\0|MM\0[*+]", Tiff),
-    (rb"BM", BmpImageFile),
-)
-"""Opened by class, not by `Image.open`: it checks sizes against a global of Pillow's, and has more
-formats, of which one runs Ghostscript."""
-
-
-def find_format(data: bytes) -> type[ImageFile]:
-    for start, plugin in _FORMATS:
-        if re.match(start, data, re.DOTALL):
-            return plugin
-    raise ValueError(f"it is no PNG, JPEG, WebP, GIF, TIFF or BMP: it begins {data[:12]!r}")

@@ -1,12 +1,11 @@
-"""From any image that a caller hands over to what a model, or a NIM, takes.
+"""From an accepted image to what a model or a NIM takes.
 
-held              accepted: the type is right, and a file object is read
-└─ read       path, file:, data:, http(s): or base64 -> bytes, at most MAX_BYTES
-   └─ open_image     the header is read: a known format, at most LONG_SIDE x SHORT_SIDE
-      └─ decode to the end: 8 bits, transparency over white, upright
-         ├─ tiles     resized to the grid that fits best, cut, a thumbnail of the whole last
-         ├─ picture   its pixels and its grid, for a device that does the same
-         └─ data_url  the file itself if every reader sees the same in it, else a PNG
+read ............ sources.py   path, file:, data:, http(s): or base64 -> bytes, at most MAX_BYTES
+open_image ...... decode.py    the header: a known format, at most LONG_SIDE x SHORT_SIDE pixels
+decode .......... decode.py    to the end: 8 bits, transparency over white, upright
+├─ cut_tiles         resized to the grid that fits best, cut, a thumbnail of the whole last
+├─ decode_picture    its pixels and its grid, for a device that does the same
+└─ encode_data_url   the file itself if every reader sees the same in it, else a PNG
 
 Whatever goes wrong is an ImageError that names the input; its cause is the original exception.
 Nothing here changes a setting of the process or of Pillow, or writes to a caller's object, and
@@ -23,8 +22,9 @@ import pybase64
 from numpy.typing import NDArray
 from PIL import Image
 
-from shared_engine.images.decode import decode, encode_png, find_upright_size, is_plain, open_image
-from shared_engine.images.sources import MAX_BYTES, Jpeg, accept, check_size, image_errors, read
+from shared_engine.images.decode import encode_png, open_image
+from shared_engine.images.formats import Jpeg
+from shared_engine.images.sources import MAX_BYTES, AcceptedImage, check_size, image_errors, read
 
 # fmt: off
 _GRIDS_OF_4_TO_7 = (
@@ -46,14 +46,18 @@ _DRAFT = 2
 """A JPEG is decoded at a half, quarter or eighth where that leaves so many times the grid."""
 
 
+Box: TypeAlias = tuple[float, float, float, float]
+"""A part of an image: its left, upper, right and lower end in pixels."""
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """A decoded image, and the grid of tiles that fits it best."""
 
     pixels: NDArray[np.uint8]
     """(H, W, 3), or (H, W) of a grey one."""
-    box: tuple[float, float, float, float]
-    """What of it is shown: left, upper, right and lower end."""
+    box: Box
+    """What of it is shown."""
     cols: int
     rows: int
 
@@ -68,7 +72,7 @@ Tiles: TypeAlias = NDArray[np.uint8] | Picture
 
 
 def cut_tiles(
-    image: object, max_tiles: int, size: int = 512, urls: bool = False
+    source: AcceptedImage, max_tiles: int, size: int = 512, urls: bool = False
 ) -> NDArray[np.uint8]:
     """Return the model's view of an image (n, size, size, 3): its tiles, row by row.
 
@@ -78,27 +82,27 @@ def cut_tiles(
     values, 0 to 255, differ by less than 1 on average and by 20 at most.
 
     Raises:
-        InputTypeError: not an `ImageSource`.
         ImageTooLargeError: over MAX_BYTES, or over LONG_SIDE x SHORT_SIDE; nothing was decoded.
         ImageError: not found, not fetched, or not an image that can be decoded to the end.
     """
-    source = accept(image)
     with image_errors(source):
-        return _cut(*_fitted(source, max_tiles, size, urls), size)
+        return _fit(source, max_tiles, size, urls).cut(size)
 
 
-def decode_picture(image: object, max_tiles: int, size: int = 512, urls: bool = False) -> Tiles:
+def decode_picture(
+    source: AcceptedImage, max_tiles: int, size: int = 512, urls: bool = False
+) -> Tiles:
     """Decode an image for a device that cuts it into its `cut_tiles`; a very large one is cut here.
 
     Raises:
         As `cut_tiles`.
     """
-    source = accept(image)
     with image_errors(source):
-        decoded, cols, rows, box = _fitted(source, max_tiles, size, urls)
-        if decoded.width * decoded.height > _LARGEST_PICTURE:
-            return _cut(decoded, cols, rows, box, size)
-        return Picture(np.array(decoded), box or (0, 0, *decoded.size), cols, rows)
+        fitted = _fit(source, max_tiles, size, urls)
+        image = fitted.image
+        if image.width * image.height > _LARGEST_PICTURE:
+            return fitted.cut(size)
+        return Picture(np.array(image), fitted.box, fitted.cols, fitted.rows)
 
 
 def choose_grid(width: int, height: int, max_tiles: int, size: int = 512) -> tuple[int, int]:
@@ -121,8 +125,8 @@ def choose_grid(width: int, height: int, max_tiles: int, size: int = 512) -> tup
     return max((cells for cells in grids if cells[0] * cells[1] <= max_tiles), key=fit)
 
 
-def encode_data_url(image: object, urls: bool = False) -> str:
-    """Return an image for a NIM: a PNG or JPEG in base64, whose `tiles` are those of the image.
+def encode_data_url(source: AcceptedImage, urls: bool = False) -> str:
+    """Return an image for a NIM: a PNG or JPEG in base64, whose tiles are those of the image.
 
     A file that every reader understands alike goes as it is: a still, opaque, upright PNG or JPEG
     of 8 bits. It is decoded all the same, a JPEG at an eighth of its size, so that a broken file
@@ -131,42 +135,46 @@ def encode_data_url(image: object, urls: bool = False) -> str:
     Raises:
         As `cut_tiles`; ImageTooLargeError also where the PNG has more than MAX_BYTES.
     """
-    source = accept(image)
     with image_errors(source):
-        content = read(source, urls)
-        picture = open_image(content)
-        if isinstance(content, bytes) and is_plain(picture, content):
-            picture.draft(None, (1, 1))
-            picture.load()
-            kind = "jpeg" if isinstance(picture, Jpeg) else "png"
+        opened = open_image(read(source, urls))
+        if opened.is_plain and opened.content is not None:
+            opened.picture.draft(None, (1, 1))
+            opened.picture.load()
+            kind, content = "jpeg" if isinstance(opened.picture, Jpeg) else "png", opened.content
         else:
-            kind, content = "png", check_size(encode_png(decode(picture)), MAX_BYTES, "as a PNG")
+            kind, content = "png", check_size(encode_png(opened.decode()), MAX_BYTES, "as a PNG")
         return f"data:image/{kind};base64,{pybase64.b64encode_as_string(content)}"
 
 
-def _fitted(
-    source: Any, max_tiles: int, size: int, urls: bool
-) -> tuple[Image.Image, int, int, Any]:
-    """Decode an image; return it with the columns and rows of its grid, and its box, or None."""
-    content = read(source, urls)
-    opened = open_image(content)
-    cols, rows = choose_grid(*find_upright_size(opened), max_tiles, size)
-    box = None
-    if is_plain(opened, content):  # else a PNG of every pixel is what a NIM would get
-        drafted = opened.draft(None, (_DRAFT * cols * size, _DRAFT * rows * size))
-        box = drafted and drafted[1]
-    return decode(opened), cols, rows, box
+@dataclass(frozen=True, eq=False)
+class _FittedImage:
+    """A decoded image, RGB or grey of 8 bits, and the grid of tiles that fits it best."""
+
+    image: Image.Image
+    box: Box
+    cols: int
+    rows: int
+
+    def cut(self, size: int) -> NDArray[np.uint8]:
+        """Return the tiles (n, size, size, 3) of the box, then its thumbnail if n > 1."""
+
+        def resize(width: int, height: int) -> NDArray[np.uint8]:
+            small = self.image.resize((width, height), Image.Resampling.BICUBIC, self.box)
+            return np.array(small.convert("RGB"))  # only now: grey is a third of the work
+
+        cells = arrange_tiles(resize(self.cols * size, self.rows * size), size)
+        cells = np.ascontiguousarray(cells)
+        return cells if len(cells) == 1 else np.concatenate([cells, resize(size, size)[None]])
 
 
-def _cut(decoded: Image.Image, cols: int, rows: int, box: Any, size: int) -> NDArray[np.uint8]:
-    """Tiles (n, size, size, 3) of the box of an image, then its thumbnail if n > 1."""
-
-    def resized(width: int, height: int) -> NDArray[np.uint8]:  # then RGB: grey has a third to do
-        small = decoded.resize((width, height), Image.Resampling.BICUBIC, box)
-        return np.array(small.convert("RGB"))
-
-    cut = np.ascontiguousarray(arrange_tiles(resized(cols * size, rows * size), size))
-    return cut if len(cut) == 1 else np.concatenate([cut, resized(size, size)[None]])
+def _fit(source: AcceptedImage, max_tiles: int, size: int, urls: bool) -> _FittedImage:
+    opened = open_image(read(source, urls))
+    cols, rows = choose_grid(*opened.upright_size, max_tiles, size)
+    drafted = None
+    if opened.is_plain:  # else a PNG of every pixel is what a NIM would get
+        drafted = opened.picture.draft(None, (_DRAFT * cols * size, _DRAFT * rows * size))
+    image = opened.decode()
+    return _FittedImage(image, drafted[1] if drafted else (0, 0, *image.size), cols, rows)
 
 
 def arrange_tiles(sheet: Any, size: int) -> Any:

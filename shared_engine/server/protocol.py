@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Va
 from pydantic_core import from_json
 
 from shared_engine import images
-from shared_engine.documents import Document, Modality, Role
+from shared_engine.documents import Document, Modality, Role, is_data_url
 from shared_engine.errors import ImageError
 from shared_engine.options import Truncate
 from shared_engine.server.errors import (
@@ -199,7 +199,7 @@ def split_data_url(given: str) -> tuple[str, str] | None:
         text, url = text.removesuffix(opens[0]), url.removesuffix(closes[0])
     elif text and text[-1] not in _SEPARATORS:
         return None
-    if not images.is_data_url(url):
+    if not is_data_url(url):
         return None
     return text[:-1] if text[-1:] in _SEPARATORS else text, url
 

@@ -257,17 +257,14 @@ def test_nothing_that_a_client_names_is_opened(
             base64.b64encode(PNG).decode(),
             "data:text/plain;base64,AAAA",
             f"{URL} and more",
+            f"data:image/png,{path.as_uri()}",
+            f"data:image/png;base64,{outside.url}",
             "",
         ):
             for text in ("", "a caption\n"):
                 response = here.post(input=[URL, text + given], modality=["image", modality])
                 assert violated(response) == ["input", 1], given
                 assert "data:image/png;base64" in response.json()["detail"]["msg"]
-        hidden = f"data:image/png,{path.as_uri()}", f"data:image/png;base64,{outside.url}"
-        for given in hidden:
-            text = "" if modality == "image" else "a caption\n"
-            response = here.post(input=[URL, text + given], modality=["image", modality])
-            assert (response.status_code, response.json()["index"]) == (400, 1)
         assert outside.seen == []
 
 

@@ -1,0 +1,55 @@
+"""Which files are images that can be read, told by their first bytes."""
+
+from __future__ import annotations
+
+import re
+
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+
+class Jpeg(JpegImageFile):
+    """A JPEG whose EXIF is not searched for a resolution, with a warning where it is corrupt."""
+
+    def _read_dpi_from_exif(self) -> None:
+        """Leave `info` without one."""
+
+
+class Tiff(TiffImageFile):
+    """A TIFF of a size that `open_image` has allowed, though Pillow warns of the largest."""
+
+    def load_prepare(self) -> None:
+        """Make room for the pixels before Pillow does, which would look at its own limit."""
+        if self._im is None:
+            self.im = Image.new(self.mode, self._tile_size).im
+        super().load_prepare()
+
+
+_FORMATS: tuple[tuple[bytes, type[ImageFile]], ...] = (
+    (rb"\x89PNG\r\n\x1a\n", PngImageFile),
+    (rb"\xff\xd8\xff", Jpeg),
+    (rb"RIFF....WEBP", WebPImageFile),
+    (rb"GIF8[79]a", GifImageFile),
+    (rb"II[*+]\0|MM\0[*+]", Tiff),
+    (rb"BM", BmpImageFile),
+)
+"""Opened by class, not by `Image.open`: it checks sizes against a global of Pillow's, and has more
+formats, of which one runs Ghostscript."""
+
+
+def find_format(data: bytes) -> type[ImageFile]:
+    """Return what opens a file.
+
+    Raises:
+        ValueError: it is of no format that is read.
+    """
+    for start, plugin in _FORMATS:
+        if re.match(start, data, re.DOTALL):
+            return plugin
+    raise ValueError(f"it is no PNG, JPEG, WebP, GIF, TIFF or BMP: it begins {data[:12]!r}")

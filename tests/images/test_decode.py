@@ -1,0 +1,248 @@
+"""Files of every format, mode and orientation to pixels, and broken ones to errors."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import PIL
+import pytest
+from PIL import Image, ImageFile, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from shared_engine import ImageError, ImageTooLargeError, InputError
+from shared_engine.images import formats
+from shared_engine.images.sources import decode_data_url
+from shared_engine.images.tiles import choose_grid, cut_tiles, encode_data_url
+from tests.support.image_files import (
+    FORMATS,
+    GIF,
+    HTML,
+    JPEG,
+    PICTURE,
+    PNG,
+    SIDE,
+    TIFF,
+    USES,
+    WEBP,
+    assert_refused,
+    chunk,
+    corrupt_exif,
+    encoded,
+    exif,
+    opened,
+    png,
+    reference_tiles,
+    seen,
+    webp_canvas,
+    with_sides,
+)
+
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_seen_as_a_person_sees_it(name):
+    file, expected = FORMATS[name]
+    ours, plain = cut_tiles(file, 2, SIDE), reference_tiles(expected, 2)
+    off = np.abs(ours.astype(int) - plain).max()
+    assert off <= (1 if "alpha" in name or "transparent" in name else 0)  # rounding of the blend
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_pil_image_is_seen_as_its_file(name):
+    file, _ = FORMATS[name]
+    with opened(file) as image:
+        assert np.array_equal(cut_tiles(image, 2, SIDE), cut_tiles(file, 2, SIDE))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_exif_turns_an_image_upright(kind, order, orientation):
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    stored = seen(encoded(PICTURE, kind, **options))
+    if kind == "TIFF":
+        file = encoded(PICTURE, kind, tiffinfo={0x0112: orientation})
+    else:
+        file = encoded(PICTURE, kind, exif=exif(orientation, order), **options)
+    turn = ORIENTATIONS.get(orientation)
+    upright = stored if turn is None else stored.transpose(turn)
+    for source in (file, Image.open(BytesIO(file)), decode_data_url(encode_data_url(file))):
+        assert np.array_equal(cut_tiles(source, 6, SIDE), reference_tiles(upright, 6))
+
+
+def test_a_pil_image_that_its_caller_has_turned_is_not_turned_again():
+    turned = ImageOps.exif_transpose(Image.open(BytesIO(encoded(PICTURE, "PNG", exif=exif(6)))))
+    upright = PICTURE.transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(cut_tiles(turned, 2, SIDE), reference_tiles(upright, 2))
+
+
+# What cannot be used: (what a caller hands over, its error, words of the message).
+
+
+def cut(file: bytes, part: float) -> bytes:
+    return file[: int(len(file) * part)]
+
+
+def text_chunks(kind: bytes) -> bytes:
+    """A PNG with a compressed text of 9 MB in 9 KB."""
+    text = zlib.compress(bytes(9_000_000), 9)
+    body = b"key\0\0" + text if kind == b"zTXt" else b"key\0\1\0\0\0" + text
+    return PNG[:33] + chunk(kind, body) + PNG[33:]
+
+
+SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>'
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) print\n"
+_page = ImageError
+_big = ImageTooLargeError
+_canvas = _big if PIL.__version__ >= "13" else _page  # which looks before it makes a decoder
+
+BROKEN: dict[str, tuple[Any, type[InputError], str]] = {
+    "png cut in its signature": (PNG[:6], _page, "no PNG"),
+    "png cut in its header": (PNG[:20], _page, "cannot be used"),
+    "png cut before its pixels": (PNG[:33], _page, "cannot be used"),
+    "png cut in its pixels": (cut(PNG, 0.5), _page, "truncated"),
+    "png of 0 width": (with_sides(PNG, 0, 60), _page, "cannot be used"),
+    "png with pixels of another": (with_sides(PNG, 900, 900), _page, "truncated"),
+    "png with broken pixels": (
+        PNG[:60] + bytes(200) + PNG[260:],
+        _page,
+        "cannot be used",
+    ),
+    "png bomb": (with_sides(PNG, 30_000, 30_000), _big, "30,000 x 30,000"),
+    "png bomb of bits": (png(16_385, 1, 1, 0, bytes(2050)), _big, "16,385 x 1"),
+    "png square over the short side": (with_sides(PNG, 8_193, 8_193), _big, "8,193"),
+    "png zTXt bomb": (text_chunks(b"zTXt"), _page, "too large"),
+    "png iTXt bomb": (text_chunks(b"iTXt"), _page, "too large"),
+    "png of a bad colour type": (png(9, 9, 8, 5, bytes(99)), _page, "cannot be used"),
+    **{
+        f"jpeg cut at {at}": (cut(JPEG, at), _page, "cannot be used")
+        for at in (0.01, 0.1, 0.5, 0.9, 0.99)
+    },
+    "jpeg without its end": (JPEG[:-2], _page, "truncated"),
+    **{
+        f"gif cut at {at}": (cut(GIF, at), _page, "cannot be used") for at in (0.003, 0.1, 0.5, 0.9)
+    },
+    **{
+        f"webp cut at {at}": (cut(WEBP, at), _page, "cannot be used")
+        for at in (0.01, 0.1, 0.5, 0.9)
+    },
+    **{
+        f"bmp cut at {at}": (cut(encoded(PICTURE, "BMP"), at), _page, "cannot be used")
+        for at in (0.001, 0.9)
+    },
+    **{
+        f"tiff cut at {at}": (cut(TIFF, at), _page, "cannot be used") for at in (0.0003, 0.001, 0.5)
+    },
+    "jpeg bomb": (with_sides(JPEG, 65_000, 65_000), _big, "65,000"),
+    "gif bomb": (with_sides(GIF, 65_000, 65_000), _big, "65,000"),
+    "bmp bomb": (with_sides(encoded(PICTURE, "BMP"), 2**30, 9), _big, "pixels"),
+    "tiff bomb": (with_sides(TIFF, 2**31, 2**31), _big, "pixels"),
+    "webp bomb": (webp_canvas(2**24, 200), _canvas, "cannot be used"),
+    "webp bomb within its own limits": (webp_canvas(16_383, 16_383), _canvas, "cannot be used"),
+    "webp canvas that it does not fill": (webp_canvas(16_000, 8_000), _page, "cannot be used"),
+    "a magic number only": (b"\xff\xd8\xff", _page, "cannot be used"),
+    "BM only": (b"BM", _page, "cannot be used"),
+    "html": (HTML, _page, "no PNG, JPEG"),
+    "svg": (SVG, _page, "begins b'<"),
+    "pdf": (b"%PDF-1.7\n", _page, "b'%PDF-1.7"),
+    "eps": (EPS, _page, "b'%!PS"),
+    "text": (b"a page about cats", _page, "no PNG"),
+    "avif": (b"\0\0\0\x20ftypavif" + bytes(20), _page, "no PNG"),
+    "ico": (b"\0\0\1\0\1\0" + bytes(40), _page, "no PNG"),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_refused(name, use):
+    source, kind, words = BROKEN[name]
+    assert_refused(use, source, kind, words)
+
+
+ODD: dict[str, tuple[Any, tuple[int, int], int]] = {
+    "1 x 1": (encoded(Image.new("RGB", (1, 1)), "PNG"), (1, 1), 1),
+    "1 x 16384": (encoded(Image.new("L", (1, 16_384)), "PNG"), (1, 2), 3),
+    "16384 x 1": (encoded(Image.new("1", (16_384, 1)), "BMP"), (2, 1), 3),
+    "jpeg of 16384 x 1": (encoded(Image.new("L", (16_384, 1)), "JPEG"), (2, 1), 3),
+    "jpeg with rubbish after it": (JPEG + HTML, (2, 1), 3),
+    "png with rubbish after it": (PNG + HTML, (2, 1), 3),
+    "png without its end": (PNG[:-12], (2, 1), 3),
+    "gif of a frame larger than its screen": (with_sides(GIF, 9, 9), (2, 1), 3),
+    "png with text": (PNG[:33] + chunk(b"tEXt", b"key\0" + b"a" * 999) + PNG[33:], (2, 1), 3),
+    "png with a corrupt profile": (PNG[:33] + chunk(b"iCCP", b"x\0\0bad") + PNG[33:], (2, 1), 3),
+    "png that says it is animated": (
+        PNG[:33] + chunk(b"acTL", b"\0\0\0\2" + bytes(4)) + PNG[33:],
+        (2, 1),
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_only_odd_is_used(name):
+    source, cells, count = ODD[name]
+    assert cut_tiles(source, 2, SIDE).shape == (count, SIDE, SIDE, 3)
+    with opened(source) as image:
+        assert choose_grid(*image.size, 2, SIDE) == cells
+    sent = decode_data_url(encode_data_url(source))
+    assert np.array_equal(cut_tiles(sent, 2, SIDE), cut_tiles(source, 2, SIDE))
+
+
+def test_large_sides_are_used_in_silence_and_no_setting_changes():
+    before = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters))
+    bits = Image.new("1", (8_192, 11_000), 1)  # more pixels than Pillow takes in silence
+    file = encoded(bits, "TIFF", compression="group4")
+    assert cut_tiles(file, 2, SIDE).min() == 255
+    assert before == (
+        Image.MAX_IMAGE_PIXELS,
+        ImageFile.LOAD_TRUNCATED_IMAGES,
+        list(warnings.filters),
+    )
+
+
+@pytest.mark.parametrize("name", ["png palette, half transparent", "jpeg", "webp", "tiff"])
+def test_threads_share_a_lazy_pil_image(name):
+    file, _ = FORMATS[name]
+    expected = cut_tiles(file, 6, SIDE)
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(20):
+            image, start = Image.open(BytesIO(file)), threading.Barrier(8)
+
+            def work(image: Image.Image = image, start: threading.Barrier = start) -> np.ndarray:
+                start.wait()
+                return cut_tiles(image, 6, SIDE)
+
+            for done in [threads.submit(work) for _ in range(8)]:
+                assert np.array_equal(done.result(), expected)
+            assert image.size == PICTURE.size
+            image.copy()  # still the caller's, and open
+
+
+def test_pillow_13_calls_the_private_methods_that_are_overridden():
+    """Where a later Pillow does not, `formats.Jpeg` and `formats.Tiff` have no effect any more."""
+    file = encoded(PICTURE, "JPEG", exif=corrupt_exif(1))
+    with pytest.warns(UserWarning, match="Tag data larger"):
+        JpegImageFile(BytesIO(file))
+    assert formats.Jpeg(BytesIO(file)).size == PICTURE.size
+
+    bits = Image.new("1", (8_192, 11_000), 1)
+    file = encoded(bits, "TIFF", compression="group4")
+    with pytest.warns(Image.DecompressionBombWarning):
+        TiffImageFile(BytesIO(file)).load()
+    assert formats.Tiff(BytesIO(file)).getextrema() == (255, 255)

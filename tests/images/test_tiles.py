@@ -1,0 +1,192 @@
+"""The grid of an image, its tiles, and what of it goes to a NIM."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from shared_engine.images import tiles as image_tiles
+from shared_engine.images.sources import decode_data_url
+from shared_engine.images.tiles import choose_grid, cut_tiles, encode_data_url
+from tests.support.image_files import (
+    FORMATS,
+    JPEG,
+    PICTURE,
+    PNG,
+    SIDE,
+    WEBP,
+    as_64,
+    encoded,
+    exif,
+    opened,
+    reference_tiles,
+    seen,
+)
+from tests.support.vl_checkpoints import page
+
+# The rule of the reference, written once more and straight from its description.
+
+ORDERS: dict[range, str] = {
+    range(1, 4): "11 12 21 31 13",
+    range(4, 8): "11 12 21 31 13 41 14 22 15 51 61 23 16 32 71 17",
+    range(8, 10): "11 12 21 31 13 22 41 14 51 15 16 61 32 23 71 17 42 24 18 81 19 33 91",
+}
+
+
+def reference_order(max_tiles: int) -> list[tuple[int, int]]:
+    """The candidates as the reference makes them, from a set."""
+    sides = range(1, max_tiles + 1)
+    cells = {
+        (i, j)
+        for n in sides
+        for i in range(1, n + 1)
+        for j in range(1, n + 1)
+        if i * j <= max_tiles
+    }
+    return sorted(cells, key=lambda cell: cell[0] * cell[1])
+
+
+def reference_grid(width: int, height: int, cells: list[tuple[int, int]]) -> tuple[int, int]:
+    best, best_score = (1, 1), float("-inf")
+    for cols, rows in cells:
+        shape, aspect = cols / rows, width / height
+        covered = (cols * rows * 512 * 512) / (width * height)
+        score = min(covered, 0.6) * min(shape / aspect, aspect / shape)
+        if score > best_score:
+            best, best_score = (cols, rows), score
+    return best
+
+
+def sizes() -> list[tuple[int, int]]:
+    random = np.random.default_rng(0)
+    drawn = np.exp(random.uniform(0, np.log(16_384), (300, 2))).astype(int)
+    plain = [(512 * i, 512 * j) for i in range(1, 9) for j in range(1, 9)]
+    return [(int(w), int(h)) for w, h in drawn] + plain + [(1, 1), (1, 16_384), (16_384, 8_192)]
+
+
+@pytest.mark.parametrize("max_tiles", range(1, 13))
+def test_grids_are_those_of_the_reference(max_tiles):
+    for width, height in sizes():
+        expected = reference_grid(width, height, reference_order(max_tiles))
+        assert choose_grid(width, height, max_tiles) == expected, (width, height)
+
+
+@pytest.mark.parametrize("max_tiles", range(1, 10))
+def test_the_order_of_grids_is_pinned(max_tiles):
+    pinned = next(text for tiles, text in ORDERS.items() if max_tiles in tiles)
+    cells = [(int(cell[0]), int(cell[1])) for cell in pinned.split()]
+    cells = [cell for cell in cells if cell[0] * cell[1] <= max_tiles]
+    for width, height in sizes():
+        assert choose_grid(width, height, max_tiles) == reference_grid(width, height, cells)
+
+
+@pytest.mark.parametrize(
+    ("sides", "two", "four", "six"),
+    [
+        ((1275, 1650), (1, 2), (2, 2), (2, 3)),
+        ((1920, 1080), (2, 1), (2, 2), (3, 2)),
+        ((300, 200), (2, 1), (2, 1), (3, 2)),
+        ((512, 512), (1, 1), (1, 1), (1, 1)),
+        ((200, 2000), (1, 2), (1, 4), (1, 6)),
+        ((8192, 16384), (1, 2), (1, 2), (2, 3)),
+    ],
+)
+def test_grids_measured_on_the_reference(sides, two, four, six):
+    assert [choose_grid(*sides, most) for most in (2, 4, 6)] == [two, four, six]
+
+
+@pytest.mark.parametrize("max_tiles", [1, 2, 4, 6, 12])
+@pytest.mark.parametrize("sides", [(90, 60), (60, 90), (64, 64), (255, 330), (1, 1), (700, 30)])
+def test_tiles_are_a_plain_resize_and_crop(sides, max_tiles):
+    picture = PICTURE.resize(sides)
+    ours = cut_tiles(picture, max_tiles, SIDE)
+    assert ours.dtype == np.uint8
+    assert ours.flags.c_contiguous
+    assert ours.flags.writeable
+    assert np.array_equal(ours, reference_tiles(picture, max_tiles))
+
+
+def test_tiles_of_a_page_at_the_size_of_the_model():
+    page = PICTURE.resize((1275, 1650))
+    assert np.array_equal(cut_tiles(page, 6), reference_tiles(page, 6, 512))
+    assert cut_tiles(page, 6).shape == (7, 512, 512, 3)
+    assert cut_tiles(page, 1).shape == (1, 512, 512, 3)
+
+
+# What goes to a NIM.
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_goes_to_a_nim_has_the_same_tiles(name):
+    file, _ = FORMATS[name]
+    sent = decode_data_url(encode_data_url(file))
+    for size in (8, SIDE):  # at 8, JPEGs are decoded at an eighth
+        assert np.array_equal(cut_tiles(sent, 2, size), cut_tiles(file, 2, size))
+    with opened(sent) as image:
+        assert image.format in ("PNG", "JPEG")
+        assert not image.has_transparency_data
+        assert not getattr(image, "is_animated", False)
+
+
+def test_only_a_file_that_all_readers_understand_alike_goes_as_it_is():
+    same = {
+        name for name, (file, _) in FORMATS.items() if encode_data_url(file).endswith(as_64(file))
+    }
+    assert same == {
+        *("png", "png interlaced", "png 1 bit", "png grey", "png palette"),
+        *("jpeg", "jpeg progressive", "jpeg grey", "jpeg corrupt exif", "jpeg exif cut short"),
+        *("jpeg exif orientation 9", "jpeg corrupt icc"),
+    }
+    assert encode_data_url(PNG).startswith("data:image/png;base64,")
+    assert encode_data_url(JPEG).startswith("data:image/jpeg;base64,")
+    assert encode_data_url(WEBP).startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+
+# JPEGs decoded at a fraction.
+
+
+def fine_print() -> Image.Image:
+    """A page with sharp strokes of one to nine pixels at every angle, the worst case of a draft."""
+    page = Image.new("RGB", (2_000, 2_600), "white")
+    draw, random = ImageDraw.Draw(page), np.random.default_rng(0)
+    for _ in range(4_000):
+        x, y, dx, dy = random.uniform((0, 0, -20, -20), (2_000, 2_600, 20, 20))
+        draw.line([(x, y), (x + dx, y + dy)], fill="black", width=int(random.integers(1, 10)))
+    return page
+
+
+@pytest.mark.parametrize("sides", [(2_000, 2_600), (1_999, 2_593)])
+def test_a_draft_differs_little_from_the_whole(sides, monkeypatch):
+    file = encoded(fine_print().resize(sides), "JPEG", quality=90)
+    drafted = cut_tiles(file, 2, 256)
+    monkeypatch.setattr(image_tiles, "_DRAFT", 10**6)
+    whole = cut_tiles(file, 2, 256)
+    assert np.array_equal(whole, reference_tiles(seen(file), 2, 256))
+    off = np.abs(drafted.astype(int) - whole)
+    assert 0 < off.mean() < 1
+    assert off.max() <= 24
+
+
+def test_drafts_are_only_of_files_that_go_to_a_nim_as_they_are():
+    large = PICTURE.resize((1_800, 1_200))
+    turned = encoded(large, "JPEG", exif=exif(6))
+    upright = seen(turned).transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(cut_tiles(turned, 2, SIDE), reference_tiles(upright, 2))
+    lazy = Image.open(BytesIO(encoded(large, "JPEG")))
+    cut_tiles(lazy, 2, SIDE)
+    assert lazy.size == large.size
+
+
+@pytest.mark.parametrize("max_tiles", [2, 6])
+def test_one_page_in_four_formats(max_tiles):
+    drawn = page(0, 1275, 1650)
+    plain = reference_tiles(drawn, max_tiles, 512).astype(int)
+    for kind, options in (("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
+        assert np.array_equal(cut_tiles(encoded(drawn, kind, **options), max_tiles), plain)
+    jpeg = cut_tiles(encoded(drawn, "JPEG", quality=75), max_tiles)
+    assert np.abs(jpeg - plain).mean() < 5
