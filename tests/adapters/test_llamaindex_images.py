@@ -247,7 +247,6 @@ def test_chunks_of_a_document_with_an_image_keep_it(
     same([chunk.embedding for chunk in chunks], oracle(*((text, PNGS[0]) for text in texts)))
 
 
-@pytest.mark.slow
 def test_a_pipeline_with_worker_processes(
     there: NeMoRetrieverEmbedding, files: list[Path], oracle: Oracle
 ) -> None:

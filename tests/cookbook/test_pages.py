@@ -1,4 +1,4 @@
-"""Real pages: one page as PDF, PNG, JPEG and TIFF is one page, for the engine and in stores.
+"""Pages: one page as PDF, PNG, JPEG and TIFF is one page, for the engine and in stores.
 
 The weights are random, so nothing is said of what the vectors mean; all on the way to them is real.
 """
@@ -18,31 +18,55 @@ from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import ImageDocument, QueryBundle
 from llama_index.vector_stores.chroma import ChromaVectorStore
 
+from cookbook.handbook import write
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import Document, Embedder, Options
-from tests.conftest import ROOT
 from tests.support.vl_checkpoints import VLShape, build_vl_checkpoint
 
-FOLDER = ROOT.parent / "shared" / "data" / "nvidia-pages"
 ONE_PAGE = {f"multimodal_test.{kind}" for kind in ("pdf-1.png", "png", "jpeg", "tiff")}
+"""A page of NVIDIA's in four formats; of the handbook's first we make such files."""
 
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"{FOLDER} is not there")
 
-
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The pictures, and each page of each PDF drawn at 108 dpi."""
-    folder = tmp_path_factory.mktemp("pages")
-    paths = sorted(path for path in FOLDER.iterdir() if path.suffix != ".pdf")
-    for pdf in sorted(FOLDER.glob("*.pdf")):
+@pytest.fixture(
+    scope="module",
+    params=["handbook", pytest.param("nvidia-pages", marks=pytest.mark.data("nvidia-pages"))],
+)
+def pages(
+    request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """Pictures, and each page of each PDF drawn at 108 dpi."""
+    drawn = tmp_path_factory.mktemp("pages")
+    folder = drawn / "source"
+    if request.param == "handbook":
+        write(folder)
+        _in_four_formats(folder)
+    else:
+        folder = data / request.param
+    paths = sorted(path for path in folder.iterdir() if path.suffix != ".pdf")
+    for pdf in sorted(folder.glob("*.pdf")):
         with pypdfium2.PdfDocument(pdf) as document:
-            for number, drawn in enumerate(document, 1):
-                paths.append(folder / f"{pdf.name}-{number}.png")
-                drawn.render(scale=1.5).to_pil().save(paths[-1], compress_level=1)
+            for number, page in enumerate(document, 1):
+                paths.append(drawn / f"{pdf.name}-{number}.png")
+                page.render(scale=1.5).to_pil().save(paths[-1], compress_level=1)
     assert len(paths) >= 20
     assert {path.name for path in paths} >= ONE_PAGE
     return paths
+
+
+def _in_four_formats(folder: Path) -> None:
+    """Make a PDF's first page a file of its own, and pictures of it at other resolutions."""
+    with (
+        pypdfium2.PdfDocument(folder / "files.pdf") as source,
+        pypdfium2.PdfDocument.new() as single,
+    ):
+        single.import_pages(source, [0])
+        single.save(folder / "multimodal_test.pdf")
+        for kind, scale in {"png": 2, "jpeg": 2, "tiff": 3}.items():
+            picture = source[0].render(scale=scale).to_pil()
+            picture.save(folder / f"multimodal_test.{kind}")
+        del source[0]
+        source.save(folder / "files.pdf")
 
 
 @pytest.fixture(scope="module")

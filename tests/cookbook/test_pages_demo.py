@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import re
 from collections.abc import Callable
@@ -103,6 +104,12 @@ def test_what_can_be_expected_to_fail_ends_in_a_sentence(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
         run(*args)
+
+
+def test_its_examples_hold(pages: ModuleType) -> None:
+    found = doctest.testmod(pages)
+    assert found.attempted
+    assert not found.failed
 
 
 def test_the_standin_for_images_is_laid_out_as_the_public_one_and_says_what_it_is(
