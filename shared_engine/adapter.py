@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import PrivateAttr
 
+from shared_engine.catalogue import AvailableModel
 from shared_engine.embedder import Embedder
 from shared_engine.options import Options
 
@@ -36,3 +37,13 @@ class Adapter(Options):  # noqa: PLW1641 - unhashable, as every pydantic model
     def embedder(self) -> Embedder:
         """The engine itself, for float32 arrays instead of lists: `embedder.embed(...)`."""
         return self._embedder
+
+    @property
+    def available_models(self) -> list[AvailableModel]:
+        """The models that can be asked for: the catalogue's, or what the NIM serves; asks it."""
+        return self._embedder.list_models()
+
+    @classmethod
+    def get_available_models(cls, **options: Any) -> list[AvailableModel]:
+        """Return `available_models` of an object with these options."""
+        return cls(**options).available_models

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
+from shared_engine.catalogue import AvailableModel
 from shared_engine.documents import Document, Modality, Role
 from shared_engine.options import Truncate
 
@@ -55,6 +56,14 @@ class HasStepStats(Protocol):
     @property
     def step_stats(self) -> StepStats:
         """The counts so far."""
+
+
+@runtime_checkable
+class ListsModels(Protocol):
+    """A backend that has several models to choose from, as a server may."""
+
+    def list_models(self) -> list[AvailableModel]:
+        """Return the models that can be asked for."""
 
 
 class Backend(Protocol):

@@ -8,6 +8,7 @@ their revisions from NVIDIA/NeMo-Retriever `models/hf_model_registry.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from shared_engine.documents import Modality
 
@@ -49,6 +50,15 @@ class ModelSpec:
     def is_multimodal(self) -> bool:
         """Whether it takes images."""
         return "image" in self.modalities
+
+
+class AvailableModel(NamedTuple):
+    """A model that can be asked for."""
+
+    id: str
+    """Its name, for `model=`."""
+    base_model: str | None = None
+    """NVIDIA's name of it, where a server knows it under another."""
 
 
 _MATRYOSHKA = (384, 512, 768, 1024)

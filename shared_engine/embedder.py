@@ -18,12 +18,14 @@ from collections.abc import AsyncIterable, Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shared_engine.backend import Backend
+from shared_engine.backend import Backend, ListsModels
+from shared_engine.catalogue import CATALOGUE, AvailableModel
 from shared_engine.documents import Document, Modality, Role, require_list
 from shared_engine.errors import ConfigurationError
 from shared_engine.options import Options
 from shared_engine.pipeline import SMALL, Documents, Pipeline
 from shared_engine.registry import Lease
+from shared_engine.routing import select_backend
 from shared_engine.stream import AsyncStream, Stream
 from shared_engine.threads import run_off_loop, wait_until_done
 from shared_engine.usage import TokenCount
@@ -177,6 +179,18 @@ class Embedder:
         o = self.options
         parts = (role, self.dimensions, o.embedding_type, o.truncate, o.max_tokens)
         return "-".join(str(part) for part in (self._backend.fingerprint, *parts))
+
+    def list_models(self) -> list[AvailableModel]:
+        """Return the models that can be asked for: the catalogue's, or what the NIM serves.
+
+        Raises:
+            RemoteError: the NIM does not say.
+        """
+        if select_backend(self.options).base_url is None:
+            return [AvailableModel(spec.name) for spec in CATALOGUE]
+        backend = self._backend
+        assert isinstance(backend, ListsModels)
+        return backend.list_models()
 
     def wait_until_ready(self, timeout: float = 600.0) -> None:
         """Load the model, or wait until the NIM says that it is ready.

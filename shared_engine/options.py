@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,18 @@ Scope = Literal["routing", "engine", "local", "nim", "request"]
 """Whom an option concerns: the choice between here and a NIM; whatever engine was chosen; an engine
 here; a NIM's client; or each request alone, so that engines are shared whatever its value."""
 
+_HINTS = {
+    "async_http_client": "give http_client=, a function that makes an httpx.AsyncClient",
+    "batch_size": "max_batch_size= bounds a request to a NIM; here steps are formed by tokens",
+    "infer_path": "give base_url=, the root of the server or its /v1",
+    "input_type": "the method says it: a query, or a document",
+    "mode": "give base_url=, or backend=",
+    "nvidia_api_base": "give base_url=",
+    "organization": "give default_headers=",
+    "trucate": "give truncate=",
+    "usage_telemetry_enabled": "nothing is reported; leave it out",
+}
+"""What to do instead of options that NVIDIA's and others' adapters have."""
 _NOT_PICKLED = SecretStr("")
 """Stands for a key in a pickle: one was given, and NVIDIA_API_KEY has it in the new process."""
 
@@ -193,7 +206,22 @@ class Options(BaseModel):
         for name in ("api_key", "base_url"):
             if (given := data.pop(f"nvidia_{name}", None)) is not None:
                 data[name] = given
+        for name in data.keys() - cls.model_fields.keys():
+            if hint := _HINTS.get(name) or _find_similar(name, cls.model_fields):
+                raise ValueError(f"there is no option {name}; {hint}")
         return data
+
+    @field_validator("dimensions", mode="before")
+    @classmethod
+    def _zero_to_none(cls, value: Any) -> Any:
+        return None if value == 0 else value  # the default of NVIDIA's adapter for LlamaIndex
+
+    @field_validator("timeout", "deadline", mode="before")
+    @classmethod
+    def _refuse_zero(cls, value: Any) -> Any:
+        if value == 0:
+            raise ValueError("0 is no time at all; leave it out for the default, or give None")
+        return value
 
     @field_validator("base_url")
     @classmethod
@@ -246,6 +274,11 @@ class Options(BaseModel):
     @classmethod
     def _upper(cls, value: Any) -> Any:
         return value.upper() if isinstance(value, str) else value
+
+
+def _find_similar(name: object, names: Iterable[str]) -> str | None:
+    similar = get_close_matches(str(name), names, n=1)
+    return f"did you mean {similar[0]}=?" if similar else None
 
 
 _SCOPES: dict[str, Any] = {
