@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
+from shared_engine.images.budget import MemoryBudget
 from shared_engine.images.formats import Jpeg, find_format
 from shared_engine.images.sources import TooLargeError
 
@@ -30,7 +35,39 @@ _TURNS = {
 }
 """What makes an image upright, by its EXIF orientation; 1 is upright."""
 
+_SIDEWAYS = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
+"""Turns after which rows are columns."""
+_BACKWARDS = (
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+)
+"""Turns after which the first row is the last row or column."""
+
+_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2}
+"""Of a pixel as Pillow stores it; 4 in all other modes."""
+
+_BAND = 2**18
+"""Pixels that are converted at once, so that what comes between takes no memory to speak of."""
+
+_IN_FLIGHT = MemoryBudget(2**30)
 _LOADING = threading.Lock()
+
+
+def _renew() -> None:
+    global _LOADING  # noqa: PLW0603
+    _LOADING = threading.Lock()
+    _IN_FLIGHT.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,23 +100,40 @@ class OpenedImage:
             and self.orientation == 1
         )
 
-    def decode(self) -> Image.Image:
-        """Decode to the end: an image of our own, upright, opaque, RGB or grey of 8 bits."""
+    @property
+    def bytes_needed(self) -> int:
+        """About the memory that decoding takes at its peak: what is stored and what is made."""
         picture = self.picture
-        if self.content is None:
-            with _LOADING:  # two threads must not decode one object
-                picture = picture.copy()
-        picture.load()
-        if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-            picture = Image.fromarray(_eight_bits(np.asarray(picture)))
-        if picture.has_transparency_data:
-            layer = picture.convert("RGBA")
-            picture = Image.new("RGB", layer.size, "white")
-            picture.paste(layer, mask=layer)
-        if picture.mode not in ("RGB", "L"):
-            picture = picture.convert("L" if picture.mode == "1" else "RGB")
-        turn = _TURNS.get(self.orientation)
-        return picture if turn is None else picture.transpose(turn)
+        width, height = picture.size
+        stored = _BYTES.get(picture.mode[:4], 4) if self.content else 0
+        made = 0 if self.is_plain and picture.mode in ("L", "RGB") else 4
+        extra = 12 if isinstance(picture, WebPImageFile) else 0  # two canvases and a copy
+        return width * height * (stored + made + extra)
+
+    @contextmanager
+    def load(self) -> Iterator[None]:
+        """Decode to the end; until the end of the context its memory counts as in use.
+
+        Raises:
+            OSError: the file is broken. Pillow raises others.
+        """
+        with _IN_FLIGHT.hold(self.bytes_needed):
+            if self.content is None:
+                with _LOADING:  # two threads must not decode one object
+                    self.picture.load()
+            else:
+                self.picture.load()
+            yield
+
+    @contextmanager
+    def decode(self) -> Iterator[Image.Image]:
+        """Do as `load` does; give an image of our own, upright, opaque, RGB or grey of 8 bits."""
+        with self.load():
+            picture, turn = self.picture, _TURNS.get(self.orientation)
+            mode, convert = _find_conversion(picture)
+            if self.content is None or convert or turn is not None:
+                picture = _convert(picture, mode, convert, turn)
+            yield picture
 
 
 def open_image(content: bytes | Image.Image) -> OpenedImage:
@@ -123,25 +177,82 @@ def _find_orientation(picture: Image.Image) -> int:
     return 1
 
 
-def _eight_bits(grey: NDArray[Any]) -> NDArray[np.uint8]:
-    """Scale grey of 16 or 32 bits down; Pillow would clip it at 255.
+Conversion: TypeAlias = Callable[[Image.Image], Image.Image]
+"""Of a band of a picture, pixel by pixel."""
+
+
+def _find_conversion(picture: Image.Image) -> tuple[str, Conversion | None]:
+    """Return "RGB" or "L", and what makes a picture one of that; None if it is one."""
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        return "L", _find_scale(picture)
+    if picture.has_transparency_data:
+        return "RGB", _lay_over_white
+    if picture.mode in ("L", "RGB"):
+        return picture.mode, None
+    if picture.mode == "LAB":
+        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return "RGB", ImageCms.buildTransform(lab, rgb, "LAB", "RGB").apply
+    mode = "L" if picture.mode == "1" else "RGB"
+    return mode, lambda band: band.convert(mode)
+
+
+def _convert(
+    picture: Image.Image, mode: str, convert: Conversion | None, turn: Image.Transpose | None
+) -> Image.Image:
+    """Return a picture converted and turned, band by band."""
+    width, height = picture.size
+    is_sideways = turn in _SIDEWAYS
+    made = Image.new(mode, (height, width) if is_sideways else (width, height))
+    for top, bottom, band in _cut_bands(picture):
+        converted = convert(band) if convert else band
+        if turn is not None:
+            converted = converted.transpose(turn)
+        start = height - bottom if turn in _BACKWARDS else top
+        made.paste(converted, (start, 0) if is_sideways else (0, start))
+    return made
+
+
+def _cut_bands(picture: Image.Image) -> Iterator[tuple[int, int, Image.Image]]:
+    """Yield the first row, the row after the last, and the picture between them."""
+    width, height = picture.size
+    rows = max(1, _BAND // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        yield top, bottom, picture.crop((0, top, width, bottom))
+
+
+def _lay_over_white(band: Image.Image) -> Image.Image:
+    layer = (band.convert("LA") if band.mode == "La" else band).convert("RGBA")
+    made = Image.new("RGB", layer.size, "white")
+    made.paste(layer, mask=layer)
+    return made
+
+
+def _find_scale(picture: Image.Image) -> Conversion:
+    """Return what scales grey of 16 or 32 bits down; Pillow would clip it at 255.
 
     16 bits lose the lower 8, as 16-bit colour does in Pillow. 32 bits do not say what is white: it
     is taken to be 1, 255 or 65535, the first that no value is above, else the largest value.
     """
-    if grey.dtype.itemsize == 2:
-        return (grey >> 8).astype(np.uint8)
-    grey = np.nan_to_num(grey.astype(np.float32), posinf=0.0, neginf=0.0)
-    largest = grey.max()
+    if picture.mode.startswith("I;16"):
+        return lambda band: Image.fromarray((np.asarray(band) >> 8).astype(np.uint8))
+    largest = max(_read_grey(band).max() for _, _, band in _cut_bands(picture))
     white = next((white for white in (1, 255, 65_535) if largest <= white), largest)
-    scale = 1 / 256 if white == 65_535 else 255 / white
-    return np.clip(grey * np.float32(scale), 0, 255).astype(np.uint8)
+    scale = np.float32(1 / 256 if white == 65_535 else 255 / white)
+
+    def convert(band: Image.Image) -> Image.Image:
+        return Image.fromarray(np.clip(_read_grey(band) * scale, 0, 255).astype(np.uint8))
+
+    return convert
+
+
+def _read_grey(band: Image.Image) -> NDArray[np.float32]:
+    grey = np.asarray(band).astype(np.float32)
+    return np.nan_to_num(grey, copy=False, posinf=0.0, neginf=0.0)
 
 
 def encode_png(picture: Image.Image) -> bytes:
     """Return the file of a decoded image; a colour profile of its source would be wrong now."""
-    rgb = picture.convert("RGB")
-    rgb.info = {}
     buffer = BytesIO()
-    rgb.save(buffer, "PNG", compress_level=1)
+    picture.save(buffer, "PNG", compress_level=1, icc_profile=None)
     return buffer.getvalue()

@@ -14,6 +14,8 @@ all of it may run in several threads at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -85,8 +87,8 @@ def cut_tiles(
         ImageTooLargeError: over MAX_BYTES, or over LONG_SIDE x SHORT_SIDE; nothing was decoded.
         ImageError: not found, not fetched, or not an image that can be decoded to the end.
     """
-    with image_errors(source):
-        return _fit(source, max_tiles, size, urls).cut(size)
+    with image_errors(source), _fit(source, max_tiles, size, urls) as fitted:
+        return fitted.cut(size)
 
 
 def decode_picture(
@@ -97,8 +99,7 @@ def decode_picture(
     Raises:
         As `cut_tiles`.
     """
-    with image_errors(source):
-        fitted = _fit(source, max_tiles, size, urls)
+    with image_errors(source), _fit(source, max_tiles, size, urls) as fitted:
         image = fitted.image
         if image.width * image.height > _LARGEST_PICTURE:
             return fitted.cut(size)
@@ -139,10 +140,12 @@ def encode_data_url(source: AcceptedImage, urls: bool = False) -> str:
         opened = open_image(read(source, urls))
         if opened.is_plain and opened.content is not None:
             opened.picture.draft(None, (1, 1))
-            opened.picture.load()
-            kind, content = "jpeg" if isinstance(opened.picture, Jpeg) else "png", opened.content
+            with opened.load():
+                kind = "jpeg" if isinstance(opened.picture, Jpeg) else "png"
+                content = opened.content
         else:
-            kind, content = "png", check_size(encode_png(opened.decode()), MAX_BYTES, "as a PNG")
+            with opened.decode() as image:
+                kind, content = "png", check_size(encode_png(image), MAX_BYTES, "as a PNG")
         return f"data:image/{kind};base64,{pybase64.b64encode_as_string(content)}"
 
 
@@ -167,14 +170,16 @@ class _FittedImage:
         return cells if len(cells) == 1 else np.concatenate([cells, resize(size, size)[None]])
 
 
-def _fit(source: AcceptedImage, max_tiles: int, size: int, urls: bool) -> _FittedImage:
+@contextmanager
+def _fit(source: AcceptedImage, max_tiles: int, size: int, urls: bool) -> Iterator[_FittedImage]:
     opened = open_image(read(source, urls))
     cols, rows = choose_grid(*opened.upright_size, max_tiles, size)
     drafted = None
     if opened.is_plain:  # else a PNG of every pixel is what a NIM would get
         drafted = opened.picture.draft(None, (_DRAFT * cols * size, _DRAFT * rows * size))
-    image = opened.decode()
-    return _FittedImage(image, drafted[1] if drafted else (0, 0, *image.size), cols, rows)
+    with opened.decode() as image:
+        box = drafted[1] if drafted else (0, 0, *image.size)
+        yield _FittedImage(image, box, cols, rows)
 
 
 def arrange_tiles(sheet: Any, size: int) -> Any:
