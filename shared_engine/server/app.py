@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from sys import getsizeof
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
@@ -280,7 +281,8 @@ class _Server:
             message = f"the body did not arrive within {limits.read_seconds:g} s"
             headers = {"Connection": "close"}
             raise HTTPRefusal(408, "read_timeout", message, headers=headers) from None
-        asked = await _run(len(body) > _SMALL_BODY, lambda: parse_request(body))
+        asked = await _run(len(body) > _SMALL_BODY, lambda: parse_request(body, limits.max_inputs))
+        hold(max(0, sum(map(getsizeof, asked.input)) - len(body)))  # as text
         if len(asked.input) > limits.max_inputs:
             raise refuse_size(
                 f"{len(asked.input)} inputs in one request; the limit is {limits.max_inputs}. "

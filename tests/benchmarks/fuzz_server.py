@@ -2,10 +2,14 @@
 
     python tests/benchmarks/fuzz_server.py                # 20,000 requests
     python tests/benchmarks/fuzz_server.py --requests 2000 --seed 1
+    python tests/benchmarks/fuzz_server.py --hostile 200  # large ones, made to take memory
 
 Half of the requests are valid, the others are broken in one of many ways; some clients hang up.
 Exit status 1 where a request got a 5xx or no reply within 30 s, or where the server's memory grew
 by more than `--growth` MB between the first tenth of the requests and the end.
+
+Of the hostile requests each is as large as a body may be. Exit status 1 where one got a 5xx, or
+where the server's memory after them is over 1.5 times what it was before.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +141,86 @@ BROKEN: list[Callable[[random.Random], bytes]] = [
 ]
 
 
+def _wrap(value: bytes, **fields: Any) -> bytes:
+    head = json.dumps({"model": NAME, "input_type": "passage"} | fields).encode()
+    return head[:-1] + b',"input":' + value + b"}"
+
+
+MOST = 60 * 2**20
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    "a text": lambda: _wrap(b'"' + b"word " * (MOST // 5) + b'"', truncate="END"),
+    "a text, not cut": lambda: _wrap(b'"' + b"word " * (MOST // 5) + b'"'),
+    "its start cut": lambda: _wrap(b'"' + b"word " * (MOST // 5) + b'"', truncate="START"),
+    "one word": lambda: _wrap(b'"' + b"x" * MOST + b'"', truncate="END"),
+    "spaces": lambda: _wrap(b'"' + b" " * MOST + b'"', truncate="END"),
+    "wide characters": lambda: _wrap(
+        b'"' + b"word " * (MOST // 5) + "👍".encode() + b'"', truncate="END"
+    ),
+    "escapes": lambda: _wrap(b'"' + b"\\u20ac" * (MOST // 6) + b'"', truncate="END"),
+    "long texts": lambda: _wrap(
+        b"[" + b",".join([b'"' + b"word " * (MOST // 5 // 64) + b'"'] * 64) + b"]", truncate="END"
+    ),
+    "objects": lambda: _wrap(b"[" + b",".join([b"{}"] * (MOST // 3)) + b"]"),
+    "lists": lambda: _wrap(b"[" + b",".join([b"[]"] * (MOST // 3)) + b"]"),
+    "numbers": lambda: _wrap(b"[" + b",".join([b"1"] * (MOST // 2)) + b"]"),
+    "floats": lambda: _wrap(b"[" + b",".join([b".5"] * (MOST // 3)) + b"]"),
+    "empty texts": lambda: _wrap(b"[" + b",".join([b'""'] * (MOST // 3)) + b"]"),
+    "short texts": lambda: _wrap(b"[" + b",".join([b'"a\u0416"'] * (MOST // 10)) + b"]"),
+    "modalities": lambda: _wrap(b'"a"', modality=["text"] * (MOST // 8)),
+    "fields": lambda: _wrap(b'"a",' + b",".join(b'"%d":1' % n for n in range(MOST // 12))),
+    "brackets": lambda: b"[" * MOST,
+    "an unclosed text": lambda: _wrap(b'"' + b"a" * MOST)[:-1],
+    "data URLs": lambda: _wrap(b'"data:image/png;base64,' + b"A" * MOST + b'"'),
+}
+"""What a body of the most bytes may hold to take more."""
+
+
+async def attack(base: str, process: psutil.Process, requests: int, at_once: int) -> int:
+    """Send hostile requests, print what each kind took; return how many were answered badly."""
+    faults, peak, kinds = 0, 0, iter([*HOSTILE] * (1 + requests // len(HOSTILE)))
+    done = asyncio.Event()
+    peaks: Counter[str] = Counter()
+    statuses: Counter[str] = Counter()
+    slowest: Counter[str] = Counter()
+    under_way: Counter[str] = Counter()
+
+    async def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            now = process.memory_info().rss // 2**20
+            peak = max(peak, now)
+            for kind in +under_way:
+                peaks[kind] = max(peaks[kind], now)
+            await asyncio.sleep(0.02)
+
+    async def work(client: httpx.AsyncClient, left: Iterator[int]) -> None:
+        nonlocal faults
+        for _ in left:
+            kind = next(kinds)
+            content = HOSTILE[kind]()
+            under_way[kind] += 1
+            started = time.perf_counter()
+            response = await client.post(
+                "/embeddings", content=content, headers={"Content-Type": "application/json"}
+            )
+            slowest[kind] = max(slowest[kind], time.perf_counter() - started)  # type: ignore[assignment]
+            under_way[kind] -= 1
+            statuses[f"{kind}: {response.status_code}"] += 1
+            faults += response.status_code >= 500 and response.status_code != 503
+
+    watching = asyncio.create_task(watch())
+    left = iter(range(requests))
+    async with httpx.AsyncClient(base_url=base, timeout=600) as client:
+        await asyncio.gather(*(work(client, left) for _ in range(at_once)))
+    done.set()
+    await watching
+    for status, count in sorted(statuses.items()):
+        kind = status.partition(":")[0]
+        print(f"  {status:24} {count:3}   slowest {slowest[kind]:.1f} s, peak {peaks[kind]} MB")
+    print(f"peak {peak} MB")
+    return faults
+
+
 class Fuzz:
     """The requests, and what became of them."""
 
@@ -196,7 +280,9 @@ class Fuzz:
         content = json.dumps(valid(self.rng)).encode()
         port = httpx.URL(self.base).port
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head = (
+            "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        )
         request = f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
         writer.write(request[: self.rng.randint(1, len(request))])
         await writer.drain()
@@ -212,6 +298,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--growth", type=float, default=40.0, help="MB that memory may grow")
+    parser.add_argument("--hostile", type=int, default=0, help="send so many large ones instead")
+    parser.add_argument("--at-once", type=int, default=4, help="of the large ones")
     asked = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -225,6 +313,8 @@ def main() -> int:
             try:
                 fuzz = Fuzz(port, psutil.Process(sub.pid), asked.requests, asked.seed)
                 _wait_until_ready(fuzz.base)
+                if asked.hostile:
+                    return _survive(fuzz, asked.hostile, asked.at_once)
                 started = time.perf_counter()
                 asyncio.run(fuzz.run())
                 wall = time.perf_counter() - started
@@ -245,6 +335,16 @@ def main() -> int:
     for fault in fuzz.faults[:5]:
         print("FAULT", fault)
     return 1 if fuzz.faults or growth > asked.growth or not left.endswith(" 0.0") else 0
+
+
+def _survive(fuzz: Fuzz, requests: int, at_once: int) -> int:
+    before = fuzz.process.memory_info().rss / 2**20
+    started = time.perf_counter()
+    faults = asyncio.run(attack(fuzz.base, fuzz.process, requests, at_once))
+    after = fuzz.process.memory_info().rss / 2**20
+    print(f"{requests} hostile requests in {time.perf_counter() - started:.0f} s, {faults} faults")
+    print(f"memory: {before:.0f} MB before, {after:.0f} MB after: {after / before:.2f} times")
+    return 1 if faults or after > 1.5 * before else 0
 
 
 def _wait_until_ready(base: str) -> None:

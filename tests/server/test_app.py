@@ -426,6 +426,31 @@ def test_a_million_violations_cost_no_more_than_one(body: dict[str, Any]) -> Non
     assert peak < 20 * 2**20  # an error for each would be 100 MB
 
 
+@pytest.mark.parametrize("value", ["{}", "[]", '""', '"a"', "1", "null", '{"a":{}}', '["\\""]'])
+@pytest.mark.parametrize("field", ["input", "modality", "model", "unknown"])
+def test_what_json_holds_is_refused_before_it_is_built(value: str, field: str) -> None:
+    content = f'{{"model":"{NAME}","{field}":[{",".join([value] * 500_000)}]}}'.encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(HTTPRefusal) as caught:
+            parse_request(content)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert caught.value.status == 413
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize("indent", [None, 8])
+@pytest.mark.parametrize("text", ["", '"[{,' * 20, "\\", "Б,👍" * 5, "\n\t" * 9, 'x\\",' * 9])
+def test_a_request_of_the_most_inputs_is_parsed_in_any_layout(text: str, indent: int) -> None:
+    texts = [text + str(n) for n in range(8192)]
+    body = {"model": NAME, "input": texts, "modality": ["text"] * 8192, "user": ",[{" * 1000}
+    for is_ascii in (True, False):
+        content = json.dumps(body, indent=indent, ensure_ascii=is_ascii).encode()
+        assert parse_request(content).input == texts
+
+
 def test_too_many_inputs(options: Options) -> None:
     with running(options, limits=ServerLimits(max_inputs=4)) as here:
         assert here.post(input=["a"] * 4).status_code == 200
