@@ -82,7 +82,7 @@ FILES = {
 """The product's files, by name of the module."""
 
 
-def imported(path: Path) -> Iterator[str]:
+def read_imports(path: Path) -> Iterator[str]:
     """Yield what a file imports: our modules by their full names, others by their package's."""
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
@@ -108,7 +108,7 @@ def room(name: str) -> str:
 
 
 IMPORTS = {
-    name: set(imported(path)) - sys.stdlib_module_names - {name} for name, path in FILES.items()
+    name: set(read_imports(path)) - sys.stdlib_module_names - {name} for name, path in FILES.items()
 }
 
 
