@@ -59,11 +59,14 @@ class HasStepStats(Protocol):
 
 
 @runtime_checkable
-class ListsModels(Protocol):
-    """A backend that has several models to choose from, as a server may."""
+class Remote(Protocol):
+    """A backend of which only its server knows some facts; each is asked for when needed."""
 
     def list_models(self) -> list[AvailableModel]:
-        """Return the models that can be asked for."""
+        """Return the models that the server serves; RemoteError where it does not say."""
+
+    def probe_width(self) -> int:
+        """Return the length of a full vector; RemoteError where it cannot be had."""
 
 
 class Backend(Protocol):

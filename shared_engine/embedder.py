@@ -18,7 +18,7 @@ from collections.abc import AsyncIterable, Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shared_engine.backend import Backend, ListsModels
+from shared_engine.backend import Backend, Remote
 from shared_engine.catalogue import CATALOGUE, AvailableModel
 from shared_engine.documents import Document, Modality, Role, require_list
 from shared_engine.errors import ConfigurationError
@@ -189,7 +189,7 @@ class Embedder:
         if select_backend(self.options).base_url is None:
             return [AvailableModel(spec.name) for spec in CATALOGUE]
         backend = self._backend
-        assert isinstance(backend, ListsModels)
+        assert isinstance(backend, Remote)
         return backend.list_models()
 
     def wait_until_ready(self, timeout: float = 600.0) -> None:

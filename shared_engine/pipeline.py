@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shared_engine import vectors
-from shared_engine.backend import Backend, Flow, Request
+from shared_engine.backend import Backend, Flow, Remote, Request
 from shared_engine.documents import Document, Role, validate
 from shared_engine.errors import (
     EngineClosedError,
@@ -20,7 +20,6 @@ from shared_engine.errors import (
 from shared_engine.options import Options
 from shared_engine.threads import raise_closed
 from shared_engine.usage import TokenCount, count_for
-from shared_engine.wire import split_role_suffix
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +46,6 @@ class Pipeline:
         self._source = source
         self.options = options
         self._used = used
-        self._width: int | None = None
 
     @property
     def backend(self) -> Backend:
@@ -147,8 +145,6 @@ class Pipeline:
             return self.options.dimensions
         if offered := self.backend.dimensions:
             return offered[-1]
-        if self._width is None:
-            _, role = split_role_suffix(self.options.model)
-            probe = Request([Document("?")], role or "query")
-            self._width = self.backend.submit(probe).result().shape[1]
-        return self._width
+        backend = self.backend
+        assert isinstance(backend, Remote)
+        return backend.probe_width()

@@ -56,6 +56,7 @@ ONLY = {
     "prometheus_client": {"server"},
     "starlette": {"server"},
     "uvicorn": {"server"},
+    "h11": {"server"},
     # bytes of the wire
     "orjson": {"nim", "server"},
     "pybase64": {"images", "nim"},

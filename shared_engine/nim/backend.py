@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from pydantic import SecretStr
 
 from shared_engine.backend import Request
-from shared_engine.catalogue import ModelSpec, find
+from shared_engine.catalogue import AvailableModel, ModelSpec, find
 from shared_engine.documents import Document, Modality
 from shared_engine.endpoints import is_hosted
 from shared_engine.errors import (
@@ -136,8 +136,8 @@ class NimBackend:
             self._width = int(self.submit(request).result().shape[1])
         return self._width
 
-    def list_models(self) -> list[str]:
-        """Return the names that the server serves models under.
+    def list_models(self) -> list[AvailableModel]:
+        """Return what the server serves.
 
         Raises:
             RemoteError: it does not say.
@@ -372,11 +372,11 @@ class NimBackend:
                 self._served = self._match_served_model(listed)
         return self._served
 
-    async def _list_models(self) -> list[str]:
+    async def _list_models(self) -> list[AvailableModel]:
         response = await self._client.get_models()
         if not response.is_success:
             raise protocol.build_error(response, self._client.read_error(response))
-        return list(protocol.list_models(response))
+        return [AvailableModel(*item) for item in protocol.list_models(response).items()]
 
     def _match_served_model(self, listed: dict[str, str | None]) -> str:
         """Return the name under which the server serves the model; what it lists may be nothing.

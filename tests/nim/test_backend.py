@@ -247,7 +247,7 @@ def test_a_model_that_nobody_named_is_known_once_the_server_named_it() -> None:
 def test_the_server_lists_its_models() -> None:
     nim = Nim(models=(MODEL, "other"))
     backend = NimBackend(Options(http_client=nim.client), "http://nim/v1")
-    assert backend.list_models() == [MODEL, "other"]
+    assert [model.id for model in backend.list_models()] == [MODEL, "other"]
     backend.close()
     backend.close()
     with pytest.raises(EngineClosedError):
