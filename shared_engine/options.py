@@ -276,7 +276,7 @@ class Options(BaseModel):
 
 
 def _find_similar(name: object, names: Iterable[str]) -> str | None:
-    from difflib import get_close_matches
+    from difflib import get_close_matches  # only a misspelt option needs it
 
     similar = get_close_matches(str(name), names, n=1)
     return f"did you mean {similar[0]}=?" if similar else None
