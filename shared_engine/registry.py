@@ -46,8 +46,8 @@ class Engine:
             return self._backend
 
     def _build(self) -> Backend:
-        base_url, api_key, reason = self._choice
-        _log.info("%s", reason)
+        base_url, api_key, reason, level = self._choice
+        _log.log(level, "%s", reason)
         if base_url is None:
             from shared_engine.local import LocalBackend  # brings torch
 

@@ -25,6 +25,8 @@ class Choice(NamedTuple):
     """Address of the NIM, or None for a model in this process."""
     api_key: SecretStr | None
     reason: str
+    level: int = logging.INFO
+    """How loudly the reason is logged."""
 
     @property
     def scope(self) -> Scope:
@@ -57,7 +59,10 @@ def select_backend(options: Options) -> Choice:
         if options.model.startswith(_FOLDERS):
             only_here.insert(0, "a folder as model=")
         if not variable:
-            return Choice(None, None, "neither base_url= nor api_key= is given, so this process")
+            reason, hint = "neither base_url= nor api_key= is given, so this process", ""
+            if not only_here:
+                hint = explain_key_in_environment()
+            return Choice(None, None, reason + hint, logging.WARNING if hint else logging.INFO)
         if only_here:
             return Choice(None, None, f"{only_here[0]} is given, so this process, not the NIM of "
                           "NVIDIA_BASE_URL")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import numpy as np
 import pytest
@@ -115,6 +116,18 @@ def test_a_checkpoint_that_is_not_there_says_what_the_key_is_for(monkeypatch, tm
     with pytest.raises(ConfigurationError, match=r'NVIDIA_API_KEY .* backend="nim"') as caught:
         Embedder(Options(model=str(tmp_path))).embed(["x"])
     assert "secret" not in str(caught.value)
+
+
+def test_a_key_that_switches_nothing_is_spoken_of_at_once(monkeypatch):
+    monkeypatch.delenv("NVIDIA_BASE_URL")
+    assert select_backend(Options()).level == logging.INFO
+    monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-secret")
+    chosen = select_backend(Options())
+    assert (chosen.base_url, chosen.level) == (None, logging.WARNING)
+    assert 'backend="nim"' in chosen.reason
+    assert "secret" not in chosen.reason
+    for said in ({"backend": "local"}, {"device": "cpu"}, {"model": "/folder"}):
+        assert select_backend(Options(**said)).level == logging.INFO
 
 
 # Sharing

@@ -29,6 +29,7 @@ from shared_engine.options import Options
 
 _PATTERNS = ["*.json", "*.safetensors", "1_Pooling/*.json"]
 _COMMIT = re.compile("[0-9a-f]{40}")
+_SECONDS_FOR_HUB = 5.0
 _MAX_TOKENS_WITH_IMAGE = 10_240
 
 
@@ -140,25 +141,34 @@ def _locate(options: Options, spec: ModelSpec | None) -> Path:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, snapshot_download
 
+    cached = _find_cached(repo_id, revision)
+    if cached and revision and _COMMIT.fullmatch(revision):  # it never changes: ask nobody
+        return cached
     try:
-        if revision and _COMMIT.fullmatch(revision):  # what it names never changes: ask nobody
-            folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-            if _is_complete(folder):
-                return folder
-    except LocalEntryNotFoundError:
-        pass
-    try:
+        # A question that is asked once: without a network a download would ask for half a minute.
+        HfApi().model_info(repo_id, revision=revision, timeout=_SECONDS_FOR_HUB)
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
+    except Exception as exc:  # of huggingface_hub, its HTTP library or the file system
+        if cached and getattr(exc, "response", None) is None:  # nobody answered
+            return cached
+        why = str(exc).strip() or type(exc).__name__
         raise CheckpointError(
             f"could not get {repo_id!r} (revision {revision or 'main'}) from the Hugging Face hub: "
-            f"{str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__}. "
-            "Ways out: check the name and HF_TOKEN, or give a local folder: "
-            "checkpoint='/path/to/folder'"
+            f"{why.splitlines()[0]}. Ways out: check the name and HF_TOKEN, or give a local "
+            "folder: checkpoint='/path/to/folder'"
         ) from exc
+
+
+def _find_cached(repo_id: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except Exception:  # as above
+        return None
+    return folder if _is_complete(folder) else None
 
 
 def weight_files(folder: Path) -> list[str]:

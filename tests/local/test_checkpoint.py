@@ -75,6 +75,31 @@ def test_what_an_interrupted_download_left_is_no_checkpoint(tmp_path):
     assert not checkpoint_module._is_complete(folder)
 
 
+def test_without_a_network_what_is_in_the_cache_is_used_and_all_else_fails_at_once(
+    tmp_path, python
+):
+    home = tmp_path / "hub" / "models--some--model"
+    build_checkpoint(home / "snapshots" / ("0" * 40))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    program = f"""
+import os, socket, time
+os.environ |= {{"HF_HOME": {str(tmp_path)!r}, "HF_HUB_OFFLINE": "0", "NVIDIA_API_KEY": "nvapi-1"}}
+asked = []
+def refuse(*_, **__):
+    asked.append(time.monotonic())
+    raise OSError("the network is down")
+socket.getaddrinfo = refuse
+from shared_engine import CheckpointError, Embedder, Options
+print(Embedder(Options(model="some/model")).embed(["x"]).shape)
+try:
+    Embedder(Options(model="some/other")).embed(["x"])
+except CheckpointError as exc:
+    print('backend="nim"' in str(exc), asked[-1] - asked[0] < 5)
+"""
+    assert python(program) == "(1, 64)\nTrue True\n"
+
+
 def test_an_unreachable_hub_is_a_clear_error():
     with pytest.raises(CheckpointError, match=r"could not get 'nobody/nothing'.*local folder"):
         resolve(Options(model="nobody/nothing"))
