@@ -17,7 +17,7 @@ from shared_engine._version import __version__
 from shared_engine.catalogue import find
 from shared_engine.documents import Document, Role
 from shared_engine.embedder import Embedder
-from shared_engine.endpoints import normalised
+from shared_engine.endpoints import normalize_url
 from shared_engine.errors import NeMoRetrieverError
 from shared_engine.options import Options
 
@@ -59,7 +59,7 @@ def check(
     if here is not None:
         found.append(_measure("here", here))
     if base_url is not None:
-        base_url = normalised(base_url)
+        base_url = normalize_url(base_url)
         _probe(base_url)
         remote = {"model": served_name or _find_name(here, base_url), "api_key": api_key}
         given: dict[str, Any] = {name: value for name, value in remote.items() if value is not None}

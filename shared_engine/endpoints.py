@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import re
+import socket
+import warnings
+from typing import TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
 from shared_engine.errors import ConfigurationError
+
+Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 HOSTED = "https://integrate.api.nvidia.com/v1"
 """NVIDIA's catalogue of hosted models."""
 POLLING = "https://api.nvcf.nvidia.com/v2/nvcf/pexec/status/"
 """Where the catalogue is asked for a reply that it still owes."""
 
-_PRIVATE_NAMES = (".localhost", ".local", ".internal", ".lan", ".svc")
+_PRIVATE_DOMAINS = frozenset({"localhost", "local", "internal", "lan", "svc"})
 _PATHS = ("embeddings", "completions", "models", "ranking", "rankings", "rerank", "infer", "health")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"(?:[!-~](?:[ -~\t]*[!-~])?)?")
 
 
-def normalised(url: str) -> str:
-    """Return a base URL that ends in `/v1`.
+def normalize_url(url: str) -> str:
+    """Return a base URL that ends in `/v1`; a false NVIDIA_APPEND_API_VERSION leaves it as it is.
 
-    >>> normalised("http://nim:8000"), normalised("https://gateway.example/team/v1/")
+    >>> normalize_url("http://nim:8000"), normalize_url("https://gateway.example/team/v1/")
     ('http://nim:8000/v1', 'https://gateway.example/team/v1')
 
     Raises:
@@ -31,6 +40,9 @@ def normalised(url: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         host = None
+    if steps[-2:] == ["v1", "embeddings"]:
+        steps.pop()
+        warnings.warn("base_url= ends in /embeddings, which each request adds", stacklevel=2)
     wrong = None
     if parts.scheme not in ("http", "https") or not host:
         wrong = "is no address of a server"
@@ -45,9 +57,10 @@ def normalised(url: str) -> str:
             f"the base_url at host {host!r} {wrong}. Expected the root of the server or its /v1: "
             "http://localhost:8000/v1"
         )
-    if steps[-1:] != ["v1"]:
+    appends = os.environ.get("NVIDIA_APPEND_API_VERSION", "true").strip().lower()
+    if steps[-1:] != ["v1"] and appends not in ("false", "0", "no"):
         steps.append("v1")
-    return urlunsplit((parts.scheme, parts.netloc, "/" + "/".join(steps), "", ""))
+    return urlunsplit((parts.scheme, parts.netloc, "/".join(["", *steps]), "", ""))
 
 
 def is_hosted(base_url: str) -> bool:
@@ -60,20 +73,69 @@ def is_hosted(base_url: str) -> bool:
     return parts.scheme == "https" and (parts.hostname or "").endswith(".api.nvidia.com")
 
 
-def is_safe_for_keys(base_url: str) -> bool:
+def parse_address(host: str) -> Address | None:
+    """Return the address that a host is, in any spelling that connects there; None for a name.
+
+    >>> [str(parse_address(host)) for host in ("134744072", "0x7f.1", "010.8.8.8", "nim")]
+    ['8.8.8.8', '127.0.0.1', '8.8.8.8', 'None']
+    >>> parse_address("[::ffff:10.0.0.7]")
+    IPv4Address('10.0.0.7')
+    """
+    host = host.rstrip(".").strip("[]")
+    address: Address
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            address = ipaddress.IPv4Address(socket.inet_aton(host))
+        except (OSError, ValueError):
+            return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_private(address: Address) -> bool:
+    """Whether an address is this machine's or one of a private network.
+
+    >>> [is_private(ipaddress.ip_address(a)) for a in ("127.0.0.1", "10.1.2.3", "fd00::1")]
+    [True, True, True]
+    >>> [is_private(ipaddress.ip_address(a)) for a in ("8.8.8.8", "64:ff9b::808:808")]
+    [False, False]
+    """
+    return address.is_loopback or address.is_private
+
+
+def is_safe_for_keys(url: str) -> bool:
     """Whether nobody on the way can read a key: TLS, this machine, or a private network.
+
+    A name is judged by its spelling; what it resolves to is looked at when it is connected to.
 
     >>> is_safe_for_keys("http://nim.example.com/v1"), is_safe_for_keys("http://10.0.0.7:8000/v1")
     (False, True)
     >>> is_safe_for_keys("http://nim:8000/v1"), is_safe_for_keys("https://nim.example.com/v1")
     (True, True)
+    >>> is_safe_for_keys("http://a.svc.cluster.local"), is_safe_for_keys("http://a.svc.example.com")
+    (True, False)
     """
-    parts = urlsplit(base_url)
-    host = (parts.hostname or "").rstrip(".")
+    parts = urlsplit(url)
     if parts.scheme == "https":
         return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return "." not in host or host.endswith(_PRIVATE_NAMES) or ".svc." in host
-    return address.is_loopback or address.is_private
+    host = parts.hostname or ""
+    if (address := parse_address(host)) is not None:
+        return is_private(address)
+    labels = host.rstrip(".").split(".")
+    return len(labels) == 1 or labels[-1] in _PRIVATE_DOMAINS
+
+
+def check_header(name: str, value: str, source: str) -> None:
+    """Refuse a header that HTTP cannot carry, without showing its value.
+
+    Raises:
+        ConfigurationError: the name or the value that `source` gave has a character of no header.
+    """
+    if not _HEADER_NAME.fullmatch(name):
+        raise ConfigurationError(f"{source} has a name that no header can have")
+    if not _HEADER_VALUE.fullmatch(value):
+        raise ConfigurationError(
+            f"{source} holds a character that no header can carry, such as the end of a line, or a "
+            "space at its beginning or end"
+        )

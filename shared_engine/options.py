@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from shared_engine.catalogue import DEFAULT_MODEL
-from shared_engine.endpoints import normalised
+from shared_engine.endpoints import normalize_url
 from shared_engine.vectors import EmbeddingType
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -197,8 +197,8 @@ class Options(BaseModel):
 
     @field_validator("base_url")
     @classmethod
-    def _normalised(cls, value: str | None) -> str | None:
-        return value if value is None else normalised(value)
+    def _normalize_url(cls, value: str | None) -> str | None:
+        return value if value is None else normalize_url(value)
 
     @field_validator("http_client", mode="before")
     @classmethod

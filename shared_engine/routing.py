@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pydantic import SecretStr
 
-from shared_engine.endpoints import HOSTED, is_hosted, is_safe_for_keys, normalised
+from shared_engine.endpoints import HOSTED, is_hosted, is_safe_for_keys, normalize_url
 from shared_engine.errors import ConfigurationError
 from shared_engine.options import Options, Scope
 
@@ -61,9 +61,9 @@ def select_backend(options: Options) -> Choice:
         if only_here:
             return Choice(None, None, f"{only_here[0]} is given, so this process, not the NIM of "
                           "NVIDIA_BASE_URL")  # fmt: skip
-        base_url, reason = normalised(variable), "NVIDIA_BASE_URL is set"
+        base_url, reason = normalize_url(variable), "NVIDIA_BASE_URL is set"
     elif variable:
-        base_url, reason = normalised(variable), "NVIDIA_BASE_URL is set"
+        base_url, reason = normalize_url(variable), "NVIDIA_BASE_URL is set"
     else:
         given = "api_key=" if options.backend == "auto" else 'backend="nim"'
         base_url, reason = HOSTED, f"{given} is given and no base_url=, so NVIDIA's catalogue"

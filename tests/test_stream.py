@@ -35,7 +35,8 @@ from shared_engine import (
 from shared_engine.errors import combine_errors
 from shared_engine.pipeline import Pipeline
 from shared_engine.stream import WINDOWS_AHEAD
-from tests.support.faulty_nim import FaultyNim, vectors
+from tests.support.faulty_nim import FaultyNim
+from tests.support.nim import vectors
 
 TEXTS = [f"document {i} " + "and so on " * (i % 5) for i in range(50)]
 LONG = "long " * 200

@@ -1,10 +1,16 @@
 """A NIM somewhere else, behind the same contract as a model in this process.
 
-    submit ──► batches (nim_batches.py) ──► requests (nim_wire.py) ──► nim_transport.py ──► rows
+    submit ──► batches.py: which inputs together ──► client.py ──► transport.py ──► httpx
+                   ▲                                     │
+                   └── vectors, or which to send again ──┘     protocol.py: bytes of both ways
 
 One event loop in one thread serves every caller, so that they share connections and a limit of
 requests in flight, whatever thread or event loop they come from. Images are opened in threads, as
 that takes too long for a loop that others wait for.
+
+Whatever a server replies, n inputs take a bounded number of requests: they are split at most n - 1
+times, so there are at most 2 n - 1 batches; each is sent at most MOST_SENDS times, and each of
+these at most once more for each of `max_retries`. The list of models and a probe come on top.
 """
 
 from __future__ import annotations
@@ -19,7 +25,6 @@ from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -27,12 +32,11 @@ from numpy.typing import NDArray
 from pydantic import SecretStr
 
 from shared_engine.backend import Request
-from shared_engine.catalogue import find
+from shared_engine.catalogue import ModelSpec, find
 from shared_engine.documents import Document, Modality
-from shared_engine.endpoints import POLLING, is_hosted
+from shared_engine.endpoints import is_hosted
 from shared_engine.errors import (
     ConfigurationError,
-    ConnectionFailedError,
     EngineClosedError,
     EngineError,
     MalformedResponseError,
@@ -41,14 +45,18 @@ from shared_engine.errors import (
     RequestTimeoutError,
 )
 from shared_engine.nim import protocol
-from shared_engine.nim.batches import Batch, Call, Limits
-from shared_engine.nim.client import build_clients, build_headers
-from shared_engine.nim.transport import RETRIED, Limited, Retrying, Sending
+from shared_engine.nim.batches import BatchLimits, Dispatch, RequestBatch
+from shared_engine.nim.client import NimClient
+from shared_engine.nim.transport import is_retried
 from shared_engine.options import Options
 from shared_engine.wire import INPUT_TYPE, split_role_suffix
 
-POLL_EVERY = 0.5
 TRIES_MALFORMED = 3
+MOST_SENDS = TRIES_MALFORMED + 2
+"""Once more where the server takes no base64, and once where it takes no modality."""
+_LARGE_REPLY = 2**20
+"""Bytes from which a reply is parsed in a thread, as it would keep the others waiting."""
+_EVERY_KIND: frozenset[Modality] = frozenset({"text", "image", "text_image"})
 
 _T = TypeVar("_T")
 _log = logging.getLogger("shared_engine")
@@ -63,27 +71,20 @@ class NimBackend:
         """Make the client and start its thread; nothing is sent yet.
 
         Raises:
-            ConfigurationError: the key would travel in the clear, or the TLS options cannot work.
+            ConfigurationError: the key would travel in the clear, or an option cannot work.
         """
         self._options = options
         self._base_url = base_url
         self._name, self._fixed_role = split_role_suffix(options.model)
-        self._spec = find(self._name)
-        kinds: frozenset[Modality] = frozenset({"text", "image", "text_image"})
-        self.modalities = kinds if self._spec is None else self._spec.modalities
-        self._headers = build_headers(options, base_url, api_key)
-        self._key = api_key
-        self._clients = build_clients(options, base_url)  # one for each place in flight
-        self._timeout = httpx.Timeout(options.timeout, pool=None)
-        self._once = Limited(Sending(self._clients, options.timeout), options.concurrency)
-        self._transport = Retrying(self._once, options.max_retries)
-        self._limits = Limits(options.max_batch_size)
-        self._encoding = "base64"
-        # Unsaid, a multimodal NIM takes a text that holds a data URL for an image.
-        self._says_text = self._spec is None or self._spec.is_multimodal
-        self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "nemoretriever-images")
-        self._succeeded = 0.0  # time.monotonic() of the last reply that was used
+        self._spec: ModelSpec | None = find(self._name)
         self._served: str | None = self._name if is_hosted(base_url) else None
+        self._client = NimClient(options, base_url, api_key)
+        self._limits = BatchLimits(options.max_batch_size)
+        self._encoding = "base64"
+        self._sends_modality = True
+        self._width: int | None = None
+        self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "nemoretriever-images")
+        self._succeeded = 0.0  # time.monotonic() of the last valid reply
         self._asking = asyncio.Lock()
         self._lock = threading.RLock()  # reentrant, as a finalizer may close us anywhere
         self._closed = False
@@ -95,13 +96,23 @@ class NimBackend:
         self._thread.start()
 
     @property
+    def modalities(self) -> frozenset[Modality]:
+        """Kinds of input of the model; all of them where only the server knows."""
+        return self._spec.modalities if self._spec and self._is_settled else _EVERY_KIND
+
+    @property
     def description(self) -> str:
         """The model's name and the server's address."""
         return f"{self._served or self._name} at {self._base_url}"
 
     @property
     def fingerprint(self) -> str:
-        """A digest of address and model: what the server computes with is not known."""
+        """A digest of address and model: what the server computes with is not known.
+
+        Asks the server for the name of the model where none was given.
+        """
+        if not self._is_settled:
+            self._start(self._find_model()).result()
         name = self._spec.name if self._spec else self._name
         return hashlib.sha256(f"{self._base_url} {name}".encode()).hexdigest()[:16]
 
@@ -114,6 +125,26 @@ class NimBackend:
             )
         return self._start(self._embed(request))
 
+    def probe_width(self) -> int:
+        """Return the length of a full vector; asks for one where none has come yet.
+
+        Raises:
+            RemoteError, EngineClosedError: as `submit`.
+        """
+        if self._width is None:
+            request = Request([Document("?")], self._fixed_role or "query")
+            self._width = int(self.submit(request).result().shape[1])
+        return self._width
+
+    def list_models(self) -> list[str]:
+        """Return the names that the server serves models under.
+
+        Raises:
+            RemoteError: it does not say.
+            EngineClosedError: `close` was called.
+        """
+        return self._start(self._list_models()).result()
+
     def wait_until_ready(self, timeout: float) -> None:
         """Return when the server says that it is ready; NVIDIA's catalogue always is.
 
@@ -122,17 +153,20 @@ class NimBackend:
             RemoteError: it has no such path, or does not let us ask.
         """
         if not is_hosted(self._base_url):
-            self._start(self._ready(timeout)).result()
+            self._start(self._client.wait_until_ready(timeout)).result()
 
     def close(self, cancel: bool = False, wait: bool = True) -> None:
-        """Finish what was accepted, or cancel it, then close the connections and the thread."""
+        """Finish what was accepted, or cancel it, then close the connections and the thread.
+
+        Closing again does what the first time did not: cancel, or wait.
+        """
         with self._lock:
-            first, self._closed = not self._closed, True
+            is_first, self._closed = not self._closed, True
             calls = list(self._calls)
         if cancel:
             for call in calls:
                 call.cancel()
-        if first:
+        if is_first:
             asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
         if wait and threading.current_thread() is not self._thread:
             self._thread.join()
@@ -158,18 +192,18 @@ class NimBackend:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*tasks, return_exceptions=True)
         try:
-            for client in set(self._clients):
-                await client.aclose()
+            await self._client.aclose()
+            await self._loop.shutdown_default_executor()
         finally:
             self._encoders.shutdown(wait=False, cancel_futures=True)
             self._loop.stop()
 
     async def _embed(self, request: Request) -> NDArray[np.float32]:
-        call = Call(request, self._encode, self._spec.hidden_size if self._spec else 0)
+        call = Dispatch(request, self._encode, self._spec.hidden_size if self._spec else 0)
         deadline = self._options.deadline
         try:
             async with asyncio.timeout(deadline) as running:
-                await self._work(call)
+                await self._run(call)
         except TimeoutError:
             if not running.expired():  # a RequestTimeoutError
                 raise
@@ -180,27 +214,29 @@ class NimBackend:
 
     def _encode(self, document: Document) -> asyncio.Future[bytes]:
         urls = self._options.image_urls
-        return self._loop.run_in_executor(self._encoders, lambda: protocol.encoded(document, urls))
+        return self._loop.run_in_executor(
+            self._encoders, lambda: protocol.encode_input(document, urls)
+        )
 
-    async def _work(self, call: Call) -> None:
+    async def _run(self, call: Dispatch) -> None:
         documents = len(call.request.documents)
         if not documents:
             return
-        model = await self._model()
+        model = await self._find_model()
         has_images = any(document.image is not None for document in call.request.documents)
         batches = documents if has_images else -(-documents // self._limits.inputs)
         most = min(2 * self._options.concurrency, batches)
         if most == 1 or self._options.concurrency == 1:
-            return await self._worker(call, model)
+            return await self._send_batches(call, model)
         async with asyncio.TaskGroup() as group:  # twice, as some wait for their next attempt
             for _ in range(most):
-                group.create_task(self._worker(call, model))
+                group.create_task(self._send_batches(call, model))
 
-    async def _worker(self, call: Call, model: str) -> None:
+    async def _send_batches(self, call: Dispatch, model: str) -> None:
         while (batch := await call.next_batch(self._limits)) is not None:
             started = time.monotonic()
             try:
-                await self._try(call, batch, model)
+                await self._send_batch(call, batch, model)
             except MalformedResponseError as exc:
                 if batch.malformed + 1 < TRIES_MALFORMED:
                     _log.info("%s; asking again", exc)
@@ -213,170 +249,156 @@ class NimBackend:
             except NeMoRetrieverError as exc:
                 self._give_up(call, batch, exc, started)
             except Exception as exc:
-                error = EngineError(f"sending failed: {exc!r}")
+                error = EngineError(f"sending failed: {self._client.mask(repr(exc))}")
                 error.__cause__ = exc
                 call.fail(batch, error)
 
-    def _give_up(self, call: Call, batch: Batch, error: NeMoRetrieverError, started: float) -> None:
+    def _give_up(
+        self, call: Dispatch, batch: RequestBatch, error: NeMoRetrieverError, started: float
+    ) -> None:
         """Fail a batch after its last attempt, and with it the call if nothing else succeeds."""
         call.fail(batch, error)
         if self._succeeded < started:
             call.stopped = error
 
-    async def _try(self, call: Call, batch: Batch, model: str) -> None:
-        encoding, says_text = self._encoding, self._says_text and batch.modality == "text"
-        response = await self._send(self._embeddings_request(call.request, batch, model, encoding))
+    async def _send_batch(self, call: Dispatch, batch: RequestBatch, model: str) -> None:
+        """Send a batch once, and do what the reply says."""
+        request, encoding = call.request, self._encoding
+        has_modality = batch.has_images or self._takes_modality
+        response = await self._post(request, batch, model, encoding, has_modality)
         if response.is_success:
-            reply = protocol.parse(response.content, len(batch.rows), call.request.dimensions)
+            reply = await self._parse(response, len(batch.rows), request.dimensions)
             call.deliver(batch, reply.vectors, reply.tokens)
             self._succeeded = time.monotonic()
             self._limits.passed = max(self._limits.passed, batch.size)
+            if request.dimensions is None:
+                self._width = reply.vectors.shape[1]
             return
-        said = self._refusal(response)
-        one_input = said.one_input or (batch.has_images and said.unexplained)
-        if encoding == "base64" and said.about("encoding_format"):
+        error_reply = self._client.read_error(response)
+        if encoding == "base64" and error_reply.is_about("encoding_format"):
             _log.info("the server sends no base64; asking for floats from now on")
             self._encoding = "float"
             call.send_again(batch)
-        elif says_text and said.about("modality"):
+            return
+        if has_modality and not batch.has_images and error_reply.is_about("modality"):
             _log.info("the server takes no modality; leaving it out with texts from now on")
-            self._says_text = False
+            self._sends_modality = False
             call.send_again(batch)
-        elif one_input and len(batch.rows) > 1:
-            call.send_again(*batch.apart(said.position))
-        elif said.too_large and len(batch.rows) > 1:
-            self._shrink(batch, said)
-            call.send_again(*batch.halves())
-        else:
-            error = protocol.error(response, said, batch.has_images)
-            if response.status_code in RETRIED:
-                raise error
-            call.fail(batch, error)
-            if not (one_input or said.too_large) or (said.unexplained and call.is_hopeless):
-                call.stopped = error  # the others would be refused as well
+            return
+        is_splittable = len(batch.rows) > 1
+        if error_reply.is_too_large and error_reply.position is None and is_splittable:
+            self._shrink(batch, error_reply)
+            call.send_again(*batch.split())
+            return
+        blames_one = error_reply.blames_one_input or error_reply.is_too_large
+        if not blames_one and error_reply.may_blame_one_input:
+            blames_one = await call.is_request_accepted(
+                batch, lambda probe: self._probe(request, probe, model)
+            )
+        if blames_one and is_splittable:
+            call.send_again(*batch.isolate(error_reply.position))
+            return
+        error = protocol.build_error(response, error_reply, batch.has_images)
+        if is_retried(response.status_code):
+            raise error
+        call.fail(batch, error)
+        if not blames_one:
+            call.stopped = error  # the others would be refused as well
 
-    def _shrink(self, batch: Batch, said: protocol.Refusal) -> None:
-        if said.by_count:
+    async def _probe(self, request: Request, batch: RequestBatch, model: str) -> bool:
+        """Whether the server takes an input that nothing is wrong with, sent as the others are."""
+        has_modality = batch.has_images or self._takes_modality
+        try:
+            response = await self._post(request, batch, model, self._encoding, has_modality)
+        except NeMoRetrieverError:
+            return True  # not refused, at least
+        return not self._client.read_error(response).may_blame_one_input
+
+    async def _parse(
+        self, response: httpx.Response, n: int, dimensions: int | None
+    ) -> protocol.Reply:
+        content = response.content
+        try:
+            if len(content) < _LARGE_REPLY:
+                return protocol.parse_reply(content, n, dimensions)
+            return await asyncio.to_thread(protocol.parse_reply, content, n, dimensions)
+        except MalformedResponseError as exc:
+            exc.args = (self._client.mask(str(exc)),)
+            exc.detail = self._client.mask(exc.detail)
+            raise
+
+    def _shrink(self, batch: RequestBatch, reply: protocol.ErrorReply) -> None:
+        if reply.is_about_count:
             self._limits.inputs = min(self._limits.inputs, len(batch.rows) // 2)
         else:
             self._limits.shrink_below(batch.size)
         _log.info("too large for the server: %d inputs, %d bytes", len(batch.rows), batch.size)
 
-    def _refusal(self, response: httpx.Response) -> protocol.Refusal:
-        said = protocol.refusal(response)
-        if self._key is not None:  # some servers quote it
-            said = said._replace(detail=said.detail.replace(self._key.get_secret_value(), "***"))
-        return said
+    @property
+    def _is_settled(self) -> bool:
+        """Whether it is known which model the vectors are of."""
+        return self._options.is_model_given or self._served is not None
 
-    def _embeddings_request(
-        self, request: Request, batch: Batch, model: str, encoding: str
-    ) -> httpx.Request:
+    @property
+    def _takes_modality(self) -> bool:
+        """Whether to say that a text is one; a multimodal NIM takes some for images otherwise."""
+        is_known_text_model = self._spec is not None and not self._spec.is_multimodal
+        return self._sends_modality and not is_known_text_model
+
+    async def _post(
+        self, request: Request, batch: RequestBatch, model: str, encoding: str, has_modality: bool
+    ) -> httpx.Response:
         fields = {
             "model": model,
             "input_type": INPUT_TYPE[request.role],
             "encoding_format": encoding,
             "truncate": request.truncate,
             "dimensions": request.dimensions,
-            "modality": batch.modality if batch.has_images or self._says_text else None,
+            "modality": batch.modality if has_modality else None,
             "user": self._options.user,
         }
-        content = protocol.body(fields, batch.inputs)
-        out = self._request("POST", f"{self._base_url}/embeddings", content)
-        out.extensions["urgent"] = request.role == "query"
-        return out
-
-    def _request(self, method: str, url: str, content: bytes | None = None) -> httpx.Request:
-        headers = self._headers
-        return self._clients[0].build_request(
-            method, url, content=content, headers=headers, timeout=self._timeout
+        width = protocol.MOST_VALUES if self._spec is None else self._spec.hidden_size
+        width = max(width, request.dimensions or 0)
+        return await self._client.post_embeddings(
+            protocol.build_body(fields, batch.inputs),
+            protocol.bound_reply(len(batch.rows), width),
+            urgent=request.role == "query",
         )
 
-    async def _send(self, request: httpx.Request) -> httpx.Response:
-        response = await self._exchange(self._transport, request)
-        if response.status_code != 202:
-            return response
-        try:
-            async with asyncio.timeout(self._options.timeout) as running:
-                return await self._poll(response)
-        except TimeoutError:
-            if not running.expired():
-                raise
-            raise RequestTimeoutError(
-                f"the catalogue had no result after {self._options.timeout} s", status=202
-            ) from None
-
-    async def _poll(self, response: httpx.Response) -> httpx.Response:
-        """Ask the catalogue for the reply that it owes."""
-        while response.status_code == 202:
-            owed = response.headers.get("nvcf-reqid")
-            if owed is None or not is_hosted(self._base_url):
-                raise MalformedResponseError("the server replied 202, not with vectors", status=202)
-            await asyncio.sleep(POLL_EVERY)
-            request = self._request("GET", POLLING + quote(owed, safe=""))
-            response = await self._exchange(self._transport, request)
-        return response
-
-    async def _exchange(
-        self, transport: httpx.AsyncBaseTransport, request: httpx.Request
-    ) -> httpx.Response:
-        try:
-            return await transport.handle_async_request(request)
-        except (httpx.TimeoutException, TimeoutError):
-            error: NeMoRetrieverError = RequestTimeoutError(
-                f"no reply from {self._base_url} within timeout={self._options.timeout} s"
-            )
-        except httpx.TransportError as exc:
-            why = str(exc) or type(exc).__name__
-            error = ConnectionFailedError(f"no connection to {self._base_url}: {why}")
-        except httpx.RequestError as exc:
-            error = MalformedResponseError(f"the reply cannot be read: {exc}")
-        raise error  # here, as httpx's own errors hold the request and so the key
-
-    async def _model(self) -> str:
+    async def _find_model(self) -> str:
         async with self._asking:
             if self._served is None:
-                response = await self._send(self._request("GET", f"{self._base_url}/models"))
-                self._served = self._choose(protocol.models(response))
+                listed = protocol.list_models(await self._client.get_models())
+                self._served = self._match_served_model(listed)
         return self._served
 
-    def _choose(self, listed: dict[str, str | None]) -> str:
-        """Return the name under which the server serves the model.
+    async def _list_models(self) -> list[str]:
+        response = await self._client.get_models()
+        if not response.is_success:
+            raise protocol.build_error(response, self._client.read_error(response))
+        return list(protocol.list_models(response))
+
+    def _match_served_model(self, listed: dict[str, str | None]) -> str:
+        """Return the name under which the server serves the model; what it lists may be nothing.
+
+        Where no model was asked for, the only one that it serves is taken.
 
         Raises:
-            ModelNotFoundError: the only model it serves is known to be another one.
+            ModelNotFoundError: it serves others.
         """
         names = [self._name, *(self._spec.names if self._spec else ())]
         by_root = [name for name, root in listed.items() if root in names]
         for name in [*(name for name in names if name in listed), *by_root]:
             return name
-        if len(listed) != 1:
+        if not listed:
             return self._name
-        (only,) = listed
-        if self._spec is not None and find(only) is not None:
-            raise ModelNotFoundError(
-                f"{self._base_url} serves {only}, not {self._name}; give model={only!r}"
-            )
-        _log.warning("%s serves only %r; using it for %r", self._base_url, only, self._name)
-        return only
-
-    async def _ready(self, seconds: float) -> None:
-        url = f"{self._base_url}/health/ready"
-        last = "no reply"
-        try:
-            async with asyncio.timeout(seconds):
-                while True:
-                    try:
-                        response = await self._exchange(self._once, self._request("GET", url))
-                    except NeMoRetrieverError as exc:
-                        last = str(exc)
-                    else:
-                        if response.is_success:
-                            return
-                        last = f"status {response.status_code}"
-                        if response.status_code not in RETRIED:
-                            raise protocol.error(response, self._refusal(response))
-                    await asyncio.sleep(min(1.0, seconds / 20))
-        except TimeoutError:
-            raise RequestTimeoutError(
-                f"{self._base_url} was not ready within {seconds} s: {last}"
-            ) from None
+        if len(listed) == 1 and not self._options.is_model_given:
+            (only,) = listed
+            _log.info("no model= was given; using the only one of %s: %r", self._base_url, only)
+            self._spec = find(only)
+            self._name = only
+            return only
+        some = ", ".join(f"{name:.100}" for name in list(listed)[:20])
+        raise ModelNotFoundError(
+            f"{self._base_url} serves {some}, not {self._name}; give one of them as model="
+        )

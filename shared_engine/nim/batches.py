@@ -1,16 +1,17 @@
 """One caller's documents on their way to a NIM: which are sent together, and what came of each.
 
-Policy only: nothing is sent here, and one event loop uses it. Images are encoded a few ahead of
-their batch, in another's threads, and let go when their batch is answered.
+Policy only: nothing is sent here, and one event loop uses it. Images are encoded in threads of the
+backend, a few before their batch is made, and dropped when it is answered.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,20 +25,17 @@ from shared_engine.errors import (
     NeMoRetrieverError,
     combine_errors,
 )
-from shared_engine.nim.protocol import encoded
+from shared_engine.nim.protocol import PROBES, encode_input
 
 IMAGES_AHEAD = 8
 """Images of one call that are encoded before there is a batch for them."""
 MOST_HELD = 128 * 2**20
-"""Bytes of a call's batches without an answer from which no further batch is made."""
-_HOPELESS = 8
-"""Inputs that fail before any succeeds, from which the others are not tried."""
-
+"""Bytes of a call's batches without a reply, from which on no further batch is made."""
 Encode = Callable[[Document], "asyncio.Future[bytes]"]
 
 
 @dataclass
-class Limits:
+class BatchLimits:
     """The most that one request may hold; learned from what the server takes and refuses."""
 
     inputs: int
@@ -52,7 +50,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Batch:
+class RequestBatch:
     """Documents of one modality that go into one request."""
 
     rows: tuple[int, ...]
@@ -61,7 +59,7 @@ class Batch:
     """What is sent for each."""
     modality: Modality
     malformed: int = 0
-    """Replies to it that could not be believed."""
+    """Replies to it that were not valid."""
 
     @property
     def size(self) -> int:
@@ -73,30 +71,32 @@ class Batch:
         """Whether its inputs are images, alone or with a text."""
         return self.modality != "text"
 
-    def halves(self) -> tuple[Batch, Batch]:
+    def split(self) -> tuple[RequestBatch, RequestBatch]:
         """Return the shorter inputs and the longer ones, where a single culprit most often is."""
         by_size = sorted(range(len(self.rows)), key=lambda i: len(self.inputs[i]))
         middle = len(by_size) // 2
-        return self.only(by_size[:middle]), self.only(by_size[middle:])
+        return self.select(by_size[:middle]), self.select(by_size[middle:])
 
-    def apart(self, position: int | None) -> tuple[Batch, Batch]:
-        """Return the input at `position` and the others, or halves if no such one is known."""
-        if position is None or position >= len(self.rows):
-            return self.halves()
-        return self.only([position]), self.only([i for i in range(len(self.rows)) if i != position])
+    def isolate(self, position: int | None) -> tuple[RequestBatch, RequestBatch]:
+        """Return the input at `position` and the others, or halves if there is no such one."""
+        if position is None or not 0 <= position < len(self.rows):
+            return self.split()
+        return self.select([position]), self.select(
+            [i for i in range(len(self.rows)) if i != position]
+        )
 
-    def only(self, positions: list[int]) -> Batch:
+    def select(self, positions: list[int]) -> RequestBatch:
         """Return some of its inputs, in their order in the caller's list."""
         chosen = sorted(positions)
         rows = tuple(self.rows[i] for i in chosen)
-        return Batch(rows, tuple(self.inputs[i] for i in chosen), self.modality)
+        return RequestBatch(rows, tuple(self.inputs[i] for i in chosen), self.modality)
 
 
-class Call:
-    """A request's rows: waiting, in a batch, or finished."""
+class Dispatch:
+    """A request's rows on their way: waiting, in a batch, or finished."""
 
     def __init__(self, request: Request, encode: Encode, width: int = 0) -> None:
-        """Line the rows up; `encode` does in a thread what `nim_wire.encoded` does.
+        """Queue the rows; `encode` does in a thread what `encode_input` does.
 
         `width` is the length of a vector, or 0 where no one knows yet.
         """
@@ -106,25 +106,26 @@ class Call:
         """Why nothing more is sent, if so."""
         documents = request.documents
         self._rows = deque(sorted(range(len(documents)), key=lambda row: documents[row].modality))
-        self._ready: deque[Batch] = deque()
+        self._ready: deque[RequestBatch] = deque()
         self._ahead: dict[int, asyncio.Future[bytes]] = {}
         self._building = asyncio.Lock()
         self._held = 0
+        self._probes: dict[Modality, asyncio.Future[bool]] = {}
         self._answered = asyncio.Event()
         self._vectors: NDArray[np.float32] | None = None
         self._width = width
         self._errors: dict[int, NeMoRetrieverError] = {}
         self._unfinished = set(range(len(documents)))
 
-    async def next_batch(self, limits: Limits) -> Batch | None:
-        """Return the next inputs to send, or None where all were given out."""
+    async def next_batch(self, limits: BatchLimits) -> RequestBatch | None:
+        """Return the next inputs to send, or None where none are left."""
         if not self._ready:
             async with self._building:  # one after the other, so that batches are full
                 while self._rows and not self._ready and self.stopped is None:
                     await self._build(limits)
         return self._ready.popleft() if self._ready and self.stopped is None else None
 
-    async def _build(self, limits: Limits) -> None:
+    async def _build(self, limits: BatchLimits) -> None:
         while self._held > MOST_HELD:
             self._answered.clear()
             await self._answered.wait()
@@ -137,28 +138,28 @@ class Call:
             row = self._rows[0]
             if documents[row].modality != modality:
                 break
-            item = await self._item(row)
+            item = await self._get_input(row)
             size += 0 if item is None else len(item) + 1
             if rows and size > limits.size:
                 break
             self._rows.popleft()
             self._ahead.pop(row, None)
             if item is None:
-                self._finished((row,))
+                self._count_finished((row,))
             else:
                 rows.append(row)
                 inputs.append(item)
         if rows:
-            batch = Batch(tuple(rows), tuple(inputs), modality)
+            batch = RequestBatch(tuple(rows), tuple(inputs), modality)
             self._held += batch.size
             self._ready.append(batch)
 
-    async def _item(self, row: int) -> bytes | None:
+    async def _get_input(self, row: int) -> bytes | None:
         """Return what is sent for a row, or None where that failed and its error is kept."""
         documents = self.request.documents
         try:
             if documents[row].image is None:
-                return encoded(documents[row])
+                return encode_input(documents[row])
             for other in islice(self._rows, IMAGES_AHEAD):
                 if other not in self._ahead and documents[other].image is not None:
                     self._ahead[other] = self._encode(documents[other])
@@ -166,20 +167,21 @@ class Call:
         except NeMoRetrieverError as exc:
             self._errors[row] = exc
         except Exception as exc:
-            self._errors[row] = error = EngineError(f"it cannot be sent: {exc!r}")
+            self._errors[row] = error = EngineError(f"the image cannot be sent: {exc!r}")
             error.__cause__ = exc
         return None
 
     def close(self) -> None:
-        """Drop the images that were encoded ahead of a batch that never came."""
-        for coming in self._ahead.values():
-            coming.cancel()  # if it has failed already, asyncio will not complain of it either
+        """Drop the images that were encoded for batches that are not made any more."""
+        unfinished: list[asyncio.Future[Any]] = [*self._ahead.values(), *self._probes.values()]
+        for future in unfinished:
+            future.cancel()  # if it has failed already, asyncio will not complain of it either
 
-    def send_again(self, *batches: Batch) -> None:
+    def send_again(self, *batches: RequestBatch) -> None:
         """Put batches before all others."""
-        self._ready.extend(batch for batch in batches if batch.rows)
+        self._ready.extendleft(reversed(batches))
 
-    def deliver(self, batch: Batch, vectors: NDArray[np.float32], tokens: int) -> None:
+    def deliver(self, batch: RequestBatch, vectors: NDArray[np.float32], tokens: int) -> None:
         """Take the vectors of a batch.
 
         Raises:
@@ -195,24 +197,38 @@ class Call:
         self._vectors[list(batch.rows)] = vectors
         if self.request.on_usage and tokens:
             self.request.on_usage(tokens)
-        self._let_go(batch)
+        self._release(batch)
 
-    def fail(self, batch: Batch, error: NeMoRetrieverError) -> None:
+    def fail(self, batch: RequestBatch, error: NeMoRetrieverError) -> None:
         """Take the error of a batch."""
         self._errors.update(dict.fromkeys(batch.rows, error))
-        self._let_go(batch)
+        self._release(batch)
 
     @property
-    def is_hopeless(self) -> bool:
-        """Whether several inputs failed and none succeeded, so that the others would fail too."""
-        return self._vectors is None and len(self._errors) >= _HOPELESS
+    def has_vectors(self) -> bool:
+        """Whether the server took some of the inputs."""
+        return self._vectors is not None
 
-    def _let_go(self, batch: Batch) -> None:
+    async def is_request_accepted(
+        self, batch: RequestBatch, send: Callable[[RequestBatch], Awaitable[bool]]
+    ) -> bool:
+        """Whether inputs are at fault where a batch is refused, rather than all of the request.
+
+        Where none was taken yet, one that nothing is wrong with is sent, once for each modality.
+        """
+        if self.has_vectors or len(self.request.documents) == 1:
+            return self.has_vectors
+        if batch.modality not in self._probes:
+            probe = RequestBatch((-1,), (PROBES[batch.modality],), batch.modality)
+            self._probes[batch.modality] = asyncio.ensure_future(send(probe))
+        return await asyncio.shield(self._probes[batch.modality])
+
+    def _release(self, batch: RequestBatch) -> None:
         self._held -= batch.size
         self._answered.set()
-        self._finished(batch.rows)
+        self._count_finished(batch.rows)
 
-    def _finished(self, rows: tuple[int, ...]) -> None:
+    def _count_finished(self, rows: tuple[int, ...]) -> None:
         self._unfinished.difference_update(rows)
         if self.request.on_progress:
             self.request.on_progress(len(rows))

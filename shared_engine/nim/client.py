@@ -1,24 +1,219 @@
-"""What every request to a NIM has in common: headers, the key, trust and proxies."""
+"""The HTTP of a NIM: one httpx client, what each request carries, and errors that are ours."""
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
+import re
 import ssl
+from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from pydantic import SecretStr
 
 from shared_engine._version import __version__
-from shared_engine.endpoints import is_safe_for_keys
+from shared_engine.endpoints import (
+    POLLING,
+    Address,
+    check_header,
+    is_hosted,
+    is_private,
+    is_safe_for_keys,
+    parse_address,
+)
 from shared_engine.errors import (
     ConfigurationError,
+    ConnectionFailedError,
+    MalformedResponseError,
+    MissingExtraError,
+    NeMoRetrieverError,
+    RequestTimeoutError,
 )
-from shared_engine.nim.connection import KEEP_ALIVE, Connection
+from shared_engine.nim import protocol
+from shared_engine.nim.reading import MOST_BYTES
+from shared_engine.nim.transport import Limited, Retrying, Sending, is_retried
 from shared_engine.options import Options
 
+KEEP_ALIVE = 30.0
+"""Seconds that an idle connection is kept."""
+POLL_EVERY = 0.5
+MOST_LISTED = 4 * 2**20
+"""Bytes of a reply that holds no vectors, such as the list of models."""
+_SECRET_NAME = re.compile(r"auth|key|token|secret|password|cookie", re.IGNORECASE)
+_SHORTEST_SECRET = 4
 
-def build_headers(options: Options, base_url: str, api_key: SecretStr | None) -> httpx.Headers:
+
+class NimClient:
+    """Sends requests to one server; belongs to one event loop, but for the constructor."""
+
+    def __init__(self, options: Options, base_url: str, api_key: SecretStr | None) -> None:
+        """Make the httpx client; nothing is sent yet.
+
+        Raises:
+            ConfigurationError: a header that cannot be sent, a key that would travel in the clear,
+                or TLS or proxy options that cannot work.
+            MissingExtraError: a SOCKS proxy, without the package for it.
+        """
+        self.base_url = base_url
+        self._timeout = options.timeout
+        self._headers = build_headers(options, api_key)
+        self._proxy = None if options.http_client else options.proxy or find_proxy(base_url)
+        guarded = urlsplit(base_url).scheme == "http" and not options.allow_insecure_key
+        guarded = guarded and any(map(_SECRET_NAME.search, self._headers))
+        if guarded:
+            self._refuse_exposed_key(options.proxy)
+        self._client = build_client(options, self._proxy)
+        check_peer = None if self._proxy or not guarded else self._check_peer
+        self._once = Limited(
+            Sending(self._client, options.timeout, check_peer), options.concurrency
+        )
+        self._transport = Retrying(self._once, options.max_retries)
+        self._secrets = list_secrets({**self._client.headers, **self._headers}.items())
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    def mask(self, text: str) -> str:
+        """Return a text without the values of headers that were sent, which some servers quote."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def read_error(self, response: httpx.Response) -> protocol.ErrorReply:
+        """Return what is known of a reply that is no success."""
+        return protocol.read_error(response, self.mask)
+
+    async def post_embeddings(
+        self, content: bytes, most_bytes: int, urgent: bool = False
+    ) -> httpx.Response:
+        """Return the reply to a request for vectors, whatever its status.
+
+        Raises:
+            RemoteError: there is no reply, or none that can be read.
+        """
+        request = self._build_request("POST", f"{self.base_url}/embeddings", most_bytes, content)
+        request.extensions["urgent"] = urgent
+        return await self._send(request)
+
+    async def get_models(self) -> httpx.Response:
+        """Return the reply to `GET /v1/models`; raises as `post_embeddings` does."""
+        return await self._send(self._build_request("GET", f"{self.base_url}/models"))
+
+    async def wait_until_ready(self, seconds: float) -> None:
+        """Return when the server says that it is ready.
+
+        Raises:
+            RequestTimeoutError: it did not within so many seconds.
+            RemoteError: it has no such path, or does not let us ask.
+        """
+        last = "no reply"
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    request = self._build_request("GET", f"{self.base_url}/health/ready")
+                    try:
+                        response = await self._exchange(self._once, request)
+                    except NeMoRetrieverError as exc:
+                        last = str(exc)
+                    else:
+                        if response.is_success:
+                            return
+                        last = f"status {response.status_code}"
+                        if not is_retried(response.status_code):
+                            raise protocol.build_error(response, self.read_error(response))
+                    await asyncio.sleep(min(1.0, seconds / 20))
+        except TimeoutError:
+            raise RequestTimeoutError(
+                f"{self.base_url} was not ready within {seconds} s: {last}"
+            ) from None
+
+    def _build_request(
+        self, method: str, url: str, most_bytes: int = MOST_LISTED, content: bytes | None = None
+    ) -> httpx.Request:
+        # A turn in the queue of requests in flight may last, so the pool's own wait has no limit.
+        timeout = httpx.Timeout(self._timeout, pool=None)
+        request = self._client.build_request(
+            method, url, content=content, headers=self._headers, timeout=timeout
+        )
+        request.extensions[MOST_BYTES] = most_bytes
+        return request
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        response = await self._exchange(self._transport, request)
+        if response.status_code != 202:
+            return response
+        try:
+            async with asyncio.timeout(self._timeout) as running:
+                return await self._poll(response, request.extensions[MOST_BYTES])
+        except TimeoutError:
+            if not running.expired():
+                raise
+            raise RequestTimeoutError(
+                f"the catalogue had no result after {self._timeout} s", status=202
+            ) from None
+
+    async def _poll(self, response: httpx.Response, most_bytes: int) -> httpx.Response:
+        """Ask the catalogue for the reply that it owes."""
+        while response.status_code == 202:
+            owed = response.headers.get("nvcf-reqid")
+            if owed is None or not is_hosted(self.base_url):
+                raise MalformedResponseError("the server replied 202, not with vectors", status=202)
+            await asyncio.sleep(POLL_EVERY)
+            request = self._build_request("GET", POLLING + quote(owed, safe=""), most_bytes)
+            response = await self._exchange(self._transport, request)
+        return response
+
+    async def _exchange(
+        self, transport: httpx.AsyncBaseTransport, request: httpx.Request
+    ) -> httpx.Response:
+        """Send; the one place where errors of httpx become ours."""
+        way = f" through the proxy {describe_proxy(self._proxy)}" if self._proxy else ""
+        try:
+            return await transport.handle_async_request(request)
+        except (httpx.TimeoutException, TimeoutError):
+            error: NeMoRetrieverError = RequestTimeoutError(
+                f"no reply from {self.base_url}{way} within timeout={self._timeout} s"
+            )
+        except httpx.TransportError as exc:
+            why = self.mask(str(exc))[:300] or type(exc).__name__
+            error = ConnectionFailedError(f"no connection to {self.base_url}{way}: {why}")
+        except httpx.RequestError as exc:
+            error = MalformedResponseError(f"the reply cannot be read: {type(exc).__name__}")
+        raise error  # here, as httpx's own errors hold the request and so the key
+
+    def _refuse_exposed_key(self, given_proxy: str | None) -> None:
+        if not is_safe_for_keys(self.base_url):
+            where = f"unencrypted to {self.base_url}"
+        elif self._proxy and not given_proxy:
+            where = f"unencrypted through {describe_proxy(self._proxy)}, the environment's proxy"
+        elif self._proxy and not is_safe_for_keys(self._proxy):
+            where = f"unencrypted to the proxy {describe_proxy(self._proxy)}"
+        else:
+            return
+        raise ConfigurationError(
+            f"the key would travel {where}; use https, or, where the network is trusted, "
+            "allow_insecure_key=True"
+        )
+
+    def _check_peer(self, peer: str) -> None:
+        address = parse_address(peer)
+        if address is not None and not is_private(address):
+            raise ConfigurationError(
+                f"the key would travel unencrypted to {peer}, where {self.base_url} is; use https, "
+                "or, where the network is trusted, allow_insecure_key=True"
+            )
+
+
+def build_headers(options: Options, api_key: SecretStr | None) -> httpx.Headers:
+    """Return the headers of every request.
+
+    Raises:
+        ConfigurationError: one cannot be sent.
+    """
     headers = httpx.Headers(
         {
             "accept": "application/json",
@@ -28,44 +223,101 @@ def build_headers(options: Options, base_url: str, api_key: SecretStr | None) ->
         }
     )
     if api_key is not None:
-        headers["authorization"] = f"Bearer {api_key.get_secret_value()}"
-    headers.update(options.default_headers)
-    if "authorization" in headers and not (
-        options.allow_insecure_key or is_safe_for_keys(base_url)
-    ):
-        raise ConfigurationError(
-            f"the key would travel unencrypted to {base_url}; use https, or, where the network is "
-            "trusted, allow_insecure_key=True"
-        )
+        key = api_key.get_secret_value()
+        check_header("authorization", key, "the key")
+        headers["authorization"] = f"Bearer {key}"
+    for name, value in options.default_headers.items():
+        check_header(name, value, "default_headers=")
+        headers[name] = value
     return headers
 
 
-def build_clients(options: Options, base_url: str) -> list[httpx.AsyncClient]:
-    places = range(options.concurrency)
+def list_secrets(headers: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the values of headers that an error must not show, the longest first.
+
+    >>> list_secrets({"authorization": "Bearer abcde", "accept": "text/html", "x-a": "b"}.items())
+    ['Bearer abcde', 'abcde']
+    """
+    public = {"accept", "accept-encoding", "connection", "content-type", "user-agent"}
+    values = {value for name, value in headers if name.lower() not in public}
+    values |= {value.partition(" ")[2] for value in values}
+    return sorted((v for v in values if len(v) >= _SHORTEST_SECRET), key=len, reverse=True)
+
+
+def build_client(options: Options, proxy: str | None) -> httpx.AsyncClient:
+    """Return the client that the options ask for, or that they bring along.
+
+    Raises:
+        ConfigurationError: the options cannot work.
+        MissingExtraError: a SOCKS proxy, without the package for it.
+    """
     if options.http_client is not None:
         client = options.http_client()
         if not isinstance(client, httpx.AsyncClient):
             raise ConfigurationError(
                 f"http_client made a {type(client).__name__}; expected an httpx.AsyncClient"
             )
-        return [client for _ in places]
-    trust = _trust(options.verify_ssl)
-    if options.proxy is None and not _is_proxied(base_url):
-        return [httpx.AsyncClient(transport=Connection(trust)) for _ in places]
-    limits = httpx.Limits(max_keepalive_connections=1, keepalive_expiry=KEEP_ALIVE)
+        return client
+    trust = _load_trust(options.verify_ssl)
+    limits = httpx.Limits(
+        max_connections=None,  # as many as there are requests in flight
+        max_keepalive_connections=options.concurrency,
+        keepalive_expiry=KEEP_ALIVE,
+    )
     try:
-        return [httpx.AsyncClient(verify=trust, proxy=options.proxy, limits=limits) for _ in places]
-    except ValueError as exc:
-        raise ConfigurationError(f"the proxy cannot be used: {exc}") from None
+        transport = httpx.AsyncHTTPTransport(verify=trust, proxy=proxy, limits=limits)
+    except ImportError as exc:
+        raise MissingExtraError(
+            f"the proxy {describe_proxy(proxy)} needs a package more: pip install 'httpx[socks]'"
+        ) from exc
+    except (ValueError, httpx.InvalidURL):
+        raise ConfigurationError(
+            f"the proxy {describe_proxy(proxy)} cannot be used; expected http://host:port, "
+            "https://host:port or socks5://host:port"
+        ) from None
+    return httpx.AsyncClient(transport=transport, trust_env=False)
 
 
-def _is_proxied(base_url: str) -> bool:
-    """Whether the environment names a proxy for the address."""
-    url = httpx.URL(base_url)
-    return bool(getproxies().keys() & {url.scheme, "all"}) and not proxy_bypass(url.host)
+def find_proxy(base_url: str) -> str | None:
+    """Return the proxy that the environment names for an address, if it names one.
+
+    This machine is never asked for through a proxy; `no_proxy` may hold names and networks.
+    """
+    parts = urlsplit(base_url)
+    host = parts.hostname or ""
+    proxies = getproxies()
+    found = proxies.get(parts.scheme) or proxies.get("all")
+    if not found or host.rstrip(".").split(".")[-1] == "localhost":
+        return None
+    address = parse_address(host)
+    if address is not None and (address.is_loopback or _is_listed(address, proxies.get("no", ""))):
+        return None
+    if proxy_bypass(parts.netloc) or proxy_bypass(host):
+        return None
+    return found if "://" in found else f"http://{found}"
 
 
-def _trust(verify_ssl: bool | str) -> ssl.SSLContext:
+def _is_listed(address: Address, networks: str) -> bool:
+    for item in networks.split(","):
+        try:
+            if address in ipaddress.ip_network(item.strip().strip("[]"), strict=False):
+                return True
+        except ValueError:  # a name
+            continue
+    return False
+
+
+def describe_proxy(proxy: str | None) -> str:
+    """Return scheme, host and port of a proxy: it may hold a password.
+
+    >>> describe_proxy("http://user:hunter2@proxy:3128")
+    'http://proxy:3128'
+    """
+    parts = urlsplit(proxy or "")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
+def _load_trust(verify_ssl: bool | str) -> ssl.SSLContext:
     if isinstance(verify_ssl, bool):
         return httpx.create_ssl_context(verify=verify_ssl)
     path = Path(verify_ssl).expanduser()

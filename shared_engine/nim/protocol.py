@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import httpx
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pybase64 import b64decode
 
 from shared_engine import images
-from shared_engine.documents import Document
+from shared_engine.documents import Document, Modality
 from shared_engine.errors import (
     AuthenticationError,
     ImageTooLargeError,
@@ -35,10 +35,29 @@ from shared_engine.errors import (
     ServerError,
     UnsupportedDimensionsError,
 )
-from shared_engine.nim.transport import retry_after
+from shared_engine.nim.transport import read_retry_after
 from shared_engine.wire import read_error_index
 
+_WHITE = (  # a PNG of 64 x 64 pixels
+    b"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAAlC+aJAAAAS0lEQVR42u3PMQ"
+    b"0AAAwDoPo33UrYvQQckD4XAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAY"
+    b"HLAMpT0sIcNbcEAAAAAElFTkSuQmCC"
+)
+PROBES: Mapping[Modality, bytes] = {
+    "text": b'"?"',
+    "image": b'"%b"' % _WHITE,
+    "text_image": b'"?\\n%b"' % _WHITE,
+}
+"""Inputs that nothing is wrong with, as `encode_input` gives them."""
+MOST_VALUES = 16_384
+"""Values of a vector, where nobody knows how long it is."""
+_BYTES_PER_VALUE = 32
+"""The most that one needs in JSON, indented; base64 needs six, but servers choose."""
 _LONGEST_DETAIL = 1000
+_DEEPEST = 8
+"""Levels of an error's body that are looked at."""
+_NOT_AN_INPUT = frozenset({401, 402, 403, 404, 405, 407, 408, 410, 421, 425, 426, 429})
+"""Statuses of 4xx that say something of the client, the server or the way between them."""
 _TOO_LONG = (  # patterns of (tokens, limit); NIM, vLLM, text-embeddings-inference
     re.compile(
         r"length (?P<tokens>\d+) exceeds (?:the )?maximum allowed token size (?P<limit>\d+)"
@@ -56,12 +75,14 @@ _TOO_LARGE = re.compile(
 )
 
 
-def encoded(document: Document, image_urls: bool = False) -> bytes:
+def encode_input(
+    document: Document, image_urls: bool = False, most_characters: int | None = None
+) -> bytes:
     r"""Return a document as one item of `input`, in JSON: a text, a data URL, or both.
 
     An image is opened and may be converted, which takes up to seconds.
 
-    >>> encoded(Document(text="a\n"))
+    >>> encode_input(Document(text="a\n"))
     b'"a\\n"'
 
     Raises:
@@ -76,10 +97,10 @@ def encoded(document: Document, image_urls: bool = False) -> bytes:
     return b'%b\\n%b"' % (text[:-1], url)  # the separator of NVIDIA's own client
 
 
-def body(fields: Mapping[str, object], inputs: Sequence[bytes]) -> bytes:
-    """Return a request: the fields that are not None, and inputs that `encoded` gave.
+def build_body(fields: Mapping[str, object], inputs: Sequence[bytes]) -> bytes:
+    """Return a request: the fields that are not None, and inputs that `encode_input` gave.
 
-    >>> body({"model": "m", "input_type": "query", "user": None}, [b'"a"', b'"b"'])
+    >>> build_body({"model": "m", "input_type": "query", "user": None}, [b'"a"', b'"b"'])
     b'{"model":"m","input_type":"query","input":["a","b"]}'
     """
     wanted = {name: value for name, value in fields.items() if value is not None}
@@ -87,8 +108,13 @@ def body(fields: Mapping[str, object], inputs: Sequence[bytes]) -> bytes:
     return b"".join((head[:-1], b',"input":[', b",".join(inputs), b"]}"))
 
 
+def bound_reply(n: int, width: int) -> int:
+    """Return the most bytes that a reply with n vectors of `width` values may need."""
+    return 64 * 1024 + n * (1024 + width * _BYTES_PER_VALUE)
+
+
 class Reply(NamedTuple):
-    """What a server replied, once it is believed."""
+    """What a server replied, once it was checked."""
 
     vectors: NDArray[np.float32]
     """(n, d), in the order of the request."""
@@ -96,44 +122,52 @@ class Reply(NamedTuple):
     """As the server counted them; 0 if it did not say."""
 
 
-def parse(content: bytes, n: int, dimensions: int | None = None) -> Reply:
+def parse_reply(content: bytes, n: int, dimensions: int | None = None) -> Reply:
     """Return the vectors of a reply to `n` inputs, each given as floats or as base64 float32.
 
     Raises:
         MalformedResponseError: not one vector for each input, not all of one length or of
-            `dimensions`, or not all finite.
+            `dimensions`, or not all finite. It quotes nothing, but for what the server says where
+            it sent the body of an error.
     """
     try:
         reply = orjson.loads(content)
+    except ValueError:
+        raise MalformedResponseError("the reply is no JSON") from None
+    try:
         items = reply["data"]
         rows: list[Any] = [None] * n
         for item in items:
-            rows[_index(item["index"], n)] = item["embedding"]
-    except (ValueError, TypeError, KeyError, LookupError) as exc:
-        raise MalformedResponseError(f"the reply is no list of embeddings: {exc!r:.200}") from None
+            rows[_check_index(item["index"], n)] = item["embedding"]
+    except (ValueError, TypeError, KeyError, LookupError):
+        words, _ = _find_words(reply)
+        told = f": {words}" if words else ""
+        raise MalformedResponseError(
+            f"the reply is no list of embeddings{told}", detail=words
+        ) from None
     if len(items) != n or any(row is None for row in rows):
         given = sum(row is not None for row in rows)
         raise MalformedResponseError(f"the reply has {given} different vectors for {n} inputs")
     try:
-        vectors = _stacked(rows)
-    except (ValueError, TypeError) as exc:
-        raise MalformedResponseError(f"a vector of the reply cannot be read: {exc}") from None
+        vectors = _stack(rows)
+    except (ValueError, TypeError, OverflowError):
+        raise MalformedResponseError("a vector of the reply cannot be read") from None
     if dimensions is not None and vectors.shape[1] != dimensions:
         raise MalformedResponseError(
             f"expected vectors of {dimensions} values, the server sent {vectors.shape[1]}"
         )
     if not np.isfinite(vectors).all():
         raise MalformedResponseError("the reply holds NaN or infinity")
-    return Reply(vectors, _tokens(reply))
+    return Reply(vectors, _read_tokens(reply))
 
 
-def _index(index: object, n: int) -> int:
+def _check_index(index: object, n: int) -> int:
     if type(index) is not int or not 0 <= index < n:
-        raise ValueError(f"index {index!r:.50} is not in 0..{n - 1}")
+        raise ValueError("no index of an input")
     return index
 
 
-def _stacked(rows: list[Any]) -> NDArray[np.float32]:
+def _stack(rows: list[Any]) -> NDArray[np.float32]:
     if not all(isinstance(row, str) for row in rows):
         vectors = np.array(rows, np.float32)  # (n, d); ValueError where lengths differ
     else:
@@ -146,13 +180,13 @@ def _stacked(rows: list[Any]) -> NDArray[np.float32]:
     return vectors
 
 
-def _tokens(reply: Mapping[str, Any]) -> int:
+def _read_tokens(reply: Mapping[str, Any]) -> int:
     usage = reply.get("usage")
     given = usage.get("total_tokens", usage.get("prompt_tokens")) if isinstance(usage, dict) else 0
     return given if type(given) is int and given > 0 else 0
 
 
-class Refusal(NamedTuple):
+class ErrorReply(NamedTuple):
     """What is known of a reply that is not a success."""
 
     status: int
@@ -160,20 +194,24 @@ class Refusal(NamedTuple):
     """The server's own words."""
     location: tuple[object, ...] = ()
     """The path to the field at fault, if the server names it: ("body", "dimensions")."""
+    request_id: str | None = None
+    """The server's name for the request."""
 
     @property
     def field(self) -> object:
         """The name of the field at fault."""
         return next((part for part in self.location if part != "body"), None)
 
-    def about(self, field: str) -> bool:
+    def is_about(self, field: str) -> bool:
         """Whether a field of the request is what the server does not take."""
-        return self.status in (400, 422) and (
-            self.field == field if self.location else field in self.detail
-        )
+        if self.status not in (400, 422):
+            return False
+        if self.location:
+            return self.field == field
+        return field in self.detail and "image" not in self.detail.lower()
 
     @property
-    def too_large(self) -> bool:
+    def is_too_large(self) -> bool:
         """Whether a smaller batch may pass."""
         return self.status == 413 or (
             self.status in (400, 422)
@@ -182,33 +220,31 @@ class Refusal(NamedTuple):
         )
 
     @property
-    def by_count(self) -> bool:
+    def is_about_count(self) -> bool:
         """Whether it was too large by the number of inputs rather than by bytes."""
         return _BATCH.search(self.detail.lower()) is not None
 
     @property
-    def one_input(self) -> bool:
+    def blames_one_input(self) -> bool:
         """Whether one of the inputs is at fault, so that the others pass without it."""
         if self.tokens_and_limit is not None or self.position is not None:
             return True
-        return self.status in (400, 422) and self.field == "input" and not self.too_large
+        return self._is_input_status and self.field == "input" and not self.is_too_large
 
     @property
-    def unexplained(self) -> bool:
-        """Whether only its words tell what is wrong with the request: an unreadable image, say."""
-        return (
-            self.status in (400, 422)
-            and not (self.location or self.too_large or self.about("dimensions"))
-            and self.tokens_and_limit is None
+    def may_blame_one_input(self) -> bool:
+        """Whether an input may be at fault, or the request whatever its inputs are."""
+        return self._is_input_status and not (
+            self.location or self.is_too_large or self.is_about("dimensions")
         )
 
     @property
     def position(self) -> int | None:
         """Which of the inputs is at fault, if the server says."""
-        if self.status not in (400, 413, 422) or self.field != "input":
+        if not self._is_input_status or self.field != "input":
             return None
         part = self.location[self.location.index("input") + 1 :][:1]
-        return part[0] if part and type(part[0]) is int else None
+        return part[0] if part and type(part[0]) is int and part[0] >= 0 else None
 
     @property
     def tokens_and_limit(self) -> tuple[int, int] | None:
@@ -221,51 +257,75 @@ class Refusal(NamedTuple):
                 return int(given.get("tokens") or 0), int(given.get("limit") or 0)
         return None
 
+    @property
+    def _is_input_status(self) -> bool:
+        return 400 <= self.status < 500 and self.status not in _NOT_AN_INPUT
 
-def refusal(response: httpx.Response) -> Refusal:
+
+def read_error(
+    response: httpx.Response, mask: Callable[[str], str] = lambda text: text
+) -> ErrorReply:
     """Read the words of a server from a reply in any of the shapes that NIMs and gateways use.
 
-    >>> def words(**body): return refusal(httpx.Response(400, json=body)).detail
+    `mask` takes out of a text what nobody may read.
+
+    >>> def words(**body): return read_error(httpx.Response(400, json=body)).detail
     >>> words(error="Input length 9 exceeds maximum allowed token size 8")
     'Input length 9 exceeds maximum allowed token size 8'
     >>> words(error={"message": "no such model"}), words(detail=[{"msg": "bad", "loc": ["body"]}])
     ('no such model', 'bad')
     >>> words(status=429, title="Too Many Requests")
     'Too Many Requests'
-    >>> refusal(httpx.Response(400, json={"object": "error", "message": "Invalid.", "detail": {
-    ...     "type": "extra_forbidden", "loc": ["body", "dimensions"], "msg": "Not permitted"}}))
-    Refusal(status=400, detail='Invalid. Not permitted', location=('body', 'dimensions'))
-    >>> refusal(httpx.Response(413, json={"error": "too large", "index": 2})).position
+    >>> read_error(httpx.Response(400, json={"object": "error", "message": "Invalid.", "detail": {
+    ...     "type": "extra_forbidden", "loc": ["body", "dimensions"], "msg": "Not permitted"}}))[:3]
+    (400, 'Invalid. Not permitted', ('body', 'dimensions'))
+    >>> read_error(httpx.Response(413, json={"error": "too large", "index": 2})).position
     2
     """
     try:
-        content = response.json()
+        content = orjson.loads(response.content)
     except ValueError:
-        return Refusal(response.status_code, _short(response.text))
+        content = None
+    words, location = _find_words(content, mask)
+    if not words:
+        words = _shorten(mask(response.content.decode(errors="replace")))
+    ids = (response.headers.get(name) for name in ("nvcf-reqid", "x-request-id"))
+    request_id = next((_shorten(mask(value))[:100] for value in ids if value), None)
+    return ErrorReply(response.status_code, words, location, request_id)
+
+
+def _find_words(
+    content: object, mask: Callable[[str], str] = lambda text: text
+) -> tuple[str, tuple[object, ...]]:
     words: list[str] = []
-    location: list[tuple[object, ...]] = []
-    _collect(content, words, location)
+    locations: list[tuple[object, ...]] = []
+    _collect(content, words, locations)
     if (index := read_error_index(content)) is not None:  # as our own server says it
-        location.append(("body", "input", index))
-    detail = " ".join(dict.fromkeys(words)) or response.text
-    return Refusal(response.status_code, _short(detail), location[0] if location else ())
+        locations.append(("body", "input", index))
+    detail = _shorten(mask(" ".join(dict.fromkeys(words))))
+    return detail, locations[0] if locations else ()
 
 
-def _collect(part: object, words: list[str], location: list[tuple[object, ...]]) -> None:
+def _collect(
+    part: object, words: list[str], locations: list[tuple[object, ...]], depth: int = 0
+) -> None:
+    if depth > _DEEPEST:
+        return
     if isinstance(part, str):
         words.append(part.strip())
     elif isinstance(part, list):
         for item in part[:5]:
-            _collect(item, words, location)
+            _collect(item, words, locations, depth + 1)
     elif isinstance(part, dict):
         if isinstance(part.get("loc"), list):
-            location.append(tuple(part["loc"]))
+            locations.append(tuple(part["loc"]))
         for name in ("title", "message", "msg", "error", "detail"):
-            _collect(part.get(name), words, location)
+            _collect(part.get(name), words, locations, depth + 1)
 
 
-def _short(text: str) -> str:
-    text = " ".join(text.split())
+def _shorten(text: str) -> str:
+    text = " ".join(text[: 20 * _LONGEST_DETAIL].split())
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= _LONGEST_DETAIL else text[:_LONGEST_DETAIL] + "..."
 
 
@@ -274,57 +334,66 @@ _BY_STATUS: Mapping[int, tuple[type[RemoteError], str]] = {
           "NVIDIA_API_KEY"),
     403: (PermissionDeniedError, "the key may not use this model"),
     404: (ModelNotFoundError, "the server has no such model or path; see GET /v1/models"),
+    407: (AuthenticationError, "the proxy wants another user name or password"),
     408: (RequestTimeoutError, "the server gave up on the request"),
     413: (PayloadTooLargeError, "the request is too large, even with one input"),
     429: (RateLimitError, "the server wants fewer requests"),
 }  # fmt: skip
 
 
-def error(response: httpx.Response, said: Refusal, has_image: bool = False) -> NeMoRetrieverError:
-    """Return the error of a reply that is not a success."""
-    if (lengths := said.tokens_and_limit) is not None:
+def build_error(
+    response: httpx.Response, reply: ErrorReply, has_image: bool = False
+) -> NeMoRetrieverError:
+    """Return the error of a reply that is no success; `reply` is what `read_error` gave for it."""
+    if (lengths := reply.tokens_and_limit) is not None:
         tokens, limit = lengths
         return InputTooLongError(
-            f"is too long for the server ({said.detail}); split it, or choose what "
+            f"is too long for the server ({reply.detail}); split it, or choose what "
             'is cut with truncate="START" or "END"',
             tokens=tokens,
             limit=limit,
         )
-    if said.about("dimensions"):
-        return UnsupportedDimensionsError(f"the server refuses the dimensions: {said.detail}")
-    if said.too_large and has_image:
+    if reply.is_about("dimensions"):
+        return UnsupportedDimensionsError(f"the server refuses the dimensions: {reply.detail}")
+    if reply.is_too_large and has_image:
         return ImageTooLargeError(
-            f"has an image that is too large for the server ({said.status}): {said.detail}"
+            f"has an image that is too large for the server ({reply.status}): {reply.detail}"
         )
-    kind, meaning = _BY_STATUS.get(said.status, (InvalidRequestError, "the server refuses this"))
-    if said.status >= 500:
+    kind, meaning = _BY_STATUS.get(reply.status, (InvalidRequestError, "the server refuses this"))
+    if reply.status >= 500:
         kind, meaning = ServerError, "the server failed"
-    elif said.too_large:
+    elif reply.is_too_large:
         kind, meaning = _BY_STATUS[413]
-    elif 300 <= said.status < 400:
-        target = httpx.URL(response.headers.get("location", "")).copy_with(query=None)
+    elif 300 <= reply.status < 400:
+        target = _find_target(response)
         kind, meaning = InvalidRequestError, f"the server redirects to {target}; set base_url to it"
-    ids = (response.headers.get(name) for name in ("nvcf-reqid", "x-request-id"))
-    request_id = next((value for value in ids if value), None)
-    words = f"{meaning} ({said.status}): {said.detail}"
-    if request_id:
-        words += f" [request {request_id}]"
-    out = kind(words, status=said.status, detail=said.detail, request_id=request_id)
+    words = f"{meaning} ({reply.status}): {reply.detail}"
+    if reply.request_id:
+        words += f" [request {reply.request_id}]"
+    out = kind(words, status=reply.status, detail=reply.detail, request_id=reply.request_id)
     if isinstance(out, RateLimitError):
-        out.retry_after = retry_after(response.headers)
+        out.retry_after = read_retry_after(response.headers)
     return out
 
 
-def models(response: httpx.Response) -> dict[str, str | None]:
+def _find_target(response: httpx.Response) -> str:
+    try:
+        url = httpx.URL(response.headers["location"])
+    except (KeyError, httpx.InvalidURL):
+        return "nowhere"
+    return f"{url.scheme}://{url.netloc.decode()}" if url.host else "another path"
+
+
+def list_models(response: httpx.Response) -> dict[str, str | None]:
     """Return the ids that `/v1/models` lists, each with its `root`; none where it cannot.
 
-    >>> models(httpx.Response(200, json={"data": [{"id": "mine", "root": "nvidia/m"}]}))
+    >>> list_models(httpx.Response(200, json={"data": [{"id": "mine", "root": "nvidia/m"}]}))
     {'mine': 'nvidia/m'}
-    >>> models(httpx.Response(404))
+    >>> list_models(httpx.Response(404))
     {}
     """
     try:
-        items = response.json()["data"] if response.is_success else []
+        items = orjson.loads(response.content)["data"] if response.is_success else []
         return {item["id"]: item.get("root") for item in items if isinstance(item["id"], str)}
     except (ValueError, TypeError, LookupError, AttributeError):
         return {}

@@ -1,6 +1,6 @@
 """How requests to a NIM are sent: again where that can help, and fewer at once when asked to.
 
-    Retrying ─► Limited ─► Sending ─► httpx clients ─► nim_connection.py
+    Retrying ─► Limited ─► Sending ─► httpx.AsyncClient
 
 Each is an httpx transport around the next, so nothing above knows of retries, and a request that
 waits for its next attempt holds none of the places in flight. All of it runs in one event loop.
@@ -12,20 +12,33 @@ import asyncio
 import heapq
 import logging
 import random
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import count
+from typing import Any
 
 import httpx
 
+from shared_engine.nim.reading import read_reply
+
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 30.0
-"""Seconds; also the most that a `Retry-After` is believed."""
-RETRIED = frozenset({408, 429, 500, 502, 503, 504})
-TOO_MANY = frozenset({429, 503})
-_NEVER_BETTER = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
+"""Seconds; also the most that a `Retry-After` may ask for."""
+TOO_MANY = frozenset({429, 503, 529})
+_NEVER_BETTER = (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.ProxyError)
+_CLOSED = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.CloseError)
 
 _log = logging.getLogger("shared_engine")
+
+
+def is_retried(status: int) -> bool:
+    """Whether the same request may get another reply later.
+
+    >>> [is_retried(status) for status in (200, 400, 404, 408, 429, 500, 507, 529)]
+    [False, False, False, True, True, True, True, True]
+    """
+    return status in (408, 429) or status >= 500
 
 
 def wait_before_retry(
@@ -56,7 +69,7 @@ def wait_before_retry(
         again = again and not isinstance(outcome, _NEVER_BETTER)
         again = again and "CERTIFICATE_VERIFY_FAILED" not in str(outcome)
     else:
-        again = outcome in RETRIED
+        again = is_retried(outcome)
     if not again:
         return None
     backoff = min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt)
@@ -66,15 +79,15 @@ def wait_before_retry(
     return min(LONGEST_WAIT, retry_after + chance * min(backoff, retry_after) / 4)
 
 
-def retry_after(headers: httpx.Headers, now: datetime | None = None) -> float | None:
+def read_retry_after(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
     """Return the seconds of a `Retry-After` header, given as seconds or as a date.
 
-    >>> retry_after(httpx.Headers({"retry-after": "1.5"}))
+    >>> read_retry_after(httpx.Headers({"retry-after": "1.5"}))
     1.5
     >>> at = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
-    >>> retry_after(httpx.Headers({"retry-after": "Sat, 21 Nov 2026 12:00:07 GMT"}), at)
+    >>> read_retry_after(httpx.Headers({"retry-after": "Sat, 21 Nov 2026 12:00:07 GMT"}), at)
     7.0
-    >>> retry_after(httpx.Headers({"retry-after": "soon"})) is None
+    >>> read_retry_after(httpx.Headers({"retry-after": "soon"})) is None
     True
     """
     value = headers.get("retry-after", "").strip()
@@ -83,7 +96,7 @@ def retry_after(headers: httpx.Headers, now: datetime | None = None) -> float | 
     except ValueError:
         try:
             date = parsedate_to_datetime(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         date = date if date.tzinfo else date.replace(tzinfo=UTC)
         seconds = (date - (now or datetime.now(UTC))).total_seconds()
@@ -91,23 +104,68 @@ def retry_after(headers: httpx.Headers, now: datetime | None = None) -> float | 
 
 
 class Sending(httpx.AsyncBaseTransport):
-    """Sends through the client used last, and reads the whole reply within `timeout` seconds.
+    """Sends through a client, and reads the whole reply within `timeout` seconds.
 
-    There is a client for each place in flight, and each keeps one connection.
+    A kept connection that turns out to be closed is no failure of the request: it is sent again
+    over another, until a new one. Each such connection had brought a reply before, so at most as
+    many requests are sent in excess as got one.
     """
 
-    def __init__(self, clients: list[httpx.AsyncClient], timeout: float | None) -> None:
-        self._free = list(clients)
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        timeout: float | None,
+        check_peer: Callable[[str], None] | None = None,
+    ) -> None:
+        """Take the client; `check_peer` is given the address of each new connection.
+
+        What it raises ends the request before anything was sent.
+        """
+        self._client = client
         self._timeout = timeout
+        self._check_peer = check_peer
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send once; a redirect is a reply like any other, so a key goes to no other host."""
-        client = self._free.pop()
-        try:
-            async with asyncio.timeout(self._timeout):  # httpx bounds each read, not their sum
-                return await client.send(request, follow_redirects=False)
-        finally:
-            self._free.append(client)
+        """Send; a redirect is a reply like any other, so a key goes to no other host."""
+        async with asyncio.timeout(self._timeout):  # httpx bounds each read, not their sum
+            while True:
+                connection = _Connection(self._check_peer)
+                request.extensions["trace"] = connection.follow
+                try:
+                    response = await self._client.send(request, stream=True, follow_redirects=False)
+                except _CLOSED:
+                    if not connection.is_reused:
+                        raise
+                    continue
+                try:
+                    return await read_reply(response, request)
+                finally:
+                    await response.aclose()
+
+
+class _Connection:
+    """What httpcore tells of the connection that a request goes over."""
+
+    def __init__(self, check_peer: Callable[[str], None] | None) -> None:
+        self.is_reused = False
+        self._is_new = False
+        self._check_peer = check_peer
+
+    async def follow(self, event: str, info: Mapping[str, Any]) -> None:
+        """Take an event of httpcore's: "connection.connect_tcp.complete" and its kind."""
+        _, _, step = event.partition(".")
+        if step == "connect_tcp.complete":
+            self._is_new = True
+            stream = info["return_value"]
+            peer = stream.get_extra_info("server_addr")
+            try:
+                if self._check_peer is not None and peer is not None:
+                    self._check_peer(str(peer[0]))
+            except BaseException:
+                await stream.aclose()  # nobody else has it yet
+                raise
+        elif step == "send_request_headers.started":
+            self.is_reused = not self._is_new
 
 
 class Limited(httpx.AsyncBaseTransport):
@@ -190,7 +248,7 @@ class Retrying(httpx.AsyncBaseTransport):
             wait = self._wait(attempt, outcome)
             if wait is None:
                 break
-            _log.info("%s; attempt %d follows in %.1f s", _summary(outcome), attempt + 2, wait)
+            _log.info("%s; attempt %d follows in %.1f s", _summarize(outcome), attempt + 2, wait)
             await asyncio.sleep(wait)
         if isinstance(outcome, Exception):
             raise outcome
@@ -200,12 +258,14 @@ class Retrying(httpx.AsyncBaseTransport):
         chance = random.random()
         if isinstance(outcome, Exception):
             return wait_before_retry(attempt, self._max_retries, outcome, chance=chance)
-        asked = retry_after(outcome.headers)
+        asked = read_retry_after(outcome.headers)
         status = outcome.status_code
         return wait_before_retry(attempt, self._max_retries, status, asked, chance)
 
 
-def _summary(outcome: httpx.Response | Exception) -> str:
+def _summarize(outcome: httpx.Response | Exception) -> str:
     if isinstance(outcome, httpx.Response):
         return f"the server replied {outcome.status_code}"
+    if isinstance(outcome, httpx.ProtocolError):  # its words quote what the server sent
+        return type(outcome).__name__
     return f"{type(outcome).__name__}: {outcome}"

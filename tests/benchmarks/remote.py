@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import json
 import multiprocessing
 import os
@@ -35,7 +34,8 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-MODEL = "nvidia/llama-nemotron-embed-1b-v2"
+from tests.support.nim import MODEL, encode_vector, write_models, write_reply
+
 WIDTH = 2048
 DIFFERENT = 64
 Run = Callable[[list[str]], Sequence[Sequence[float]]]
@@ -53,24 +53,14 @@ def row_of(text: str) -> int:
 
 def serve(address: Connection, latency: float) -> None:
     """Answer with vectors made beforehand, so that the server's own work stays small."""
-    values = {
-        "base64": [json.dumps(base64.b64encode(row.tobytes()).decode()) for row in table()],
-        "float": [json.dumps([float(f"{x:.7g}") for x in row.tolist()]) for row in table()],
-    }
-    items = {encoding: [row.encode() for row in rows] for encoding, rows in values.items()}
-    usage = b'],"model":"m","usage":{"prompt_tokens":9,"total_tokens":9}}'
+    items = {name: [encode_vector(row, name) for row in table()] for name in ("base64", "float")}
 
-    def reply(body: dict[str, Any]) -> list[bytes]:
+    def reply(body: dict[str, Any]) -> bytes:
         if not body:
-            return [json.dumps({"data": [{"id": MODEL}]}).encode()]
+            return write_models([MODEL])
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
         rows = items[body.get("encoding_format", "float")]
-        out = [b'{"object":"list","data":[']
-        for i, text in enumerate(texts):
-            comma = b"," if i else b""
-            out.append(comma + b'{"object":"embedding","index":%d,"embedding":' % i)
-            out += rows[row_of(text)], b"}"
-        return [*out, usage]
+        return write_reply(enumerate(rows[row_of(text)] for text in texts), tokens=len(texts))
 
     async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -80,9 +70,8 @@ def serve(address: Connection, latency: float) -> None:
                 length = head.partition("content-length: ")[2].partition("\r\n")[0]
                 body = json.loads(await reader.readexactly(int(length))) if length else {}
                 out = reply(body)
-                length = sum(map(len, out))
                 head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d"
-                content = b"".join([head % length, b"\r\n\r\n", *out])
+                content = head % len(out) + b"\r\n\r\n" + out
                 if body:
                     await asyncio.sleep(latency - time.perf_counter() + started)
                 writer.write(content)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import copy
 import gc
-import json
 import logging
 import os
 import pickle
@@ -16,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,65 +36,27 @@ from shared_engine import (
     Options,
     PartialResultError,
     PayloadTooLargeError,
+    PermissionDeniedError,
     RateLimitError,
     RequestTimeoutError,
     UnsupportedDimensionsError,
     count_tokens,
 )
 from shared_engine.endpoints import HOSTED
-from shared_engine.registry import choose
-from tests.support.faulty_nim import WIDTH, FaultyNim, vectors
+from shared_engine.nim import NimBackend
+from shared_engine.routing import select_backend
+from tests.support.faulty_nim import FaultyNim
+from tests.support.nim import MODEL, WIDTH, Nim, vectors
+from tests.support.nim import answer as write
 
 KEY = "nvapi-this-is-secret"
-MODEL = "nvidia/llama-nemotron-embed-1b-v2"
 TEXTS = [f"text {i}" for i in range(230)]
-Answer = Callable[[httpx.Request, dict[str, Any]], httpx.Response | None]
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NVIDIA_API_KEY", raising=False)
     monkeypatch.delenv("NVIDIA_BASE_URL", raising=False)
-
-
-def embedding(body: dict[str, Any]) -> httpx.Response:
-    """Answer as a NIM does."""
-    width = body.get("dimensions", WIDTH)
-    rows = vectors(body["input"], body["input_type"])[:, :width]
-    encode = body["encoding_format"] == "base64"
-    data = [
-        {"index": i, "embedding": base64.b64encode(r.tobytes()).decode() if encode else r.tolist()}
-        for i, r in enumerate(rows)
-    ]
-    return httpx.Response(200, json={"data": data, "usage": {"total_tokens": len(rows)}})
-
-
-class Nim:
-    """A server in this process that keeps what it was sent."""
-
-    def __init__(self, answer: Answer | None = None, models: tuple[str, ...] = (MODEL,)) -> None:
-        self.requests: list[httpx.Request] = []
-        self.bodies: list[dict[str, Any]] = []
-        self._answer = answer
-        self._models = models
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.requests.append(request)
-        body = json.loads(request.content) if request.content else {}
-        given = self._answer(request, body) if self._answer else None
-        if given is not None:
-            return given
-        if request.method == "GET":
-            return httpx.Response(200, json={"data": [{"id": name} for name in self._models]})
-        self.bodies.append(body)
-        return embedding(body)
-
-    def client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(transport=httpx.MockTransport(self))
-
-    def embedder(self, **options: Any) -> Embedder:
-        options = {"base_url": "http://nim:8000", "model": MODEL, **options}
-        return Embedder(Options(http_client=self.client, max_retries=0, **options))
 
 
 # What is sent
@@ -230,20 +189,75 @@ def test_floats_are_asked_for_from_then_on_where_base64_is_refused() -> None:
         (MODEL, [MODEL, "other"], MODEL),
         ("llama-nemotron-embed-1b-v2", [MODEL, "other"], MODEL),
         (MODEL, ["nvidia/llama-3.2-nv-embedqa-1b-v2"], "nvidia/llama-3.2-nv-embedqa-1b-v2"),
-        (MODEL, ["prod-embed"], "prod-embed"),
-        (MODEL, ["a", "b"], MODEL),
         (MODEL, [], MODEL),
         ("ours/custom", ["ours/custom", "b"], "ours/custom"),
-        ("ours/custom", ["served-as"], "served-as"),
+        (None, [MODEL, "other"], MODEL),
+        (None, ["prod-embed"], "prod-embed"),
+        (None, ["nvidia/llama-nemotron-embed-vl-1b-v2"], "nvidia/llama-nemotron-embed-vl-1b-v2"),
+        (None, [], MODEL),
     ],
 )
-def test_the_served_name_is_found_at_first_use(model: str, listed: list[str], sent: str) -> None:
+def test_the_served_name_is_found_at_first_use(
+    model: str | None, listed: list[str], sent: str
+) -> None:
     nim = Nim(models=(*listed, *listed))  # the catalogue lists some twice
-    with nim.embedder(model=model) as engine:
+    given = {} if model is None else {"model": model}
+    with Embedder(Options(base_url="http://nim", http_client=nim.client, **given)) as engine:
         engine.embed(["a"])
         engine.embed(["a"])
     assert [body["model"] for body in nim.bodies] == [sent, sent]
     assert sum(request.method == "GET" for request in nim.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "listed"),
+    [
+        (MODEL, ["prod-embed"]),
+        (MODEL, ["a", "b"]),
+        (MODEL, ["nvidia/llama-3.2-nemoretriever-300m-embed-v2"]),
+        ("ours/custom", ["served-as"]),
+        (None, ["a", "b"]),
+    ],
+)
+def test_a_model_that_is_not_served_is_not_replaced(model: str | None, listed: list[str]) -> None:
+    nim = Nim(models=tuple(listed))
+    given = {} if model is None else {"model": model}
+    engine = Embedder(Options(base_url="http://nim", http_client=nim.client, **given))
+    with engine, pytest.raises(ModelNotFoundError, match=", ".join(listed)):
+        engine.embed(["a"])
+    assert nim.bodies == []
+
+
+def test_a_model_that_nobody_named_is_known_once_the_server_named_it() -> None:
+    served = "nvidia/llama-nemotron-embed-vl-1b-v2"
+    keys = []
+    for models in ((served,), ("prod-embed",), (MODEL,)):
+        nim = Nim(models=models)
+        options = Options(base_url="http://nim", http_client=nim.client, dimensions=WIDTH)
+        with Embedder(options) as engine:
+            assert "image" in engine.modalities
+            keys.append(engine.cache_key("document"))
+            assert engine.description.startswith(models[0])
+            assert ("image" in engine.modalities) is (models[0] != MODEL)
+            engine.embed(["a"])
+            assert ("modality" in nim.bodies[0]) is (models[0] != MODEL)
+    assert len(set(keys)) == 3
+
+
+def test_the_server_lists_its_models() -> None:
+    nim = Nim(models=(MODEL, "other"))
+    backend = NimBackend(Options(http_client=nim.client), "http://nim/v1")
+    assert backend.list_models() == [MODEL, "other"]
+    backend.close()
+    backend.close()
+    with pytest.raises(EngineClosedError):
+        backend.list_models()
+    refusing = Nim(lambda r, _: httpx.Response(403, json={"detail": "not you"}))
+    backend = NimBackend(Options(http_client=refusing.client), "http://nim/v1")
+    with pytest.raises(PermissionDeniedError, match="not you"):
+        backend.list_models()
+    backend.close(wait=False)
+    backend.close(cancel=True)
 
 
 def test_a_listed_root_names_the_model() -> None:
@@ -256,12 +270,6 @@ def test_a_listed_root_names_the_model() -> None:
     with nim.embedder() as engine:
         engine.embed(["a"])
     assert nim.bodies[0]["model"] == "mine"
-
-
-def test_another_model_is_not_used_in_silence() -> None:
-    nim = Nim(models=("nvidia/llama-3.2-nemoretriever-300m-embed-v2",))
-    with nim.embedder() as engine, pytest.raises(ModelNotFoundError, match="300m"):
-        engine.embed(["a"])
 
 
 def test_a_server_that_lists_nothing_is_asked_for_the_name_as_it_is() -> None:
@@ -414,26 +422,24 @@ def test_readiness_is_waited_for() -> None:
 
 
 def test_which_engine_runs_is_decided_by_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(Options()).base_url is None
-    assert choose(Options(api_key=KEY)).base_url == HOSTED
-    assert choose(Options(nvidia_api_key=KEY)).base_url == HOSTED
-    assert choose(Options(api_key=KEY, base_url="http://nim")).base_url == "http://nim/v1"
+    assert select_backend(Options()).base_url is None
+    assert select_backend(Options(api_key=KEY)).base_url == HOSTED
+    assert select_backend(Options(nvidia_api_key=KEY)).base_url == HOSTED
+    assert select_backend(Options(api_key=KEY, base_url="http://nim")).base_url == "http://nim/v1"
     monkeypatch.setenv("NVIDIA_API_KEY", KEY)
-    assert choose(Options()).base_url is None, "a key that lies around switches nothing"
-    assert choose(Options(base_url=HOSTED)).api_key.get_secret_value() == KEY
+    assert select_backend(Options()).base_url is None, "a key that lies around switches nothing"
+    assert select_backend(Options(base_url=HOSTED)).api_key.get_secret_value() == KEY
     monkeypatch.setenv("NVIDIA_BASE_URL", "http://env:1")
-    assert choose(Options()).base_url == "http://env:1/v1"
-    chosen = choose(
+    assert select_backend(Options()).base_url == "http://env:1/v1"
+    chosen = select_backend(
         Options(base_url="http://a", nvidia_base_url="http://b", api_key="a", nvidia_api_key="b")
     )
     assert (chosen.base_url, chosen.api_key.get_secret_value()) == ("http://b/v1", "b")
-    with pytest.raises(ConfigurationError, match="checkpoint"):
-        choose(Options(checkpoint="/folder"))
 
 
 def test_the_catalogue_needs_a_key() -> None:
     with pytest.raises(ConfigurationError, match="NVIDIA_API_KEY"):
-        choose(Options(base_url=HOSTED))
+        select_backend(Options(base_url=HOSTED))
 
 
 @pytest.mark.parametrize("kind", [Options, NeMoRetrieverEmbeddings, NeMoRetrieverEmbedding])
@@ -457,9 +463,9 @@ def test_the_key_is_in_no_repr_dump_or_pickle(
         copied = pickle.loads(content)
         again = copied.options if isinstance(copied, Embedder) else copied
         with pytest.raises(ConfigurationError, match="Pickled options leave it out"):
-            choose(again)
+            select_backend(again)
         monkeypatch.setenv("NVIDIA_API_KEY", "another")
-        assert choose(again).api_key.get_secret_value() == "another"
+        assert select_backend(again).api_key.get_secret_value() == "another"
         monkeypatch.delenv("NVIDIA_API_KEY")
     assert copy.deepcopy(options).api_key.get_secret_value() == KEY
     assert options.model_copy().api_key.get_secret_value() == KEY
@@ -548,9 +554,9 @@ def test_the_catalogue_is_polled_for_what_it_owes() -> None:
         assert str(request.url) == "https://api.nvcf.nvidia.com/v2/nvcf/pexec/status/a%2Fb"
         assert request.headers["authorization"] == f"Bearer {KEY}"
         polls = sum(one.method == "GET" for one in nim.requests)
-        return (
-            embedding(owed[0]) if polls > 1 else httpx.Response(202, headers={"nvcf-reqid": "a/b"})
-        )
+        if polls > 1:
+            return httpx.Response(200, content=write(owed[0]))
+        return httpx.Response(202, headers={"nvcf-reqid": "a/b"})
 
     owed: list[dict[str, Any]] = []
     nim = Nim(answer)

@@ -1,4 +1,4 @@
-"""Replies that must not be believed, and refusals in every shape seen in the wild."""
+"""Replies that are not valid, and errors in every shape seen in the wild."""
 
 from __future__ import annotations
 
@@ -25,27 +25,21 @@ from shared_engine import (
     ServerError,
     UnsupportedDimensionsError,
 )
-from shared_engine.nim.protocol import error, parse, refusal
+from shared_engine.nim.protocol import build_error, parse_reply, read_error
+from tests.support.nim import encode_vector, write_reply
 
 ROWS = np.array([[1, 2], [3, 4], [5, 6]], "<f4")
 
 
 def reply(rows=ROWS, order=(2, 0, 1), encode=True, **extra) -> bytes:
-    data = [
-        {
-            "index": i,
-            "embedding": base64.b64encode(rows[i].tobytes()).decode()
-            if encode
-            else rows[i].tolist(),
-        }
-        for i in order
-    ]
-    return json.dumps({"data": data, **extra}).encode()
+    encoding = "base64" if encode else "float"
+    written = write_reply((i, encode_vector(rows[i], encoding)) for i in order)
+    return json.dumps(json.loads(written) | extra).encode()
 
 
 @pytest.mark.parametrize("encode", [True, False])
 def test_rows_are_put_in_order(encode: bool) -> None:
-    out = parse(reply(encode=encode, usage={"prompt_tokens": 7, "total_tokens": 7}), 3)
+    out = parse_reply(reply(encode=encode, usage={"prompt_tokens": 7, "total_tokens": 7}), 3)
     np.testing.assert_array_equal(out.vectors, ROWS)
     assert out.vectors.dtype == np.float32
     assert out.tokens == 7
@@ -53,7 +47,7 @@ def test_rows_are_put_in_order(encode: bool) -> None:
 
 @pytest.mark.parametrize("usage", [None, {}, {"total_tokens": None}, {"total_tokens": "7"}, 3])
 def test_usage_may_be_missing(usage: object) -> None:
-    assert parse(reply(usage=usage), 3).tokens == 0
+    assert parse_reply(reply(usage=usage), 3).tokens == 0
 
 
 GOOD = base64.b64encode(ROWS[0].tobytes()).decode()
@@ -78,7 +72,7 @@ GOOD = base64.b64encode(ROWS[0].tobytes()).decode()
         reply(rows=[ROWS[0], ROWS[1], np.zeros(3, "<f4")], encode=False),
         reply(rows=np.zeros((3, 0), "<f4")),
         reply(rows=np.zeros((3, 0), "<f4"), encode=False),
-        reply(rows=np.array([b"abc", b"abc", b"abc"])),
+        json.dumps({"data": [{"index": i, "embedding": "YWJj"} for i in range(3)]}).encode(),
         json.dumps({"data": [{"index": i, "embedding": "!!!"} for i in range(3)]}).encode(),
         json.dumps({"data": [{"index": i, "embedding": None} for i in range(3)]}).encode(),
         json.dumps({"data": [{"index": i, "embedding": ["x"]} for i in range(3)]}).encode(),
@@ -89,21 +83,21 @@ GOOD = base64.b64encode(ROWS[0].tobytes()).decode()
         json.dumps({"data": [{"embedding": GOOD} for i in range(3)]}).encode(),
     ],
 )
-def test_a_reply_with_anything_wrong_is_not_believed(content: bytes) -> None:
+def test_a_reply_with_anything_wrong_is_not_valid(content: bytes) -> None:
     with pytest.raises(MalformedResponseError):
-        parse(content, 3)
+        parse_reply(content, 3)
 
 
 def test_the_length_that_was_asked_for_is_checked() -> None:
-    assert parse(reply(), 3, 2).vectors.shape == (3, 2)
+    assert parse_reply(reply(), 3, 2).vectors.shape == (3, 2)
     with pytest.raises(MalformedResponseError, match="expected vectors of 4 values"):
-        parse(reply(), 3, 4)
+        parse_reply(reply(), 3, 4)
 
 
 def made(status: int, body: object, headers: dict[str, str] | None = None) -> NeMoRetrieverError:
     text = body if isinstance(body, str) else json.dumps(body)
     response = httpx.Response(status, text=text, headers=headers)
-    return error(response, refusal(response), 5)
+    return build_error(response, read_error(response), has_image=False)
 
 
 VALIDATION = {
@@ -168,7 +162,7 @@ def test_errors_are_typed_and_keep_the_servers_words(
 def test_the_length_of_a_text_and_its_limit_are_parsed(words: str, tokens: int, limit: int) -> None:
     out = made(400, {"error": words})
     assert isinstance(out, InputTooLongError)
-    assert (out.tokens, out.limit, out.index) == (tokens, limit, 5)
+    assert (out.tokens, out.limit) == (tokens, limit)
 
 
 def test_what_an_error_carries() -> None:
@@ -185,7 +179,7 @@ def test_what_an_error_carries() -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "http://nim:8000/v1/embeddings",
+        "http://nim:8000/v1/completions",
         "https://nim/embeddings",
         "https://ai.api.nvidia.com/v1/retrieval/nvidia/x",
         "https://user:hunter2@nim/v1",
@@ -217,3 +211,23 @@ def test_addresses_that_cannot_be_meant_are_refused_with_guidance(url: str) -> N
 def test_the_root_and_v1_are_one_address(url: str, expected: str) -> None:
     assert Options(base_url=url).base_url == expected
     assert Options(nvidia_base_url=url).base_url == expected
+
+
+@pytest.mark.parametrize("url", ["http://nim:8000/v1/embeddings", "http://nim:8000/v1/embeddings/"])
+def test_the_path_of_a_request_is_taken_off_with_a_warning(url: str) -> None:
+    for name in ("base_url", "nvidia_base_url"):
+        with pytest.warns(UserWarning, match="ends in /embeddings"):
+            options = Options(**{name: url})
+        assert options.base_url == "http://nim:8000/v1"
+        assert options.replace(timeout=1.0).base_url == "http://nim:8000/v1"
+
+
+@pytest.mark.parametrize("value", ["false", "False", "0", "no"])
+def test_v1_is_left_out_where_nvidias_variable_says_so(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVIDIA_APPEND_API_VERSION", value)
+    assert Options(base_url="https://gateway/embed/").base_url == "https://gateway/embed"
+    assert Options(base_url="https://gateway/").base_url == "https://gateway"
+    monkeypatch.setenv("NVIDIA_APPEND_API_VERSION", "true")
+    assert Options(base_url="https://gateway/embed/").base_url == "https://gateway/embed/v1"

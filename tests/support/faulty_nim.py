@@ -1,13 +1,8 @@
-"""A NIM on a real socket that misbehaves as told, and remembers what it answered.
-
-Its vectors depend on the text alone, so a row that is lost, swapped or made up shows.
-"""
+"""A NIM on a real socket that misbehaves as told, and remembers what it answered."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import random
 import ssl
@@ -21,21 +16,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from numpy.typing import NDArray
 
-WIDTH = 16
+from tests.support import nim
+
 FAULTS = ("429", "503", "reset", "slow", "truncated", "missing", "doubled", "nan")
-
-
-def vector(text: str, input_type: str = "passage", width: int = WIDTH) -> NDArray[np.float32]:
-    """Return the unit vector of a text in a role."""
-    seed = hashlib.sha256(f"{input_type}: {text}".encode()).digest()[:8]
-    out = np.random.default_rng(int.from_bytes(seed, "little")).standard_normal(width)
-    return (out / np.linalg.norm(out)).astype(np.float32)
-
-
-def vectors(texts: list[str], input_type: str = "passage") -> NDArray[np.float32]:
-    return np.stack([vector(text, input_type) for text in texts])
 
 
 @dataclass
@@ -150,7 +134,7 @@ class FaultyNim:
 
     async def _reply(self, writer: asyncio.StreamWriter, request: Seen) -> None:
         if request.path == "/v1/models":
-            return await _send(writer, 200, {}, _json({"object": "list", "data": self.models}))
+            return await _send(writer, 200, {}, nim.write_models(self.models))
         if request.path == "/v1/health/ready":
             return await _send(writer, 200 if self.ready else 503, {}, _json({"ready": self.ready}))
         body = request.body
@@ -192,29 +176,16 @@ class FaultyNim:
         return None
 
     def _content(self, body: dict[str, Any], fault: str | None) -> bytes:
-        width = body.get("dimensions", WIDTH)
-        rows = [vector(text, body["input_type"])[:width].copy() for text in body["input"]]
+        rows = nim.embed(body)
         if fault == "nan":
-            rows[0][0] = np.nan
-        data = [
-            {
-                "object": "embedding",
-                "index": index,
-                "embedding": base64.b64encode(row.astype("<f4").tobytes()).decode()
-                if body.get("encoding_format") == "base64"
-                else row.tolist(),
-            }
-            for index, row in enumerate(rows)
-        ]
+            rows[0][1][0] = np.nan
         if fault == "missing":
-            data = data[:-1]
+            rows = rows[:-1]
         if fault == "doubled":
-            data[-1] = data[0] if len(data) > 1 else {**data[0], "index": 1}
+            rows[-1] = rows[0] if len(rows) > 1 else (1, rows[0][1])
         if self.shuffle:
-            self._random.shuffle(data)
-        tokens = sum(len(text.split()) for text in body["input"])
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return _json({"object": "list", "data": data, "model": body["model"], "usage": usage})
+            self._random.shuffle(rows)
+        return nim.answer(body, rows)
 
 
 def _json(content: object) -> bytes:
