@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, ImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
@@ -96,6 +96,7 @@ class OpenedImage:
         return (
             self.content is not None
             and isinstance(picture, (Jpeg, PngImageFile))
+            and not ImageFile.LOAD_TRUNCATED_IMAGES  # by which the others may not go
             and picture.mode in ("1", "L", "P", "RGB")
             and not (isinstance(picture, PngImageFile) and self.content[24] > 8)  # bits of a value
             and not picture.has_transparency_data
