@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import threading
@@ -13,7 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, ImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
@@ -77,6 +78,8 @@ class OpenedImage:
     picture: Image.Image
     orientation: int
     """How EXIF says that it is turned, 1 to 8; 1 is upright."""
+    pixels: int
+    """Of the whole, also where a draft of it is decoded."""
     content: bytes | None
     """Its file; None of a caller's PIL image, which is never written to."""
 
@@ -93,6 +96,7 @@ class OpenedImage:
         return (
             self.content is not None
             and isinstance(picture, (Jpeg, PngImageFile))
+            and not ImageFile.LOAD_TRUNCATED_IMAGES  # by which the others may not go
             and picture.mode in ("1", "L", "P", "RGB")
             and not (isinstance(picture, PngImageFile) and self.content[24] > 8)  # bits of a value
             and not picture.has_transparency_data
@@ -102,13 +106,18 @@ class OpenedImage:
 
     @property
     def bytes_needed(self) -> int:
-        """About the memory that decoding takes at its peak: what is stored and what is made."""
+        """About the memory that decoding takes at its peak: what is stored and what is made.
+
+        libwebp has two canvases of 4 bytes a pixel and gives a copy. libjpeg keeps what it has read
+        of a progressive file, 2 bytes a value, however small it is drafted.
+        """
         picture = self.picture
-        width, height = picture.size
         stored = _BYTES.get(picture.mode[:4], 4) if self.content else 0
         made = 0 if self.is_plain and picture.mode in ("L", "RGB") else 4
-        extra = 12 if isinstance(picture, WebPImageFile) else 0  # two canvases and a copy
-        return width * height * (stored + made + extra)
+        read = 12 if isinstance(picture, WebPImageFile) else 0
+        if "progressive" in picture.info and self.content:
+            read = 2 * len(picture.getbands())
+        return math.prod(picture.size) * (stored + made) + self.pixels * read
 
     @contextmanager
     def load(self) -> Iterator[None]:
@@ -155,7 +164,7 @@ def open_image(content: bytes | Image.Image) -> OpenedImage:
             f"it has {width:,} x {height:,} pixels; expected at most {LONG_SIDE:,} x "
             f"{SHORT_SIDE:,}, either way round"
         )
-    return OpenedImage(picture, _find_orientation(picture), file)
+    return OpenedImage(picture, _find_orientation(picture), width * height, file)
 
 
 def _find_orientation(picture: Image.Image) -> int:

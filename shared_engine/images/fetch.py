@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from ssl import SSLContext
 from typing import Any, TypeAlias
 
@@ -67,12 +69,36 @@ class _Network(httpcore.SyncBackend):
     def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, *args: Any, **kwargs: Any
     ) -> httpcore.NetworkStream:
-        found = [str(row[4][0]) for row in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        found = _resolve(host, port, self._end - time.monotonic())
         for address in found:
             if not self._allowed(ipaddress.ip_address(address)):
                 raise ValueError(f"{host} is at {address}, which is not on the public internet")
         seconds = max(self._end - time.monotonic(), 0.001)
         return _Timed(super().connect_tcp(found[0], port, seconds, *args, **kwargs), self._end)
+
+
+def _resolve(host: str, port: int, seconds: float) -> list[str]:
+    """Return the addresses of a name, at least one.
+
+    A look-up cannot be ended, so one that takes longer is left to a thread that nobody waits for.
+    """
+    answer: Future[list[str]] = Future()
+
+    def ask() -> None:
+        try:
+            rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            answer.set_result([str(row[4][0]) for row in rows])
+        except Exception as exc:
+            answer.set_exception(exc)
+
+    threading.Thread(target=ask, name="nemoretriever-resolve", daemon=True).start()
+    try:
+        found = answer.result(max(seconds, 0))
+    except TimeoutError:
+        raise httpcore.ConnectTimeout(f"looking up {host} takes too long") from None
+    if not found:
+        raise ValueError(f"{host} has no address")
+    return found
 
 
 def is_public(address: Address) -> bool:

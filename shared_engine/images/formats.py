@@ -43,13 +43,35 @@ _FORMATS: tuple[tuple[bytes, type[ImageFile]], ...] = (
 formats, of which one runs Ghostscript."""
 
 
+_OTHERS: tuple[tuple[bytes, str], ...] = (
+    (rb"....ftyp(?:avi[fos])", "an AVIF"),
+    (rb"....ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", "a HEIC"),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000"),
+    (rb"\0\0\0\x0cJXL |\xff\x0a", "a JPEG XL"),
+)
+_NO_IMAGES: tuple[tuple[bytes, str], ...] = (
+    (rb"%PDF-", "a PDF; its pages can be images"),
+    (rb"\s*<(?:\?xml|svg|!DOCTYPE svg)", "an SVG or another XML file"),
+    (rb"\s*<(?:html|!DOCTYPE html)", "a web page"),
+)
+
+
 def find_format(data: bytes) -> type[ImageFile]:
     """Return what opens a file.
 
     Raises:
-        ValueError: it is of no format that is read.
+        ValueError: it is of no format that is read; nothing of it is quoted.
     """
     for start, plugin in _FORMATS:
         if re.match(start, data, re.DOTALL):
             return plugin
-    raise ValueError(f"it is no PNG, JPEG, WebP, GIF, TIFF or BMP: it begins {data[:12]!r}")
+    for start, name in _OTHERS:
+        if re.match(start, data, re.DOTALL):
+            raise ValueError(
+                f"it is {name}, which is not opened here; open it with Pillow, where needed with a "
+                "plug-in such as pillow-heif, and pass the PIL image"
+            )
+    for start, name in _NO_IMAGES:
+        if re.match(start, data, re.IGNORECASE):
+            raise ValueError(f"it is {name}, no PNG, JPEG, WebP, GIF, TIFF or BMP")
+    raise ValueError("it is no PNG, JPEG, WebP, GIF, TIFF or BMP")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, BinaryIO, TypeAlias
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 from urllib.request import url2pathname
 
 import pybase64
@@ -84,6 +84,12 @@ class TooLargeError(ValueError):
 _TOO_LARGE = (TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
+_QUOTED = re.compile(r"""\bb'(?:[^'\\]|\\.)*+'?|\bb"(?:[^"\\]|\\.)*+"?""")
+"""Bytes as Python prints them: some messages of Pillow's quote a file."""
+_LONG_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]{81}")
+"""What no path is, more likely than not."""
+
+
 @contextmanager
 def image_errors(source: object) -> Iterator[None]:
     """Turn whatever Pillow, the file system or the network raise into an error of this input."""
@@ -94,7 +100,8 @@ def image_errors(source: object) -> Iterator[None]:
     except Exception as exc:
         kind = ImageTooLargeError if isinstance(exc, _TOO_LARGE) else ImageError
         reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-        raise kind(f"has an image that cannot be used, {describe(source)}: {reason[:300]}") from exc
+        reason = _QUOTED.sub("...", reason)[:300]
+        raise kind(f"has an image that cannot be used, {describe(source)}: {reason}") from exc
 
 
 def describe(source: object) -> str:
@@ -108,6 +115,8 @@ def describe(source: object) -> str:
         text = text[:80].partition(",")[0] + ",..."
     elif _scheme(text) in ("http", "https"):
         text = re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", text, maxsplit=1)[0])
+    elif _LONG_BASE64.match(text):
+        return f"of {len(text):,} characters"
     return repr(text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)")
 
 
@@ -181,10 +190,14 @@ def _from_path(path: str | os.PathLike[str]) -> bytes:
 
 
 def _from_file_url(url: str) -> bytes:
-    parts = urlsplit(url)
-    if parts.netloc.lower() not in ("", "localhost"):
+    """Read what a file: URL names, or what one names that was put together without escapes."""
+    host, slash, path = url.partition("://")[2].partition("/")
+    if host.lower() not in ("", "localhost"):
         raise ValueError("it is on another host; a file: URL names a file of this one")
-    return _from_path(url2pathname(parts.path))
+    path = slash + path
+    escaped = url2pathname(re.split(r"[?#]", path, maxsplit=1)[0])
+    names = (url2pathname(path), path, escaped)
+    return _from_path(next(filter(os.path.lexists, names), escaped))
 
 
 def _from_data_url(url: str, limit: int) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import PIL
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -25,12 +25,15 @@ from tests.support.image_files import (
     GIF,
     HTML,
     JPEG,
+    PALETTE,
     PICTURE,
     PNG,
+    SECOND,
     SIDE,
     TIFF,
     USES,
     WEBP,
+    as_64,
     assert_refused,
     chunk,
     corrupt_exif,
@@ -159,11 +162,19 @@ BROKEN: dict[str, tuple[Any, type[InputError], str]] = {
     "a magic number only": (b"\xff\xd8\xff", _page, "cannot be used"),
     "BM only": (b"BM", _page, "cannot be used"),
     "html": (HTML, _page, "no PNG, JPEG"),
-    "svg": (SVG, _page, "begins b'<"),
-    "pdf": (b"%PDF-1.7\n", _page, "b'%PDF-1.7"),
-    "eps": (EPS, _page, "b'%!PS"),
+    "svg": (SVG, _page, "an SVG"),
+    "pdf": (b"%PDF-1.7\n", _page, "a PDF; its pages"),
+    "eps": (EPS, _page, "no PNG"),
     "text": (b"a page about cats", _page, "no PNG"),
-    "avif": (b"\0\0\0\x20ftypavif" + bytes(20), _page, "no PNG"),
+    "avif": (b"\0\0\0\x20ftypavif" + bytes(20), _page, "an AVIF, which is not opened here"),
+    **{
+        f"heic, {brand}": (b"\0\0\0\x18ftyp" + brand.encode(), _page, "pass the PIL image")
+        for brand in ("heic", "heix", "hevc", "mif1", "msf1")
+    },
+    "jpeg 2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(20), _page, "a JPEG 2000, which"),
+    "jpeg 2000, bare": (b"\xff\x4f\xff\x51" + bytes(20), _page, "a JPEG 2000, which"),
+    "jpeg xl": (b"\xff\x0a" + bytes(20), _page, "a JPEG XL, which"),
+    "gimp": (b"gimp xcf v011\0", _page, "no PNG"),
     "ico": (b"\0\0\1\0\1\0" + bytes(40), _page, "no PNG"),
 }
 
@@ -246,3 +257,88 @@ def test_pillow_13_calls_the_private_methods_that_are_overridden():
     with pytest.warns(Image.DecompressionBombWarning):
         TiffImageFile(BytesIO(file)).load()
     assert formats.Tiff(BytesIO(file)).getextrema() == (255, 255)
+
+
+SECRET = b"hunter2"
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(
+    "file",
+    [
+        SECRET * 9,
+        b"\x89PNG\r\n\x1a\n" + b"\0\0\0\x07" + SECRET * 9,
+        PNG[:33] + b"\0\0\0\x07" + SECRET + PNG[33:],
+        b"II*\0" + SECRET * 9,
+        b"MM\0*" + SECRET * 9,
+        b"BM" + SECRET * 9,
+        b"GIF89a" + SECRET * 9,
+        b"RIFF" + SECRET[:4] + b"WEBP" + SECRET * 9,
+        b"\xff\xd8\xff" + SECRET * 9,
+        as_64(SECRET * 99),
+        f"data:image/png;base64,{as_64(SECRET * 99)}",
+        "data:image/png," + "hunter2" * 9,
+        "data:;base64,hunter2*",
+    ],
+    ids=str,
+)
+def test_an_error_quotes_nothing_of_a_file(file, use):
+    with pytest.raises(ImageError) as caught:
+        USES[use](file)
+    words = str(caught.value)
+    part = as_64(SECRET * 99)[8:16]
+    assert not any(word in words for word in ("hunter", "unter", "ter2", part)), words
+
+
+# Pictures of every mode that Pillow has, and truncated files where the program lets them pass.
+
+
+@pytest.mark.parametrize("mode", Image.MODES)
+@pytest.mark.parametrize("has_info", [False, True])
+def test_a_pil_image_of_every_mode_is_taken(mode, has_info):
+    if mode == "LAB":
+        srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        picture = ImageCms.buildTransform(srgb, lab, "RGB", "LAB").apply(PICTURE)
+    elif mode == "La":
+        picture = PICTURE.convert("LA").convert("La")
+    elif mode in ("LA", "RGBA", "RGBa", "PA"):
+        picture = PICTURE.convert("RGBA").convert(mode) if mode != "PA" else PALETTE.convert("PA")
+    elif mode.startswith("I;16"):
+        values = np.asarray(PICTURE.convert("L")).astype(int) << 8
+        values = values.astype(">u2" if mode == "I;16B" else "<u2")
+        picture = Image.frombytes(mode, PICTURE.size, values.tobytes())
+    else:
+        picture = PICTURE.convert(mode)
+    assert picture.mode == mode
+    if has_info:
+        picture.info["transparency"] = 0 if mode != "RGB" else (0, 0, 0)
+    before = picture.tobytes()
+    ours = cut_tiles(picture, 2, SIDE)
+    sent = decode_data_url(encode_data_url(picture))
+    assert np.array_equal(cut_tiles(sent, 2, SIDE), ours)
+    assert picture.tobytes() == before
+    grey = mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
+    plain = PICTURE.convert("1" if mode == "1" else "L" if grey else "RGB").convert("RGB")
+    if not has_info:  # a palette and a cone of Lab colours are near, all else the same
+        off = np.abs(ours.astype(int) - reference_tiles(plain, 2))
+        assert off.mean() < (15 if mode in ("P", "PA") else 3)
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "progressive", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("part", [0.5, 0.9, 1])
+def test_a_cut_file_has_the_same_pixels_here_and_at_a_nim(name, part, monkeypatch):
+    """`LOAD_TRUNCATED_IMAGES` is a setting of the program; a NIM does not know of it."""
+    options = {"progressive": True} if name == "progressive" else {}
+    file = encoded(SECOND, "JPEG" if name == "progressive" else name, **options)
+    file = file[: int(part * len(file))]
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    try:
+        here = cut_tiles(file, 2, SIDE)
+    except ImageError:
+        assert part < 1
+        with pytest.raises(ImageError):
+            encode_data_url(file)
+        return
+    sent = decode_data_url(encode_data_url(file))
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    assert np.array_equal(cut_tiles(sent, 2, SIDE), here)

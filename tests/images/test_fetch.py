@@ -182,3 +182,47 @@ def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch):
 def test_addresses_that_are_none(url):
     with pytest.raises(ImageError):
         cut_tiles(url, 2, urls=True)
+
+
+def test_a_slow_look_up_ends_at_the_one_deadline(monkeypatch):
+    free = threading.Event()
+
+    def wait(*_: object, **__: object) -> list[object]:
+        free.wait(20)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", wait)
+    start = time.monotonic()
+    with pytest.raises(httpcore.ConnectTimeout, match=r"looking up pages\.example takes too long"):
+        fetched("http://pages.example/a.png", seconds=0.2)
+    assert time.monotonic() - start < 5
+    free.set()
+
+
+def test_a_look_up_takes_from_the_time_of_the_answer(server, monkeypatch):
+    look_up = socket.getaddrinfo
+
+    def slow(*args: object, **options: object) -> object:
+        time.sleep(0.3)
+        return look_up(*args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    start = time.monotonic()
+    with pytest.raises(httpcore.TimeoutException):
+        fetched(f"{server}/drip", seconds=0.5)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [([], "pages.example has no address"), (socket.gaierror(-2, "Name not known"), "Name not")],
+)
+def test_a_name_without_an_address_is_told(answer, words, monkeypatch):
+    def look_up(*_: object, **__: object) -> list[object]:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(ImageError, match=words):
+        cut_tiles("https://pages.example/a.png", 2, urls=True)

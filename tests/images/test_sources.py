@@ -199,3 +199,33 @@ def test_what_stands_for_no_image_is_refused(name, use, tmp_path):
     if callable(source) and not isinstance(source, type):
         source = source(tmp_path)
     assert_refused(use, source, kind, words)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b.png",
+        "100%.png",
+        "50%25.png",
+        "a#b.png",
+        "a?b.png",
+        "a%23b.png",
+        "a%3Fb?c#d.png",
+        "ä%.png",
+    ],
+)
+def test_a_file_url_needs_no_escapes(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(PNG)
+    other = tmp_path / name.partition("#")[0].partition("?")[0]
+    if other != path:
+        other.write_bytes(HTML)  # what a browser would open
+    for url in (path.as_uri(), f"file://{path}", f"FILE://localhost{path}"):
+        assert np.array_equal(cut_tiles(url, 2, SIDE), cut_tiles(PNG, 2, SIDE))
+
+
+def test_a_file_url_may_have_what_is_no_part_of_the_name(tmp_path):
+    (tmp_path / "a b.png").write_bytes(PNG)
+    for rest in ("#page=1", "?v=2", "?v=2#page=1"):
+        url = (tmp_path / "a b.png").as_uri() + rest
+        assert np.array_equal(cut_tiles(url, 2, SIDE), cut_tiles(PNG, 2, SIDE))
