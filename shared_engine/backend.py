@@ -69,6 +69,15 @@ class Remote(Protocol):
         """Return the length of a full vector; RemoteError where it cannot be had."""
 
 
+@runtime_checkable
+class HasHealth(Protocol):
+    """A backend whose device can fail for good while the process lives on."""
+
+    @property
+    def failure(self) -> Exception | None:
+        """What it failed with, after which each `submit` is an EngineError; None while it works."""
+
+
 class Backend(Protocol):
     """Something that turns documents into vectors, here or elsewhere."""
 

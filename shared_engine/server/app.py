@@ -35,7 +35,7 @@ from starlette.routing import Route
 
 from shared_engine import images
 from shared_engine._version import __version__
-from shared_engine.backend import Backend, HasStepStats, StepStats
+from shared_engine.backend import Backend, HasHealth, HasStepStats, StepStats
 from shared_engine.catalogue import find
 from shared_engine.documents import Document, Role
 from shared_engine.embedder import Embedder
@@ -352,11 +352,17 @@ class _Server:
         return respond({"object": "health.response", "message": "live", "live": True})
 
     async def ready(self, _: Request) -> Response:
-        """Say whether the model has loaded and embedded something."""
-        ready = self._backend is not None
-        waiting = "failed to load" if self._failure else "loading"
-        body = {"object": "health.response", "message": "ready" if ready else waiting}
-        return respond({**body, "ready": ready}, 200 if ready else 503)
+        """Say whether the model has loaded and embedded something, and its device still works."""
+        backend = self._backend
+        if backend is None:
+            message = "failed to load" if self._failure else "loading"
+        elif isinstance(backend, HasHealth) and backend.failure is not None:
+            message = "the device has failed; only a new process can use it"
+        else:
+            message = "ready"
+        ready = message == "ready"
+        body = {"object": "health.response", "message": message, "ready": ready}
+        return respond(body, 200 if ready else 503)
 
     async def metadata(self, _: Request) -> Response:
         """Say what runs here, and why."""

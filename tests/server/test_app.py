@@ -32,6 +32,7 @@ from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import ConfigurationError, Embedder, Options
 from shared_engine.cli import main
+from shared_engine.local import LocalBackend
 from shared_engine.server.app import create_app
 from shared_engine.server.errors import HTTPRefusal
 from shared_engine.server.limits import ServerLimits
@@ -362,6 +363,17 @@ async def test_nothing_is_embedded_before_the_model_is_there(options: Options) -
         assert response.status_code == 503
         assert response.headers["retry-after"] == "1"
         assert (await client.get("/metrics")).status_code == 200
+
+
+def test_a_server_with_a_dead_device_is_not_ready(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for failure, status in ((None, 200), (RuntimeError("an illegal memory access"), 503)):
+        monkeypatch.setattr(LocalBackend, "failure", failure, raising=False)
+        response = served.client.get("/health/ready")
+        assert (response.status_code, response.json()["ready"]) == (status, status == 200)
+        assert served.client.get("/health/live").status_code == 200
+    assert "device has failed" in response.json()["message"]
 
 
 def run_without(module: str, code: str) -> str:

@@ -221,6 +221,30 @@ def test_a_text_stays_a_text_where_that_is_said(served: Running) -> None:
         assert_close(got, here(served, *given, role="query"))
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{}) and more",
+        "{} is a data URL",
+        "{}\n\nThe text of a page.",
+        "![a cat]({})",
+        "[{}]",
+        "a cat:{}",
+        "<p><img src='{}'/></p>",
+        "<img src='{}' alt='a cat'/>",
+        "<img src='{}\"/>",
+        "{}.",
+        "{0} {0} {0}!",
+        "{0},{0}",
+    ],
+)
+def test_a_text_with_a_data_url_in_it_stays_a_text_unsaid(served: Running, form: str) -> None:
+    texts = [form.format(SHORT), form.format("data:image/png;base64,iVBORw0KGgo=")]
+    assert_close(vectors(served.post(input=[TEXT, *texts])), here(served, TEXT, *texts))
+    got = vectors(served.post(input=texts, input_type="query"))
+    assert_close(got, here(served, *texts, role="query"))
+
+
 def test_a_model_for_text_alone_takes_every_input_for_a_text(tmp_path: Path) -> None:
     folder = build_checkpoint(tmp_path / "tiny", SHAPES["sentence-transformers"])
     given = [SHORT, f"a cat\n{SHORT}"]
