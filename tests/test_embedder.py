@@ -36,7 +36,6 @@ from shared_engine import (
     errors,
 )
 from shared_engine import registry as engines
-from shared_engine.local import device
 from shared_engine.local.backend import LocalBackend
 from tests.server.test_app import NAME, running
 
@@ -293,7 +292,7 @@ def test_the_choice_is_logged_once_with_its_reason(checkpoint, caplog):
     choice, message = [record.message for record in caplog.records]
     assert choice == "neither base_url= nor api_key= is given, so this process"
     assert message == embedder.description
-    assert "on cpu, float32, 2048 tokens a step (device: asked for; dtype: asked for" in message
+    assert "on cpu, float32, 2048 tokens per step (device: asked for; dtype: asked for" in message
 
 
 def test_the_progress_bar_counts_to_the_end(checkpoint, capfd):
@@ -475,7 +474,7 @@ def test_several_devices_take_steps_from_one_queue(checkpoint):
         first = Faulty(backend, holds=10_000, error=MemoryError())
         assert np.abs(embedder.embed(texts) - expected).max() <= 1e-6
         assert 0 < sum(first.steps) < backend.step_stats.tokens
-        assert embedder.description.count("cpu, float32, 200 tokens a step") == 2
+        assert embedder.description.count("cpu, float32, 200 tokens per step") == 2
 
 
 class Ahead:
@@ -505,11 +504,11 @@ class Later:
     def __init__(self, encoder, *step):
         self.encoder, self.step = encoder, step
 
-    def array(self):
+    def numpy(self):
         self.encoder.running -= 1
         if self.encoder.error:
             raise self.encoder.error
-        return self.encoder.encoder(*self.step).array()
+        return self.encoder.encoder(*self.step).numpy()
 
 
 def test_a_gpu_has_its_next_step_before_the_last_is_collected(checkpoint):
@@ -526,22 +525,9 @@ def test_a_gpu_has_its_next_step_before_the_last_is_collected(checkpoint):
         assert np.abs(embedder.embed(texts[:1]) - expected[:1]).max() <= 1e-6
 
 
-@pytest.mark.parametrize(("free_mb", "step"), [(79_000, 16_384), (6_000, 6_000), (300, 1_024)])
-def test_a_gpu_takes_as_large_a_step_as_its_free_memory_allows(monkeypatch, free_mb, step):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free_mb * 2**20, 80 * 2**30))
-    assert device._step(torch.device("cuda", 0))[0] == step
-
-
-def test_devices_share_the_smallest_step(monkeypatch):
-    steps = iter([(16_384, "much is free"), (4_000, "little is free")])
-    monkeypatch.setattr(device, "_step", lambda _: next(steps))
-    placements = device.place("cpu,cpu", "float32", None)
-    assert [placement.tokens_per_step for placement in placements] == [4_000, 4_000]
-
-
 def test_devices_of_different_kinds_are_refused(checkpoint, monkeypatch):
     dtypes = iter([(torch.float32, "slow"), (torch.bfloat16, "fast")])
-    monkeypatch.setattr("shared_engine.local.device._dtype", lambda *_: next(dtypes))
+    monkeypatch.setattr("shared_engine.local.device._select_dtype", lambda *_: next(dtypes))
     with pytest.raises(ConfigurationError, match="different kinds"):
         Embedder(Options(model=checkpoint, device="cpu,cpu")).embed(["x"])
 

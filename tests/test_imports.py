@@ -47,6 +47,7 @@ ONLY = {
     "safetensors": {"local"},
     "tokenizers": {"local"},
     "torch": {"local"},
+    "triton": {"local"},
     # a NIM; `check` asks a server about itself with a client that is not ours
     "httpx": {"nim", "images", "check"},
     # images; to fetch one, a connection must be checked below httpx

@@ -1,4 +1,4 @@
-"""Attention within each sequence of a packed row: one function, two kernels behind it.
+"""Attention within each sequence of a packed row: one function, several kernels behind it.
 
 A packed row holds the tokens of several sequences one after another, without padding. Every token
 attends to all tokens of its own sequence, before and after it, and to no other.
@@ -15,8 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared_engine.local.config import ModelConfig
+
 _LONG = 1024
 """Tokens from which copying keys and values pays on a CPU: 7 to 15 % of a step, measured."""
+_CLOSE = 0.05
+"""How far a kernel's values may be from one SDPA call per sequence, for numbers of about 1."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,11 @@ class Layout:
 
     lengths: list[int]
     """Tokens of each sequence."""
-    boundaries: Tensor
-    """(S + 1,) int32 on the device: start of each sequence, then the total ("cu_seqlens")."""
+    cu_seqlens: Tensor
+    """(S + 1,) int32 on the device: start of each sequence, then the total."""
 
     @property
-    def longest(self) -> int:
+    def max_seqlen(self) -> int:
         """Tokens of the longest sequence."""
         return max(self.lengths)
 
@@ -47,35 +51,69 @@ Attention = Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
 """(q (T, heads, d), k and v (T, kv_heads, d), layout) -> (T, heads, d)."""
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> tuple[Attention, str]:
-    """Return the fastest kernel that this device, dtype and torch have, and why it is that one."""
+def select_kernel(
+    device: torch.device, dtype: torch.dtype, config: ModelConfig
+) -> tuple[Attention, str]:
+    """Return the fastest kernel that computes the model's heads on this device, and why."""
     if device.type != "cuda":
         return per_sequence, "one SDPA call for each sequence length"
-    if dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 0):
-        return per_sequence, "flash kernels need bfloat16 or float16 and compute capability 8.0"
-    try:
-        _try_varlen(device, dtype)
-    except ImportError:
-        return per_sequence, f"torch {torch.__version__} has no varlen_attn; 2.10 has"
-    except RuntimeError as exc:  # a torch without flash kernels, or without one for this GPU
-        return per_sequence, f"varlen_attn does not run here: {exc}"
-    return varlen, "varlen flash kernel"
+    flash = dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
+    reasons = [] if flash else ["flash needs bfloat16 or float16 and compute capability 8.0"]
+    kernels = {
+        varlen: "varlen flash kernel",
+        varlen_repeated: "varlen flash kernel, keys and values repeated",
+        efficient: "memory-efficient kernel, keys and values repeated",
+    }
+    for kernel, name in kernels.items():
+        if flash or kernel is efficient:
+            try:
+                _check_kernel(kernel, device, dtype, config)
+            except ImportError:
+                reasons.append(f"torch {torch.__version__} has no varlen_attn; 2.10 has")
+            except (
+                RuntimeError,
+                TypeError,
+                AttributeError,
+            ) as exc:  # not in this torch, or refused
+                said = str(exc).splitlines() or [type(exc).__name__]
+                reasons.append(f"{kernel.__name__} does not run here: {said[0]}")
+            else:
+                return kernel, "; ".join([name, *reasons])
+    return per_sequence, "; ".join(["one SDPA call for each sequence length", *reasons])
 
 
-def _try_varlen(device: torch.device, dtype: torch.dtype) -> None:
-    one = torch.zeros(1, 1, 64, dtype=dtype, device=device)
-    varlen(one, one, one, Layout([1], torch.tensor([0, 1], dtype=torch.int32, device=device)))
+def _check_kernel(
+    kernel: Attention, device: torch.device, dtype: torch.dtype, config: ModelConfig
+) -> None:
+    """Run a kernel on two sequences of the model's heads, laid out as in a step.
+
+    Raises:
+        RuntimeError: it refuses them, or gives other values than `per_sequence`.
+        ImportError, TypeError, AttributeError: this torch does not have it.
+    """
+    layout = Layout([5, 3], torch.tensor([0, 5, 8], dtype=torch.int32).to(device))
+    random = torch.Generator().manual_seed(0)
+    heads = [config.heads, config.kv_heads, config.kv_heads]
+    qkv = torch.randn(8, sum(heads), config.head_dim, generator=random).to(device, dtype)
+    q, k, v = torch.split(qkv, heads, dim=1)
+    out, expected = kernel(q, k, v, layout), per_sequence(q, k, v, layout)
+    difference = (out.float() - expected.float()).abs().max().item()
+    if not difference < _CLOSE:
+        raise RuntimeError(f"its values are off by {difference:.2g}")
 
 
 def per_sequence(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Attend with scaled_dot_product_attention, one call for neighbours of equal length."""
+    if k.is_cuda:  # there grouped heads have no kernel in float32 but one of T x T intermediates
+        k, v = _repeat(k, q), _repeat(v, q)
+    gqa = k.shape[1] != q.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (T, heads, d)
     for start, count, length in layout.runs():
         span = slice(start, start + count * length)
         q_, k_, v_ = (x[span].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         if length >= _LONG:
             k_, v_ = k_.contiguous(), v_.contiguous()
-        attended = F.scaled_dot_product_attention(q_, k_, v_, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(q_, k_, v_, enable_gqa=gqa)
         out[span].view(count, length, *q.shape[1:]).copy_(attended.transpose(1, 2))
     return out
 
@@ -84,17 +122,35 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Attend with the variable-length flash kernel of torch >= 2.10 (CUDA, 16-bit types)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, longest = layout.boundaries, layout.longest
+    ends, longest = layout.cu_seqlens, layout.max_seqlen
     options: dict[str, Any] = {}
-    if _NEW_VARLEN:
+    if _NEW_VARLEN:  # before, the wrapper had no word for grouped heads, and its kernel took them
         # One split: the order of a sum, and so a vector's last bits, never depends on the step.
-        options = {"enable_gqa": True, "num_splits": 1}
-    else:
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+        options = {"enable_gqa": k.shape[1] != q.shape[1], "num_splits": 1}
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
     assert isinstance(out, Tensor)  # it is a pair only where auxiliary outputs are asked for
     return out
+
+
+def varlen_repeated(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Do as `varlen` does, for a torch that does not take grouped heads."""
+    return varlen(q, _repeat(k, q), _repeat(v, q), layout)
+
+
+def efficient(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Attend with the memory-efficient kernel (CUDA, any float type, any GPU)."""
+    ends, longest = layout.cu_seqlens, layout.max_seqlen
+    rows = (x[None] for x in (q, _repeat(k, q), _repeat(v, q)))  # (1, T, heads, d)
+    no_bias, no_dropout, no_mask = None, 0.0, 0
+    out: Tensor = torch.ops.aten._efficient_attention_forward(
+        *rows, no_bias, ends, ends, longest, longest, no_dropout, no_mask
+    )[0]
+    return out[0]
+
+
+def _repeat(x: Tensor, q: Tensor) -> Tensor:
+    """Return keys or values (T, kv_heads, d) for each of the heads of q: (T, heads, d)."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 _NEW_VARLEN = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)

@@ -35,14 +35,14 @@ from shared_engine.errors import (
     NeMoRetrieverError,
 )
 from shared_engine.local.checkpoint import resolve
-from shared_engine.local.device import place
+from shared_engine.local.device import select_devices
 from shared_engine.local.jobs import Job, Sequence
-from shared_engine.local.llama import Encoder, Means
+from shared_engine.local.llama import Encoder, PooledOutput
 from shared_engine.local.scheduler import Scheduler
 from shared_engine.local.tokenizer import TextTokenizer
 from shared_engine.options import Options
 
-Running: TypeAlias = tuple[list[Sequence], Means | Exception]
+Running: TypeAlias = tuple[list[Sequence], PooledOutput | Exception]
 """A step that was started, or could not be."""
 
 _MOST_PREPARING = 16
@@ -66,15 +66,20 @@ class LocalBackend:
         self._image_urls = options.image_urls
         kinds: tuple[Modality, ...] = ("text", "image", "text_image")
         self.modalities = frozenset(kinds if self._vision else kinds[:1])
-        placements = place(options.device, options.dtype, options.tokens_per_step)
+        placements = select_devices(
+            options.device, options.dtype, options.tokens_per_step, self._checkpoint.config
+        )
         self._tokenizer = TextTokenizer(self._checkpoint)
         # In a thread of its own: torch's OpenMP workers belong to the thread that first computes,
         # and a caller who forks later would wait for workers that stayed with the parent.
         with ThreadPoolExecutor(1, "nemoretriever-load") as loader:
-            self._encoders = [
-                loader.submit(load, self._checkpoint, placement, self._tokenizer.size).result()
-                for placement in placements
-            ]
+            self._encoders = {
+                number: loader.submit(
+                    load, self._checkpoint, placement, self._tokenizer.size
+                ).result()
+                for number, placement in enumerate(placements)
+            }
+        self._failure: Exception | None = None
         self._scheduler = Scheduler(placements[0].tokens_per_step)
         self._dtype = placements[0].dtype
         self._cuts_on_device = placements[0].device.type == "cuda"
@@ -118,8 +123,18 @@ class LocalBackend:
         scheduler = self._scheduler
         return StepStats(scheduler.steps, scheduler.tokens, scheduler.tokens_per_step)
 
+    @property
+    def failure(self) -> Exception | None:
+        """What the device died of; None while it lives."""
+        return self._failure
+
     def submit(self, request: Request) -> Future[NDArray[np.float32]]:
         """Accept a request; see `Backend.submit`."""
+        if self._failure is not None:
+            raise EngineError(
+                f"the device failed ({str(self._failure).splitlines()[0]}), and this process "
+                "cannot use it any more; restart it"
+            ) from self._failure
         rows = list(range(len(request.documents)))
         width = request.dimensions or self.dimensions[-1]
         job = Job(request, np.empty((len(rows), width), np.float32))
@@ -194,8 +209,14 @@ class LocalBackend:
 
         A GPU is given a step while it computes the one before, and so never waits for this thread.
         """
-        if (gpu := self._encoders[device].device).type == "cuda":
+        if is_gpu := (gpu := self._encoders[device].device).type == "cuda":
             torch.cuda.set_device(gpu)  # else pinned memory would wake the first GPU, too
+        self._run_steps(device)
+        del self._encoders[device]
+        if is_gpu:
+            torch.cuda.empty_cache()  # else this process would keep it from others
+
+    def _run_steps(self, device: int) -> None:
         running: deque[Running] = deque()
         while True:
             step = self._scheduler.take_step() if running else self._scheduler.next_step()
@@ -204,7 +225,7 @@ class LocalBackend:
             encoder = self._encoders[device]
             running += self._start(step, encoder)
             while running and not (step and encoder.runs_ahead and len(running) == 1):
-                _collect(*running.popleft())
+                self._collect(*running.popleft())
 
     def _start(self, step: list[Sequence], encoder: Encoder) -> list[Running]:
         """Start a step; where memory runs out, its halves."""
@@ -225,29 +246,30 @@ class LocalBackend:
         half = len(step) // 2
         return [*self._start(step[:half], encoder), *self._start(step[half:], encoder)]
 
-
-def _collect(step: list[Sequence], means: Means | Exception) -> None:
-    """Wait for a step and deliver its rows, or what went wrong."""
-    error = None
-    try:
-        if isinstance(means, Exception):
-            raise means
-        vectors = means.array()  # (S, hidden)
-    except Exception as exc:
-        error = exc.with_traceback(None)
-    start = 0
-    for job, group in groupby(step, key=lambda sequence: sequence.job):
-        members = list(group)
-        rows = [sequence.row for sequence in members]
-        tokens = sum(len(sequence.ids) for sequence in members)
-        if error is None:
-            job.deliver(rows, vectors[start : start + len(rows)], tokens)
-        elif _is_out_of_memory(error):
-            message = f"does not fit in the device's memory ({tokens} tokens)"
-            _fail(job, rows, DeviceMemoryError(message), error)
-        else:
-            _fail(job, rows, EngineError(f"the forward pass failed: {error}"), error)
-        start += len(rows)
+    def _collect(self, step: list[Sequence], pooled: PooledOutput | Exception) -> None:
+        """Wait for a step and deliver its rows, or what went wrong."""
+        error = None
+        try:
+            if isinstance(pooled, Exception):
+                raise pooled
+            vectors = pooled.numpy()  # (S, hidden)
+        except Exception as exc:
+            error = exc.with_traceback(None)
+            if _is_fatal(error):
+                self._failure = error
+        start = 0
+        for job, group in groupby(step, key=lambda sequence: sequence.job):
+            members = list(group)
+            rows = [sequence.row for sequence in members]
+            tokens = sum(len(sequence.ids) for sequence in members)
+            if error is None:
+                job.deliver(rows, vectors[start : start + len(rows)], tokens)
+            elif _is_out_of_memory(error):
+                message = f"does not fit in the device's memory ({tokens} tokens)"
+                _fail(job, rows, DeviceMemoryError(message), error)
+            else:
+                _fail(job, rows, EngineError(f"the forward pass failed: {error}"), error)
+            start += len(rows)
 
 
 def _fail(job: Job, rows: list[int], error: NeMoRetrieverError, cause: Exception) -> None:
@@ -257,7 +279,19 @@ def _fail(job: Job, rows: list[int], error: NeMoRetrieverError, cause: Exception
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # A CPU's allocator raises a plain RuntimeError.
+    # The allocators of a CPU and of pinned memory, cuBLAS and cuDNN raise a plain RuntimeError.
+    said = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
     )
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Whether a GPU is of no use to this process any more, as after an illegal memory access."""
+    if not isinstance(error, torch.AcceleratorError) or _is_out_of_memory(error):
+        return False
+    try:
+        torch.cuda.synchronize()
+    except torch.AcceleratorError:
+        return True
+    return False

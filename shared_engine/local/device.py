@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from shared_engine.errors import ConfigurationError
-from shared_engine.local import attention
+from shared_engine.local import attention, elementwise
+from shared_engine.local.config import ModelConfig
 from shared_engine.options import DType
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STEP_FLOP = 12e12
+"""Of a step on a GPU: about 25 ms of an H100 (estimated), so that a query waits no longer."""
+_MOST_TOKENS = 16_384
+"""Of a step on a GPU: more keep a data-centre GPU no busier (estimated)."""
+_PROBE_SECONDS = 0.03
+_WORTHWHILE = 1.1
+"""Times that bfloat16 must be faster than float32 on a CPU to be worth its rounding."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,8 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
-    attend: attention.Attention
+    kernel: attention.Attention
+    elementwise: elementwise.Elementwise
     tokens_per_step: int
     reasons: str
 
@@ -31,19 +45,21 @@ class Placement:
     def description(self) -> str:
         """One line for a log or a person."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.device}, {dtype}, {self.tokens_per_step} tokens a step ({self.reasons})"
+        return f"{self.device}, {dtype}, {self.tokens_per_step} tokens per step ({self.reasons})"
 
 
-def place(devices: str, dtype: DType, tokens_per_step: int | None) -> list[Placement]:
-    """Decide device, dtype, attention kernel and step size for each device, with commas between.
+def select_devices(
+    devices: str, dtype: DType, tokens_per_step: int | None, config: ModelConfig
+) -> list[Placement]:
+    """Decide how each device, with commas between, computes such a model.
 
     All get the step of the one with the least memory.
 
     Raises:
-        ConfigurationError: a device that torch does not know or that is not there, or devices that
-            would compute in different number types.
+        ConfigurationError: a device that torch does not know or that is not there, devices that
+            would compute in different number types, or a GPU in the fork of a process that used it.
     """
-    placements = [_place(device, dtype, tokens_per_step) for device in devices.split(",")]
+    placements = [_place(device, dtype, tokens_per_step, config) for device in devices.split(",")]
     if len({placement.dtype for placement in placements}) > 1:
         raise ConfigurationError(
             f"device={devices!r} are of different kinds, so a vector would depend on where it "
@@ -53,58 +69,103 @@ def place(devices: str, dtype: DType, tokens_per_step: int | None) -> list[Place
     return [replace(placement, tokens_per_step=step) for placement in placements]
 
 
-def _place(device: str, dtype: DType, tokens_per_step: int | None) -> Placement:
-    chosen, why_device = _device(device.strip())
-    number, why_dtype = _dtype(chosen, dtype)
-    attend, why_attention = attention.choose(chosen, number)
-    step, why_step = (tokens_per_step, "asked for") if tokens_per_step else _step(chosen)
+def _place(name: str, dtype: DType, tokens_per_step: int | None, config: ModelConfig) -> Placement:
+    device, why_device = _select_device(name.strip())
+    number, why_dtype = _select_dtype(device, dtype)
+    kernel, why_kernel = attention.select_kernel(device, number, config)
+    operators, why_operators = elementwise.select(device, number, config)
+    step, why_step = _select_step(device, config)
+    if tokens_per_step:
+        step, why_step = tokens_per_step, "asked for"
     reasons = (
-        f"device: {why_device}; dtype: {why_dtype}; attention: {why_attention}; step: {why_step}"
+        f"device: {why_device}; dtype: {why_dtype}; attention: {why_kernel}; "
+        f"elementwise: {why_operators}; step: {why_step}"
     )
-    return Placement(chosen, number, attend, step, reasons)
+    return Placement(device, number, kernel, operators, step, reasons)
 
 
-def _device(name: str) -> tuple[torch.device, str]:
+def _select_device(name: str) -> tuple[torch.device, str]:
+    try:
+        device = torch.device("cuda" if name == "auto" else name)
+    except RuntimeError as exc:
+        raise ConfigurationError(f"device={name!r} is not one torch knows: {exc}") from exc
+    if device.type != "cuda":
+        return device, "asked for"
+    if torch.cuda._is_in_bad_fork():
+        raise ConfigurationError(
+            f"device={name!r}, but this process was forked from one that had used the GPU, which "
+            'CUDA does not allow; start it with "spawn", as in multiprocessing.get_context("spawn")'
+        )
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device()), "a CUDA GPU is there"
         return torch.device("cpu"), "no CUDA GPU is there"
-    try:
-        device = torch.device(name)
-    except RuntimeError as exc:
-        raise ConfigurationError(f"device={name!r} is not one torch knows: {exc}") from exc
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigurationError(
-                f"device={name!r}, but this torch ({torch.__version__}) sees no CUDA GPU"
-            )
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise ConfigurationError(
-                f"device={name!r}, but there are {torch.cuda.device_count()} CUDA GPUs"
-            )
-        device = torch.device("cuda", device.index or 0)
-    return device, "asked for"
+    if not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"device={name!r}, but this torch ({torch.__version__}) sees no CUDA GPU"
+        )
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"device={name!r}, but there are {torch.cuda.device_count()} CUDA GPUs"
+        )
+    return torch.device("cuda", device.index or 0), "asked for"
 
 
-def _dtype(device: torch.device, name: DType) -> tuple[torch.dtype, str]:
+def _select_dtype(device: torch.device, name: DType) -> tuple[torch.dtype, str]:
     if name != "auto":
         return _DTYPES[name], "asked for"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "this GPU multiplies bfloat16"
         return torch.float16, "this GPU does not multiply bfloat16"
-    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16, "this CPU multiplies bfloat16 (AMX)"
-    return torch.float32, "this device does not multiply bfloat16"
+    if device.type != "cpu":
+        return torch.float32, "this device is not known to multiply bfloat16"
+    gain = measure_bfloat16_gain()
+    if gain >= _WORTHWHILE:
+        return torch.bfloat16, f"this CPU multiplies bfloat16 {gain:.1f} times as fast as float32"
+    return torch.float32, "this CPU does not multiply bfloat16 faster"
 
 
-def _step(device: torch.device) -> tuple[int, str]:
+@lru_cache(maxsize=1)
+def measure_bfloat16_gain() -> float:
+    """Return how many times as fast as float32 this CPU multiplies matrices of bfloat16.
+
+    Measured, as AMX, AVX512_BF16 and ARM's BF16 differ and a flag does not tell by how much; within
+    50 ms, or at once where oneDNN would only emulate it.
+    """
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return 0.0
+    # In a thread that ends: torch's OpenMP workers belong to the thread that first computes, and
+    # a caller who forks later would wait for workers that stayed with the parent.
+    with ThreadPoolExecutor(1, "nemoretriever-probe") as probe:
+        return probe.submit(_race_dtypes).result()
+
+
+def _race_dtypes() -> float:
+    pairs = {
+        dtype: (torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    seconds = dict.fromkeys(pairs, math.inf)
+    end = time.perf_counter() + _PROBE_SECONDS
+    while min(seconds.values()) == math.inf or time.perf_counter() < end:
+        for dtype, pair in pairs.items():  # in turn: whatever else runs slows both
+            start = time.perf_counter()
+            F.linear(*pair)
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def _select_step(device: torch.device, config: ModelConfig) -> tuple[int, str]:
     if device.type != "cuda":
         return 2_048, "as much as suits the caches of a CPU"
-    # Estimated: a data-centre GPU is busy with 16k tokens. A token takes about 0.1 MB of
-    # intermediates, and the weights, 1 to 3 GB, are not loaded yet.
+    # A token takes about 0.1 MB of intermediates, and the weights, 1 to 3 GB, are not loaded yet.
     free = torch.cuda.mem_get_info(device)[0] // 2**20
-    return max(1_024, min(16_384, free)), f"{free:,} MB are free"
+    attended = 2 * (config.heads + config.kv_heads) * config.head_dim
+    weights = config.layers * config.hidden_size * (attended + 3 * config.intermediate_size)
+    quick = int(_STEP_FLOP / (2 * weights)) // 128 * 128
+    step = max(1_024, min(_MOST_TOKENS, quick, free))
+    return step, f"about 25 ms of a data-centre GPU at most; {free:,} MB are free"
 
 
 class Buffer:
@@ -126,10 +187,21 @@ class Buffer:
             self._memory = self._empty.new_empty(size)
         return self._memory[:size].view(shape)
 
+    def reserve(self, *shape: int) -> None:
+        """Take the memory of such a tensor now, if there is enough.
+
+        Else it grows with the largest step so far, and leaves holes too small for the next.
+        """
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self(*shape)
+
 
 def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """Copy an array to the device, without waiting for it where that is a GPU."""
+    return pin(array, device).to(device, non_blocking=True)
+
+
+def pin(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Return an array as a tensor in memory that a copy to this device does not wait for."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -24,7 +24,7 @@ from shared_engine.local.device import Buffer, Placement, to_device
 from shared_engine.local.weights import Weights
 
 if TYPE_CHECKING:
-    from shared_engine.images.tiles import Tiles
+    from shared_engine.images.tiles import Picture, Tiles
 
 _CONNECTOR_EPS = 1e-5
 
@@ -38,7 +38,7 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Layer:
+class SiglipLayer:
     """Weights of one layer; query, key and value lie in one matrix."""
 
     attention_norm: Affine  # (hidden,)
@@ -69,6 +69,9 @@ class VisionTower:
         self._wide = Buffer(placement)
         # A patch costs about half of what a token does.
         self._tiles_at_once = max(1, 2 * placement.tokens_per_step // vision.patches_per_tile)
+        if placement.device.type == "cuda":
+            patches = vision.patches_per_tile * self._tiles_at_once
+            self._wide.reserve(patches, max(3 * tower.hidden_size, tower.intermediate_size))
         hidden, inner = tower.hidden_size, tower.intermediate_size
         at = "vision_model.embeddings"
         patch = weights(f"{at}.patch_embedding.weight", hidden, 3, self._patch, self._patch)
@@ -96,16 +99,14 @@ class VisionTower:
         return torch.cat(
             [
                 self._join(self._features(self._patches(some)))
-                for some in torch.split(tiles, self._tiles_at_once)
+                for some in torch.split(tiles, _portions(len(tiles), self._tiles_at_once))
             ]
         )
 
     def _tiles(self, image: Tiles) -> Tensor:
         if isinstance(image, np.ndarray):
             return to_device(image, self._device)
-        from shared_engine.local import resample
-
-        return resample.tiles(image, self._side * self._patch, self._device)
+        return cut_on_device(image, self._side * self._patch, self._device)
 
     def _patches(self, tiles: Tensor) -> Tensor:
         """Return the pixels of every patch, channel by channel, from -1 to 1: (N, P, 3 * p * p)."""
@@ -148,11 +149,71 @@ class VisionTower:
         return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, self._eps)
 
 
-def _layer(weights: Weights, at: str, hidden: int, inner: int) -> Layer:
+def cut_on_device(picture: Picture, size: int, device: torch.device) -> Tensor:
+    """Return the tiles of a picture, the thumbnail last: (n, size, size, 3) uint8 on the device.
+
+    They are those of `images.cut_tiles`, but for a level of 255 in a few values per thousand, where
+    a sum in float32 falls on the other side of a rounding.
+    """
+    from shared_engine.images.tiles import arrange_tiles
+
+    pixels = to_device(picture.pixels, device)  # (H, W) or (H, W, 3)
+    planes = pixels.view(*pixels.shape[:2], -1).permute(2, 0, 1)[None].float()  # (1, C, H, W)
+
+    def resize(width: int, height: int) -> Tensor:
+        small = _resize(planes, picture.box, width, height)[0].permute(1, 2, 0)
+        return small.to(torch.uint8).expand(height, width, 3)  # grey has one channel up to here
+
+    cut: Tensor = arrange_tiles(resize(picture.cols * size, picture.rows * size), size)
+    return cut if len(cut) == 1 else torch.cat([cut, resize(size, size)[None]])
+
+
+def _resize(
+    planes: Tensor, box: tuple[float, float, float, float], width: int, height: int
+) -> Tensor:
+    """Resize what the box shows of planes (1, C, H, W) from 0 to 255 to (1, C, height, width).
+
+    As Pillow does for 8 bits: one axis after the other, and whole numbers in between. The box
+    begins in the upper left corner.
+    """
+    rows, columns = planes.shape[2:]
+    shown_width, shown_height = box[2:]
+
+    def resize_axis(x: Tensor, size: list[int], scales: tuple[float, float]) -> Tensor:
+        if list(x.shape[2:]) == size:
+            return x
+        x = torch.ops.aten._upsample_bicubic2d_aa(x, size, False, *scales)
+        return x.round_().clamp_(0, 255)
+
+    def narrow(x: Tensor) -> Tensor:
+        return resize_axis(x, [x.shape[2], width], (1.0, width / shown_width))
+
+    def shorten(x: Tensor) -> Tensor:
+        return resize_axis(x, [height, x.shape[3]], (height / shown_height, 1.0))
+
+    # Pillow 13 begins with the height where that leaves less to do.
+    if rows - height > max(0, 2 * (columns - width)):
+        return narrow(shorten(planes))
+    return shorten(narrow(planes))
+
+
+def _portions(tiles: int, most: int) -> list[int]:
+    """Split a number of tiles into powers of two: 21 is 16 + 4 + 1.
+
+    cuDNN plans attention for each number anew, for 23 to 440 ms (public measurements).
+    """
+    out = []
+    while tiles:
+        out.append(1 << (min(tiles, most).bit_length() - 1))
+        tiles -= out[-1]
+    return out
+
+
+def _layer(weights: Weights, at: str, hidden: int, inner: int) -> SiglipLayer:
     projections = [
         _linear(weights, f"{at}.self_attn.{name}_proj", hidden, hidden) for name in "qkv"
     ]
-    return Layer(
+    return SiglipLayer(
         attention_norm=_norm(weights, f"{at}.layer_norm1", hidden),
         qkv=Affine(
             torch.cat([projection.weight for projection in projections]),

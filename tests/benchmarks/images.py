@@ -71,7 +71,7 @@ def one_round(embedder: Embedder, paths: dict[str, list[Path]], max_tiles: int) 
     kept, encoder._vision = encoder._vision, Timed(encoder._vision, encoder.device)
     start = time.perf_counter()
     for one, tiles in zip(ids, cut, strict=True):
-        encoder([one], [tiles]).array()
+        encoder([one], [tiles]).numpy()
     seconds = (time.perf_counter() - start) / len(cut)
     out["tower"] = sum(encoder._vision.spans) / len(cut)
     out["language model"] = seconds - out["tower"]

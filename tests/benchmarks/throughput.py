@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     contenders = []
     for size in args.tokens_per_step:
         embedder = Embedder(options.model_copy(update={"tokens_per_step": size}))
-        step = f"{measuring.OURS}, {size or 'default'} tokens a step"
+        step = f"{measuring.OURS}, {size or 'default'} tokens per step"
         contenders.append(measuring.ours(embedder, step))
     print(embedder.description)
     dtype = embedder._backend._dtype  # type: ignore[attr-defined]

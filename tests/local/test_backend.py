@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import threading
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from shared_engine import (
     PartialResultError,
     Request,
 )
+from shared_engine.backend import HasHealth
 from shared_engine.local.backend import LocalBackend
 from shared_engine.local.llama import Encoder
 
@@ -120,8 +124,11 @@ def test_a_tokenizer_that_fails_is_an_error_of_its_texts(open_backend, monkeypat
         OUT_OF_MEMORY,
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        torch.AcceleratorError("CUDA error: out of memory"),  # of pinned memory
     ],
-    ids=lambda error: type(error).__name__,
+    ids=lambda error: f"{type(error).__name__} {str(error)[:20]}",
 )
 def test_out_of_memory_halves_the_step_and_loses_nothing(open_backend, expected, error, caplog):
     faulty = Faulty(holds=100, error=error)
@@ -130,6 +137,51 @@ def test_out_of_memory_halves_the_step_and_loses_nothing(open_backend, expected,
     assert max(faulty.steps) <= 100
     assert backend.step_stats.tokens_per_step <= 100  # and it remembers
     assert "going on with half" in caplog.text
+
+
+def test_a_device_that_died_says_so_to_whoever_asks(open_backend, expected, monkeypatch):
+    """After an illegal access every call of CUDA fails; an error of one kernel passes."""
+    faulty = Faulty(holds=10**6, error=torch.AcceleratorError("CUDA error: an illegal access\n..."))
+    backend = open_backend(faulty.load)
+    assert isinstance(backend, HasHealth)
+    assert backend.failure is None
+    synchronize = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    faulty.holds = 0
+    with pytest.raises(EngineError, match="the forward pass failed: CUDA error: an illegal"):
+        backend.submit(request(TEXTS[:1])).result()
+    assert backend.failure is None
+    faulty.holds = 10**6
+    assert np.abs(backend.submit(request(TEXTS)).result() - expected).max() <= 1e-6
+    faulty.holds, synchronize.side_effect = 0, faulty.error
+    with pytest.raises(EngineError, match="the forward pass failed"):
+        backend.submit(request(TEXTS[:1])).result()
+    assert backend.failure is faulty.error
+    faulty.holds = 10**6
+    for role in ("query", "document"):
+        with pytest.raises(EngineError, match=r"an illegal access\), and .* restart it$") as raised:
+            backend.submit(request(TEXTS[:1], role))
+        assert raised.value.__cause__ is faulty.error
+
+
+def test_memory_is_given_back_when_the_last_user_has_closed(open_backend, monkeypatch):
+    """The weights are gone before torch is asked to give back what is free."""
+    left: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append(alive()))
+    faulty = Faulty(holds=10**6, error=OUT_OF_MEMORY)
+
+    def load(*given: Any) -> Faulty:
+        made = faulty.load(*given)
+        made.device = types.SimpleNamespace(type="cuda")
+        return made
+
+    backend = open_backend(load)
+    backend.submit(request(TEXTS)).result()
+    alive, faulty = weakref.ref(faulty), None
+    assert alive() is not None
+    backend.close()
+    assert left == [None]
 
 
 def test_two_devices_that_run_out_of_memory_agree_on_the_smaller_step(open_backend):
@@ -217,11 +269,11 @@ class Later:
     def __init__(self, ahead: Ahead, *step: Any) -> None:
         self.ahead, self.step = ahead, step
 
-    def array(self) -> np.ndarray:
+    def numpy(self) -> np.ndarray:
         self.ahead.running -= 1
         if self.ahead.error:
             raise self.ahead.error
-        return self.ahead.encoder(*self.step).array()
+        return self.ahead.encoder(*self.step).numpy()
 
 
 def test_a_gpu_has_its_next_step_before_the_last_is_collected(open_backend):

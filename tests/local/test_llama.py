@@ -112,62 +112,6 @@ def test_a_text_of_8192_tokens(tmp_path):
     assert np.abs(embedder.embed([text]) - expected).max() <= 1e-5
 
 
-def test_per_sequence_attention_equals_a_block_mask():
-    """The seam against its definition: one dense mask that keeps each sequence to itself."""
-    torch.manual_seed(0)
-    lengths = [5, 5, 1, 7, 2, 2, 2]
-    total = sum(lengths)
-    q, k, v = (torch.randn(total, heads, 8) for heads in (6, 2, 2))
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    mask = owner[:, None] == owner[None, :]
-    by_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        *by_head, attn_mask=mask, enable_gqa=True
-    )
-    boundaries = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    layout = attention.Layout(lengths, boundaries)
-    assert [count for _, count, _ in layout.runs()] == [2, 1, 1, 3]
-    ours = attention.per_sequence(q, k, v, layout)
-    torch.testing.assert_close(ours, dense[0].transpose(0, 1), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (None, "varlen flash kernel"),
-        (ImportError(), "has no varlen_attn; 2.10 has"),
-        (RuntimeError("no kernel image is available"), "does not run here: no kernel image"),
-    ],
-)
-def test_a_gpu_without_the_kernel_has_its_attention_by_sequence(monkeypatch, error, said):
-    def attempt(*_):
-        if error:
-            raise error
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(attention, "_try_varlen", attempt)
-    kernel, why = attention.choose(torch.device("cuda"), torch.bfloat16)
-    assert kernel is (attention.per_sequence if error else attention.varlen)
-    assert said in why
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
-def test_varlen_attention_equals_per_sequence_attention():
-    torch.manual_seed(0)
-    lengths = [5, 300, 1, 7, 128]
-    q, k, v = (
-        torch.randn(sum(lengths), heads, 64, device="cuda", dtype=torch.bfloat16)
-        for heads in (32, 8, 8)
-    )
-    boundaries = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
-    layout = attention.Layout(lengths, boundaries)
-    exact = attention.per_sequence(q.double(), k.double(), v.double(), layout)
-    for kernel in (attention.varlen, attention.per_sequence):
-        error = (kernel(q, k, v, layout).double() - exact).norm() / exact.norm()
-        assert error < 1e-2
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -1,0 +1,177 @@
+"""The whole step of a GPU under torch's fake tensors: no wait, no stray copy, counted launches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shared_engine.images.tiles import Picture
+from shared_engine.local import attention, device, siglip
+from shared_engine.local.checkpoint import Checkpoint
+from shared_engine.local.config import TowerConfig, VisionConfig
+from shared_engine.local.llama import Encoder
+from tests.local.test_device import config
+from tests.support.fake_gpu import CUDA, Log, fake_gpu
+
+TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "image_size": 512, "patch_size": 16}
+TOWER |= {"num_hidden_layers": 2, "num_attention_heads": 16}
+CONTEXT = 7
+PAGE = np.zeros((1650, 1275, 3), np.uint8)
+UNIFORM = [512] * 32
+MIXED = [16, 40, 90, 120, 200, 512] * 10
+LAYERS = 2
+"""Of the model and of its tower: a layer is like the next."""
+BRANCHES = pytest.mark.parametrize("new_varlen", [True, False], ids=["torch 2.13", "torch 2.11"])
+
+
+def checkpoint(name: str, with_images: bool = False) -> Checkpoint:
+    tower = TowerConfig.model_validate({"model_type": "siglip_vision_model", **TOWER})
+    return Checkpoint(
+        folder=Path(),
+        name="dry",
+        config=config(name).model_copy(update={"layers": LAYERS}),
+        vision=VisionConfig(tower, CONTEXT, 12) if with_images else None,
+        prompts={},
+        max_tokens=8192,
+        max_tokens_with_image=10_240,
+        dimensions=(2048,),
+    )
+
+
+def run(
+    model: Checkpoint,
+    lengths: Sequence[int],
+    tiles: Sequence[Picture | None] = (),
+    dtype: Any = "auto",
+    step: int | None = None,
+) -> tuple[Log, device.Placement]:
+    """Log one step, after one that makes what is made once."""
+    (placement,) = device.select_devices("cuda", dtype, step, model.config)
+    encoder = Encoder(model, placement)
+    ids = [np.full(length, 100, np.int32) for length in lengths]
+    for each, picture in zip(ids, tiles or [None] * len(ids), strict=True):
+        if picture is not None:
+            each[1 : 1 + 256 * len(picture)] = CONTEXT
+    encoder(ids[:1], tiles[:1])
+    with Log() as log:
+        pooled = encoder(ids, tiles)
+    assert pooled._means.shape == (len(lengths), 2048)
+    assert pooled._means.dtype == torch.float32
+    assert pooled._means.device.type == "cpu"
+    pooled._arrived.synchronize()
+    assert log.findings == []
+    return log, placement
+
+
+@BRANCHES
+@pytest.mark.parametrize("lengths", [UNIFORM, MIXED, [32], [8192, 3]])
+@pytest.mark.parametrize(("name", "step"), [("300M", None), ("1B", 6_144)])
+def test_a_step_of_texts(new_varlen, lengths, name, step):
+    layers = LAYERS
+    with fake_gpu(new_varlen=new_varlen):
+        log, placement = run(checkpoint(name), lengths, step=step)
+    assert placement.kernel is (attention.varlen if new_varlen else attention.varlen_repeated)
+    pieces = -(-sum(lengths) // placement.tokens_per_step)  # of the MLP, of a longer text
+    assert log.kernels["attend"] == log.kernels["rotate_"] == layers
+    assert log.kernels["gate_"] == layers * pieces
+    assert log.kernels["mm"] == log.kernels["addmm_"] == layers * (1 + pieces)
+    assert log.kernels["rms_norm"] == layers * (1 + pieces) + 1
+    repeats = 0 if new_varlen else 2 * layers  # each a copy of keys or values
+    few = len(lengths) <= 16
+    rest = 3 + (len(lengths) + 1 if few else 2)  # embeddings, cosines, sines; the means
+    assert log.launches <= layers * (5 + 4 * pieces) + 1 + rest + repeats
+    # Boundaries, ids and positions, and how many tokens to sum; the means.
+    assert len(log.to_device) == 3 + (not few)
+    assert sum(log.to_device) == 4 * (2 * sum(lengths) + len(lengths) + 1) + 8 * (
+        len(lengths) if not few else 0
+    )
+    assert log.to_host == [4 * 2048 * len(lengths)]
+
+
+def test_a_step_without_triton_launches_torchs_operators():
+    with fake_gpu(fused=False):
+        log, placement = run(checkpoint("300M"), UNIFORM)
+    assert "Triton's kernels do not run here" in placement.reasons
+    assert log.launches <= LAYERS * 16 + 7
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [("float32", (9, 0)), ("auto", (7, 5))])
+def test_a_gpu_without_flash_has_one_attention_per_layer(dtype, capability):
+    """T4 and V100, and float32 on any GPU: not one call per length, 774 of them in such a step."""
+    with fake_gpu(capability=capability):
+        log, placement = run(checkpoint("300M"), MIXED, dtype=dtype)
+    assert placement.kernel is attention.efficient
+    assert placement.dtype == (torch.float32 if dtype == "float32" else torch.float16)
+    assert log.kernels["attend"] == LAYERS
+    assert log.launches <= LAYERS * (9 + 2) + 7
+
+
+@BRANCHES
+@pytest.mark.parametrize(("cols", "rows", "tiles"), [(1, 1, 1), (2, 3, 7)])
+def test_a_step_of_pages(new_varlen, cols, rows, tiles):
+    """Each pass of the tower has a number of tiles that is a power of two."""
+    picture = Picture(PAGE, (0, 0, 1275, 1650), cols, rows)
+    with fake_gpu(new_varlen=new_varlen):
+        log, placement = run(
+            checkpoint("1B", with_images=True), [256 * tiles + 8] * 3, [picture, None, picture]
+        )
+    passes = len(siglip._portions(2 * tiles, 2 * placement.tokens_per_step // 1024))
+    assert log.kernels["attend"] == LAYERS * (1 + passes)
+    pixels = 2 * PAGE.nbytes
+    texts = 4 * (2 * 3 * (256 * tiles + 8) + 4)
+    places = 8 * 2 * 256 * tiles
+    assert sum(log.to_device) == pixels + texts + places
+    assert len(log.to_device) == 2 + 3 + 1
+    assert log.to_host == [4 * 2048 * 3]
+
+
+def test_a_page_is_cut_on_the_device():
+    with fake_gpu(), Log() as log:
+        cut = siglip.cut_on_device(Picture(PAGE, (0, 0, 1275, 1650), 2, 3), 512, CUDA)
+    assert (cut.shape, cut.dtype, cut.device) == ((7, 512, 512, 3), torch.uint8, CUDA)
+    assert log.findings == []
+    assert log.to_device == [PAGE.nbytes]
+    assert log.kernels["_upsample_bicubic2d_aa"] == 4  # two axes, of the tiles and the thumbnail
+
+
+def test_a_gpus_buffers_never_grow():
+    """Whatever grows leaves a hole in the device's memory that the next does not fit."""
+    with fake_gpu():
+        model = checkpoint("1B", with_images=True)
+        (placement,) = device.select_devices("cuda", "auto", None, model.config)
+        encoder = Encoder(model, placement)
+        before = encoder._wide._memory, encoder._vision._wide._memory
+        picture = Picture(PAGE, (0, 0, 1275, 1650), 2, 3)
+        for lengths in ([5], [2048] * 3, [8192]):
+            encoder([np.full(length, 100, np.int32) for length in lengths])
+        ids = np.full(7 * 256 + 8, CONTEXT, np.int32)
+        ids[-8:] = 100
+        encoder([ids] * 3, [picture] * 3)
+        assert encoder._wide._memory is before[0]
+        assert encoder._vision._wide._memory is before[1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "finding"),
+    [
+        (lambda x: torch.masked_select(x, x), "masked_select waits for the device"),
+        (lambda x: x.sum().item(), "_local_scalar_dense waits for the device"),
+        (lambda x: x.cpu(), "blocks"),
+        (lambda x: x.to("cpu", non_blocking=True), "not pinned"),
+        (lambda x: x + torch.ones(4), "add mixes devices"),
+        (lambda x: torch.ones(4).to(x.device, non_blocking=True), "not pinned"),
+        (lambda x: torch.ones(4).pin_memory().to(x.device), "blocks"),
+    ],
+)
+def test_the_log_finds_what_a_gpu_would_suffer_from(fault, finding):
+    with fake_gpu(), Log() as log:
+        x = torch.empty(4, device=CUDA)
+        with contextlib.suppress(Exception):  # fake tensors have no values
+            fault(x)
+    assert any(finding in each for each in log.findings), log.findings
