@@ -78,15 +78,6 @@ class HasHealth(Protocol):
         """What it failed with, after which each `submit` is an EngineError; None while it works."""
 
 
-@runtime_checkable
-class HasHealth(Protocol):
-    """A backend whose device can fail for good while the process lives on."""
-
-    @property
-    def failure(self) -> Exception | None:
-        """What it failed with, after which each `submit` is an EngineError; None while it works."""
-
-
 class Backend(Protocol):
     """Something that turns documents into vectors, here or elsewhere."""
 

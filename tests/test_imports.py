@@ -54,7 +54,6 @@ ONLY = {
     "httpcore": {"images"},
     "PIL": {"images"},
     # the server
-    "h11": {"server"},
     "prometheus_client": {"server"},
     "starlette": {"server"},
     "uvicorn": {"server"},

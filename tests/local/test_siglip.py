@@ -169,7 +169,8 @@ def test_only_the_text_of_a_pair_is_cut(vl, truncate):
     kept = {"END": slice(None, 20), "START": slice(-20, None)}[truncate]
     changed = words.copy()
     changed[{"END": -1, "START": 0}[truncate]] = "another"
-    assert np.array_equal(limited.embed([Document(" ".join(changed), image.image)])[0], both)
+    cut = limited.embed([Document(" ".join(words), image.image)])  # alone, as the other
+    assert np.array_equal(limited.embed([Document(" ".join(changed), image.image)]), cut)
     changed = words[kept] and [*words]
     changed[{"END": 0, "START": -1}[truncate]] = "another"
     assert np.abs(limited.embed([Document(" ".join(changed), image.image)])[0] - both).max() > 1e-4
