@@ -204,10 +204,12 @@ class LocalBackend:
             encoder = self._encoders[device]
             running += self._start(step, encoder)
             while running and not (step and encoder.runs_ahead and len(running) == 1):
-                _collect(*running.popleft())
+                self._collect(*running.popleft())
 
-    def _start(self, step: list[Sequence], encoder: Encoder) -> list[Running]:
-        """Start a step; where memory runs out, its halves."""
+    def _start(
+        self, step: list[Sequence], encoder: Encoder, is_retry: bool = False
+    ) -> list[Running]:
+        """Start a step; where memory runs out, its halves, and a lone sequence once more."""
         if not step:
             return []
         try:
@@ -215,39 +217,45 @@ class LocalBackend:
             return [(step, encoder(ids, tiles))]
         except Exception as exc:
             error = exc.with_traceback(None)  # the traceback would keep the step's tensors alive
-        if not _is_out_of_memory(error) or len(step) == 1:
+        if not _is_out_of_memory(error) or is_retry:
             return [(step, error)]
-        tokens = sum(sequence.cost for sequence in step)
-        self._scheduler.shrink(tokens // 2)
-        _log.warning("out of memory at %d tokens per step; going on with half", tokens)
         if encoder.device.type == "cuda":
             torch.cuda.empty_cache()
+        if len(step) == 1:
+            return self._start(step, encoder, is_retry=True)
+        tokens = _cost(step)
+        self._scheduler.shrink(tokens // 2)
+        _log.warning("out of memory at %d tokens per step; going on with half", tokens)
         half = len(step) // 2
         return [*self._start(step[:half], encoder), *self._start(step[half:], encoder)]
 
+    def _collect(self, step: list[Sequence], means: Means | Exception) -> None:
+        """Wait for a step and deliver its rows, or what went wrong."""
+        error = None
+        try:
+            if isinstance(means, Exception):
+                raise means
+            vectors = means.array()  # (S, hidden)
+            self._scheduler.grow(_cost(step))
+        except Exception as exc:
+            error = exc.with_traceback(None)
+        start = 0
+        for job, group in groupby(step, key=lambda sequence: sequence.job):
+            members = list(group)
+            rows = [sequence.row for sequence in members]
+            tokens = sum(len(sequence.ids) for sequence in members)
+            if error is None:
+                job.deliver(rows, vectors[start : start + len(rows)], tokens)
+            elif _is_out_of_memory(error):
+                message = f"does not fit in the device's memory ({tokens} tokens)"
+                _fail(job, rows, DeviceMemoryError(message), error)
+            else:
+                _fail(job, rows, EngineError(f"the forward pass failed: {error}"), error)
+            start += len(rows)
 
-def _collect(step: list[Sequence], means: Means | Exception) -> None:
-    """Wait for a step and deliver its rows, or what went wrong."""
-    error = None
-    try:
-        if isinstance(means, Exception):
-            raise means
-        vectors = means.array()  # (S, hidden)
-    except Exception as exc:
-        error = exc.with_traceback(None)
-    start = 0
-    for job, group in groupby(step, key=lambda sequence: sequence.job):
-        members = list(group)
-        rows = [sequence.row for sequence in members]
-        tokens = sum(len(sequence.ids) for sequence in members)
-        if error is None:
-            job.deliver(rows, vectors[start : start + len(rows)], tokens)
-        elif _is_out_of_memory(error):
-            message = f"does not fit in the device's memory ({tokens} tokens)"
-            _fail(job, rows, DeviceMemoryError(message), error)
-        else:
-            _fail(job, rows, EngineError(f"the forward pass failed: {error}"), error)
-        start += len(rows)
+
+def _cost(step: list[Sequence]) -> int:
+    return sum(sequence.cost for sequence in step)
 
 
 def _fail(job: Job, rows: list[int], error: NeMoRetrieverError, cause: Exception) -> None:
