@@ -5,8 +5,12 @@ No remote code runs: `config.json` is parsed as data and its `auto_map` is ignor
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from shared_engine.catalogue import DEFAULT_MODEL, ModelSpec, find
@@ -28,6 +32,17 @@ from shared_engine.local.config import (
 from shared_engine.options import Options
 
 _PATTERNS = ["*.json", "*.safetensors", "1_Pooling/*.json"]
+_SMALL_FILES = (
+    "config.json",
+    "config_sentence_transformers.json",
+    "model.safetensors.index.json",
+    "processor_config.json",
+    "sentence_bert_config.json",
+    "tokenizer.json",
+)
+"""What is read beside the weights."""
+_BLOCK, _PIECE = 2**26, 2**20
+"""Bytes that a thread digests, and reads at once."""
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SECONDS_FOR_HUB = 5.0
 _MAX_TOKENS_WITH_IMAGE = 10_240
@@ -180,3 +195,31 @@ def weight_files(folder: Path) -> list[str]:
 def _is_complete(folder: Path) -> bool:
     names = ("config.json", "tokenizer.json", *weight_files(folder))
     return all((folder / name).is_file() for name in names)
+
+
+def digest_files(folder: Path) -> str:
+    """Return a digest of every byte of the files that shape a vector, with their names.
+
+    A file is read once, and remembered by its path, size and time.
+    """
+    names = [name for name in (*_SMALL_FILES, *weight_files(folder)) if (folder / name).is_file()]
+    digests = []
+    for name in names:
+        stat = (folder / name).stat()
+        digests.append((name, _digest_file(folder / name, stat.st_size, stat.st_mtime_ns)))
+    return hashlib.sha256(repr(digests).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _digest_file(path: Path, size: int, _mtime_ns: int) -> bytes:
+    def digest_block(start: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            digest = hashlib.sha256()
+            for _ in range(_BLOCK // _PIECE):
+                digest.update(file.read(_PIECE))
+            return digest.digest()
+
+    # hashlib lets other threads run meanwhile.
+    with ThreadPoolExecutor(os.cpu_count(), "nemoretriever-digest") as pool:
+        return hashlib.sha256(b"".join(pool.map(digest_block, range(0, size, _BLOCK)))).digest()

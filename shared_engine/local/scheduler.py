@@ -34,6 +34,10 @@ QUERY_STEPS_IN_A_ROW = 8
 TEXTS_PER_CHUNK = 256
 STEPS_AHEAD = 4
 """Steps of work that are prepared ahead for all callers together, or one for each if more wait."""
+PATIENCE = 16
+"""Full steps that must fit before a step that was shrunk grows again; twice as many each time that
+it was too early, and never over `MOST_PATIENCE`."""
+MOST_PATIENCE = 1024
 
 
 @dataclass(eq=False)
@@ -70,6 +74,10 @@ class Scheduler:
         self._preparing = 0
         self._to_run: dict[Role, deque[Turn]] = {"query": deque(), "document": deque()}
         self._query_steps = 0
+        self._tokens_at_first = tokens_per_step
+        self._full_steps = 0
+        self._patience = PATIENCE
+        self._has_grown = False
         self._closed = False
         self.steps = 0
         """Steps formed so far."""
@@ -104,6 +112,21 @@ class Scheduler:
         """Let steps have at most so many tokens from now on, and never more than before."""
         with self._changed:
             self.tokens_per_step = max(1, min(self.tokens_per_step, tokens))
+            self._full_steps = 0
+            if self._has_grown:  # and that was too early
+                self._has_grown = False
+                self._patience = min(2 * self._patience, MOST_PATIENCE)
+
+    def grow(self, tokens: int) -> None:
+        """Note a step of so many tokens that fitted; many full ones double what was shrunk."""
+        with self._changed:
+            is_full = 2 * tokens >= self.tokens_per_step
+            if not is_full or self.tokens_per_step == self._tokens_at_first:
+                return
+            self._full_steps += 1
+            if self._full_steps == self._patience:
+                self.tokens_per_step = min(2 * self.tokens_per_step, self._tokens_at_first)
+                self._full_steps, self._has_grown = 0, True
 
     def _forget(self, future: Future[NDArray[np.float32]]) -> None:
         job = self._jobs.pop(future)

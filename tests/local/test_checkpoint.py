@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shared_engine import CATALOGUE, CheckpointError, Embedder, Options, UnsupportedDimensionsError
 from shared_engine.catalogue import DEFAULT_MODEL, find
 from shared_engine.local import checkpoint as checkpoint_module
-from shared_engine.local.checkpoint import resolve
-from tests.support.checkpoints import SHAPES, build_checkpoint
+from shared_engine.local.backend import LocalBackend
+from shared_engine.local.checkpoint import digest_files, resolve
+from tests.support.checkpoints import PROMPTS, SHAPES, build_checkpoint
 
 
 def edit(folder: Path, **changes: object) -> Path:
@@ -204,3 +206,77 @@ def test_a_local_folder_needs_no_network_no_remote_code_and_no_stdin(tmp_path):
         env=os.environ | {"HF_HUB_OFFLINE": "0"},
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 64)\n", "")
+
+
+# What a cache of vectors is keyed by
+
+
+def flip(path: Path, at: int) -> None:
+    content, time = bytearray(path.read_bytes()), path.stat().st_mtime_ns
+    content[at] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(time + 1, time + 1))  # a clock may be too coarse for two writes
+
+
+def fingerprint(folder: Path, **options: Any) -> str:
+    backend = LocalBackend(Options(model=folder, device="cpu", dtype="float32", **options))
+    backend.close()
+    return backend.fingerprint
+
+
+@pytest.mark.parametrize("where", [0.0, 0.1234, 0.5, 0.777, 1.0])
+def test_every_byte_of_the_weights_is_in_the_digest(copy, where):
+    before = digest_files(copy)
+    assert digest_files(copy) == before
+    path = copy / "model.safetensors"
+    flip(path, round(where * (path.stat().st_size - 1)))
+    assert digest_files(copy) != before
+
+
+@pytest.mark.parametrize("block", [7, 4096, 2**26])
+def test_every_block_and_their_order_are_in_the_digest(copy, monkeypatch, block):
+    monkeypatch.setattr(checkpoint_module, "_BLOCK", block)
+    monkeypatch.setattr(checkpoint_module, "_PIECE", min(block, 512))
+    path = copy / "model.safetensors"
+    digests = set()
+    contents = (b"0123456789", b"5678901234", b"01234567890", b"012345678", b"")
+    for time, content in enumerate(contents):
+        path.write_bytes(content)
+        os.utime(path, ns=(time, time))
+        digests.add(digest_files(copy))
+    assert len(digests) == 5
+
+
+def test_all_that_shapes_a_vector_is_in_the_fingerprint(tmp_path):
+    """Also weights in a folder below, and what the options say."""
+    folder = build_checkpoint(tmp_path / "a", SHAPES["sharded"], prompts=PROMPTS)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    (folder / "below").mkdir()
+    for name in set(index["weight_map"].values()):
+        (folder / name).rename(folder / "below" / name)
+    moved = {tensor: f"below/{name}" for tensor, name in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": moved}))
+    (folder / "processor_config.json").write_text("{}")
+    seen = [fingerprint(folder), fingerprint(folder, max_tokens=99), fingerprint(folder)]
+    assert seen[0] == seen[2] != seen[1]
+    (folder / "README.md").write_text("no vector reads this")
+    assert fingerprint(folder) == seen[0]
+    for name in set(moved.values()):
+        flip(folder / name, -1)
+        seen.append(fingerprint(folder))
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "processor_config.json",
+    ):
+        path = folder / name
+        path.write_text(path.read_text() + " ")
+        seen.append(fingerprint(folder))
+    for name, change in {
+        "sentence_bert_config.json": {"max_seq_length": 50},
+        "config_sentence_transformers.json": {"prompts": {"query": "q: ", "document": "d: "}},
+    }.items():
+        (folder / name).write_text(json.dumps(change))
+        seen.append(fingerprint(folder))
+    assert len(set(seen)) == len(seen) - 1

@@ -21,6 +21,7 @@ from shared_engine import Document, EngineClosedError, EngineError, PartialResul
 from shared_engine.backend import Flow
 from shared_engine.local.jobs import Job, Sequence
 from shared_engine.local.scheduler import (
+    PATIENCE,
     QUERY_STEPS_IN_A_ROW,
     STEPS_AHEAD,
     TEXTS_PER_CHUNK,
@@ -175,6 +176,51 @@ def test_a_step_that_was_shrunk_is_not_raised_by_another_device(asked):
     assert scheduler.tokens_per_step == 400
     scheduler.shrink(0)
     assert scheduler.tokens_per_step == 1
+
+
+def simulate_memory(scheduler: Scheduler, holds: Callable[[int], int], steps: int) -> list[int]:
+    """Run full steps on a device that holds so many tokens at each; return the steps that failed.
+
+    A step that does not fit is halved until it does, as the backend does.
+    """
+    failed = []
+    for step in range(steps):
+        tokens = scheduler.tokens_per_step
+        while tokens > holds(step):
+            failed.append(step)
+            tokens //= 2
+            scheduler.shrink(tokens)
+        scheduler.grow(tokens)
+    return failed
+
+
+def test_a_step_grows_back_after_memory_was_short_for_a_while():
+    scheduler = Scheduler(2048)
+    failed = simulate_memory(scheduler, lambda step: 100 if step == 5 else 10**6, 30)
+    assert set(failed) == {5}
+    assert scheduler.tokens_per_step <= 128
+    simulate_memory(scheduler, lambda _: 10**6, 10 * PATIENCE)
+    assert scheduler.tokens_per_step == 2048
+
+
+def test_a_step_that_is_too_large_for_ever_is_tried_less_and_less():
+    scheduler = Scheduler(2048)
+    failed = simulate_memory(scheduler, lambda _: 1500, 30_000)
+    assert 10 < len(failed) < 50
+    assert np.diff(failed).max() >= 1000
+    assert scheduler.tokens_per_step in (1024, 2048)
+
+
+def test_steps_that_are_not_full_prove_nothing():
+    scheduler = Scheduler(2048)
+    scheduler.shrink(1000)
+    for _ in range(10 * PATIENCE):
+        scheduler.grow(499)
+    assert scheduler.tokens_per_step == 1000
+    scheduler.shrink(10**6)
+    for _ in range(PATIENCE):
+        scheduler.grow(500)
+    assert scheduler.tokens_per_step == 2000
 
 
 # Ahead of the device
