@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
 from shared_engine.catalogue import DEFAULT_MODEL
-from shared_engine.endpoints import normalize_url
+from shared_engine.endpoints import check_header, normalize_url
+from shared_engine.errors import ConfigurationError
 from shared_engine.vectors import EmbeddingType
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -144,7 +155,7 @@ class Options(BaseModel):
     allow_insecure_key: bool = _option(
         "nim",
         default=False,
-        description="Send the key without TLS to a host that is not private too.",
+        description="Allow the key over plain http to a public host, or through a proxy.",
     )
     default_headers: dict[str, str] = _secret(
         "nim", default_factory=dict, description="Headers of every request to the NIM."
@@ -165,7 +176,8 @@ class Options(BaseModel):
         "nim",
         default=5,
         ge=0,
-        description="Times a request is sent again after 408, 429, 5xx or a broken connection.",
+        description="Times a request is sent again after 408, 429, 5xx or a broken connection; a "
+        "kept connection that the server had closed is no such time.",
     )
     max_batch_size: int = _option(
         "nim", default=50, gt=0, description="The most inputs in one request to the NIM."
@@ -195,6 +207,34 @@ class Options(BaseModel):
         "say. A function, because a client belongs to one event loop and one process: each engine "
         "makes its own, in its own loop, and closes it.",
     )
+
+    if not TYPE_CHECKING:  # it would hide the options from type checkers
+
+        def __init__(self, /, **data: Any) -> None:
+            try:
+                super().__init__(**data)
+            except ValidationError as exc:
+                errors = [line.get("ctx", {}).get("error") for line in exc.errors()]
+                for error in errors:
+                    if isinstance(error, ConfigurationError):
+                        raise error from None
+                raise
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _hide_input(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Leave what was given out of an error: it may be a key, in the wrong option even."""
+        try:
+            return handler(data)
+        except ValidationError as exc:
+            lines = [
+                InitErrorDetails(
+                    type=line["type"], loc=line["loc"], input=None, ctx=line.get("ctx", {})
+                )
+                for line in exc.errors(include_input=False, include_url=False)
+            ]
+            title = exc.title
+        raise ValidationError.from_exception_data(title, lines, hide_input=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -226,6 +266,23 @@ class Options(BaseModel):
     @classmethod
     def _normalize_url(cls, value: str | None) -> str | None:
         return value if value is None else normalize_url(value)
+
+    @field_validator("api_key")
+    @classmethod
+    def _strip_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        key = value.get_secret_value().strip()
+        check_header("authorization", key, "api_key=")
+        return SecretStr(key)
+
+    @field_validator("default_headers")
+    @classmethod
+    def _strip_headers(cls, value: dict[str, str]) -> dict[str, str]:
+        headers = {name: text.strip() for name, text in value.items()}
+        for name, text in headers.items():
+            check_header(name, text, "default_headers=")
+        return headers
 
     @field_validator("http_client", mode="before")
     @classmethod

@@ -110,6 +110,7 @@ class Dispatch:
         self._ahead: dict[int, asyncio.Future[bytes]] = {}
         self._building = asyncio.Lock()
         self._held = 0
+        self._accepted: set[Modality] = set()
         self._probes: dict[Modality, asyncio.Future[bool]] = {}
         self._answered = asyncio.Event()
         self._vectors: NDArray[np.float32] | None = None
@@ -195,6 +196,7 @@ class Dispatch:
                 f"the server sent vectors of {width} values after {self._vectors.shape[1]}"
             )
         self._vectors[list(batch.rows)] = vectors
+        self._accepted.add(batch.modality)
         if self.request.on_usage and tokens:
             self.request.on_usage(tokens)
         self._release(batch)
@@ -204,20 +206,15 @@ class Dispatch:
         self._errors.update(dict.fromkeys(batch.rows, error))
         self._release(batch)
 
-    @property
-    def has_vectors(self) -> bool:
-        """Whether the server took some of the inputs."""
-        return self._vectors is not None
-
     async def is_request_accepted(
         self, batch: RequestBatch, send: Callable[[RequestBatch], Awaitable[bool]]
     ) -> bool:
         """Whether inputs are at fault where a batch is refused, rather than all of the request.
 
-        Where none was taken yet, one that nothing is wrong with is sent, once for each modality.
+        Where none of its modality was taken yet, one that nothing is wrong with is sent, once.
         """
-        if self.has_vectors or len(self.request.documents) == 1:
-            return self.has_vectors
+        if batch.modality in self._accepted or len(self.request.documents) == 1:
+            return batch.modality in self._accepted
         if batch.modality not in self._probes:
             probe = RequestBatch((-1,), (PROBES[batch.modality],), batch.modality)
             self._probes[batch.modality] = asyncio.ensure_future(send(probe))

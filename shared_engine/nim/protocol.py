@@ -56,8 +56,8 @@ _BYTES_PER_VALUE = 32
 _LONGEST_DETAIL = 1000
 _DEEPEST = 8
 """Levels of an error's body that are looked at."""
-_NOT_AN_INPUT = frozenset({401, 402, 403, 404, 405, 407, 408, 410, 421, 425, 426, 429})
-"""Statuses of 4xx that say something of the client, the server or the way between them."""
+_NOT_AN_INPUT = frozenset({401, 402, 404, 405, 407, 408, 410, 421, 425, 426, 429})
+"""Statuses of 4xx that are never an input's fault. 403 may be: gateways refuse texts so, too."""
 _TOO_LONG = (  # patterns of (tokens, limit); NIM, vLLM, text-embeddings-inference
     re.compile(
         r"length (?P<tokens>\d+) exceeds (?:the )?maximum allowed token size (?P<limit>\d+)"

@@ -35,22 +35,25 @@ async def read_reply(response: httpx.Response, request: httpx.Request) -> httpx.
         most = request.extensions[MOST_BYTES]
     parts: list[bytes] = []
     size = 0
-    async for part in _decode(response):
+    async for part in _decode(response, most):
         parts.append(part)
         size += len(part)
         if size > most:
             if response.is_success:
-                raise MalformedResponseError(
-                    f"the reply is longer than the {most} bytes that it may need",
-                    status=response.status_code,
-                )
+                raise _too_long(response, most)
             break
     headers = [pair for pair in response.headers.raw if pair[0].lower() != b"content-encoding"]
     content = b"".join(parts)[:most]
     return httpx.Response(response.status_code, headers=headers, content=content)
 
 
-async def _decode(response: httpx.Response) -> AsyncIterator[bytes]:
+def _too_long(response: httpx.Response, most: int) -> MalformedResponseError:
+    return MalformedResponseError(
+        f"the reply is longer than the {most} bytes that it may need", status=response.status_code
+    )
+
+
+async def _decode(response: httpx.Response, most: int) -> AsyncIterator[bytes]:
     if response.is_stream_consumed:  # by a client of the user's, whose transport had it whole
         yield response.content
         return
@@ -66,8 +69,12 @@ async def _decode(response: httpx.Response) -> AsyncIterator[bytes]:
             status=response.status_code,
         )
     inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its first bytes
+    size = 0
     try:
         async for part in response.aiter_raw():
+            size += len(part)
+            if size > most:  # though nothing may come out of it
+                raise _too_long(response, most)
             while part:
                 yield inflater.decompress(part, _PIECE)
                 part = inflater.unconsumed_tail  # noqa: PLW2901 - what is left of it

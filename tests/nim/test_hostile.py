@@ -1,0 +1,429 @@
+"""Replies of servers that are broken or hostile: bounded, told as such, and printable."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+import threading
+import time
+import zlib
+from collections.abc import AsyncIterator
+from functools import cache
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared_engine import (
+    ConnectionFailedError,
+    Embedder,
+    EngineError,
+    InvalidRequestError,
+    MalformedResponseError,
+    NeMoRetrieverError,
+    Options,
+    PartialResultError,
+    ServerError,
+)
+from shared_engine.nim.backend import MOST_SENDS
+from tests.support import nim
+from tests.support.nim import MODEL, Nim, vectors
+from tests.support.raw_server import RawServer, head, whole
+
+MODELS = whole(nim.write_models([MODEL]))
+FEW_BYTES = 16 * 2**20
+"""More than a reply may need, and what lies in the sockets' buffers."""
+CHUNK = bytes(64 * 1024)
+
+
+def body_of(request: bytes) -> dict[str, Any]:
+    content = request.partition(b"\r\n\r\n")[2]
+    return json.loads(content) if content else {}
+
+
+def engine_for(server: RawServer, **options: Any) -> Embedder:
+    given = {"model": MODEL, "base_url": server.url, "max_retries": 0, "timeout": 20.0, **options}
+    return Embedder(Options(**given))
+
+
+# Floods
+
+
+@cache
+def compress(kind: int) -> bytes:
+    """Return 400 MB of zeros, compressed."""
+    compressor = zlib.compressobj(9, wbits=kind)
+    zeros = bytes(4 * 2**20)
+    return b"".join([*(compressor.compress(zeros) for _ in range(100)), compressor.flush()])
+
+
+async def chunks() -> AsyncIterator[bytes]:
+    yield head(200, "Transfer-Encoding: chunked")
+    while True:
+        yield b"%x\r\n%b\r\n" % (len(CHUNK), CHUNK)
+
+
+async def three_gigabytes() -> AsyncIterator[bytes]:
+    yield head(length=3 * 2**30)
+    while True:
+        yield CHUNK
+
+
+async def until_closed() -> AsyncIterator[bytes]:
+    yield head()
+    while True:
+        yield CHUNK
+
+
+async def bomb(encoding: str) -> AsyncIterator[bytes]:
+    content = compress(31 if encoding.endswith("gzip") else 15)
+    yield head(200, f"Content-Encoding: {encoding}", length=len(content)) + content
+
+
+async def empty_blocks() -> AsyncIterator[bytes]:
+    """Yield compressed data that nothing comes out of, for ever."""
+    yield head(200, "Content-Encoding: deflate", "Transfer-Encoding: chunked")
+    yield b"2\r\n\x78\x9c\r\n"
+    blocks = b"\x00\x00\x00\xff\xff" * 10_000
+    while True:
+        yield b"%x\r\n%b\r\n" % (len(blocks), blocks)
+
+
+async def trailing_data() -> AsyncIterator[bytes]:
+    yield head(200, "Content-Encoding: gzip", "Transfer-Encoding: chunked")
+    end = gzip.compress(b"{}")
+    yield b"%x\r\n%b\r\n" % (len(end), end)
+    while True:
+        yield b"%x\r\n%b\r\n" % (len(CHUNK), CHUNK)
+
+
+FLOODS = {
+    "chunks": chunks,
+    "length": three_gigabytes,
+    "until closed": until_closed,
+    "gzip": lambda: bomb("gzip"),
+    "x-gzip": lambda: bomb("X-GZIP"),
+    "deflate": lambda: bomb("deflate"),
+    "empty blocks": empty_blocks,
+    "trailing data": trailing_data,
+}
+
+
+@pytest.mark.parametrize(
+    ("flood", "path"),
+    [*((name, b"/v1/embeddings") for name in FLOODS), ("chunks", b"/v1/models")],
+)
+def test_a_flood_is_cut_off_and_stops_nobody_else(flood: str, path: bytes) -> None:
+    async def respond(request: bytes, _: int) -> AsyncIterator[bytes]:
+        asked = request.split()[1]
+        body = body_of(request)
+        if asked == path and body.get("input") != ["good"]:
+            async for part in FLOODS[flood]():
+                yield part
+        else:
+            yield whole(nim.answer(body)) if body else MODELS
+
+    with RawServer(respond) as server, engine_for(server) as engine:
+        if path == b"/v1/embeddings":
+            engine.embed(["good"])
+            slowest = 0.0
+            stop = threading.Event()
+
+            def ask() -> None:
+                nonlocal slowest
+                while not stop.is_set():
+                    begun = time.monotonic()
+                    engine.embed(["good"])
+                    slowest = max(slowest, time.monotonic() - begun)
+
+            other = threading.Thread(target=ask)
+            other.start()
+        begun = time.monotonic()
+        with pytest.raises(MalformedResponseError):
+            engine.embed(["bad"])
+        assert time.monotonic() - begun < 15
+        if path == b"/v1/embeddings":
+            stop.set()
+            other.join()
+            assert slowest < 5, "another caller waited for the flood"
+        assert server.sent < 3 * FEW_BYTES  # a malformed reply is asked for three times
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(400, InvalidRequestError), (500, ServerError), (307, InvalidRequestError)]
+)
+def test_of_an_endless_error_the_beginning_is_told(status: int, kind: type[Exception]) -> None:
+    async def respond(request: bytes, _: int) -> AsyncIterator[bytes]:
+        if not body_of(request):
+            yield MODELS
+            return
+        yield head(status, "Transfer-Encoding: chunked")
+        while True:
+            yield b"%x\r\n%b\r\n" % (4000, b"no way " + b" " * 3993)
+
+    with RawServer(respond) as server, engine_for(server) as engine:
+        with pytest.raises(kind, match="no way no way" if status != 307 else "redirects"):
+            engine.embed(["a"])
+        assert server.sent < FEW_BYTES
+
+
+def test_what_is_compressed_all_the_same_is_read() -> None:
+    async def respond(request: bytes, number: int) -> AsyncIterator[bytes]:
+        body = body_of(request)
+        if not body:
+            yield MODELS
+            return
+        compressor = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+        (encoding,) = body["input"]
+        content = zlib.compressobj(wbits=compressor.get(encoding, 15))
+        packed = content.compress(nim.answer(body)) + content.flush()
+        packed = packed[:-9] if number % 2 else packed
+        yield whole(packed, 200, f"Content-Encoding: {encoding}")
+
+    with RawServer(respond) as server, engine_for(server, concurrency=1) as engine:
+        for encoding in ("gzip", "x-gzip", "deflate"):
+            np.testing.assert_allclose(engine.embed([encoding]), vectors([encoding]), atol=1e-6)
+        for encoding in ("br", "zstd", "gzip, gzip"):
+            with pytest.raises(MalformedResponseError, match="compressed"):
+                engine.embed([encoding])
+
+
+@pytest.mark.parametrize("values", [2048, 4096])
+def test_what_a_reply_may_need_is_enough_for_any_that_is_right(values: int) -> None:
+    """As floats in the longest way that JSON has, with an indent."""
+
+    def answer(_: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
+        if not body:
+            return None
+        row = [-1.2345678901234567e-123] * values
+        data = [{"index": i, "embedding": row} for i in range(len(body["input"]))]
+        content = json.dumps({"data": data}, indent=1)
+        return httpx.Response(200, text=content)
+
+    with Nim(answer, ("mine",)).embedder(model="mine") as engine:
+        assert engine.embed(["a"] * 20).shape == (20, values)
+
+
+# Connections
+
+
+def test_a_connection_that_the_server_had_closed_is_no_failure() -> None:
+    async def respond(request: bytes, number: int) -> AsyncIterator[bytes]:
+        body = body_of(request)
+        if number == 0:  # any further request on a connection meets its end
+            yield whole(nim.answer(body)) if body else MODELS
+
+    texts = [f"text {i}" for i in range(400)]
+    options = {"max_batch_size": 10, "concurrency": 4}
+    with RawServer(respond) as server, engine_for(server, **options) as engine:
+        for _ in range(3):
+            np.testing.assert_allclose(engine.embed(texts), vectors(texts), atol=1e-6)
+        assert server.requests <= 2 * (3 * 40 + 1)
+
+
+@pytest.mark.parametrize("when", ["first", "new", "half"])
+def test_a_connection_that_breaks_otherwise_is_one(when: str) -> None:
+    async def respond(request: bytes, number: int) -> AsyncIterator[bytes]:
+        body = body_of(request)
+        if not body:
+            yield MODELS
+        elif when == "half" and "bad" in body["input"]:
+            yield whole(nim.answer(body))[:-9]
+            raise ConnectionError
+        elif when == "new" and "bad" in body["input"]:
+            return  # also on the second connection
+        elif when != "first":
+            yield whole(nim.answer(body))
+
+    with RawServer(respond) as server, engine_for(server, concurrency=1) as engine:
+        if when != "first":
+            engine.embed(["good"])
+        before = server.requests
+        with pytest.raises(ConnectionFailedError):
+            engine.embed(["bad"])
+        assert server.requests - before <= (1 if when == "half" else 3)
+
+
+# What an error says is data
+
+
+def nested(n: int, opening: str, closing: str) -> str:
+    return opening * n + closing * n
+
+
+BODIES = {
+    "nested lists": nested(100_000, "[", "]"),
+    "nested details": nested(500, '{"detail":', "}").replace("}", '"x"}', 1),
+    "half": '{"error": "',
+    "a lone surrogate": '{"error": "\\ud800 what", "message": "\\udfff"}',
+    "control characters": '{"error": "\\u0000\\u001b[31mred\\u202e"}',
+    "bytes": "\udcff\udcfe",
+    "a number": "7",
+    "a long number": '{"error": ' + "9" * 5000 + "}",
+    "no words": '{"detail": [{"loc": null}, 3, null], "error": {"message": {}}}',
+    "an index before the first": '{"error": "bad", "index": -1}',
+    "an index after the last": '{"error": "bad", "index": 99}',
+    "a long index": '{"error": "bad", "index": ' + "9" * 400 + "}",
+    "an index of text": '{"error": "bad", "index": "1"}',
+    "a place before the first": '{"detail": [{"loc": ["body", "input", -1], "msg": "bad"}]}',
+    "a place after the last": '{"detail": [{"loc": ["body", "input", 2e9], "msg": "bad"}]}',
+    "a place of anything": '{"detail": [{"loc": ["body", "input", {"a": []}], "msg": "bad"}]}',
+    "a place without an end": '{"detail": [{"loc": ["input"], "msg": "bad"}]}',
+    "an error with a code": '{"error": {"code": 1e999, "message": "bad"}}',
+    "nan": '{"error": NaN}',
+}
+HEADERS = (
+    {},
+    {"location": "http://["},
+    {"location": "//\x7f"},
+    {"location": "x" * 70_000},
+    {"retry-after": "nan"},
+    {"retry-after": "-1e999"},
+    {"retry-after": "Sat, 21 Nov 99999999999 12:00:07 GMT"},
+    {"x-request-id": "\x1b[31m" + "x" * 5000},
+    {"content-type": "application/json; charset=rot13"},
+)
+
+
+def check_error(error: BaseException) -> None:
+    """Any error is of ours, can be printed and sent to another process."""
+    assert isinstance(error, NeMoRetrieverError), repr(error)
+    assert not isinstance(error, EngineError), repr(error)
+    str(error).encode()
+    assert str(error).isprintable()
+    assert len(str(error)) < 3000
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    if isinstance(error, PartialResultError):
+        for one in error.errors.values():
+            check_error(one)
+
+
+@pytest.mark.parametrize("status", [200, 204, 307, 400, 413, 422, 429, 500, 529, 599])
+@pytest.mark.parametrize("name", BODIES)
+def test_whatever_an_error_holds_it_is_told_and_asked_a_bounded_number_of_times(
+    name: str, status: int
+) -> None:
+    content = BODIES[name].encode("utf-8", "surrogateescape")
+    for headers in HEADERS if name in ("half", "no words") else HEADERS[:1]:
+        refusing = Nim(
+            lambda r, body, h=headers: (
+                httpx.Response(status, content=content, headers=h) if body else None
+            )
+        )
+        with refusing.embedder(concurrency=2, max_batch_size=5) as engine:
+            for n in (1, 12):
+                refusing.requests.clear()
+                with pytest.raises(NeMoRetrieverError) as caught:
+                    engine.embed([f"text {i}" for i in range(n)])
+                check_error(caught.value)
+                assert len(refusing.requests) <= MOST_SENDS * (2 * n - 1) + 2
+
+
+def test_the_words_of_an_error_with_status_200_are_kept() -> None:
+    words = {"error": {"message": "model overloaded", "code": 1}}
+    answer = Nim(lambda r, body: httpx.Response(200, json=words) if body else None)
+    told = pytest.raises(MalformedResponseError, match="model overloaded")
+    with answer.embedder() as engine, told as caught:
+        engine.embed(["a"])
+    assert caught.value.detail == "model overloaded"
+
+
+WORDS = st.sampled_from(
+    ["no", "too large", "at most 3 items", "Input length 9 exceeds maximum allowed token size 8",
+     "dimensions", "encoding_format", "modality", "must not be empty", ""]
+)  # fmt: skip
+PLACES = st.lists(
+    st.sampled_from(["body", "input", "dimensions", "encoding_format", "modality", -1, 0, 1, 7]),
+    max_size=3,
+)
+ERRORS = st.builds(
+    lambda words, place, index, shape: {
+        "flat": {"error": words, **({} if index is None else {"index": index})},
+        "openai": {"error": {"message": words}},
+        "validation": {"detail": [{"loc": place, "msg": words}]},
+    }[shape],
+    WORDS,
+    PLACES,
+    st.none() | st.integers(-3, 30),
+    st.sampled_from(["flat", "openai", "validation"]),
+)
+REPLIES = st.none() | st.tuples(
+    st.sampled_from([200, 202, 204, 301, 400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 529]),
+    ERRORS,
+)
+"""None is a right reply."""
+
+
+@given(n=st.integers(1, 12), replies=st.lists(REPLIES, min_size=1, max_size=30), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_requests_for_n_inputs_have_a_bound(
+    n: int, replies: list[tuple[int, dict[str, Any]] | None], data: st.DataObject
+) -> None:
+    sent = 0
+
+    def answer(_: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
+        nonlocal sent
+        if not body:
+            return None
+        reply = replies[sent % len(replies)]
+        sent += 1
+        return None if reply is None else httpx.Response(reply[0], json=reply[1])
+
+    texts = [f"text {i}" for i in range(n)]
+    size, places = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3))
+    with Nim(answer).embedder(max_batch_size=size, concurrency=places) as engine:
+        try:
+            np.testing.assert_allclose(engine.embed(texts), vectors(texts), atol=1e-6)
+        except PartialResultError as exc:
+            check_error(exc)
+            good = [row for row in range(n) if row not in exc.errors]
+            np.testing.assert_allclose(exc.vectors[good], vectors([*texts])[good], atol=1e-6)
+        except NeMoRetrieverError as exc:
+            check_error(exc)
+    assert sent <= MOST_SENDS * (2 * n - 1) + 1
+
+
+# One bad input among good ones
+
+
+@given(
+    bad=st.sets(st.integers(0, 99))
+    | st.builds(lambda a, b: set(range(a, b)), *[st.integers(0, 99)] * 2),
+    status=st.sampled_from([400, 403, 406, 409, 413, 415, 422, 431, 451]),
+    words=st.sampled_from(["no", "", "cannot read this", "<html>Forbidden</html>"]),
+    size=st.sampled_from([1, 7, 50]),
+)
+@settings(max_examples=40, deadline=None)
+def test_exactly_the_bad_inputs_fail_where_the_server_names_none(
+    bad: set[int], status: int, words: str, size: int
+) -> None:
+    def answer(_: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
+        is_bad = any(text.startswith("bad") for text in body.get("input", ()))
+        return httpx.Response(status, text=words) if is_bad else None
+
+    texts = [f"{'bad' if i in bad else 'good'} {i}" for i in range(100)]
+    server = Nim(answer)
+    with server.embedder(max_batch_size=size, concurrency=3) as engine:
+        try:
+            out, failed = engine.embed(texts), set()
+        except PartialResultError as exc:
+            out, failed = exc.vectors, set(exc.errors)
+        except NeMoRetrieverError:
+            out, failed = np.empty((100, 16)), set(range(100))
+    assert failed == bad
+    good = sorted(set(range(100)) - bad)
+    if good:
+        np.testing.assert_allclose(out[good], vectors([texts[i] for i in good]), atol=1e-6)
+    assert len(server.requests) <= 2 * 100 + 2
+
+
+@pytest.mark.parametrize("status", [400, 403, 415, 422])
+def test_what_is_refused_whatever_its_inputs_is_not_asked_for_each(status: int) -> None:
+    server = Nim(lambda _, body: httpx.Response(status, text="never") if body else None)
+    with server.embedder(concurrency=2) as engine, pytest.raises(NeMoRetrieverError, match="never"):
+        engine.embed([f"text {i}" for i in range(2000)])
+    assert len(server.requests) < 10
