@@ -241,9 +241,8 @@ def test_what_is_no_document_is_refused_with_words(item, words):
 
 def test_documents_of_the_frameworks_are_named_in_full():
     schema = pytest.importorskip("langchain_core.documents")
-    with pytest.raises(
-        InputTypeError, match=r"langchain_core\.documents\.base\.Document; .* its `p"
-    ):
+    name = r"langchain_core\.documents\.base\.Document"
+    with pytest.raises(InputTypeError, match=rf"{name}; .* its `page_content`"):
         validate([schema.Document("a")], "document", TEXT)
     with pytest.raises(InputTypeError, match=f"got one {name}"):
         validate(schema.Document("a"), "document", TEXT)
