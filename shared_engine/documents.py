@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from os import PathLike
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from shared_engine import images
@@ -74,14 +73,9 @@ def wrap_images(images: Iterable[Any]) -> list[Document]:
     """Return a document for each image.
 
     Raises:
-        InputTypeError: one image instead of several.
+        InputTypeError: one image instead of several, or nothing that holds images.
     """
-    one = isinstance(images, (str, bytes, bytearray, PathLike)) or hasattr(images, "read")
-    if one or not isinstance(images, Iterable):
-        raise InputTypeError(
-            f"expected a list of images, got one {type(images).__name__}; wrap it in a list"
-        )
-    return [Document(image=image) for image in images]
+    return [Document(image=image) for image in require_list(images, "images")]
 
 
 def pair_with_images(texts: Iterable[str], images: Iterable[Any]) -> list[Document]:
@@ -96,7 +90,7 @@ def pair_with_images(texts: Iterable[str], images: Iterable[Any]) -> list[Docume
             f"has no partner: got {len(texts)} texts and {len(pictured)} images",
             index=min(len(texts), len(pictured)),
         )
-    return [replace(document, text=text) for text, document in zip(texts, pictured, strict=True)]
+    return [Document(text, beside.image) for text, beside in zip(texts, pictured, strict=True)]
 
 
 def validate(
@@ -122,49 +116,98 @@ def validate(
     return accepted
 
 
-def require_list(documents: _T) -> _T:
-    """Return what was given, unless it is one document alone.
+def require_list(items: _T, kind: Literal["documents", "images"] = "documents") -> _T:
+    """Return what was given, unless it is one document or image alone, or cannot hold any.
 
     Raises:
-        InputTypeError: it is; a string would be taken for a list of its characters.
+        InputTypeError: a string would be a list of its characters, a dict or a table of its keys.
     """
-    if isinstance(documents, (str, Document)):
+    is_one = (
+        isinstance(items, (Document, bytes, bytearray, memoryview))
+        or _read_text(items) is not None
+        or _find_hint(items) != ""
+        or (kind == "images" and hasattr(items, "read"))
+        or not any(hasattr(items, way) for way in ("__iter__", "__aiter__", "__getitem__"))
+    )
+    if is_one:
         raise InputTypeError(
-            f"expected a list of documents, got one {type(documents).__name__}; "
-            "wrap it in a list: embed([...])"
+            f"expected a list of {kind}, got one {_name_type(items)}; wrap it in a list: [...]"
         )
-    return documents
+    if isinstance(items, Mapping) or getattr(items, "ndim", 1) != 1:
+        raise InputTypeError(
+            f"expected a list of {kind}, got a {_name_type(items)}; pass one column or its values"
+        )
+    return items
+
+
+def _read_text(item: object) -> str | None:
+    """Return a text as a plain `str`: also one of a subclass of it, or of a column of Arrow."""
+    if isinstance(item, str):
+        return item if type(item) is str else str.__str__(item)
+    value = item.as_py() if hasattr(item, "as_py") else None
+    return value if isinstance(value, str) else None
+
+
+def _name_type(item: object) -> str:
+    """Return the full name of a type: there are several called Document."""
+    kind = type(item)
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+
+
+def _find_hint(item: object) -> str:
+    """Return what of an item to embed, or an empty text."""
+    if hasattr(item, "page_content"):
+        return "; embed its `page_content`"
+    if hasattr(item, "get_content"):
+        return "; embed its `get_content()`"
+    return ""
 
 
 def validate_document(item: object, role: Role, modalities: frozenset[Modality]) -> Document:
     """Do as `validate` does with one input."""
-    document = Document(text=item) if isinstance(item, str) else item
-    if not isinstance(document, Document):
-        raise InputTypeError(f"is of type {type(item).__name__}; expected a str or a Document")
+    document = item if isinstance(item, Document) else Document(text=_require_text(item))
+    text, image = document.text, document.image
+    if text is not None and (text := _read_text(text)) is None:
+        raise InputTypeError(f"has a text of type {_name_type(document.text)}; expected a str")
+    if text is None and image is None:
+        raise InputTypeError("has neither text nor image")
     if document.modality not in modalities:
         raise UnsupportedModalityError(
             f"is of modality {document.modality!r}, but this model takes only "
             f"{', '.join(sorted(modalities))}"
         )
-    text = document.text
-    if document.image is not None:
-        blank = isinstance(text, str) and document.modality == "image"
-        image = _accept(document.image, role)
-        document = replace(document, text=None if blank else text, image=image)
-    elif text is None:
-        raise InputTypeError("has neither text nor image")
-    if text is not None and not isinstance(text, str):
-        raise InputTypeError(f"has a text of type {type(text).__name__}; expected a str")
-    if text is not None and not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as exc:
-            raise InputTypeError(
-                f"holds a lone surrogate (U+{ord(text[exc.start]):04X}) at character "
-                f"{exc.start}, which no encoding can carry; decode its source again, or use "
-                'text.encode("utf-8", "replace").decode()'
-            ) from None
-    return document
+    if text is not None:
+        _check_encodable(text)
+    if image is not None:
+        image = _accept(image, role)
+        text = None if document.modality == "image" else text  # a blank one
+    return Document(text, image)
+
+
+def _require_text(item: object) -> str:
+    if (text := _read_text(item)) is not None:
+        return text
+    hint = _find_hint(item)
+    if isinstance(item, (bytes, bytearray, memoryview)):
+        hint = "; decode it if it is a text, or use Document(image=...)"
+    elif item is None or isinstance(item, float):  # NaN, in columns with gaps
+        hint = "; leave out what is missing"
+    raise InputTypeError(
+        f"is of type {_name_type(item)}; expected a str or a shared_engine.Document{hint}"
+    )
+
+
+def _check_encodable(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise InputTypeError(
+            f"holds a lone surrogate (U+{ord(text[exc.start]):04X}) at character "
+            f"{exc.start}, which no encoding can carry; decode its source again, or use "
+            'text.encode("utf-8", "replace").decode()'
+        ) from None
 
 
 def _accept(image: object, role: Role) -> object:

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import base64
 import time
+from collections import deque
+from enum import Enum
+from io import BytesIO, StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import quote
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
-from shared_engine.documents import is_data_url
+from shared_engine import InputTypeError
+from shared_engine.documents import Document, Modality, is_data_url, validate, wrap_images
 from tests.support.image_files import PNG, PNG64
 
 
@@ -39,3 +50,212 @@ def test_telling_a_data_url_reads_no_megabytes():
     for _ in range(1000):
         assert not is_data_url(long)
     assert time.perf_counter() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data:image/png;base64,iVBORw0KGgo=)",
+        "data:image/png;base64,iVBORw0KGgo=.",
+        "data:image/png;base64,iVBORw0KGgo= ",
+        "data:image/png;base64,iVBORw0KGgo==\n\n# A title",
+        "data:image/png;base64,iVBORw0KGgo=\nand a sentence",
+        f"data:image/png;base64,{PNG64}\n\nA caption",
+        f"data:image/png;base64,{PNG64}\nCaption",
+        f"data:image/png;base64,{PNG64}\n![next](data:image/png;base64,{PNG64})",
+        f"data:image/png;base64,{PNG64} data:image/png;base64,{PNG64}",
+        f"data:image/png;base64,{PNG64}\ndata:image/png;base64,{PNG64}",
+        f"data:image/png,{PNG64}.",
+        "data:image/png,the words after a comma",
+        "data:image/png;base64,iVBO Rw0K",
+        "data:image/png;base64,iVBO%4",
+        "data:image/png;base64,iVBO%zz",
+        "data:image/png;base64,ïVBORw0KGgo=",
+        "data:image/png;base64,====",
+        " data:image/png;base64,iVBORw0KGgo=",
+        "(data:image/png;base64,iVBORw0KGgo=",
+        "data:image/png;base64,http://127.0.0.1/",
+    ],
+)
+def test_what_only_begins_with_a_data_url_is_a_text(text):
+    assert not is_data_url(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data:image/png;base64,iVBORw0KGgo=\n",
+        "data:image/png;base64,iVBORw0KGgo=\r\n",
+        "data:image/png;base64,iVBORw0KGgo%3D",
+        "data:image/png;base64,iVBORw0KGgo%3d",
+        "data:image/png;base64,iVBO%52w0K%2B%2F",
+        "data:image/png;name=a.png;base64,iVBORw0KGgo=",
+        "data:image/png," + quote(PNG),
+        "data:image/png;base64," + quote(PNG64),
+        "data:image/png;base64," + base64.encodebytes(PNG).decode().replace("\n", "\r\n"),
+    ],
+)
+def test_a_data_url_may_have_escapes_and_lines(text):
+    assert is_data_url(text)
+
+
+@pytest.mark.parametrize("one", [None, 1, b"a", [], Document("data:image/png;base64,iVBO")])
+def test_only_a_text_is_a_data_url(one):
+    assert not is_data_url(one)
+
+
+@given(st.binary(min_size=1, max_size=300), st.text(min_size=1, max_size=40))
+def test_a_text_after_a_data_url_makes_it_a_text(data, text):
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    assert is_data_url(url)
+    assert not is_data_url(f"{url}\n\n{text} .")
+    assert not is_data_url(f"{text} .{url}")
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["", "=", ")", " and more", "\n\ntext", "%", "%4", "=" * 1_000_000, "\n" * 1_000_000 + "!"],
+)
+@pytest.mark.parametrize("body", ["A" * 20_000_000, "QUJD\n" * 4_000_000, "%41" * 7_000_000])
+def test_megabytes_are_told_in_little_time(body, end):
+    text = f"data:image/png;base64,{body}{end}"
+    start = time.process_time()
+    is_data_url(text)
+    assert time.process_time() - start < 2
+
+
+# Wrong types.
+
+
+class Scalar:
+    """As of Arrow: a value that says what it is in Python."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def as_py(self) -> object:
+        return self.value
+
+
+class Color(str, Enum):  # noqa: UP042  as older programs have them
+    RED = "red"
+
+
+TEXT: frozenset[Modality] = frozenset({"text"})
+EVERY: frozenset[Modality] = frozenset({"text", "image", "text_image"})
+
+
+@pytest.mark.parametrize(
+    "item", ["red", np.str_("red"), Scalar("red"), Color.RED, np.array(["red"], object)[0]]
+)
+def test_whatever_is_a_string_is_a_text(item):
+    for given_ in (item, Document(item)):
+        (document,) = validate([given_], "query", TEXT)
+        assert (document, type(document.text)) == (Document("red"), str)
+    (document,) = validate([Document(item, PNG)], "document", EVERY)
+    assert (document, type(document.text)) == (Document("red", PNG), str)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        ("a", "b"),
+        np.array(["a", "b"]),
+        np.array(["a", "b"], object),
+        dict.fromkeys("ab").keys(),
+        StringIO("a\nb"),
+        iter(["a", "b"]),
+        (letter for letter in "ab"),
+        deque("ab"),
+    ],
+    ids=lambda items: type(items).__name__,
+)
+def test_whatever_holds_texts_is_a_list(items):
+    assert [document.text.strip() for document in validate(items, "document", TEXT)] == ["a", "b"]
+
+
+LANGCHAIN = SimpleNamespace(page_content="a", metadata={})
+LLAMAINDEX = SimpleNamespace(get_content=lambda: "a")
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (1, "expected a list of documents, got one int; wrap"),
+        (None, "expected a list of documents, got one NoneType"),
+        (1.5, "got one float"),
+        (object(), "got one object"),
+        ("a text", "got one str"),
+        (np.str_("a text"), "got one numpy.str_"),
+        (Scalar("a text"), "got one .*Scalar; wrap"),
+        (Document("a"), "got one shared_engine.documents.Document"),
+        (b"a text", "got one bytes"),
+        (bytearray(b"a text"), "got one bytearray"),
+        (Path("a.txt"), r"got one pathlib\.PosixPath"),
+        (LANGCHAIN, r"got one types\.SimpleNamespace"),
+        (LLAMAINDEX, r"got one types\.SimpleNamespace"),
+        ({"a": "b"}, "got a dict; pass one column or its values"),
+        (np.array([["a"], ["b"]]), "got a numpy.ndarray; pass one column"),
+        (np.array("a"), "got a numpy.ndarray"),
+    ],
+)
+def test_what_is_no_list_is_refused_with_words(items, words):
+    with pytest.raises(InputTypeError, match=words) as caught:
+        validate(items, "document", TEXT)
+    assert caught.value.index is None
+    with pytest.raises(InputTypeError, match="expected a list of images"):
+        wrap_images(items)
+
+
+@pytest.mark.parametrize("one", [BytesIO(PNG), Image.new("L", (1, 1)), memoryview(PNG)])
+def test_one_image_is_no_list(one):
+    with pytest.raises(InputTypeError, match="expected a list of images, got one"):
+        wrap_images(one)
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (1, "input 1 is of type int; expected a str or a shared_engine.Document"),
+        (None, "NoneType; expected a str or a shared_engine.Document; leave out what is missing"),
+        (float("nan"), "type float; .*; leave out what is missing"),
+        (Scalar(None), "Scalar; expected a str"),
+        (b"a", "bytes; .*; decode it if it is a text, or use Document"),
+        (["a"], "type list"),
+        ({"text": "a"}, "type dict"),
+        (Path("a.txt"), r"type pathlib\.PosixPath"),
+        (np.array(["a", "b"]), r"type numpy\.ndarray"),
+        (LANGCHAIN, r"types\.SimpleNamespace; .*; embed its `page_content`"),
+        (LLAMAINDEX, r"; embed its `get_content\(\)`"),
+        (Document(1), "has a text of type int; expected a str"),
+        (Document(b"a"), "has a text of type bytes"),
+        (Document(Scalar(1)), "has a text of type .*Scalar"),
+        (Document(), "has neither text nor image"),
+    ],
+)
+def test_what_is_no_document_is_refused_with_words(item, words):
+    with pytest.raises(InputTypeError, match=words) as caught:
+        validate(["a", item], "document", EVERY)
+    assert caught.value.index == 1
+
+
+def test_documents_of_the_frameworks_are_named_in_full():
+    schema = pytest.importorskip("langchain_core.documents")
+    name = r"langchain_core\.documents\.base\.Document"
+    with pytest.raises(InputTypeError, match=rf"{name}; .* its `page_content`"):
+        validate([schema.Document("a")], "document", TEXT)
+    with pytest.raises(InputTypeError, match=f"got one {name}"):
+        validate(schema.Document("a"), "document", TEXT)
+    schema = pytest.importorskip("llama_index.core.schema")
+    with pytest.raises(InputTypeError, match=r"llama_index\.core\.schema\.TextNode; .*get_content"):
+        validate([schema.TextNode(text="a")], "document", TEXT)
+
+
+def test_one_thing_is_read_once():
+    """An open file, whose owner may close it."""
+    file = BytesIO(PNG)
+    (document,) = validate([Document(image=file)], "document", EVERY)
+    file.close()
+    assert document.image == PNG
+    (again,) = validate([document], "document", EVERY)
+    assert again.image is document.image

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -260,8 +260,8 @@ def _read_grey(band: Image.Image) -> NDArray[np.float32]:
     return np.nan_to_num(grey, copy=False, posinf=0.0, neginf=0.0)
 
 
-def encode_png(picture: Image.Image) -> bytes:
+def encode(picture: Image.Image, kind: Literal["PNG", "JPEG"], **options: Any) -> bytes:
     """Return the file of a decoded image; a colour profile of its source would be wrong now."""
     buffer = BytesIO()
-    picture.save(buffer, "PNG", compress_level=1, icc_profile=None)
+    picture.save(buffer, kind, icc_profile=None, **options)
     return buffer.getvalue()

@@ -24,9 +24,16 @@ import pybase64
 from numpy.typing import NDArray
 from PIL import Image
 
-from shared_engine.images.decode import encode_png, open_image
+from shared_engine.images.decode import encode, open_image
 from shared_engine.images.formats import Jpeg
-from shared_engine.images.sources import MAX_BYTES, AcceptedImage, check_size, image_errors, read
+from shared_engine.images.sources import (
+    MAX_BYTES,
+    AcceptedImage,
+    TooLargeError,
+    check_size,
+    image_errors,
+    read,
+)
 
 # fmt: off
 _GRIDS_OF_4_TO_7 = (
@@ -44,6 +51,10 @@ the order within a product from a Python set, where 4 to 7 tiles happen to have 
 
 _LARGEST_PICTURE = 2**23
 """Pixels up to which an image waits in memory for a device, 25 MB of it."""
+_QUALITIES = range(95, 25, -5)
+"""Of a JPEG; below these, fewer pixels show more."""
+_SHRINKS = 6
+"""Sizes that are tried, each three quarters of the one before; the last is a quarter of a grid."""
 _DRAFT = 2
 """A JPEG is decoded at a half, quarter or eighth where that leaves so many times the grid."""
 
@@ -126,27 +137,50 @@ def choose_grid(width: int, height: int, max_tiles: int, size: int = 512) -> tup
     return max((cells for cells in grids if cells[0] * cells[1] <= max_tiles), key=fit)
 
 
-def encode_data_url(source: AcceptedImage, urls: bool = False) -> str:
+def encode_data_url(
+    source: AcceptedImage,
+    urls: bool = False,
+    most_characters: int | None = None,
+    max_tiles: int = 6,
+    size: int = 512,
+) -> str:
     """Return an image for a NIM: a PNG or JPEG in base64, whose tiles are those of the image.
 
     A file that every reader understands alike goes as it is: a still, opaque, upright PNG or JPEG
     of 8 bits. It is decoded all the same, a JPEG at an eighth of its size, so that a broken file
-    is refused here. All else goes as an RGB PNG.
+    is refused here. All else goes as a PNG of its pixels.
+
+    Where that has more than `most_characters`, what a model of `max_tiles` tiles sees of it goes:
+    the image at the size of its grid, as a PNG or else as a JPEG of the best quality that fits.
 
     Raises:
-        As `cut_tiles`; ImageTooLargeError also where the PNG has more than MAX_BYTES.
+        As `cut_tiles`; ImageTooLargeError also where the PNG has more than MAX_BYTES, and where no
+        JPEG fits.
     """
     with image_errors(source):
-        opened = open_image(read(source, urls))
-        if opened.is_plain and opened.content is not None:
-            opened.picture.draft(None, (1, 1))
-            with opened.load():
-                kind = "jpeg" if isinstance(opened.picture, Jpeg) else "png"
-                content = opened.content
-        else:
-            with opened.decode() as image:
-                kind, content = "png", check_size(encode_png(image), MAX_BYTES, "as a PNG")
-        return f"data:image/{kind};base64,{pybase64.b64encode_as_string(content)}"
+        content = read(source, urls)
+        url = _encode_whole(content, most_characters)
+        if most_characters is None or len(url) <= most_characters:
+            return url
+        with _fit(content, max_tiles, size, urls) as fitted:
+            return fitted.shrink(size, most_characters)
+
+
+def _encode_whole(content: bytes | Image.Image, most_characters: int | None) -> str:
+    opened = open_image(content)
+    if opened.is_plain and opened.content is not None:
+        opened.picture.draft(None, (1, 1))
+        with opened.load():
+            return _write_url("jpeg" if isinstance(opened.picture, Jpeg) else "png", opened.content)
+    with opened.decode() as image:
+        file = encode(image, "PNG", compress_level=1)
+    if most_characters is None:
+        check_size(file, MAX_BYTES, "as a PNG")
+    return _write_url("png", file)
+
+
+def _write_url(kind: str, file: bytes) -> str:
+    return f"data:image/{kind};base64,{pybase64.b64encode_as_string(file)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +202,31 @@ class _FittedImage:
         cells = arrange_tiles(resize(self.cols * size, self.rows * size), size)
         cells = np.ascontiguousarray(cells)
         return cells if len(cells) == 1 else np.concatenate([cells, resize(size, size)[None]])
+
+    def shrink(self, size: int, most_characters: int) -> str:
+        """Return the data URL of the sheet that is cut into tiles, or of a smaller one.
+
+        A side that is shorter than the sheet's stays, for nothing is gained by enlarging it.
+
+        Raises:
+            TooLargeError: there is none of so few characters.
+        """
+        left, upper, right, lower = self.box
+        width = min(round(right - left), self.cols * size)
+        height = min(round(lower - upper), self.rows * size)
+        for _ in range(_SHRINKS):
+            sheet = self.image.resize((width, height), Image.Resampling.BICUBIC, self.box)
+            for kind, file in _encode_ever_smaller(sheet):
+                if len(url := _write_url(kind, file)) <= most_characters:
+                    return url
+            width, height = max(3 * width // 4, 1), max(3 * height // 4, 1)
+        raise TooLargeError(f"there is no JPEG of it in {most_characters:,} characters")
+
+
+def _encode_ever_smaller(sheet: Image.Image) -> Iterator[tuple[str, bytes]]:
+    yield "png", encode(sheet, "PNG")
+    for quality in _QUALITIES:
+        yield "jpeg", encode(sheet, "JPEG", quality=quality)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from shared_engine import ImageTooLargeError
 from shared_engine.images import tiles as image_tiles
 from shared_engine.images.sources import decode_data_url
 from shared_engine.images.tiles import choose_grid, cut_tiles, encode_data_url
@@ -190,3 +191,78 @@ def test_one_page_in_four_formats(max_tiles):
         assert np.array_equal(cut_tiles(encoded(drawn, kind, **options), max_tiles), plain)
     jpeg = cut_tiles(encoded(drawn, "JPEG", quality=75), max_tiles)
     assert np.abs(jpeg - plain).mean() < 5
+
+
+# What goes to a NIM that takes only so many characters of an image.
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 1400, 3), dtype=np.uint8))
+_wide = Image.new("RGBA", (3_000, 200), (9, 99, 199, 99))
+LARGE: dict[str, bytes] = {
+    "page": encoded(page(0, 1275, 1650), "PNG"),
+    "page, jpeg": encoded(page(1, 2550, 3300), "JPEG", quality=97, subsampling=0),
+    "page, turned": encoded(page(2, 900, 700), "PNG", exif=exif(6)),
+    "page, grey": encoded(page(3, 1275, 1650).convert("L"), "PNG"),
+    "noise": encoded(NOISE, "PNG"),
+    "noise, alpha": encoded(NOISE.convert("RGBA"), "WEBP", lossless=True),
+    "noise, 16 bits": encoded(NOISE.convert("I;16"), "PNG"),
+    "wide": encoded(_wide, "PNG"),
+    "small": encoded(NOISE.resize((90, 40)), "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("most", [180_000, 40_000, 5_000])
+def test_an_image_is_made_to_fit(name, most):
+    file = LARGE[name]
+    url = encode_data_url(file, most_characters=most, max_tiles=2, size=256)
+    assert len(url) <= most
+    whole = encode_data_url(file)
+    if len(whole) <= most:
+        assert url == whole
+        return
+    with opened(decode_data_url(url)) as sent:
+        assert sent.format in ("PNG", "JPEG")
+        assert max(sent.size) <= 512
+        assert choose_grid(*sent.size, 2, 256) == choose_grid(*opened_size(whole), 2, 256)
+    here, there = (cut_tiles(seen_by, 2, 256).astype(int) for seen_by in (file, url))
+    if "noise" not in name and most == 180_000:
+        assert np.abs(here - there).mean() < 2
+
+
+def opened_size(url: str) -> tuple[int, int]:
+    with opened(decode_data_url(url)) as image:
+        return image.size
+
+
+def test_a_png_at_the_size_of_the_grid_has_the_same_tiles():
+    drawn = page(0, 1275, 1650)
+    file = encoded(drawn, "PNG")
+    url = encode_data_url(file, most_characters=150_000, max_tiles=2)
+    assert url.startswith("data:image/png")
+    assert opened_size(url) == (512, 1024)
+    assert np.array_equal(cut_tiles(url, 2)[:2], cut_tiles(file, 2)[:2])
+    thumbnails = [cut_tiles(image, 2)[2].astype(int) for image in (file, url)]
+    assert np.abs(thumbnails[0] - thumbnails[1]).mean() < 1
+
+
+def test_the_best_jpeg_that_fits_is_chosen():
+    file = LARGE["noise"]
+    sizes = {
+        most: len(encode_data_url(file, most_characters=most, max_tiles=1, size=256))
+        for most in range(20_000, 70_000, 5_000)
+    }
+    assert sorted(sizes.values()) == list(sizes.values())
+    assert all(size > 0.5 * most for most, size in sizes.items())
+
+
+@pytest.mark.parametrize("most", [0, 20, 300])
+def test_too_few_characters_for_any_image_are_told(most):
+    with pytest.raises(ImageTooLargeError, match=f"no JPEG of it in {most} characters"):
+        encode_data_url(LARGE["page"], most_characters=most)
+
+
+def test_a_png_of_too_many_bytes_may_be_made_to_fit(monkeypatch):
+    monkeypatch.setattr(image_tiles, "MAX_BYTES", 100_000)
+    with pytest.raises(ImageTooLargeError, match="as a PNG it has over 100,000 bytes"):
+        encode_data_url(LARGE["noise, alpha"])
+    assert len(encode_data_url(LARGE["noise, alpha"], most_characters=90_000)) <= 90_000
