@@ -94,7 +94,7 @@ class InputTooLongError(InputError):
     """A text has more tokens than the limit and `truncate` is "NONE"."""
 
     tokens: int
-    """Length of the input in tokens, with prefix and special tokens."""
+    """Length of the input in tokens, with prefix and special tokens; of a huge text, at least."""
     limit: int
     """The most tokens an input may have."""
 

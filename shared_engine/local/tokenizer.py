@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,17 @@ TokenIds = NDArray[np.int32]
 
 TEXTS_AT_ONCE = 256
 """Of one call of the library, which holds much more for a text than its ids."""
+_CHARACTERS_PER_TOKEN = 16
+"""Of a huge text, so many are tokenised for each token of the limit, and more if they are few."""
+_MARGIN = 512
+"""Tokens beside a cut that may be others than those of the whole text."""
+_GUARD = 16
+"""Characters that stay beside a cut, so that what is next to them is tokenised as in the text."""
+_PERIOD = math.factorial(8)
+"""Characters; a multiple of the powers of two to 128 and of all numbers to 10."""
+_BLOCK = 4096
+"""Characters that are compared at once."""
+_SPACE = re.compile(r"\s*")
 _IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
 
@@ -80,16 +93,15 @@ class TextTokenizer:
         drops tokens from the end of the text, "START" from its beginning, as a NIM does; BOS and
         prefix stay. "NONE" gives an error in the place of the ids.
         """
-        prompt = self._prompts[role]
         out: list[TokenIds | InputTooLongError] = []
         for start in range(0, len(texts), TEXTS_AT_ONCE):
-            some = [prompt + text for text in texts[start : start + TEXTS_AT_ONCE]]
-            for encoding in self._tokenizer.encode_batch_fast(some):
-                ids = np.array(encoding.ids or [self._bos], np.int32)
+            some = texts[start : start + TEXTS_AT_ONCE]
+            for ids, is_whole in self._encode(self._prompts[role], some, self.limit, truncate):
                 if len(ids) > self.limit:
-                    out.append(_cut(ids, self._count_kept(ids, role), self.limit, truncate))
+                    kept = self._count_kept(ids, role)
+                    out.append(_cut(ids, kept, self.limit, truncate, is_whole))
                 else:
-                    out.append(ids)
+                    out.append(ids if len(ids) else np.array([self._bos], np.int32))
         return out
 
     def encode_with_image(self, tiles: int, text: str, truncate: Truncate) -> TokenIds:
@@ -109,14 +121,41 @@ class TextTokenizer:
                 f"has an image of {len(image)} tokens; the limit is {limit}. Set a smaller "
                 "max_tiles, or a larger max_tokens",
             )
-        words = self._tokenizer.encode(f" {text}", add_special_tokens=False).ids
-        ids = np.concatenate([image, np.array(words, np.int32)])
+        room = limit - len(image)
+        ((words, is_whole),) = self._encode(" ", [text], room, truncate, special=False)
+        ids = np.concatenate([image, words])
         if len(ids) <= limit:
             return ids
-        cut = _cut(ids, len(image), limit, truncate)
+        cut = _cut(ids, len(image), limit, truncate, is_whole)
         if isinstance(cut, InputTooLongError):
             raise cut
         return cut
+
+    def _encode(
+        self,
+        before: str,
+        texts: Sequence[str],
+        limit: int,
+        truncate: Truncate,
+        special: bool = True,
+    ) -> Iterator[tuple[TokenIds, bool]]:
+        """Give the ids of `before` with each text, and whether they are of all of it.
+
+        Of a huge text they are enough to `_cut`.
+        """
+        enough = limit + _MARGIN
+        characters = _CHARACTERS_PER_TOKEN * enough
+        parts = [shorten(text, characters, truncate) for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(
+            [before + part for part in parts], add_special_tokens=special
+        )
+        for text, first, encoding in zip(texts, parts, encodings, strict=True):
+            part, ids, length = first, encoding.ids, characters
+            while part is not text and len(ids) < enough:
+                length = length * max(2, 1 + enough // (len(ids) + 1))
+                part = shorten(text, length, truncate)
+                ids = self._tokenizer.encode(before + part, add_special_tokens=special).ids
+            yield np.array(ids, np.int32), part is text
 
     def _count_kept(self, ids: TokenIds, role: Role) -> int:
         """Return how many of the first ids truncation keeps: those of BOS and prefix."""
@@ -125,16 +164,63 @@ class TextTokenizer:
         return same.index(False) if False in same else len(same)
 
 
-def _cut(ids: TokenIds, kept: int, limit: int, truncate: Truncate) -> TokenIds | InputTooLongError:
+def shorten(text: str, length: int, truncate: Truncate) -> str:
+    """Return a part of a huge text whose tokens begin, or with "START" end, as those of the text.
+
+    It has at least so many characters; a text of not many more is returned as it is. `_MARGIN`
+    tokens beside the cut may be others than those of the text, where a word or a special token was
+    cut. Within a run without a break, two facts count however far away they are. Before a cut at
+    the end: whether the white space ends with a line break. After one at the start: how far the run
+    has gone, as digits go by threes and equal characters by powers of two; so its beginning stays,
+    and what is left out is a multiple of such periods.
+    """
+    if len(text) <= length + 2 * _PERIOD:
+        return text
+    if truncate != "START":
+        rest = _SPACE.match(text, length)
+        end = rest.end() if rest else length
+        is_broken = any(text.find(mark, length, end) >= 0 for mark in "\n\r")
+        return text[:length] + "\n" * is_broken + text[end : end + _GUARD]
+    cut = len(text) - length
+    run = max(2 * _GUARD, _find_run(text, cut))
+    left_out = max(0, cut - run - _GUARD) // _PERIOD * _PERIOD
+    return text[:_GUARD] + text[run - _GUARD : run + _GUARD] + text[run + _GUARD + left_out :]
+
+
+def _find_run(text: str, end: int) -> int:
+    """Return where the run that goes on at `end` begins: of digits, of a repetition, or a word."""
+    last = text[end - 2 * _GUARD : end]
+    if last.isdigit():
+        return len(text[:end].rstrip("0123456789"))
+    for period in range(1, _GUARD + 1):
+        if last[period:] == last[:-period]:
+            run = end - period
+            while (
+                run
+                and text[max(0, run - _BLOCK) : run]
+                == text[max(0, run - _BLOCK) + period : run + period]
+            ):
+                run = max(0, run - _BLOCK)
+            while run and text[run - 1] == text[run - 1 + period]:
+                run -= 1
+            return run
+    marks = "\n\r" if last.isspace() else " \n\r\t"
+    return max(text.rfind(mark, 0, end) for mark in marks)
+
+
+def _cut(
+    ids: TokenIds, kept: int, limit: int, truncate: Truncate, is_whole: bool
+) -> TokenIds | InputTooLongError:
     """Return `limit` of more ids, the first `kept` among them, or the error of "NONE"."""
     if truncate == "END":
         return ids[:limit]
     if truncate == "START":
         return np.concatenate([ids[:kept], ids[len(ids) - (limit - kept) :]])
+    tokens = len(ids) if is_whole else len(ids) - _MARGIN
     return InputTooLongError(
-        f"has {len(ids)} tokens; the limit is {limit}. Split it, or set "
+        f"has {'' if is_whole else 'over '}{tokens} tokens; the limit is {limit}. Split it, or set "
         'truncate="END" (or "START") to embed a part of it',
-        tokens=len(ids),
+        tokens=tokens,
         limit=limit,
     )
 

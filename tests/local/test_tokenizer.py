@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import time
+from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from shared_engine import Embedder, InputTooLongError, Options
 from shared_engine.local.checkpoint import resolve
-from shared_engine.local.tokenizer import TEXTS_AT_ONCE, TextTokenizer
+from shared_engine.local.tokenizer import TEXTS_AT_ONCE, TextTokenizer, shorten
 from tests.support.checkpoints import BOS, EOS, tokenizer
+from tests.support.vl_checkpoints import build_vl_checkpoint, vl_tokenizer
 
 PREFIXES = {"query": "query: ", "document": "passage: "}
 LONG = "In the beginning there were many words, and every word was different. " * 9
@@ -85,3 +90,125 @@ def test_many_texts_give_as_many_rows(made):
     assert [list(row) for row in rows] == [
         tokenizer().encode(f"passage: {text}").ids for text in texts
     ]
+
+
+# Huge texts: what is tokenised is bounded, and what comes out is as if all of it had been
+
+LIMIT = 30
+UNITS = [
+    *("a", "ab", "abc", "abcde", "word ", "The quick brown fox, ", "https://example.org/x?id="),
+    *(" ", "\n", "\r\n", " \n", "\n ", "\t", "\u3000", "  x"),
+    *("1", "123", "1234567890", "12 ", "0.1,"),
+    *("é", "a\u0301", "日本語", "👩‍💻", "ﷺ", "क्ष"),
+    *("!", "!? ", "-\n", "'s", "\x00", EOS, "<|end", "passage: "),
+]
+HUGE = 110_000
+"""Characters from which these tokenizers cut, and more."""
+
+
+def runs(count: int, seed: int) -> str:
+    """A text of so many characters, of units that are said once or thousands of times."""
+    random = np.random.default_rng(seed)
+    text = ""
+    while len(text) < count:
+        most = random.choice([3, 50, 5_000, count])
+        text += random.choice(UNITS) * int(random.integers(1, most + 1))
+    return text[: 2 * count]
+
+
+def cut_whole(ids: list[int], kept: int, limit: int, truncate: str) -> list[int]:
+    if len(ids) <= limit:
+        return ids
+    return ids[:limit] if truncate == "END" else ids[:kept] + ids[len(ids) - (limit - kept) :]
+
+
+def check(tokens: TextTokenizer, whole: Tokenizer, text: str) -> None:
+    ids = whole.encode(f"passage: {text}").ids
+    both = zip(whole.encode("passage:").ids, ids, strict=False)
+    kept = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], both)))
+    for truncate in ("END", "START"):
+        (got,) = tokens.encode([text], "document", truncate)
+        assert list(got) == cut_whole(ids, kept, tokens.limit, truncate)
+    (error,) = tokens.encode([text], "document", "NONE")
+    if len(ids) <= tokens.limit:
+        assert list(error) == ids
+        return
+    assert tokens.limit < error.tokens <= len(ids)
+    assert ("over" in str(error)) == (error.tokens < len(ids))
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=ascii)
+def test_one_huge_run_is_cut_as_if_all_of_it_were_tokenised(made, unit):
+    before = ["", "x", "some words, and then\n"][len(unit) % 3]
+    text = before + unit * (HUGE // len(unit))
+    check(made(LIMIT), tokenizer(), text[:HUGE] + "and an end" * (len(unit) % 2))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_huge_text_is_cut_as_if_all_of_it_were_tokenised(made, seed):
+    check(made(LIMIT + 40 * (seed % 3)), tokenizer(), runs(HUGE, seed))
+
+
+@pytest.fixture(scope="module")
+def others(checkpoint, tmp_path_factory):
+    """Tokenizers that the public ones are not: no words, a token for every run, an EOS."""
+
+    def train(name: str, samples: list[str], **parts: Any) -> tuple[TextTokenizer, Tokenizer]:
+        tokens = Tokenizer(models.BPE())
+        tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        for part, value in parts.items():
+            setattr(tokens, part, value)
+        trainer = trainers.BpeTrainer(
+            vocab_size=509,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+            special_tokens=[BOS, EOS],
+        )
+        tokens.train_from_iterator(samples, trainer)
+        folder = tmp_path_factory.mktemp(name) / name
+        shutil.copytree(checkpoint, folder)
+        tokens.save(str(folder / "tokenizer.json"))
+        return TextTokenizer(resolve(Options(model=folder, max_tokens=LIMIT))), tokens
+
+    repeated = [unit * n for unit in UNITS for n in (1, 2, 3, 5, 8, 16, 40)]
+    ends = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}", special_tokens=[(BOS, 0), (EOS, 1)]
+    )
+    return [
+        train("no-words", repeated),
+        train("normalized", repeated, normalizer=normalizers.NFKC()),
+        train("long-runs", repeated, pre_tokenizer=tokenizer().pre_tokenizer, post_processor=ends),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_tokenizer_cuts_a_huge_text_as_if_all_of_it_were_tokenised(others, seed):
+    for tokens, whole in others:
+        check(tokens, whole, runs(HUGE, 100 + seed))
+
+
+@pytest.mark.parametrize("unit", ["word ", "a", " ", "1234567890", "日本語", "\n "], ids=ascii)
+def test_what_is_tokenised_of_twenty_million_characters_is_bounded(made, unit):
+    text = unit * (20_000_000 // len(unit))
+    for truncate in ("NONE", "START", "END"):
+        assert 40_000 <= len(shorten(text, 40_000, truncate)) <= 200_000
+        began = time.perf_counter()
+        made(2048).encode([text], "document", truncate)
+        assert (
+            time.perf_counter() - began < 5
+        )  # tens of milliseconds; all of it takes half a minute
+
+
+def test_a_huge_caption_is_cut_as_if_all_of_it_were_tokenised(tmp_path):
+    folder = build_vl_checkpoint(tmp_path / "vl")
+    tokens = TextTokenizer(resolve(Options(model=folder, max_tokens=LIMIT)))
+    for seed in range(6):
+        text = runs(HUGE, seed)
+        words = vl_tokenizer().encode(f" {text}", add_special_tokens=False).ids
+        image = tokens.encode_with_image(2, "", "NONE")[:-1]  # and the space
+        for truncate in ("END", "START"):
+            got = tokens.encode_with_image(2, text, truncate)
+            assert list(got) == cut_whole([*image, *words], len(image), LIMIT, truncate)
+        with pytest.raises(InputTooLongError) as error:
+            tokens.encode_with_image(2, text, "NONE")
+        assert LIMIT < error.value.tokens <= len(image) + len(words)
