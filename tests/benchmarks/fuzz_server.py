@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,48 +176,31 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 
 
 async def attack(base: str, process: psutil.Process, requests: int, at_once: int) -> int:
-    """Send hostile requests, print what each kind took; return how many were answered badly."""
-    faults, peak, kinds = 0, 0, iter([*HOSTILE] * (1 + requests // len(HOSTILE)))
-    done = asyncio.Event()
-    peaks: Counter[str] = Counter()
-    statuses: Counter[str] = Counter()
-    slowest: Counter[str] = Counter()
-    under_way: Counter[str] = Counter()
-
-    async def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            now = process.memory_info().rss // 2**20
-            peak = max(peak, now)
-            for kind in +under_way:
-                peaks[kind] = max(peaks[kind], now)
-            await asyncio.sleep(0.02)
-
-    async def work(client: httpx.AsyncClient, left: Iterator[int]) -> None:
-        nonlocal faults
-        for _ in left:
-            kind = next(kinds)
-            content = HOSTILE[kind]()
-            under_way[kind] += 1
-            started = time.perf_counter()
-            response = await client.post(
-                "/embeddings", content=content, headers={"Content-Type": "application/json"}
-            )
-            slowest[kind] = max(slowest[kind], time.perf_counter() - started)  # type: ignore[assignment]
-            under_way[kind] -= 1
-            statuses[f"{kind}: {response.status_code}"] += 1
-            faults += response.status_code >= 500 and response.status_code != 503
-
-    watching = asyncio.create_task(watch())
-    left = iter(range(requests))
+    """Send hostile requests, print what each kind took; return how many were answered with 5xx."""
+    faults = 0
+    each = -(-requests // len(HOSTILE))
     async with httpx.AsyncClient(base_url=base, timeout=600) as client:
-        await asyncio.gather(*(work(client, left) for _ in range(at_once)))
-    done.set()
-    await watching
-    for status, count in sorted(statuses.items()):
-        kind = status.partition(":")[0]
-        print(f"  {status:24} {count:3}   slowest {slowest[kind]:.1f} s, peak {peaks[kind]} MB")
-    print(f"peak {peak} MB")
+        for kind, make in HOSTILE.items():
+            content, turns = make(), asyncio.Semaphore(at_once)
+            taken: list[float] = []
+
+            async def send(content: bytes = content, turns: Any = turns, taken: Any = taken) -> int:
+                async with turns:
+                    started = time.perf_counter()
+                    headers = {"Content-Type": "application/json"}
+                    response = await client.post("/embeddings", content=content, headers=headers)
+                    taken.append(time.perf_counter() - started)
+                    return response.status_code
+
+            sending = asyncio.gather(*(send() for _ in range(each)))
+            peak = 0
+            while not sending.done():
+                peak = max(peak, process.memory_info().rss // 2**20)
+                await asyncio.sleep(0.02)
+            statuses = sorted(Counter(sending.result()).items())
+            faults += sum(count for status, count in statuses if status >= 500)
+            said = ", ".join(f"{count} x {status}" for status, count in statuses)
+            print(f"  {kind:18} {said:18} slowest {max(taken):5.1f} s, peak {peak} MB", flush=True)
     return faults
 
 
