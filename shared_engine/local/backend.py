@@ -88,7 +88,7 @@ class LocalBackend:
         self._dtype = placements[0].dtype
         self._cuts_on_device = placements[0].device.type == "cuda"
         self.dimensions = self._checkpoint.dimensions
-        places = "; ".join(placement.description for placement in placements)
+        places = "; ".join(encoder.description for encoder in self._encoders.values())
         self.description = f"{self._checkpoint.name} in this process on {places}"
         if self._vision:
             self.description += f", at most {self._vision.max_tiles} tiles per image"

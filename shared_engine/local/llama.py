@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared_engine.local.attention import Attention, Layout
+from shared_engine.local.attention import Attention, Layout, varlen, varlen_repeated
 from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.config import Llama3Rope, ModelConfig, Rope
 from shared_engine.local.device import Buffer, Placement, to_device
 from shared_engine.local.elementwise import rms_norm
+from shared_engine.local.graphs import SIZES, QueryGraphs, check_graphs
 from shared_engine.local.siglip import VisionTower
 from shared_engine.local.weights import Weights
 
@@ -102,9 +103,34 @@ class Encoder:
         self._tokens_per_step = placement.tokens_per_step
         self._rotate_, self._gate_ = placement.elementwise
         self._wide = Buffer(placement)
+        self._graphs: QueryGraphs | None = None
+        self.description = placement.description
+        """What it computes with and why, in one line."""
         if placement.device.type == "cuda":
             layer = self._layers[0]
             self._wide.reserve(self._tokens_per_step, max(len(layer.qkv), len(layer.gate_up)))
+            self._graphs, why = self._record_graphs(placement)
+            placement = replace(placement, reasons=f"{placement.reasons}; queries: {why}")
+            self.description = placement.description
+
+    @torch.inference_mode()
+    def _record_graphs(self, placement: Placement) -> tuple[QueryGraphs | None, str]:
+        """Return graphs for the steps of searches, if they give the same values, and why not."""
+        if placement.kernel not in (varlen, varlen_repeated):
+            return None, "no CUDA graphs, as attention is no varlen kernel"
+        wide = Buffer(placement)  # of their own, as they know where it lies
+
+        def forward(ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+            return self._forward(F.embedding(ids, self._embedding), positions, layout, wide)
+
+        vocabulary, width = self._embedding.shape
+        try:
+            graphs = QueryGraphs(forward, width, self.device)
+            check_graphs(graphs, self._compute, vocabulary, len(self._cos))
+        except Exception as exc:  # a search is slower without, and as right
+            said = str(exc).splitlines() or [repr(exc)]
+            return None, f"no CUDA graphs: {said[0]}"
+        return graphs, f"CUDA graphs for up to {SIZES[-1]} tokens"
 
     @torch.inference_mode()
     def __call__(
@@ -115,32 +141,43 @@ class Encoder:
         """Start to compute the mean of the last hidden states of every sequence.
 
         `tiles` are the images of the sequences, or None for a text. The means are neither cut nor
-        scaled. Each is over all tokens of its sequence, prefix and special tokens included, and
-        does not depend on the other sequences.
+        scaled. Each is over all tokens of its sequence, prefix and special tokens included. It does
+        not depend on the other sequences; on a GPU, whose matrix products are summed in an order
+        that depends on how many rows they have, to rounding.
         """
         # Neighbours of equal length share an attention call on a CPU.
         order = np.argsort([len(ids) for ids in sequences], kind="stable")
         sequences = [sequences[i] for i in order]
+        images = [tiles[i] for i in order if tiles[i] is not None] if tiles else []
+        means = self._graphs(sequences) if self._graphs and not images else None
+        if means is None:
+            means = self._compute(sequences, images)
+        return PooledOutput(means, order)
+
+    def _compute(
+        self, sequences: Sequence[NDArray[np.int32]], images: Sequence[Tiles] = ()
+    ) -> Tensor:
+        """Return the means of sequences, with the images in their order: (S, hidden) float32."""
         lengths = [len(ids) for ids in sequences]
         cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=cu_seqlens[1:])
-        positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
+        starts = np.repeat(cu_seqlens[:-1], lengths)
+        positions = to_device(np.arange(len(starts), dtype=np.int32) - starts, self.device)
         layout = Layout(lengths, to_device(cu_seqlens, self.device))
         ids = np.concatenate(sequences)
         x = F.embedding(to_device(ids, self.device), self._embedding)  # (T, hidden)
-        images = [tiles[i] for i in order if tiles[i] is not None] if tiles else []
         if images and self._vision:
             places = np.flatnonzero(ids == self._vision.context_token)
             x[to_device(places, self.device)] = self._vision(images)
-        hidden = self._forward(x, to_device(positions, self.device), layout)  # (T, hidden)
-        return PooledOutput(_pool(hidden, lengths), order)
+        hidden = self._forward(x, positions, layout, self._wide)  # (T, hidden)
+        return _pool(hidden, lengths)
 
-    def _forward(self, x: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    def _forward(self, x: Tensor, positions: Tensor, layout: Layout, wide: Buffer) -> Tensor:
         cos, sin = self._cos[positions], self._sin[positions]  # (T, d / 2)
         heads, rotated = self._heads, self._heads + self._kv_heads  # values are not rotated
         for layer in self._layers:
             normed = rms_norm(x, layer.attention_norm, self._eps)
-            qkv = torch.mm(normed, layer.qkv.T, out=self._wide(len(x), len(layer.qkv)))
+            qkv = torch.mm(normed, layer.qkv.T, out=wide(len(x), len(layer.qkv)))
             qkv = qkv.view(len(x), -1, self._head_dim)  # (T, heads + 2 * kv_heads, d)
             self._rotate_(qkv[:, :rotated], cos, sin)
             q, k, v = qkv[:, :heads], qkv[:, heads:rotated], qkv[:, rotated:]
@@ -148,9 +185,9 @@ class Encoder:
             x.addmm_(attended.flatten(1), layer.o.T)
             for rows in torch.split(x, self._tokens_per_step):  # a longer text takes no more memory
                 normed = rms_norm(rows, layer.mlp_norm, self._eps)
-                wide = self._wide(len(rows), len(layer.gate_up))
-                inner = self._gate_(torch.mm(normed, layer.gate_up.T, out=wide))
-                rows.addmm_(inner, layer.down.T)
+                gate_up = wide(len(rows), len(layer.gate_up))
+                torch.mm(normed, layer.gate_up.T, out=gate_up)
+                rows.addmm_(self._gate_(gate_up), layer.down.T)
         return rms_norm(x, self._norm, self._eps)
 
 

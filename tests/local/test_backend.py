@@ -69,6 +69,7 @@ class Faulty:
 
     def load(self, *given: Any) -> Faulty:
         self.encoder = Encoder(*given)
+        self.description = self.encoder.description
         return self
 
     def __call__(self, sequences, tiles):
@@ -290,6 +291,7 @@ class Ahead:
 
     def load(self, *given: Any) -> Ahead:
         self.encoder = Encoder(*given)
+        self.description = self.encoder.description
         return self
 
     def __call__(self, sequences, tiles):

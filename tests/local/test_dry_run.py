@@ -70,7 +70,18 @@ def run(
 
 
 @BRANCHES
-@pytest.mark.parametrize("lengths", [UNIFORM, MIXED, [32], [8192, 3]])
+@pytest.mark.parametrize("lengths", [[1], [32], [100, 20, 8]])
+def test_a_search_is_one_copy_and_one_graph(new_varlen, lengths):
+    with fake_gpu(new_varlen=new_varlen):
+        log, _ = run(checkpoint("300M"), lengths)
+    size = 16 if sum(lengths) <= 16 else 32 if sum(lengths) <= 32 else 128
+    assert log.to_device == [4 * (2 * size + 10)]
+    assert log.to_host == [4 * 2048 * len(lengths)]
+    assert log.launches <= LAYERS * (9 + (0 if new_varlen else 2)) + 12  # all in the graph
+
+
+@BRANCHES
+@pytest.mark.parametrize("lengths", [UNIFORM, MIXED, [200], [8192, 3]])
 @pytest.mark.parametrize(("name", "step"), [("300M", None), ("1B", 6_144)])
 def test_a_step_of_texts(new_varlen, lengths, name, step):
     layers = LAYERS

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shared_engine import local
-from shared_engine.local import attention, elementwise, llama, siglip
+from shared_engine.local import attention, elementwise, graphs, llama, siglip
 
 CUDA = torch.device("cuda", 0)
 LAUNCH_NOTHING = ("empty", "new_empty", "empty_strided", "empty_like", "resize_", "device")
@@ -246,6 +246,7 @@ def fake_gpu(*, new_varlen: bool = True, fused: bool = True, capability: Any = (
         "current_stream": lambda *_: stream,
         "Event": Event,
         "empty_cache": lambda: None,
+        "graph_pool_handle": lambda: None,
     }
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # first: CUDA must not be started
     with contextlib.ExitStack() as stack:
@@ -268,7 +269,8 @@ def fake_gpu(*, new_varlen: bool = True, fused: bool = True, capability: Any = (
             stack.enter_context(mock.patch.object(local, "fused", kernels, create=True))
         if not fused and hasattr(local, "fused"):
             del local.fused
-        patch(llama, Weights=Weights)
+        patch(graphs, _capture=lambda _device, _pool, step: step)
+        patch(llama, Weights=Weights, check_graphs=lambda *_: None)
         patch(elementwise.F, rms_norm=lambda x, _, weight, eps: torch.ops.dry.rms_norm(x, weight))
         patch(
             torch,
