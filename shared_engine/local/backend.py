@@ -34,12 +34,8 @@ from shared_engine.errors import (
     InputTooLongError,
     NeMoRetrieverError,
 )
-<<<<<<< HEAD
-from shared_engine.local.checkpoint import resolve
-from shared_engine.local.device import select_devices
-=======
 from shared_engine.local.checkpoint import digest_files, resolve
-from shared_engine.local.device import place
+from shared_engine.local.device import select_devices
 from shared_engine.local.jobs import Job, Sequence
 from shared_engine.local.llama import Encoder, PooledOutput
 from shared_engine.local.scheduler import Scheduler
