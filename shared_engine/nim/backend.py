@@ -317,15 +317,10 @@ class NimBackend:
     async def _parse(
         self, response: httpx.Response, n: int, dimensions: int | None
     ) -> protocol.Reply:
-        content = response.content
-        try:
-            if len(content) < _LARGE_REPLY:
-                return protocol.parse_reply(content, n, dimensions)
-            return await asyncio.to_thread(protocol.parse_reply, content, n, dimensions)
-        except MalformedResponseError as exc:
-            exc.args = (self._client.mask(str(exc)),)
-            exc.detail = self._client.mask(exc.detail)
-            raise
+        arguments = (response.content, n, dimensions, self._client.mask)
+        if len(response.content) < _LARGE_REPLY:
+            return protocol.parse_reply(*arguments)
+        return await asyncio.to_thread(protocol.parse_reply, *arguments)
 
     def _shrink(self, batch: RequestBatch, reply: protocol.ErrorReply) -> None:
         if reply.is_about_count:
