@@ -80,7 +80,8 @@ def encode_input(
 ) -> bytes:
     r"""Return a document as one item of `input`, in JSON: a text, a data URL, or both.
 
-    An image is opened and may be converted, which takes up to seconds.
+    An image is opened and may be converted, which takes up to seconds. One whose data URL has more
+    than `most_characters` is made smaller.
 
     >>> encode_input(Document(text="a\n"))
     b'"a\\n"'
@@ -91,7 +92,7 @@ def encode_input(
     text = json.dumps(document.text or "", ensure_ascii=False).encode()
     if document.image is None:
         return text
-    url = images.encode_data_url(document.image, urls=image_urls).encode()
+    url = images.encode_data_url(document.image, image_urls, most_characters).encode()
     if document.modality == "image":
         return b'"%b"' % url
     return b'%b\\n%b"' % (text[:-1], url)  # the separator of NVIDIA's own client
