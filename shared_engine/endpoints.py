@@ -19,6 +19,9 @@ HOSTED = "https://integrate.api.nvidia.com/v1"
 POLLING = "https://api.nvcf.nvidia.com/v2/nvcf/pexec/status/"
 """Where the catalogue is asked for a reply that it still owes."""
 
+MOST_HOSTED_CHARACTERS = 180_000
+"""Of an image in base64 there: NVIDIA's documentation, and pull request 2522 of NeMo-Retriever."""
+
 _PRIVATE_DOMAINS = frozenset({"localhost", "local", "internal", "lan", "svc"})
 _PATHS = ("embeddings", "completions", "models", "ranking", "rankings", "rerank", "infer", "health")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")

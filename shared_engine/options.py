@@ -189,6 +189,14 @@ class Options(BaseModel):
         description="The most requests in flight; with batches of 50 they stay below 1,024 inputs, "
         "which a NIM queues. Falls while the NIM says that it is busy.",
     )
+    max_image_characters: int | None = _option(
+        "nim",
+        default=None,
+        ge=4096,
+        description="The most characters of an image in base64; a larger one is sent as small as "
+        "the model's tiles are, then as a JPEG. None is 180,000 for NVIDIA's catalogue, which "
+        "refuses more, and no limit for any other server.",
+    )
     verify_ssl: bool | str = _option(
         "nim",
         default=True,

@@ -41,6 +41,7 @@ OTHER = {  # than the default
     "max_retries": 1,
     "max_batch_size": 2,
     "concurrency": 3,
+    "max_image_characters": 50_000,
     "verify_ssl": False,
     "proxy": "http://proxy:3128",
     "user": "me",

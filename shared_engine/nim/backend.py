@@ -34,7 +34,7 @@ from pydantic import SecretStr
 from shared_engine.backend import Request
 from shared_engine.catalogue import AvailableModel, ModelSpec, find
 from shared_engine.documents import Document, Modality
-from shared_engine.endpoints import is_hosted
+from shared_engine.endpoints import MOST_HOSTED_CHARACTERS, is_hosted
 from shared_engine.errors import (
     ConfigurationError,
     EngineClosedError,
@@ -79,6 +79,10 @@ class NimBackend:
         self._spec: ModelSpec | None = find(self._name)
         self._served: str | None = self._name if is_hosted(base_url) else None
         self._client = NimClient(options, base_url, api_key)
+        self._most_characters = options.max_image_characters
+        if self._most_characters is None and is_hosted(base_url):
+            self._most_characters = MOST_HOSTED_CHARACTERS
+        self._told_of_limit = False
         self._limits = BatchLimits(options.max_batch_size)
         self._encoding = "base64"
         self._sends_modality = True
@@ -213,9 +217,12 @@ class NimBackend:
         return call.result()
 
     def _encode(self, document: Document) -> asyncio.Future[bytes]:
-        urls = self._options.image_urls
+        urls, most = self._options.image_urls, self._most_characters
+        if most is not None and not self._told_of_limit:
+            self._told_of_limit = True
+            _log.info("images of over %d base64 characters are made smaller", most)
         return self._loop.run_in_executor(
-            self._encoders, lambda: protocol.encode_input(document, urls)
+            self._encoders, lambda: protocol.encode_input(document, urls, most)
         )
 
     async def _run(self, call: Dispatch) -> None:
@@ -317,15 +324,10 @@ class NimBackend:
     async def _parse(
         self, response: httpx.Response, n: int, dimensions: int | None
     ) -> protocol.Reply:
-        content = response.content
-        try:
-            if len(content) < _LARGE_REPLY:
-                return protocol.parse_reply(content, n, dimensions)
-            return await asyncio.to_thread(protocol.parse_reply, content, n, dimensions)
-        except MalformedResponseError as exc:
-            exc.args = (self._client.mask(str(exc)),)
-            exc.detail = self._client.mask(exc.detail)
-            raise
+        arguments = (response.content, n, dimensions, self._client.mask)
+        if len(response.content) < _LARGE_REPLY:
+            return protocol.parse_reply(*arguments)
+        return await asyncio.to_thread(protocol.parse_reply, *arguments)
 
     def _shrink(self, batch: RequestBatch, reply: protocol.ErrorReply) -> None:
         if reply.is_about_count:

@@ -57,10 +57,13 @@ class NimClient:
                 or TLS or proxy options that cannot work.
             MissingExtraError: a SOCKS proxy, without the package for it.
         """
+        check_url(base_url)
         self.base_url = base_url
         self._timeout = options.timeout
         self._headers = build_headers(options, api_key)
         self._proxy = None if options.http_client else options.proxy or find_proxy(base_url)
+        if self._proxy:
+            check_proxy(self._proxy)
         guarded = urlsplit(base_url).scheme == "http" and not options.allow_insecure_key
         guarded = guarded and any(map(_SECRET_NAME.search, self._headers))
         if guarded:
@@ -270,12 +273,36 @@ def build_client(options: Options, proxy: str | None) -> httpx.AsyncClient:
         raise MissingExtraError(
             f"the proxy {describe_proxy(proxy)} needs a package more: pip install 'httpx[socks]'"
         ) from exc
-    except (ValueError, httpx.InvalidURL):
-        raise ConfigurationError(
-            f"the proxy {describe_proxy(proxy)} cannot be used; expected http://host:port, "
-            "https://host:port or socks5://host:port"
-        ) from None
     return httpx.AsyncClient(transport=transport, trust_env=False)
+
+
+def check_url(base_url: str) -> None:
+    """Refuse what httpx takes for no address, such as IPv4 with octal numbers.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    try:
+        httpx.URL(base_url)
+    except httpx.InvalidURL as exc:
+        raise ConfigurationError(f"the base_url {base_url} cannot be used: {exc}") from None
+
+
+def check_proxy(proxy: str) -> None:
+    """Refuse what is no address of a proxy, without showing it: it may hold a password.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    try:
+        is_one = bool(httpx.Proxy(proxy).url.host and urlsplit(proxy).hostname)
+    except (ValueError, httpx.InvalidURL):
+        is_one = False
+    if not is_one:
+        raise ConfigurationError(
+            "the proxy cannot be used; expected http://host:port, https://host:port or "
+            "socks5://host:port"
+        )
 
 
 def find_proxy(base_url: str) -> str | None:

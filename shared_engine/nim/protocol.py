@@ -80,7 +80,8 @@ def encode_input(
 ) -> bytes:
     r"""Return a document as one item of `input`, in JSON: a text, a data URL, or both.
 
-    An image is opened and may be converted, which takes up to seconds.
+    An image is opened and may be converted, which takes up to seconds. One whose data URL has more
+    than `most_characters` is made smaller.
 
     >>> encode_input(Document(text="a\n"))
     b'"a\\n"'
@@ -91,7 +92,7 @@ def encode_input(
     text = json.dumps(document.text or "", ensure_ascii=False).encode()
     if document.image is None:
         return text
-    url = images.encode_data_url(document.image, urls=image_urls).encode()
+    url = images.encode_data_url(document.image, image_urls, most_characters).encode()
     if document.modality == "image":
         return b'"%b"' % url
     return b'%b\\n%b"' % (text[:-1], url)  # the separator of NVIDIA's own client
@@ -113,6 +114,13 @@ def bound_reply(n: int, width: int) -> int:
     return 64 * 1024 + n * (1024 + width * _BYTES_PER_VALUE)
 
 
+Mask = Callable[[str], str]
+
+
+def _show_all(text: str) -> str:
+    return text
+
+
 class Reply(NamedTuple):
     """What a server replied, once it was checked."""
 
@@ -122,36 +130,31 @@ class Reply(NamedTuple):
     """As the server counted them; 0 if it did not say."""
 
 
-def parse_reply(content: bytes, n: int, dimensions: int | None = None) -> Reply:
+def parse_reply(
+    content: bytes, n: int, dimensions: int | None = None, mask: Mask = _show_all
+) -> Reply:
     """Return the vectors of a reply to `n` inputs, each given as floats or as base64 float32.
+
+    `mask` takes out of the server's words what nobody may read.
 
     Raises:
         MalformedResponseError: not one vector for each input, not all of one length or of
             `dimensions`, or not all finite. It quotes nothing, but for what the server says where
             it sent the body of an error.
     """
-    try:
-        reply = orjson.loads(content)
-    except ValueError:
-        raise MalformedResponseError("the reply is no JSON") from None
-    try:
-        items = reply["data"]
-        rows: list[Any] = [None] * n
-        for item in items:
-            rows[_check_index(item["index"], n)] = item["embedding"]
-    except (ValueError, TypeError, KeyError, LookupError):
-        words, _ = _find_words(reply)
+    # Each error is raised outside of `except`: what led to it quotes the reply.
+    reply = _load_json(content)
+    rows = _sort_items(reply, n)
+    if rows is None:
+        words, _ = _find_words(reply, mask)
         told = f": {words}" if words else ""
-        raise MalformedResponseError(
-            f"the reply is no list of embeddings{told}", detail=words
-        ) from None
-    if len(items) != n or any(row is None for row in rows):
+        raise MalformedResponseError(f"the reply is no list of embeddings{told}", detail=words)
+    if any(row is None for row in rows):
         given = sum(row is not None for row in rows)
         raise MalformedResponseError(f"the reply has {given} different vectors for {n} inputs")
-    try:
-        vectors = _stack(rows)
-    except (ValueError, TypeError, OverflowError):
-        raise MalformedResponseError("a vector of the reply cannot be read") from None
+    vectors = _stack(rows)
+    if vectors is None:
+        raise MalformedResponseError("a vector of the reply cannot be read")
     if dimensions is not None and vectors.shape[1] != dimensions:
         raise MalformedResponseError(
             f"expected vectors of {dimensions} values, the server sent {vectors.shape[1]}"
@@ -161,23 +164,39 @@ def parse_reply(content: bytes, n: int, dimensions: int | None = None) -> Reply:
     return Reply(vectors, _read_tokens(reply))
 
 
-def _check_index(index: object, n: int) -> int:
-    if type(index) is not int or not 0 <= index < n:
-        raise ValueError("no index of an input")
-    return index
+def _load_json(content: bytes) -> Any:
+    try:
+        return orjson.loads(content)
+    except ValueError:
+        return None
 
 
-def _stack(rows: list[Any]) -> NDArray[np.float32]:
-    if not all(isinstance(row, str) for row in rows):
-        vectors = np.array(rows, np.float32)  # (n, d); ValueError where lengths differ
-    else:
-        raw = b"".join(first := [b64decode(row, validate=True) for row in rows])
-        if {len(row) for row in first} != {len(first[0])}:
-            raise ValueError("lengths differ")
-        vectors = np.frombuffer(raw, "<f4").reshape(len(rows), -1)  # (n, d)
-    if vectors.ndim != 2 or not vectors.shape[1]:
-        raise ValueError("expected a list of numbers or base64")
-    return vectors
+def _sort_items(reply: Any, n: int) -> list[Any] | None:
+    """Return what is given for each input, None where nothing is, or None if it is no list."""
+    rows: list[Any] = [None] * n
+    try:
+        for item in reply["data"]:
+            index = item["index"]
+            if type(index) is not int or not 0 <= index < n or rows[index] is not None:
+                return None
+            rows[index] = item["embedding"]
+    except (TypeError, LookupError):
+        return None
+    return rows
+
+
+def _stack(rows: list[Any]) -> NDArray[np.float32] | None:
+    try:
+        if not all(isinstance(row, str) for row in rows):
+            vectors = np.array(rows, np.float32)  # (n, d); ValueError where lengths differ
+        else:
+            parts = [b64decode(row, validate=True) for row in rows]
+            if len({len(part) for part in parts}) != 1:
+                return None
+            vectors = np.frombuffer(b"".join(parts), "<f4").reshape(len(rows), -1)  # (n, d)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return vectors if vectors.ndim == 2 and vectors.shape[1] else None
 
 
 def _read_tokens(reply: Mapping[str, Any]) -> int:
@@ -262,9 +281,7 @@ class ErrorReply(NamedTuple):
         return 400 <= self.status < 500 and self.status not in _NOT_AN_INPUT
 
 
-def read_error(
-    response: httpx.Response, mask: Callable[[str], str] = lambda text: text
-) -> ErrorReply:
+def read_error(response: httpx.Response, mask: Mask = _show_all) -> ErrorReply:
     """Read the words of a server from a reply in any of the shapes that NIMs and gateways use.
 
     `mask` takes out of a text what nobody may read.
@@ -282,10 +299,7 @@ def read_error(
     >>> read_error(httpx.Response(413, json={"error": "too large", "index": 2})).position
     2
     """
-    try:
-        content = orjson.loads(response.content)
-    except ValueError:
-        content = None
+    content = _load_json(response.content)
     words, location = _find_words(content, mask)
     if not words:
         words = _shorten(mask(response.content.decode(errors="replace")))
@@ -294,9 +308,7 @@ def read_error(
     return ErrorReply(response.status_code, words, location, request_id)
 
 
-def _find_words(
-    content: object, mask: Callable[[str], str] = lambda text: text
-) -> tuple[str, tuple[object, ...]]:
+def _find_words(content: object, mask: Mask) -> tuple[str, tuple[object, ...]]:
     words: list[str] = []
     locations: list[tuple[object, ...]] = []
     _collect(content, words, locations)
@@ -393,7 +405,7 @@ def list_models(response: httpx.Response) -> dict[str, str | None]:
     {}
     """
     try:
-        items = orjson.loads(response.content)["data"] if response.is_success else []
+        items = _load_json(response.content)["data"] if response.is_success else []
         return {item["id"]: item.get("root") for item in items if isinstance(item["id"], str)}
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (TypeError, LookupError, AttributeError):
         return {}

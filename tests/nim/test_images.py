@@ -7,6 +7,7 @@ import base64
 import gc
 import io
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,9 +36,10 @@ from shared_engine import (
     UnsupportedModalityError,
     images,
 )
+from shared_engine.endpoints import HOSTED
 from shared_engine.nim import batches as nim_batches
 from tests.support.faulty_nim import FAULTS, FaultyNim
-from tests.support.nim import vector
+from tests.support.nim import Nim, vector
 
 VL = "nvidia/llama-nemotron-embed-vl-1b-v2"
 TEXT_ONLY = "nvidia/llama-nemotron-embed-1b-v2"
@@ -208,7 +210,7 @@ def test_images_are_fetched_only_where_that_was_asked_for(
 ) -> None:
     seen: list[bool] = []
 
-    def fetched(image: object, urls: bool = False) -> str:
+    def fetched(image: object, urls: bool = False, limit: int | None = None) -> str:
         seen.append(urls)
         return url(png())
 
@@ -219,6 +221,37 @@ def test_images_are_fetched_only_where_that_was_asked_for(
         monkeypatch.setattr(images, "encode_data_url", fetched)
         engine.embed([Document(image="https://example.org/cat.png")])
     assert seen == [image_urls]
+
+
+@pytest.mark.parametrize(
+    ("base_url", "given", "most"),
+    [
+        (HOSTED, {}, 180_000),
+        (HOSTED, {"max_image_characters": 50_000}, 50_000),
+        ("http://nim", {"max_image_characters": 50_000}, 50_000),
+        ("http://nim", {}, None),
+    ],
+)
+def test_images_are_made_as_small_as_the_server_takes_them(
+    base_url: str, given: dict[str, Any], most: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "shared_engine")
+    small, large = png(0), png(1, 700)  # 2 MB in base64
+    server = Nim(models=(VL,))
+    options = {"model": VL, "base_url": base_url, "api_key": "k"}
+    items = [Document(image=small), Document(image=large), Document("page", large)]
+    with server.embedder(**options, **given) as engine:
+        engine.embed(items)
+        engine.embed(items)
+    sent = [item.rpartition("\n")[2] for body in server.bodies for item in body["input"]]
+    assert len(sent) == 6
+    assert sent.count(url(small)) == 2
+    if most is None:
+        assert sent.count(url(large)) == 4
+    else:
+        assert all(len(one) <= most for one in sent)
+        assert all(len(one) > most / 4 for one in sent if one != url(small))
+    assert caplog.text.count("are made smaller") == (most is not None)
 
 
 # How much at once
@@ -298,9 +331,9 @@ def test_only_so_many_encoded_images_are_held(monkeypatch: pytest.MonkeyPatch) -
     lock = threading.Lock()
     encode_data_url = images.encode_data_url
 
-    def counted(image: object, urls: bool = False) -> str:
+    def counted(image: object, urls: bool = False, limit: int | None = None) -> str:
         nonlocal encoded, most
-        out = encode_data_url(image, urls=urls)
+        out = encode_data_url(image, urls, limit)
         with lock:
             encoded += 1
             most = max(most, encoded - sum(nim.answered.values()))
@@ -325,7 +358,7 @@ def test_only_so_many_encoded_images_are_held(monkeypatch: pytest.MonkeyPatch) -
 def test_a_slow_image_keeps_nobody_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     started, go_on = threading.Event(), threading.Event()
 
-    def slow(image: object, urls: bool = False) -> str:
+    def slow(image: object, urls: bool = False, limit: int | None = None) -> str:
         started.set()
         assert go_on.wait(30)
         return url(png())
@@ -352,7 +385,7 @@ def test_nothing_more_is_encoded_for_a_call_that_ended(
 ) -> None:
     encoded: list[object] = []
 
-    def counted(image: object, urls: bool = False) -> str:
+    def counted(image: object, urls: bool = False, limit: int | None = None) -> str:
         encoded.append(image)
         time.sleep(0.02)
         if image in broken:
@@ -395,7 +428,7 @@ def test_nothing_more_is_encoded_for_a_call_that_ended(
 def test_an_image_that_failed_for_nobody_is_no_noise_in_the_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def failing(image: object, urls: bool = False) -> str:
+    def failing(image: object, urls: bool = False, limit: int | None = None) -> str:
         if image == first:
             assert go_on.wait(30)  # the others are ready and nobody has looked at them
         raise ImageError("is broken")
@@ -447,10 +480,10 @@ def test_an_image_that_cannot_be_read_fails_alone() -> None:
 def test_a_failure_of_ours_in_one_image_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
     encode_data_url = images.encode_data_url
 
-    def failing(image: object, urls: bool = False) -> str:
+    def failing(image: object, urls: bool = False, limit: int | None = None) -> str:
         if image == png(3):
             raise MemoryError("no memory")
-        return encode_data_url(image, urls=urls)
+        return encode_data_url(image, urls, limit)
 
     monkeypatch.setattr(images, "encode_data_url", failing)
     items = [Document(image=png(i)) for i in range(9)]
