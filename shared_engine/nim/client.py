@@ -63,15 +63,16 @@ class NimClient:
         self._headers = build_headers(options, api_key)
         self._proxy = None if options.http_client else options.proxy or find_proxy(base_url)
         proxy_headers = check_proxy(self._proxy) if self._proxy else {}
-        guarded = urlsplit(base_url).scheme == "http" and not options.allow_insecure_key
-        guarded = guarded and any(map(_SECRET_NAME.search, self._headers))
-        if guarded and (way := find_exposure(base_url, options.proxy, bool(options.http_client))):
+        is_guarded = urlsplit(base_url).scheme == "http" and not options.allow_insecure_key
+        is_guarded = is_guarded and any(map(_SECRET_NAME.search, self._headers))
+        way = find_exposure(base_url, options.proxy, options.http_client is not None)
+        if is_guarded and way is not None:
             raise ConfigurationError(
                 f"the key would travel unencrypted {way}; use https, or, where the network is "
                 "trusted, allow_insecure_key=True"
             )
         self._client = build_client(options, self._proxy)
-        check_peer = None if self._proxy or not guarded else self._check_peer
+        check_peer = None if self._proxy or not is_guarded else self._check_peer
         self._once = Limited(
             Sending(self._client, options.timeout, check_peer), options.concurrency
         )
