@@ -119,7 +119,10 @@ def is_safe_for_keys(url: str) -> bool:
     >>> is_safe_for_keys("http://a.svc.cluster.local"), is_safe_for_keys("http://a.svc.example.com")
     (True, False)
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
     if parts.scheme == "https":
         return True
     host = parts.hostname or ""
@@ -127,6 +130,67 @@ def is_safe_for_keys(url: str) -> bool:
         return is_private(address)
     labels = host.rstrip(".").split(".")
     return len(labels) == 1 or labels[-1] in _PRIVATE_DOMAINS
+
+
+def find_exposure(
+    base_url: str, proxy: str | None = None, is_client_given: bool = False
+) -> str | None:
+    """Return on which way a key could be read: "to http://nim.example.com/v1"; None if on none.
+
+    A `proxy` that was given is trusted itself, one of the environment is not. A client that was
+    given knows its own proxies.
+    """
+    if urlsplit(base_url).scheme == "https":
+        return None
+    if not is_safe_for_keys(base_url):
+        return f"to {base_url}"
+    if is_client_given:
+        return None
+    if proxy:
+        return None if is_safe_for_keys(proxy) else f"to the proxy {describe_proxy(proxy)}"
+    found = find_proxy(base_url)
+    return found and f"through {describe_proxy(found)}, the environment's proxy"
+
+
+def find_proxy(base_url: str) -> str | None:
+    """Return the proxy that the environment names for an address, if it names one.
+
+    This machine is never asked for through a proxy; `no_proxy` may hold names and networks.
+    """
+    from urllib.request import getproxies, proxy_bypass  # brings http.client
+
+    parts = urlsplit(base_url)
+    host = parts.hostname or ""
+    proxies = getproxies()
+    found = proxies.get(parts.scheme) or proxies.get("all")
+    if not found or host.rstrip(".").split(".")[-1] == "localhost":
+        return None
+    address = parse_address(host)
+    if address is not None and (address.is_loopback or _is_listed(address, proxies.get("no", ""))):
+        return None
+    if proxy_bypass(parts.netloc) or proxy_bypass(host):
+        return None
+    return found if "://" in found else f"http://{found}"
+
+
+def _is_listed(address: Address, networks: str) -> bool:
+    for item in networks.split(","):
+        try:
+            if address in ipaddress.ip_network(item.strip().strip("[]"), strict=False):
+                return True
+        except ValueError:  # a name
+            continue
+    return False
+
+
+def describe_proxy(proxy: str | None) -> str:
+    """Return scheme, host and port of a proxy: it may hold a password.
+
+    >>> describe_proxy("http://user:hunter2@proxy:3128")
+    'http://proxy:3128'
+    """
+    parts = urlsplit(proxy or "")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def check_header(name: str, value: str, source: str) -> None:

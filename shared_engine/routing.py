@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pydantic import SecretStr
 
-from shared_engine.endpoints import HOSTED, is_hosted, is_safe_for_keys, normalize_url
+from shared_engine.endpoints import HOSTED, find_exposure, is_hosted, normalize_url
 from shared_engine.errors import ConfigurationError
 from shared_engine.options import Options, Scope
 
@@ -102,7 +102,9 @@ def _find_key(options: Options, base_url: str) -> SecretStr | None:
         )
     if not value and is_hosted(base_url):
         raise ConfigurationError("NVIDIA's catalogue needs a key: give api_key=, or NVIDIA_API_KEY")
-    if value and given is None and not (options.allow_insecure_key or is_safe_for_keys(base_url)):
-        _log.warning("NVIDIA_API_KEY is not sent to %s, which has no TLS", base_url)
-        return None
+    if value and given is None and not options.allow_insecure_key:
+        way = find_exposure(base_url, options.proxy, bool(options.http_client))
+        if way is not None:
+            _log.warning("NVIDIA_API_KEY is not sent: it would travel unencrypted %s", way)
+            return None
     return SecretStr(value) if value else None

@@ -10,7 +10,8 @@ that takes too long for a loop that others wait for.
 
 Whatever a server replies, n inputs take a bounded number of requests: they are split at most n - 1
 times, so there are at most 2 n - 1 batches; each is sent at most MOST_SENDS times, and each of
-these at most once more for each of `max_retries`. The list of models and a probe come on top.
+these at most once more for each of `max_retries`. The list of models and a probe per modality come
+on top; a request that met a kept connection which the server had closed is not counted.
 """
 
 from __future__ import annotations

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import re
 import ssl
+from base64 import b64encode
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from pydantic import SecretStr
@@ -17,11 +16,12 @@ from pydantic import SecretStr
 from shared_engine._version import __version__
 from shared_engine.endpoints import (
     POLLING,
-    Address,
     check_header,
+    describe_proxy,
+    find_exposure,
+    find_proxy,
     is_hosted,
     is_private,
-    is_safe_for_keys,
     parse_address,
 )
 from shared_engine.errors import (
@@ -62,19 +62,23 @@ class NimClient:
         self._timeout = options.timeout
         self._headers = build_headers(options, api_key)
         self._proxy = None if options.http_client else options.proxy or find_proxy(base_url)
-        if self._proxy:
-            check_proxy(self._proxy)
-        guarded = urlsplit(base_url).scheme == "http" and not options.allow_insecure_key
-        guarded = guarded and any(map(_SECRET_NAME.search, self._headers))
-        if guarded:
-            self._refuse_exposed_key(options.proxy)
+        proxy_headers = check_proxy(self._proxy) if self._proxy else {}
+        is_guarded = urlsplit(base_url).scheme == "http" and not options.allow_insecure_key
+        is_guarded = is_guarded and any(map(_SECRET_NAME.search, self._headers))
+        way = find_exposure(base_url, options.proxy, options.http_client is not None)
+        if is_guarded and way is not None:
+            raise ConfigurationError(
+                f"the key would travel unencrypted {way}; use https, or, where the network is "
+                "trusted, allow_insecure_key=True"
+            )
         self._client = build_client(options, self._proxy)
-        check_peer = None if self._proxy or not guarded else self._check_peer
+        check_peer = None if self._proxy or not is_guarded else self._check_peer
         self._once = Limited(
             Sending(self._client, options.timeout, check_peer), options.concurrency
         )
         self._transport = Retrying(self._once, options.max_retries)
-        self._secrets = list_secrets({**self._client.headers, **self._headers}.items())
+        headers = {**self._client.headers, **self._headers, **proxy_headers}
+        self._secrets = list_secrets(headers.items())
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -88,7 +92,10 @@ class NimClient:
 
     def read_error(self, response: httpx.Response) -> protocol.ErrorReply:
         """Return what is known of a reply that is no success."""
-        return protocol.read_error(response, self.mask)
+        reply = protocol.read_error(response, self.mask)
+        if self._proxy and urlsplit(self.base_url).scheme == "http":  # it may be the proxy's
+            reply = reply._replace(detail=f"{reply.detail} [by {describe_proxy(self._proxy)}]")
+        return reply
 
     async def post_embeddings(
         self, content: bytes, most_bytes: int, urgent: bool = False
@@ -188,20 +195,6 @@ class NimClient:
             error = MalformedResponseError(f"the reply cannot be read: {type(exc).__name__}")
         raise error  # here, as httpx's own errors hold the request and so the key
 
-    def _refuse_exposed_key(self, given_proxy: str | None) -> None:
-        if not is_safe_for_keys(self.base_url):
-            where = f"unencrypted to {self.base_url}"
-        elif self._proxy and not given_proxy:
-            where = f"unencrypted through {describe_proxy(self._proxy)}, the environment's proxy"
-        elif self._proxy and not is_safe_for_keys(self._proxy):
-            where = f"unencrypted to the proxy {describe_proxy(self._proxy)}"
-        else:
-            return
-        raise ConfigurationError(
-            f"the key would travel {where}; use https, or, where the network is trusted, "
-            "allow_insecure_key=True"
-        )
-
     def _check_peer(self, peer: str) -> None:
         address = parse_address(peer)
         if address is not None and not is_private(address):
@@ -288,60 +281,29 @@ def check_url(base_url: str) -> None:
         raise ConfigurationError(f"the base_url {base_url} cannot be used: {exc}") from None
 
 
-def check_proxy(proxy: str) -> None:
-    """Refuse what is no address of a proxy, without showing it: it may hold a password.
+def check_proxy(proxy: str) -> dict[str, str]:
+    """Return what is sent to a proxy alone; refuse what is no address of one, without showing it.
+
+    >>> check_proxy("http://user:hunter2@proxy:3128")
+    {'proxy-password': 'hunter2', 'proxy-authorization': 'Basic dXNlcjpodW50ZXIy'}
 
     Raises:
         ConfigurationError: it is none.
     """
     try:
-        is_one = bool(httpx.Proxy(proxy).url.host and urlsplit(proxy).hostname)
+        auth = httpx.Proxy(proxy).raw_auth
+        host = urlsplit(proxy).hostname
     except (ValueError, httpx.InvalidURL):
-        is_one = False
-    if not is_one:
+        host = None
+    if not host:
         raise ConfigurationError(
             "the proxy cannot be used; expected http://host:port, https://host:port or "
             "socks5://host:port"
         )
-
-
-def find_proxy(base_url: str) -> str | None:
-    """Return the proxy that the environment names for an address, if it names one.
-
-    This machine is never asked for through a proxy; `no_proxy` may hold names and networks.
-    """
-    parts = urlsplit(base_url)
-    host = parts.hostname or ""
-    proxies = getproxies()
-    found = proxies.get(parts.scheme) or proxies.get("all")
-    if not found or host.rstrip(".").split(".")[-1] == "localhost":
-        return None
-    address = parse_address(host)
-    if address is not None and (address.is_loopback or _is_listed(address, proxies.get("no", ""))):
-        return None
-    if proxy_bypass(parts.netloc) or proxy_bypass(host):
-        return None
-    return found if "://" in found else f"http://{found}"
-
-
-def _is_listed(address: Address, networks: str) -> bool:
-    for item in networks.split(","):
-        try:
-            if address in ipaddress.ip_network(item.strip().strip("[]"), strict=False):
-                return True
-        except ValueError:  # a name
-            continue
-    return False
-
-
-def describe_proxy(proxy: str | None) -> str:
-    """Return scheme, host and port of a proxy: it may hold a password.
-
-    >>> describe_proxy("http://user:hunter2@proxy:3128")
-    'http://proxy:3128'
-    """
-    parts = urlsplit(proxy or "")
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    if auth is None:
+        return {}
+    basic = b64encode(b":".join(auth)).decode()
+    return {"proxy-password": auth[1].decode(), "proxy-authorization": f"Basic {basic}"}
 
 
 def _load_trust(verify_ssl: bool | str) -> ssl.SSLContext:

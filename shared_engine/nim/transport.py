@@ -26,7 +26,7 @@ FIRST_WAIT = 0.5
 LONGEST_WAIT = 30.0
 """Seconds; also the most that a `Retry-After` may ask for."""
 TOO_MANY = frozenset({429, 503, 529})
-_NEVER_BETTER = (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.ProxyError)
+_NEVER_BETTER = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
 _CLOSED = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.CloseError)
 
 _log = logging.getLogger("shared_engine")
@@ -68,6 +68,8 @@ def wait_before_retry(
         again = isinstance(outcome, (httpx.TransportError, TimeoutError))
         again = again and not isinstance(outcome, _NEVER_BETTER)
         again = again and "CERTIFICATE_VERIFY_FAILED" not in str(outcome)
+        is_refused = isinstance(outcome, httpx.ProxyError) and str(outcome).startswith("4")
+        again = again and not is_refused  # by a status of the proxy
     else:
         again = is_retried(outcome)
     if not again:

@@ -34,6 +34,8 @@ def test_only_statuses_that_can_get_better_are_retried() -> None:
         (httpx.ReadTimeout("slow"), True),
         (TimeoutError(), True),
         (httpx.UnsupportedProtocol("ftp"), False),
+        (httpx.ProxyError("407 Proxy Authentication Required"), False),
+        (httpx.ProxyError("503 Service Unavailable"), True),
         (ValueError("bug"), False),
     ],
 )
