@@ -196,6 +196,15 @@ class Buffer:
             self(*shape)
 
 
+class Buffers:
+    """The memory of a model's intermediates, on a device."""
+
+    def __init__(self, placement: Placement) -> None:
+        """Take none yet."""
+        self.narrow, self.wide = Buffer(placement), Buffer(placement)
+        self.exact = Buffer(replace(placement, dtype=torch.float32))
+
+
 def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """Copy an array to the device, without waiting for it where that is a GPU."""
     return pin(array, device).to(device, non_blocking=True)

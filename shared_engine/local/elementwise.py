@@ -14,55 +14,56 @@ from torch import Tensor
 
 from shared_engine.local.config import ModelConfig
 
-_ROWS = 128
-"""Rows that a CPU takes at once, so that what is between two operators stays in its cache."""
 _CLOSE = 0.02
 """How far a fused kernel may be from torch's operators, whose steps round one by one."""
 
 
+Room = Callable[..., Tensor]
+"""(*shape) -> a tensor to write to, whose memory is used again. Fresh memory would cost a CPU more
+than the work, as the system clears it page by page."""
+
+
 class Elementwise(NamedTuple):
-    """The two places in a layer where a fused kernel pays; both work in place."""
+    """The two places in a layer where a fused kernel pays. What is given may be written over."""
 
-    rotate_: Callable[[Tensor, Tensor, Tensor], None]
-    gate_: Callable[[Tensor], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor, Room], Tensor]
+    gate: Callable[[Tensor], Tensor]
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Apply rotary position embedding to x (T, heads, d), whose halves are the two components.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, room: Room) -> Tensor:
+    """Return x (T, heads, d), whose halves are two components, turned by rotary embedding.
 
     `cos` and `sin` are (T, d / 2).
     """
-    size = len(x) if x.is_cuda else _ROWS
-    for rows, c, s in zip(*(torch.split(each, size) for each in (x, cos, sin)), strict=True):
-        first, second = rows.chunk(2, dim=-1)
-        before, c, s = first.clone(), c[:, None], s[:, None]  # noqa: PLW2901
-        first.mul_(c).addcmul_(second, s, value=-1)
-        second.mul_(c).addcmul_(before, s)
-
-
-def gate_(gate_up: Tensor) -> Tensor:
-    """Return SiLU of the first half of each row times the second, in the place of the first."""
-    for rows in torch.split(gate_up, len(gate_up) if gate_up.is_cuda else _ROWS):
-        gate, up = rows.chunk(2, dim=-1)
-        F.silu(gate, inplace=True).mul_(up)
-    return gate_up.chunk(2, dim=-1)[0]
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return the root mean square norm of each row of x (T, hidden), computed in float32."""
-    if x.is_cuda:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    # torch has no fused kernel for a CPU, and its operators would make four passes over memory.
-    out = torch.empty_like(x)
-    for rows, to in zip(torch.split(x, _ROWS), torch.split(out, _ROWS), strict=True):
-        exact = rows.to(torch.float32, copy=True)
-        norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)  # (rows, 1)
-        scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
-        to.copy_(exact.mul_(scale).mul_(weight))
+    out = room(*x.shape)
+    cos, sin = cos[:, None], sin[:, None]
+    (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
     return out
 
 
-EAGER = Elementwise(rotate_, gate_)
+def gate(gate_up: Tensor) -> Tensor:
+    """Return SiLU of the first half of each row times the second, in the place of the first."""
+    first, second = gate_up.chunk(2, dim=-1)
+    return F.silu(first, inplace=True).mul_(second)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, room: Room, room_in_float32: Room) -> Tensor:
+    """Return the root mean square norm of each row of x (T, hidden), computed in float32."""
+    if x.is_cuda:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    # torch has no fused kernel for a CPU: what its operators would do in fresh memory. Whole
+    # matrices, as each operator costs a rendezvous of the cores, long where they are busy.
+    exact = x if x.dtype == torch.float32 else room_in_float32(*x.shape).copy_(x)
+    norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)  # (T, 1)
+    scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+    if exact is x:
+        return torch.mul(x, scale, out=room(*x.shape)).mul_(weight)
+    return room(*x.shape).copy_(exact.mul_(scale).mul_(weight))
+
+
+EAGER = Elementwise(rotate, gate)
 
 
 def select(
@@ -77,7 +78,7 @@ def select(
     try:
         from shared_engine.local import fused
 
-        kernels = Elementwise(fused.rotate_, fused.gate_)
+        kernels = Elementwise(fused.rotate, fused.gate)
         _check_kernels(kernels, device, dtype, config)
     except Exception as exc:  # a compiler is at work: whatever it raises, the model can do without
         said = str(exc).splitlines() or [""]
@@ -104,8 +105,7 @@ def _check_kernels(
     gate_up = draw(8, 2 * config.intermediate_size)
     values = []
     for rotate_, gate_ in (EAGER, kernels):
-        turned = heads.clone()
-        rotate_(turned[:, :rotated], cos, sin)
+        turned = rotate_(heads.clone()[:, :rotated], cos, sin, heads.new_empty)
         values.append(torch.cat([turned.flatten(), gate_(gate_up.clone()).flatten()]).float())
     difference = ((values[0] - values[1]).abs() / (1 + values[0].abs())).max().item()
     if not difference < _CLOSE:

@@ -49,17 +49,18 @@ def _gate_kernel(gate_up, inner, BLOCK: tl.constexpr):
     tl.store(at, value.to(gate_up.dtype.element_ty), mask=there)
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Do as `elementwise.rotate_` does; half a head must be a power of two."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, _: object = None) -> Tensor:
+    """Do as `elementwise.rotate` does, in place; half a head must be a power of two."""
     tokens, heads, head_dim = x.shape
     grid = (tokens, triton.cdiv(heads, _HEADS))
     _rotate_kernel[grid](
         x, cos, sin, x.stride(0), heads, head_dim // 2, _HEADS, num_warps=1, **_OPTIONS
     )
+    return x
 
 
-def gate_(gate_up: Tensor) -> Tensor:
-    """Do as `elementwise.gate_` does."""
+def gate(gate_up: Tensor) -> Tensor:
+    """Do as `elementwise.gate` does."""
     tokens, inner = len(gate_up), gate_up.shape[1] // 2
     _gate_kernel[(tokens, triton.cdiv(inner, _BLOCK))](gate_up, inner, _BLOCK, **_OPTIONS)
     return gate_up[:, :inner]

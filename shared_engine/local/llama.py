@@ -25,7 +25,7 @@ from torch import Tensor
 from shared_engine.local.attention import Attention, Layout, varlen, varlen_repeated
 from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.config import Llama3Rope, ModelConfig, Rope
-from shared_engine.local.device import Buffer, Placement, to_device
+from shared_engine.local.device import Buffers, Placement, to_device
 from shared_engine.local.elementwise import rms_norm
 from shared_engine.local.graphs import SIZES, QueryGraphs, check_graphs
 from shared_engine.local.siglip import VisionTower
@@ -101,14 +101,16 @@ class Encoder:
             config.rope, self._head_dim, checkpoint.longest, placement
         )
         self._tokens_per_step = placement.tokens_per_step
-        self._rotate_, self._gate_ = placement.elementwise
-        self._wide = Buffer(placement)
+        self._rotate, self._gate = placement.elementwise
+        self._buffers = Buffers(placement)
         self._graphs: QueryGraphs | None = None
         self.description = placement.description
         """What it computes with and why, in one line."""
         if placement.device.type == "cuda":
             layer = self._layers[0]
-            self._wide.reserve(self._tokens_per_step, max(len(layer.qkv), len(layer.gate_up)))
+            self._buffers.wide.reserve(
+                self._tokens_per_step, max(len(layer.qkv), len(layer.gate_up))
+            )
             self._graphs, why = self._record_graphs(placement)
             placement = replace(placement, reasons=f"{placement.reasons}; queries: {why}")
             self.description = placement.description
@@ -118,10 +120,10 @@ class Encoder:
         """Return graphs for the steps of searches, if they give the same values, and why not."""
         if placement.kernel not in (varlen, varlen_repeated):
             return None, "no CUDA graphs, as attention is no varlen kernel"
-        wide = Buffer(placement)  # of their own, as they know where it lies
+        buffers = Buffers(placement)  # of their own, as graphs know where it lies
 
         def forward(ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-            return self._forward(F.embedding(ids, self._embedding), positions, layout, wide)
+            return self._forward(F.embedding(ids, self._embedding), positions, layout, buffers)
 
         vocabulary, width = self._embedding.shape
         try:
@@ -169,26 +171,31 @@ class Encoder:
         if images and self._vision:
             places = np.flatnonzero(ids == self._vision.context_token)
             x[to_device(places, self.device)] = self._vision(images)
-        hidden = self._forward(x, positions, layout, self._wide)  # (T, hidden)
+        hidden = self._forward(x, positions, layout, self._buffers)  # (T, hidden)
         return _pool(hidden, lengths)
 
-    def _forward(self, x: Tensor, positions: Tensor, layout: Layout, wide: Buffer) -> Tensor:
+    def _forward(self, x: Tensor, positions: Tensor, layout: Layout, buffers: Buffers) -> Tensor:
+        narrow, wide = buffers.narrow, buffers.wide
+
+        def normalize(x: Tensor, weight: Tensor) -> Tensor:
+            return rms_norm(x, weight, self._eps, narrow, buffers.exact)
+
         cos, sin = self._cos[positions], self._sin[positions]  # (T, d / 2)
         heads, rotated = self._heads, self._heads + self._kv_heads  # values are not rotated
         for layer in self._layers:
-            normed = rms_norm(x, layer.attention_norm, self._eps)
+            normed = normalize(x, layer.attention_norm)
             qkv = torch.mm(normed, layer.qkv.T, out=wide(len(x), len(layer.qkv)))
             qkv = qkv.view(len(x), -1, self._head_dim)  # (T, heads + 2 * kv_heads, d)
-            self._rotate_(qkv[:, :rotated], cos, sin)
-            q, k, v = qkv[:, :heads], qkv[:, heads:rotated], qkv[:, rotated:]
+            turned = self._rotate(qkv[:, :rotated], cos, sin, narrow)
+            q, k, v = turned[:, :heads], turned[:, heads:], qkv[:, rotated:]
             attended = self._attend(q, k, v, layout)  # (T, heads, d)
             x.addmm_(attended.flatten(1), layer.o.T)
             for rows in torch.split(x, self._tokens_per_step):  # a longer text takes no more memory
-                normed = rms_norm(rows, layer.mlp_norm, self._eps)
+                normed = normalize(rows, layer.mlp_norm)
                 gate_up = wide(len(rows), len(layer.gate_up))
                 torch.mm(normed, layer.gate_up.T, out=gate_up)
-                rows.addmm_(self._gate_(gate_up), layer.down.T)
-        return rms_norm(x, self._norm, self._eps)
+                rows.addmm_(self._gate(gate_up), layer.down.T)
+        return normalize(x, self._norm)
 
 
 def _pool(hidden: Tensor, lengths: list[int]) -> Tensor:

@@ -276,8 +276,8 @@ def variants(options: Options, embedder: Embedder, steps: Sequence[int]) -> list
         return made
 
     def run(texts: list[str]) -> NDArray[np.float32]:
-        rotate_, gate_ = elementwise.EAGER
-        with mock.patch.multiple(encoder, _rotate_=rotate_, _gate_=gate_):
+        rotate, gate = elementwise.EAGER
+        with mock.patch.multiple(encoder, _rotate=rotate, _gate=gate):
             return embedder.embed(texts)
 
     return [*made, Contender("torch's elementwise operators", run, made[0].computed)]

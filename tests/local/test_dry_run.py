@@ -157,14 +157,14 @@ def test_a_gpus_buffers_never_grow():
         model = checkpoint("1B", with_images=True)
         (placement,) = device.select_devices("cuda", "auto", None, model.config)
         encoder = Encoder(model, placement)
-        before = encoder._wide._memory, encoder._vision._wide._memory
+        before = encoder._buffers.wide._memory, encoder._vision._wide._memory
         picture = Picture(PAGE, (0, 0, 1275, 1650), 2, 3)
         for lengths in ([5], [2048] * 3, [8192]):
             encoder([np.full(length, 100, np.int32) for length in lengths])
         ids = np.full(7 * 256 + 8, CONTEXT, np.int32)
         ids[-8:] = 100
         encoder([ids] * 3, [picture] * 3)
-        assert encoder._wide._memory is before[0]
+        assert encoder._buffers.wide._memory is before[0]
         assert encoder._vision._wide._memory is before[1]
 
 

@@ -28,13 +28,12 @@ def test_rotation_turns_pairs_of_numbers(dtype, tokens):
     packed = torch.randn(tokens, 7, 16).to(kind)
     angles = torch.randn(tokens, 8)
     cos, sin = angles.cos().to(kind), angles.sin().to(kind)
-    x = packed.clone()[:, :5]
-    elementwise.rotate_(x, cos, sin)
+    x = packed[:, :5]
+    x = elementwise.rotate(x, cos, sin, x.new_empty)
     pairs = torch.complex(*packed[:, :5].double().chunk(2, dim=-1))
     turned = pairs * torch.complex(cos.double(), sin.double())[:, None]
     expected = torch.cat([turned.real, turned.imag], dim=-1)
     torch.testing.assert_close(x.double(), expected, atol=tolerance, rtol=tolerance)
-    assert torch.equal(x._base[:, 5:], packed[:, 5:])  # values stay as they are
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 300])
@@ -42,7 +41,7 @@ def test_gating(dtype, tokens):
     kind, tolerance = dtype
     gate_up = torch.randn(tokens, 2 * 36).to(kind)
     gate, up = gate_up.double().chunk(2, dim=-1)
-    ours = elementwise.gate_(gate_up.clone()).double()
+    ours = elementwise.gate(gate_up.clone()).double()
     torch.testing.assert_close(ours, gate * gate.sigmoid() * up, atol=tolerance, rtol=tolerance)
 
 
@@ -52,7 +51,7 @@ def test_the_norm(dtype, tokens):
     x, weight = torch.randn(tokens, 64).to(kind) * 3, torch.randn(64).to(kind)
     before = x.clone()
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.1).sqrt() * weight.double()
-    ours = elementwise.rms_norm(x, weight, 0.1)
+    ours = elementwise.rms_norm(x, weight, 0.1, x.new_empty, torch.empty)
     assert ours.dtype == kind
     torch.testing.assert_close(ours.double(), exact, atol=tolerance, rtol=tolerance / 4)
     assert torch.equal(x, before)
@@ -68,7 +67,7 @@ def test_a_cpu_has_torchs_operators():
 @pytest.fixture
 def fused(monkeypatch):
     """A module in place of the kernels, on a CPU that passes for a GPU."""
-    module = types.SimpleNamespace(rotate_=elementwise.rotate_, gate_=elementwise.gate_)
+    module = types.SimpleNamespace(rotate=elementwise.rotate, gate=elementwise.gate)
     monkeypatch.setitem(sys.modules, "shared_engine.local.fused", module)
     monkeypatch.setattr(local, "fused", module, raising=False)
     monkeypatch.setattr(torch.Tensor, "to", lambda x, _, kind: x.type(kind))
@@ -77,7 +76,7 @@ def fused(monkeypatch):
 
 def test_a_gpu_has_the_fused_kernels_where_they_agree(fused):
     chosen, why = elementwise.select(CUDA, torch.bfloat16, config("300M"))
-    assert (chosen.rotate_, chosen.gate_) == (fused.rotate_, fused.gate_)
+    assert (chosen.rotate, chosen.gate) == (fused.rotate, fused.gate)
     assert why == "Triton's kernels"
 
 
@@ -91,12 +90,12 @@ def raising(error):
 @pytest.mark.parametrize(
     ("name", "kernel", "said"),
     [
-        ("gate_", lambda x: x.chunk(2, dim=-1)[1], "their values are off by"),
-        ("gate_", lambda x: elementwise.gate_(x) * torch.nan, "off by nan"),
-        ("rotate_", lambda *_: None, "their values are off by"),
-        ("rotate_", raising(RuntimeError("Failed to find C compiler.\nLong")), "C compiler."),
-        ("gate_", raising(KeyError("sm_42")), "sm_42"),
-        ("gate_", raising(AssertionError()), "AssertionError"),
+        ("gate", lambda x: x.chunk(2, dim=-1)[1], "their values are off by"),
+        ("gate", lambda x: elementwise.gate(x) * torch.nan, "off by nan"),
+        ("rotate", lambda x, *_: x, "their values are off by"),
+        ("rotate", raising(RuntimeError("Failed to find C compiler.\nLong")), "C compiler."),
+        ("gate", raising(KeyError("sm_42")), "sm_42"),
+        ("gate", raising(AssertionError()), "AssertionError"),
     ],
 )
 def test_kernels_that_fail_or_differ_change_nothing_but_the_description(fused, name, kernel, said):

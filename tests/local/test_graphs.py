@@ -42,7 +42,7 @@ def make_graphs(encoder: Encoder, log: list[int] | None = None) -> graphs.QueryG
         if log is not None:
             log.append(len(ids))
         x = torch.nn.functional.embedding(ids, encoder._embedding)
-        return encoder._forward(x, positions, layout, encoder._wide)
+        return encoder._forward(x, positions, layout, encoder._buffers)
 
     with torch.inference_mode():
         return graphs.QueryGraphs(forward, 64, encoder.device, record=lambda step: step)

@@ -187,11 +187,12 @@ def copy_(self: FakeTensor, source: torch.Tensor, non_blocking: bool = False) ->
     return torch.ops.aten.copy_(self, source, non_blocking)
 
 
-def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, _: Any) -> torch.Tensor:
     torch.ops.dry.rotate_(x, cos, sin)
+    return x
 
 
-def gate_(gate_up: torch.Tensor) -> torch.Tensor:
+def gate(gate_up: torch.Tensor) -> torch.Tensor:
     torch.ops.dry.gate_(gate_up)
     return gate_up[:, : gate_up.shape[1] // 2]
 
@@ -235,7 +236,7 @@ def fake_gpu(*, new_varlen: bool = True, fused: bool = True, capability: Any = (
             raise RuntimeError("as if it refused grouped heads")
 
     stream = types.SimpleNamespace(device=CUDA)
-    kernels = types.SimpleNamespace(rotate_=rotate_, gate_=gate_)
+    kernels = types.SimpleNamespace(rotate=rotate, gate=gate)
     cuda = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
