@@ -183,14 +183,14 @@ def _is_listed(address: Address, networks: str) -> bool:
     return False
 
 
-def describe_proxy(proxy: str | None) -> str:
+def describe_proxy(proxy: str) -> str:
     """Return scheme, host and port of a proxy: it may hold a password.
 
     >>> describe_proxy("http://user:hunter2@proxy:3128")
     'http://proxy:3128'
     """
-    parts = urlsplit(proxy or "")
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    scheme, _, rest = proxy.partition("://")  # urlsplit takes not everything
+    return f"{scheme}://{rest.rpartition('@')[2]}"
 
 
 def check_header(name: str, value: str, source: str) -> None:

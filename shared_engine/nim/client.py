@@ -264,7 +264,8 @@ def build_client(options: Options, proxy: str | None) -> httpx.AsyncClient:
         transport = httpx.AsyncHTTPTransport(verify=trust, proxy=proxy, limits=limits)
     except ImportError as exc:
         raise MissingExtraError(
-            f"the proxy {describe_proxy(proxy)} needs a package more: pip install 'httpx[socks]'"
+            f"the proxy {describe_proxy(proxy or '')} needs a package more: "
+            "pip install 'httpx[socks]'"
         ) from exc
     return httpx.AsyncClient(transport=transport, trust_env=False)
 

@@ -351,8 +351,15 @@ def test_a_socks_proxy_needs_a_package_and_says_which(
 @pytest.mark.parametrize(
     "proxy", ["gopher://proxy", "proxy", "http://", "http://u:hunter2@proxy:port", "http://["]
 )
-def test_a_proxy_that_cannot_be_one_is_refused_without_its_password(proxy: str) -> None:
+def test_a_proxy_that_cannot_be_one_is_refused_without_its_password(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = Embedder(Options(base_url="https://nim", proxy=proxy))
+    with engine, pytest.raises(ConfigurationError, match="proxy") as caught:
+        engine.embed(["a"])
+    assert "hunter2" not in show(caught.value)
+    monkeypatch.setenv("NVIDIA_API_KEY", KEY)
+    engine = Embedder(Options(base_url="http://nim", proxy=proxy))
     with engine, pytest.raises(ConfigurationError, match="proxy") as caught:
         engine.embed(["a"])
     assert "hunter2" not in show(caught.value)
