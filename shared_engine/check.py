@@ -6,7 +6,6 @@ import platform
 import statistics
 import time
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import httpx
 import numpy as np
@@ -61,9 +60,9 @@ def check(
     if base_url is not None:
         base_url = normalize_url(base_url)
         _probe(base_url)
-        remote = {"model": served_name or _find_name(here, base_url), "api_key": api_key}
-        given: dict[str, Any] = {name: value for name, value in remote.items() if value is not None}
-        options = Options(base_url=base_url, max_retries=1, **given)
+        options = Options(base_url=base_url, api_key=api_key, max_retries=1)
+        if name := served_name or _find_name(here, options):
+            options = options.replace(model=name)
         # A server under a name of its own may do text alone; the model here tells.
         has_images = "image" in (found[0] or ()) if found else find(options.model) is not None
         found.append(_measure("there", options, has_images))
@@ -131,29 +130,29 @@ def _compare(here: dict[str, NDArray[np.float32]], there: dict[str, NDArray[np.f
 
 
 def _probe(base_url: str) -> None:
-    """Print what a server says of itself, asking without a key."""
+    """Print how a server begins to speak of itself, asking without a key."""
     for path in ("health/ready", "models"):
+        headers = {"accept-encoding": "identity"}
         try:
-            response = httpx.get(f"{base_url}/{path}", timeout=10)
+            with httpx.stream("GET", f"{base_url}/{path}", headers=headers, timeout=10) as response:
+                start = next(response.iter_raw(1000), b"").decode(errors="replace")
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             print(f"{base_url}/{path}: {type(exc).__name__}: {exc}")
             return
-        words = " ".join(response.text.split())[:300]
-        print(f"{base_url}/{path}: {response.status_code} {words}")
+        print(f"{base_url}/{path}: {response.status_code} {' '.join(start.split())[:300]}")
 
 
-def _find_name(here: Options | None, base_url: str) -> str | None:
+def _find_name(here: Options | None, there: Options) -> str | None:
     """Return the name to ask a server for; None leaves it to the options' default."""
-    said = here.model if here is not None and "model" in here.model_fields_set else None
+    said = here.model if here is not None and here.is_model_given else None
     if said and find(said):
         return said
     try:
-        listed = httpx.get(f"{base_url}/models", timeout=10).json()["data"]
-        if len(listed) == 1:  # a server of one model; a catalogue lists many
-            return str(listed[0]["id"])
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError):
-        pass
-    return said
+        with Embedder(there) as embedder:
+            listed = embedder.list_models()
+    except NeMoRetrieverError:
+        return said
+    return listed[0].id if len(listed) == 1 else said  # a catalogue lists many
 
 
 def _torch_version() -> str:

@@ -82,9 +82,7 @@ def main() -> None:
     for kind, by_side in found.items():
         this, other = (statistics.median(by_side[side]) for side in ("this", "other"))
         ratios = sorted(b / a for a, b in zip(by_side["this"], by_side["other"], strict=True))
-        unit = (
-            f"{lengths.sum() / this:,.0f} tokens/s" if kind == "bulk" else f"{1000 * this:.1f} ms"
-        )
+        speed = {"bulk": f"{lengths.sum() / this:,.0f} tokens/s", "query": f"{1e3 * this:.1f} ms"}
         print(
             f"{kind}: {speed[kind]}, {other / this:.2f} times as fast as the other "
             f"({ratios[0]:.2f} to {ratios[-1]:.2f} over {len(ratios)} rounds)"
