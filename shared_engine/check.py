@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import httpx
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import SecretStr
 
 from shared_engine import images
 from shared_engine._version import __version__
@@ -60,7 +61,8 @@ def check(
     if base_url is not None:
         base_url = normalize_url(base_url)
         _probe(base_url)
-        options = Options(base_url=base_url, api_key=api_key, max_retries=1)
+        key = SecretStr(api_key) if api_key else None
+        options = Options(base_url=base_url, api_key=key, max_retries=1)
         if name := served_name or _find_name(here, options):
             options = options.replace(model=name)
         # A server under a name of its own may do text alone; the model here tells.
