@@ -53,6 +53,7 @@ def run(
     return run
 
 
+@pytest.mark.slow
 def test_finds_pages_by_their_pictures_in_both_frameworks_and_embeds_nothing_twice(
     run: Callable[..., str],
 ) -> None:
@@ -71,6 +72,7 @@ def test_finds_pages_by_their_pictures_in_both_frameworks_and_embeds_nothing_twi
     assert len(re.findall(r"^ +-?0\.\d{3} +-?0\.\d{3} +files.pdf, page \d$", answers, re.M)) == 3
 
 
+@pytest.mark.slow
 def test_embeds_what_is_new_or_changed_and_forgets_what_is_gone(
     run: Callable[..., str], pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

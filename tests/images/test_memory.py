@@ -63,6 +63,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_decoding_takes_what_the_budget_counts(
     tmp_path: Path, python: Callable[[str], str]

@@ -98,6 +98,7 @@ def test_a_very_large_picture_does_not_wait_for_a_device(monkeypatch):
     assert np.array_equal(cut, images.cut_tiles(page(0, 201, 100), 2, 64))
 
 
+@pytest.mark.slow
 def test_vectors_of_pages_do_not_tell_who_cut_the_tiles(tmp_path: Path, monkeypatch):
     """Tiles of the true size: what a level in a few values does to a vector is below 1e-4."""
     folder = build_vl_checkpoint(tmp_path / "vl", image_size=512, patch_size=32)

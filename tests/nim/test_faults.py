@@ -37,6 +37,7 @@ def assert_right_and_once(nim: FaultyNim, out: np.ndarray, texts: list[str]) -> 
     assert set(nim.answered.values()) == {1}, "a text was sent again after its vector had arrived"
 
 
+@pytest.mark.slow
 def test_every_row_arrives_right_and_once_through_every_fault() -> None:
     with FaultyNim(RATES, latency=0.005) as nim, embedder(nim, max_batch_size=20) as engine:
         out = asyncio.run(engine.aembed(TEXTS))  # the images' twin of this test is synchronous
@@ -45,6 +46,7 @@ def test_every_row_arrives_right_and_once_through_every_fault() -> None:
         assert engine.usage == 5 * len(TEXTS)
 
 
+@pytest.mark.slow
 def test_every_row_arrives_though_the_server_is_killed_and_restarted() -> None:
     with FaultyNim({"503": 0.05, "reset": 0.03}, latency=0.05) as nim, embedder(nim) as engine:
 
