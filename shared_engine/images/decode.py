@@ -109,13 +109,14 @@ class OpenedImage:
         """About the memory that decoding takes at its peak: what is stored and what is made.
 
         libwebp has two canvases of 4 bytes a pixel and gives a copy. libjpeg keeps what it has read
-        of a progressive file, 2 bytes a value, however small it is drafted.
+        of a progressive file, 2 bytes a value, however small it is drafted. A caller's PIL image
+        counts like a file: it may be open only, and is decoded now.
         """
         picture = self.picture
-        stored = _BYTES.get(picture.mode[:4], 4) if self.content else 0
+        stored = _BYTES.get(picture.mode[:4], 4)
         made = 0 if self.is_plain and picture.mode in ("L", "RGB") else 4
         read = 12 if isinstance(picture, WebPImageFile) else 0
-        if "progressive" in picture.info and self.content:
+        if "progressive" in picture.info:
             read = 2 * len(picture.getbands())
         return math.prod(picture.size) * (stored + made) + self.pixels * read
 

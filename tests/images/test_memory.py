@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ def test_decoding_takes_what_the_budget_counts(
         pixels = WIDTH * HEIGHT
         assert needed <= pixels * (MOST + (12 if path.name == "webp" else 6)), path.name
         assert max(taken) < 1.1 * needed + 10e6, (path.name, taken, needed)
+
+
+@pytest.mark.parametrize("name", ["png", "png palette", "webp", "tiff cmyk", "jpeg progressive"])
+def test_a_pil_image_that_is_only_open_counts_like_its_file(name: str) -> None:
+    file = FORMATS[name][0]
+    with Image.open(BytesIO(file)) as lazy:
+        opened = decode.open_image(lazy)
+        assert opened.bytes_needed >= decode.open_image(file).bytes_needed
 
 
 class Spy(MemoryBudget):
