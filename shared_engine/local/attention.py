@@ -106,16 +106,16 @@ def per_sequence(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Attend with scaled_dot_product_attention, one call for neighbours of equal length."""
     if k.is_cuda:  # there grouped heads have no kernel in float32 but one of T x T intermediates
         k, v = _repeat(k, q), _repeat(v, q)
-    gqa = k.shape[1] != q.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (T, heads, d)
+    grouped = k.shape[1] != q.shape[1]
+    pieces = []
     for start, count, length in layout.runs():
         span = slice(start, start + count * length)
         q_, k_, v_ = (x[span].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         if length >= _LONG:
             k_, v_ = k_.contiguous(), v_.contiguous()
-        attended = F.scaled_dot_product_attention(q_, k_, v_, enable_gqa=gqa)
-        out[span].view(count, length, *q.shape[1:]).copy_(attended.transpose(1, 2))
-    return out
+        attended = F.scaled_dot_product_attention(q_, k_, v_, enable_gqa=grouped)
+        pieces.append(attended.transpose(1, 2).flatten(0, 1))  # (count * length, heads, d)
+    return torch.cat(pieces)
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:

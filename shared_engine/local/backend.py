@@ -153,16 +153,21 @@ class LocalBackend:
     def _prepare(self) -> None:
         """Work of the first threads: documents to sequences, a few steps ahead of the device."""
         while (chunk := self._scheduler.next_chunk()) is not None:
-            sequences: list[Sequence] = []
-            for job, pairs in groupby(chunk, key=lambda pair: pair[0]):
-                rows: dict[bool, list[int]] = {False: [], True: []}
-                for _, row in pairs:
-                    rows[job.request.documents[row].image is not None].append(row)
-                sequences += self._tokenize(job, rows[False])
-                for row in rows[True]:
-                    if not job.is_cancelled:
-                        sequences += self._prepare_image(job, row)
-            self._scheduler.add(sequences)
+            self._scheduler.add(self._prepare_chunk(chunk))
+            del chunk  # else a thread that waits would keep the last documents in memory
+
+    def _prepare_chunk(self, chunk: list[tuple[Job, int]]) -> list[Sequence]:
+        """Return the sequences of some documents, each a job and its row there."""
+        sequences: list[Sequence] = []
+        for job, pairs in groupby(chunk, key=lambda pair: pair[0]):
+            rows: dict[bool, list[int]] = {False: [], True: []}
+            for _, row in pairs:
+                rows[job.request.documents[row].image is not None].append(row)
+            sequences += self._tokenize(job, rows[False])
+            for row in rows[True]:
+                if not job.is_cancelled:
+                    sequences += self._prepare_image(job, row)
+        return sequences
 
     def _tokenize(self, job: Job, rows: list[int]) -> list[Sequence]:
         """Return the sequences of texts, without those that failed."""
@@ -221,6 +226,7 @@ class LocalBackend:
             running += self._start(step, encoder)
             while running and not (step and encoder.runs_ahead and len(running) == 1):
                 self._collect(*running.popleft())
+            del step  # as in `_prepare`
 
     def _start(
         self, step: list[Sequence], encoder: Encoder, is_retry: bool = False

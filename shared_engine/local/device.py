@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from shared_engine.errors import ConfigurationError
-from shared_engine.local import attention, elementwise
+from shared_engine.local import attention, elementwise, packed
 from shared_engine.local.config import ModelConfig
 from shared_engine.options import DType
 
@@ -38,6 +38,7 @@ class Placement:
     dtype: torch.dtype
     kernel: attention.Attention
     elementwise: elementwise.Elementwise
+    packs_weights: bool
     tokens_per_step: int
     reasons: str
 
@@ -74,14 +75,15 @@ def _place(name: str, dtype: DType, tokens_per_step: int | None, config: ModelCo
     number, why_dtype = _select_dtype(device, dtype)
     kernel, why_kernel = attention.select_kernel(device, number, config)
     operators, why_operators = elementwise.select(device, number, config)
+    packs_weights, why_weights = packed.select(device, number)
     step, why_step = _select_step(device, config)
     if tokens_per_step:
         step, why_step = tokens_per_step, "asked for"
     reasons = (
         f"device: {why_device}; dtype: {why_dtype}; attention: {why_kernel}; "
-        f"elementwise: {why_operators}; step: {why_step}"
+        f"elementwise: {why_operators}; weights: {why_weights}; step: {why_step}"
     )
-    return Placement(device, number, kernel, operators, step, reasons)
+    return Placement(device, number, kernel, operators, packs_weights, step, reasons)
 
 
 def _select_device(name: str) -> tuple[torch.device, str]:

@@ -28,6 +28,7 @@ from shared_engine.local.config import Llama3Rope, ModelConfig, Rope
 from shared_engine.local.device import Buffers, Placement, to_device
 from shared_engine.local.elementwise import rms_norm
 from shared_engine.local.graphs import SIZES, QueryGraphs, check_graphs
+from shared_engine.local.packed import PackedGate, pack
 from shared_engine.local.siglip import VisionTower
 from shared_engine.local.weights import Weights
 
@@ -48,7 +49,7 @@ class LlamaLayer:
     qkv: Tensor  # ((heads + 2 * kv_heads) * d, hidden)
     o: Tensor  # (hidden, heads * d)
     mlp_norm: Tensor  # (hidden,)
-    gate_up: Tensor  # (2 * intermediate, hidden)
+    gate_up: Tensor | PackedGate  # (2 * intermediate, hidden)
     down: Tensor  # (hidden, intermediate)
 
 
@@ -92,7 +93,7 @@ class Encoder:
         self._head_dim, self._eps = config.head_dim, config.rms_norm_eps
         weights = Weights(checkpoint, placement)
         prefix = "" if checkpoint.vision is None else "language_model."
-        table, self._layers, self._norm = _load(weights, prefix, config)
+        table, self._layers, self._norm = _load(weights, prefix, config, placement.packs_weights)
         missing = vocabulary - len(table)
         self._embedding = F.pad(table, (0, 0, 0, missing)) if missing > 0 else table
         self._vision = checkpoint.vision and VisionTower(checkpoint, weights, placement)
@@ -109,7 +110,7 @@ class Encoder:
         if placement.device.type == "cuda":
             layer = self._layers[0]
             self._buffers.wide.reserve(
-                self._tokens_per_step, max(len(layer.qkv), len(layer.gate_up))
+                self._tokens_per_step, max(len(layer.qkv), 2 * config.intermediate_size)
             )
             self._graphs, why = self._record_graphs(placement)
             placement = replace(placement, reasons=f"{placement.reasons}; queries: {why}")
@@ -192,9 +193,12 @@ class Encoder:
             x.addmm_(attended.flatten(1), layer.o.T)
             for rows in torch.split(x, self._tokens_per_step):  # a longer text takes no more memory
                 normed = normalize(rows, layer.mlp_norm)
-                gate_up = wide(len(rows), len(layer.gate_up))
-                torch.mm(normed, layer.gate_up.T, out=gate_up)
-                rows.addmm_(self._gate(gate_up), layer.down.T)
+                if isinstance(layer.gate_up, PackedGate):
+                    inner = layer.gate_up(normed)  # (T, intermediate)
+                else:
+                    gate_up = wide(len(rows), len(layer.gate_up))
+                    inner = self._gate(torch.mm(normed, layer.gate_up.T, out=gate_up))
+                rows.addmm_(inner, layer.down.T)
         return normalize(x, self._norm)
 
 
@@ -231,7 +235,7 @@ def _rotary_tables(
 
 
 def _load(
-    weights: Weights, prefix: str, config: ModelConfig
+    weights: Weights, prefix: str, config: ModelConfig, packs_weights: bool
 ) -> tuple[Tensor, list[LlamaLayer], Tensor]:
     """Return the table of embeddings, the layers and the last norm."""
 
@@ -244,6 +248,8 @@ def _load(
     layers = []
     for n in range(config.layers):
         at, mlp = f"layers.{n}.self_attn", f"layers.{n}.mlp"
+        gate = take(f"{mlp}.gate_proj.weight", inner, hidden)
+        up = take(f"{mlp}.up_proj.weight", inner, hidden)
         layers.append(
             LlamaLayer(
                 attention_norm=take(f"layers.{n}.input_layernorm.weight", hidden),
@@ -256,12 +262,7 @@ def _load(
                 ),
                 o=take(f"{at}.o_proj.weight", hidden, q),
                 mlp_norm=take(f"layers.{n}.post_attention_layernorm.weight", hidden),
-                gate_up=torch.cat(
-                    [
-                        take(f"{mlp}.gate_proj.weight", inner, hidden),
-                        take(f"{mlp}.up_proj.weight", inner, hidden),
-                    ]
-                ),
+                gate_up=pack(gate, up) if packs_weights else torch.cat([gate, up]),
                 down=take(f"{mlp}.down_proj.weight", hidden, inner),
             )
         )

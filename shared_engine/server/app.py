@@ -14,6 +14,7 @@ A client that hangs up cancels what has not started. Stopping finishes what was 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import time
@@ -27,6 +28,7 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -61,13 +63,14 @@ from shared_engine.server.protocol import (
     require_role,
     write_reply,
 )
-from shared_engine.server.responses import refuse, respond
+from shared_engine.server.responses import refuse, refuse_route, respond
 from shared_engine.wire import INPUT_TYPE, split_role_suffix
 
 _log = logging.getLogger("shared_engine")
 _T = TypeVar("_T")
 
 _SMALL_BODY = 64 * 1024
+_LARGE_BODY = 8 * 2**20
 _SMALL_REPLY = 16 * 1024
 """Bytes to parse and values to write that the event loop does itself; more go to a thread."""
 
@@ -115,7 +118,7 @@ def create_app(
             if api_key
             else Middleware(RequireHost, hosts=allowed_hosts)
         ],
-        exception_handlers={HTTPException: _refuse_route},
+        exception_handlers={HTTPException: refuse_route},
         lifespan=server.lifespan,
     )
     app.router.redirect_slashes = False  # a redirected POST surprises more clients than a 404
@@ -179,6 +182,7 @@ class _Server:
 
     async def embeddings(self, request: Request) -> Response:
         """Embed the inputs of a request."""
+        request.state.held = 0
         try:
             response = Response(await self._answer(request), media_type="application/json")
         except ClientDisconnect:
@@ -193,6 +197,10 @@ class _Server:
             response = refuse(fault, request.headers)
             self._metrics.errors.labels("internal").inc()
         self._metrics.requests.labels(str(response.status_code)).inc()
+        if request.state.held > _LARGE_BODY:
+            # An error's traceback keeps all that was read, in circles that the collector would find
+            # late: it counts objects, and a text of 60 MB is one.
+            response.background = BackgroundTask(gc.collect)
         return response
 
     async def _answer(self, request: Request) -> bytes:
@@ -205,7 +213,7 @@ class _Server:
             )
         if self._waiting >= self._limits.max_waiting:
             raise self._refuse_load()
-        with self._holding() as hold:
+        with self._holding(request) as hold:
             asked = await self._read(request, hold)
             large = sum(map(len, asked.input)) > _SMALL_BODY
             said = asked.find_role(self._served)
@@ -253,10 +261,7 @@ class _Server:
             vectors = await _unless_gone(request, embedder.aembed(decoded, role))
             return vectors, embedder.usage
         except NeMoRetrieverError as exc:
-            refusal = refuse_for(exc)
-            if refusal.status >= 500:
-                _log.error("a request failed: %s", exc, exc_info=exc)
-            raise refusal from exc
+            raise _refuse_logged(exc) from exc
 
     async def _read(self, request: Request, hold: Callable[[int], None]) -> EmbeddingsRequest:
         limits = self._limits
@@ -291,7 +296,7 @@ class _Server:
         return asked
 
     @contextmanager
-    def _holding(self) -> Iterator[Callable[[int], None]]:
+    def _holding(self, request: Request) -> Iterator[Callable[[int], None]]:
         """Count the bytes of a request until it is answered, as its images wait with it."""
         mine = 0
 
@@ -306,6 +311,7 @@ class _Server:
             yield hold
         finally:
             self._held -= mine
+            request.state.held = mine
 
     @contextmanager
     def _admitted(self, inputs: int) -> Iterator[None]:
@@ -403,9 +409,8 @@ async def _run(large: bool, work: Callable[[], _T]) -> _T:
     return await asyncio.to_thread(work) if large else work()
 
 
-async def _refuse_route(request: Request, exc: Exception) -> Response:
-    """Answer a wrong path or method."""
-    assert isinstance(exc, HTTPException)  # it is registered for these only
-    body = {"detail": exc.detail}
-    headers = dict(exc.headers or {})
-    return refuse(HTTPRefusal(exc.status_code, "route", exc.detail, body, headers), request.headers)
+def _refuse_logged(error: NeMoRetrieverError) -> HTTPRefusal:
+    refusal = refuse_for(error)
+    if refusal.status >= 500:
+        _log.error("a request failed: %s", error, exc_info=error)
+    return refusal

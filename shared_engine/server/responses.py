@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 
 from shared_engine.server.errors import HTTPRefusal
@@ -26,3 +28,11 @@ def refuse(refusal: HTTPRefusal, asked: Headers) -> Response:
     if "x-stainless-lang" in asked:
         body["error"] = {"message": str(refusal), "type": refusal.kind}
     return respond(body, refusal.status, refusal.headers)
+
+
+async def refuse_route(request: Request, exc: Exception) -> Response:
+    """Answer a wrong path or method."""
+    assert isinstance(exc, HTTPException)  # it is registered for these only
+    body = {"detail": exc.detail}
+    headers = dict(exc.headers or {})
+    return refuse(HTTPRefusal(exc.status_code, "route", exc.detail, body, headers), request.headers)

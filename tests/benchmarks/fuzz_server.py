@@ -200,7 +200,9 @@ async def attack(base: str, process: psutil.Process, requests: int, at_once: int
             statuses = sorted(Counter(sending.result()).items())
             faults += sum(count for status, count in statuses if status >= 500)
             said = ", ".join(f"{count} x {status}" for status, count in statuses)
-            print(f"  {kind:18} {said:18} slowest {max(taken):5.1f} s, peak {peak} MB", flush=True)
+            left = process.memory_info().rss // 2**20
+            times = f"slowest {max(taken):4.1f} s"
+            print(f"  {kind:16} {said:9} {times}, peak {peak} MB, left {left} MB", flush=True)
     return faults
 
 

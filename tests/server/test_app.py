@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-from shared_engine import ConfigurationError, Embedder, Options
+from shared_engine import ConfigurationError, Document, Embedder, Options
 from shared_engine.cli import main
 from shared_engine.local import LocalBackend
 from shared_engine.server.app import create_app
@@ -461,6 +462,21 @@ def test_a_request_of_the_most_inputs_is_parsed_in_any_layout(text: str, indent:
     for is_ascii in (True, False):
         content = json.dumps(body, indent=indent, ensure_ascii=is_ascii).encode()
         assert parse_request(content).input == texts
+
+
+@pytest.mark.parametrize("truncate", ["END", "NONE"])
+def test_a_huge_text_is_let_go_of_once_it_is_answered(served: Running, truncate: str) -> None:
+    """The threads that wait for the next one hold it no longer, nor do an error's frames."""
+    text = "word " * 2_000_000
+    status = 200 if truncate == "END" else 400
+    assert served.post(input=text, truncate=truncate).status_code == status
+    del text
+
+    def is_held() -> bool:
+        documents = [item for item in gc.get_objects() if type(item) is Document]
+        return any(len(document.text or "") > 5_000_000 for document in documents)
+
+    wait_for(lambda: not is_held(), seconds=5)
 
 
 def test_too_many_inputs(options: Options) -> None:
