@@ -32,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--data",
         type=Path,
         metavar="FOLDER",
-        help="also run tests of the public data sets that lie in this folder",
+        help="also run tests of the public data sets that lie in this folder; write --data=FOLDER, "
+        "as pytest takes a folder that stands alone for tests",
     )
 
 
