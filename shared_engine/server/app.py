@@ -14,7 +14,6 @@ A client that hangs up cancels what has not started. Stopping finishes what was 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import math
 import time
@@ -63,7 +62,7 @@ from shared_engine.server.protocol import (
     require_role,
     write_reply,
 )
-from shared_engine.server.responses import refuse, refuse_route, respond
+from shared_engine.server.responses import collect_soon, refuse, refuse_route, respond
 from shared_engine.wire import INPUT_TYPE, split_role_suffix
 
 _log = logging.getLogger("shared_engine")
@@ -198,9 +197,9 @@ class _Server:
             self._metrics.errors.labels("internal").inc()
         self._metrics.requests.labels(str(response.status_code)).inc()
         if request.state.held > _LARGE_BODY:
-            # An error's traceback keeps all that was read, in circles that the collector would find
-            # late: it counts objects, and a text of 60 MB is one.
-            response.background = BackgroundTask(gc.collect)
+            # An error's frames keep what was read, in circles that are found late: the collector
+            # counts objects, and a text of 60 MB is one.
+            response.background = BackgroundTask(collect_soon)
         return response
 
     async def _answer(self, request: Request) -> bytes:

@@ -1,7 +1,9 @@
-"""Values and refusals as HTTP responses."""
+"""Values and refusals as HTTP responses, and what is to do after a large one."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -36,3 +38,9 @@ async def refuse_route(request: Request, exc: Exception) -> Response:
     body = {"detail": exc.detail}
     headers = dict(exc.headers or {})
     return refuse(HTTPRefusal(exc.status_code, "route", exc.detail, body, headers), request.headers)
+
+
+async def collect_soon() -> None:
+    """Free what circles of references hold of a request that was answered."""
+    await asyncio.sleep(0.5)  # until the threads that were busy with the request wait again
+    await asyncio.to_thread(gc.collect)

@@ -200,6 +200,7 @@ async def attack(base: str, process: psutil.Process, requests: int, at_once: int
             statuses = sorted(Counter(sending.result()).items())
             faults += sum(count for status, count in statuses if status >= 500)
             said = ", ".join(f"{count} x {status}" for status, count in statuses)
+            await asyncio.sleep(1)
             left = process.memory_info().rss // 2**20
             times = f"slowest {max(taken):4.1f} s"
             print(f"  {kind:16} {said:9} {times}, peak {peak} MB, left {left} MB", flush=True)

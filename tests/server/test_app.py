@@ -467,16 +467,22 @@ def test_a_request_of_the_most_inputs_is_parsed_in_any_layout(text: str, indent:
 @pytest.mark.parametrize("truncate", ["END", "NONE"])
 def test_a_huge_text_is_let_go_of_once_it_is_answered(served: Running, truncate: str) -> None:
     """The threads that wait for the next one hold it no longer, nor do an error's frames."""
+    collected: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop" and info["generation"] == 2:
+            collected.append(info["collected"])
+
     text = "word " * 2_000_000
     status = 200 if truncate == "END" else 400
     assert served.post(input=text, truncate=truncate).status_code == status
-    del text
-
-    def is_held() -> bool:
-        documents = [item for item in gc.get_objects() if type(item) is Document]
-        return any(len(document.text or "") > 5_000_000 for document in documents)
-
-    wait_for(lambda: not is_held(), seconds=5)
+    gc.callbacks.append(note)
+    try:
+        wait_for(lambda: bool(collected), seconds=10)
+    finally:
+        gc.callbacks.remove(note)
+    documents = [item for item in gc.get_objects() if type(item) is Document]
+    assert not [item for item in documents if len(item.text or "") > 5_000_000]
 
 
 def test_too_many_inputs(options: Options) -> None:
