@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import (
@@ -29,6 +29,8 @@ from shared_engine.errors import CheckpointError
 _MOST_TILES = 12
 _MOST_POSITIONS = 2**20
 """Of a rotary table; eight times what the family has, and some 0.5 GB at the usual head size."""
+_LARGEST_TILE = 8192
+"""Pixels of a side; the family has 512."""
 
 Size = Annotated[int, Field(gt=0)]
 Epsilon = Annotated[float, Field(gt=0, le=1)]
@@ -61,7 +63,7 @@ class Llama3Rope(_File):
     factor: float = Field(ge=1)
     low_freq_factor: float = Field(gt=0)
     high_freq_factor: float
-    original_max_position_embeddings: Size
+    original_max_position_embeddings: int = Field(gt=0, le=_MOST_POSITIONS)
 
     @field_validator("high_freq_factor")
     @classmethod
@@ -108,6 +110,13 @@ class ModelConfig(_File):
         spellings = ("rope_parameters", "rope_scaling")
         return {key: data[key] for key in data if key not in spellings} | {name: rope}
 
+    @field_validator("bos_token_id")
+    @classmethod
+    def _is_in_the_table(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value >= (size := info.data.get("vocab_size", value + 1)):
+            raise ValueError(f"less than vocab_size ({size})")
+        return value
+
     @field_validator("kv_heads", mode="before")
     @classmethod
     def _default_to_heads(cls, value: Any, info: ValidationInfo) -> Any:
@@ -145,7 +154,7 @@ class TowerConfig(_File):
     intermediate_size: Size
     layers: Size = Field(alias="num_hidden_layers")
     heads: Size = Field(alias="num_attention_heads")
-    image_size: Size
+    image_size: int = Field(gt=0, le=_LARGEST_TILE)
     patch_size: Size
     layer_norm_eps: Epsilon = 1e-6
 
@@ -268,6 +277,15 @@ class WeightIndex(_File):
     """model.safetensors.index.json: the file of each tensor."""
 
     weight_map: dict[str, str] | None = None
+
+    @field_validator("weight_map")
+    @classmethod
+    def _stays_in_the_folder(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        for name in set((value or {}).values()):
+            path = PureWindowsPath(name)  # reads both kinds of slashes, and drives
+            if not path.name or path.is_absolute() or path.anchor or ".." in path.parts:
+                raise ValueError(f"names of files in the folder or below it, not {name!r}")
+        return value
 
 
 _FILES: dict[str, type[_File]] = {

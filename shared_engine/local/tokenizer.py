@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,17 @@ _SPACE = re.compile(r"\s*")
 _IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
 
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Let a panic of the library, which is no Exception, be one: a worker would end of it."""
+    try:
+        yield
+    except BaseException as exc:
+        if type(exc).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"the tokenizers library panicked: {exc}") from None
+
+
 class TextTokenizer:
     """The checkpoint's own tokenizer.json, read by the tokenizers library; safe to share."""
 
@@ -44,7 +57,7 @@ class TextTokenizer:
         """Read tokenizer.json.
 
         Raises:
-            CheckpointError: the file is missing, or not a tokenizer.
+            CheckpointError: the file is missing, not a tokenizer, or one of another vocabulary.
         """
         path = checkpoint.folder / "tokenizer.json"
         if not path.is_file():
@@ -53,21 +66,29 @@ class TextTokenizer:
             content = path.read_text(encoding="utf-8")
             if checkpoint.vision:
                 content, names = _hide_image_tokens(content)
-            self._tokenizer = Tokenizer.from_str(content)
+            with _panics_as_errors():
+                self._tokenizer = Tokenizer.from_str(content)
+                self._tokenizer.no_truncation()
+                self._tokenizer.no_padding()
+                # What truncation keeps: BOS and prefix, whose last space joins the first word.
+                self._kept = {
+                    role: self._tokenizer.encode(prompt.rstrip()).ids
+                    for role, prompt in checkpoint.prompts.items()
+                }
         except Exception as exc:  # the library raises a bare Exception
             raise CheckpointError(f"{path} cannot be read: {exc}") from exc
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.size = self._tokenizer.get_vocab_size()
         self.limit = checkpoint.max_tokens
         self.limit_with_image = checkpoint.max_tokens_with_image
         self._bos = checkpoint.config.bos_token_id or 0
         self._prompts = checkpoint.prompts
-        # What truncation keeps: BOS and prefix. The space that ends a prefix joins the first word.
-        self._kept = {
-            role: self._tokenizer.encode(prompt.rstrip()).ids
-            for role, prompt in self._prompts.items()
-        }
+        vocabulary = self._tokenizer.get_vocab().values()
+        self.size = 1 + max([*vocabulary, *itertools.chain(*self._kept.values())], default=-1)
+        rows = max(checkpoint.config.vocab_size, len(vocabulary))
+        if self.size > rows:
+            raise CheckpointError(
+                f"{path} has a token of id {self.size - 1}; expected ids below {rows}, as "
+                "config.json's vocab_size and the number of tokens say"
+            )
         if checkpoint.vision:
             self._prepare_for_images(checkpoint.vision, names, path)
 
@@ -83,6 +104,7 @@ class TextTokenizer:
         self._tile = np.full(vision.tokens_per_tile, context, np.int32)
         self._after_image = np.array([end], np.int32)
 
+    @_panics_as_errors()
     def encode(
         self, texts: Sequence[str], role: Role, truncate: Truncate
     ) -> list[TokenIds | InputTooLongError]:
@@ -104,6 +126,7 @@ class TextTokenizer:
                     out.append(ids if len(ids) else np.array([self._bos], np.int32))
         return out
 
+    @_panics_as_errors()
     def encode_with_image(self, tiles: int, text: str, truncate: Truncate) -> TokenIds:
         """Return the ids of an image with a text, or with "": at most `limit_with_image`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from shared_engine.errors import CheckpointError
 from shared_engine.local.checkpoint import Checkpoint, weight_files
 from shared_engine.local.device import Placement
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _UNUSED = ("lm_head.weight", "rotary_emb.inv_freq", "embeddings.position_ids")
 _UNUSED_PARTS = ("vision_model.head.",)  # SigLIP's attention pooling, which no embedder runs
 _SPELLINGS = {  # of training exports and rerankers, and of transformers 4
@@ -42,28 +44,39 @@ class Weights:
                 )
             try:
                 file = safe_open(path, framework="pt", device=str(placement.device))
-            except SafetensorError as exc:
+            except (SafetensorError, OSError) as exc:
                 raise CheckpointError(f"{path} cannot be read: {exc}") from exc
             for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
                 common = _common(key)
-                if not common.endswith(_UNUSED) and not common.startswith(_UNUSED_PARTS):
-                    self._left[common] = (file, key)
+                if common.endswith(_UNUSED) or common.startswith(_UNUSED_PARTS):
+                    continue
+                if common in self._left:
+                    raise CheckpointError(f"{path} holds {key!r}, which is there already")
+                self._left[common] = (file, key)
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """Return a tensor in the placement's dtype; each is asked for once.
 
         Raises:
-            CheckpointError: there is none of that name, or it is of another shape.
+            CheckpointError: there is none of that name, or it is of another shape, or of integers.
         """
         try:
             file, key = self._left.pop(name)
         except KeyError:
             raise CheckpointError(f"{self._folder} has no tensor {name!r}") from None
-        tensor: Tensor = file.get_tensor(key)
+        try:
+            tensor: Tensor = file.get_tensor(key)
+        except (SafetensorError, AttributeError) as exc:  # a dtype that torch does not have
+            raise CheckpointError(f"{self._folder}: tensor {key!r} cannot be read: {exc}") from exc
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{self._folder}: tensor {key!r} has shape {tuple(tensor.shape)}; config.json says "
                 f"{shape}"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self._folder}: tensor {key!r} is of {tensor.dtype}; expected one of "
+                f"{', '.join(map(str, _DTYPES))}, as the engine runs plain weights"
             )
         return tensor.to(self._placement.dtype)
 
