@@ -209,7 +209,7 @@ class Buffers:
 
 def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """Copy an array to the device, without waiting for it where that is a GPU."""
-    return pin(array, device).to(device, non_blocking=True)
+    return pin(array, device).to(device, non_blocking=device.type == "cuda")
 
 
 def pin(array: NDArray[Any], device: torch.device) -> torch.Tensor:
