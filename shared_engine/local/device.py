@@ -25,7 +25,7 @@ _STEP_FLOP = 12e12
 """Of a step on a GPU: about 25 ms of an H100 (estimated), so that a query waits no longer."""
 _MOST_TOKENS = 16_384
 """Of a step on a GPU: more keep a data-centre GPU no busier (estimated)."""
-_PROBE_SECONDS = 0.03
+_PROBE_SECONDS = 0.02
 _WORTHWHILE = 1.1
 """Times that bfloat16 must be faster than float32 on a CPU to be worth its rounding."""
 
@@ -209,7 +209,7 @@ class Buffers:
 
 def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """Copy an array to the device, without waiting for it where that is a GPU."""
-    return pin(array, device).to(device, non_blocking=True)
+    return pin(array, device).to(device, non_blocking=device.type == "cuda")
 
 
 def pin(array: NDArray[Any], device: torch.device) -> torch.Tensor:
