@@ -284,6 +284,12 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--growth", type=float, default=40.0, help="MB that memory may grow")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="of the model; in bfloat16 on a CPU, torch keeps a kernel for every size of a step, "
+        "which is memory of its own",
+    )
     parser.add_argument("--hostile", type=int, default=0, help="send so many large ones instead")
     parser.add_argument("--at-once", type=int, default=4, help="of the large ones")
     asked = parser.parse_args()
@@ -294,6 +300,7 @@ def main() -> int:
         build_checkpoint(Path(folder), SHAPES["sentence-transformers"])
         command = [sys.executable, "-m", "shared_engine.cli", "serve", "--model", folder]
         command += ["--served-name", NAME, "--port", str(port), "--log-level", "warning"]
+        command += ["--dtype", asked.dtype]
         root = Path(__file__).parents[2]
         with subprocess.Popen(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}) as sub:
             try:
