@@ -74,6 +74,7 @@ class Embedder:
             return self._pipeline.finish(future)
         finally:
             future.cancel()  # where we leave early, what has not started is dropped
+            del future  # as in `finish`
 
     async def aembed(self, documents: Documents, role: Role = "document") -> NDArray[Any]:
         """Do as `embed` does without blocking the event loop; cancelling drops what waits."""

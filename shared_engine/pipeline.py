@@ -128,6 +128,8 @@ class Pipeline:
             raise_closed("the engine was closed before this work was done")
         except PartialResultError as exc:
             pooled, errors = exc.vectors, dict(exc.errors)
+        finally:
+            del future  # an error's frames would hold it, and it the error
         out = vectors.unit(pooled)
         not_finite = NonFiniteVectorError(
             'gave a vector with NaN or infinity; try dtype="bfloat16" or "float32"'

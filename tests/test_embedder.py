@@ -202,12 +202,13 @@ async def test_a_cancelled_caller_leaves_the_queue(embedder):
     assert not scheduler._to_prepare
 
 
-def test_a_fork_rebuilds_the_engine(checkpoint):
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_a_fork_rebuilds_the_engine(checkpoint, dtype):
     """In a process of its own: pytest's threads make a fork here a warning."""
     program = f"""
 import os, numpy as np
 from shared_engine import Embedder, Options
-embedder = Embedder(Options(model={str(checkpoint)!r}, device="cpu"))
+embedder = Embedder(Options(model={str(checkpoint)!r}, device="cpu", dtype={dtype!r}))
 texts = ["some", "texts", "here"] * 50
 before = embedder.embed(texts)
 child = os.fork()

@@ -66,13 +66,17 @@ class LocalBackend:
         self._image_urls = options.image_urls
         kinds: tuple[Modality, ...] = ("text", "image", "text_image")
         self.modalities = frozenset(kinds if self._vision else kinds[:1])
-        placements = select_devices(
-            options.device, options.dtype, options.tokens_per_step, self._checkpoint.config
-        )
         self._tokenizer = TextTokenizer(self._checkpoint)
         # In a thread of its own: torch's OpenMP workers belong to the thread that first computes,
         # and a caller who forks later would wait for workers that stayed with the parent.
         with ThreadPoolExecutor(1, "nemoretriever-load") as loader:
+            placements = loader.submit(
+                select_devices,
+                options.device,
+                options.dtype,
+                options.tokens_per_step,
+                self._checkpoint.config,
+            ).result()
             self._encoders = {
                 number: loader.submit(
                     load, self._checkpoint, placement, self._tokenizer.size
