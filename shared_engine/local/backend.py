@@ -108,7 +108,7 @@ class LocalBackend:
     def fingerprint(self) -> str:
         """A digest of every byte of the checkpoint, and of what the options make of it.
 
-        The first call reads all weights, at about 0.6 GB per second and core.
+        The first call reads all weights, at about 1 GB per second and core.
         """
         found = self._checkpoint
         tiles = found.vision and found.vision.max_tiles

@@ -195,7 +195,8 @@ def shorten(text: str, length: int, truncate: Truncate) -> str:
     cut. Within a run without a break, two facts count however far away they are. Before a cut at
     the end: whether the white space ends with a line break. After one at the start: how far the run
     has gone, as digits go by threes and equal characters by powers of two; so its beginning stays,
-    and what is left out is a multiple of such periods.
+    and what is left out is a multiple of such periods. Not exact is only "START" within such a run
+    of 100,000 characters that joins another run: its tokens may then begin elsewhere.
     """
     if len(text) <= length + 2 * _PERIOD:
         return text
