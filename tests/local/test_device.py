@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from shared_engine.local import device
 from shared_engine.local.config import ModelConfig
 
 CUDA = torch.device("cuda", 0)
+FIND = device.find_bfloat16_instructions
+"""The true one, which all tests run without."""
 SHAPES = {"300M": (9, 3840), "1B": (16, 8192), "tiny": (2, 128)}
 
 
@@ -55,39 +59,24 @@ def test_devices_share_the_smallest_step(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gain", "dtype", "said"),
+    ("has", "dtype", "said"),
     [
-        (2.13, torch.bfloat16, "this CPU multiplies bfloat16 2.1 times as fast as float32"),
-        (1.0, torch.float32, "does not multiply bfloat16 faster"),
-        (0.1, torch.float32, "does not multiply bfloat16 faster"),
+        ("amx avx512", torch.bfloat16, "this CPU multiplies bfloat16 (AMX)"),
+        ("avx512", torch.bfloat16, "this CPU multiplies bfloat16 (AVX512_BF16)"),
+        ("arm", torch.bfloat16, "this CPU multiplies bfloat16 (BF16)"),
+        ("", torch.float32, "this CPU does not multiply bfloat16"),
     ],
 )
-def test_a_cpu_has_bfloat16_where_that_was_measured_to_be_faster(monkeypatch, gain, dtype, said):
-    monkeypatch.setattr(device, "measure_bfloat16_gain", lambda: gain)
+def test_a_cpu_has_bfloat16_where_it_multiplies_it(monkeypatch, has, dtype, said):
+    """Told by the processor and not by a race, whose end another program may decide."""
+    monkeypatch.setattr(device, "find_bfloat16_instructions", FIND)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx" in has)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "avx512" in has)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # emulated
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64" if "arm" in has else "x86_64")
     (placement,) = device.select_devices("cpu", "auto", None, config("tiny"))
     assert placement.dtype == dtype
     assert said in placement.description
-
-
-def test_the_gain_of_bfloat16_is_measured_within_50_ms_and_leaves_no_thread(python):
-    """Where oneDNN only emulates it, nothing is multiplied at all."""
-    said = python(
-        "import threading, time, torch\n"
-        "from shared_engine.local import device\n"
-        "torch.set_num_threads(1)\n"
-        "device._race_dtypes()\n"  # the libraries load
-        "start = time.perf_counter()\n"
-        "gain = device.measure_bfloat16_gain()\n"
-        "print(time.perf_counter() - start, threading.active_count())\n"
-        "assert device.measure_bfloat16_gain() == gain\n"
-        "device.measure_bfloat16_gain.cache_clear()\n"
-        "torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: False\n"
-        "device._race_dtypes = None\n"
-        "assert device.measure_bfloat16_gain() == 0\n"
-    )
-    seconds, threads = said.split()
-    assert float(seconds) < 0.5  # 0.04 where nothing else runs
-    assert threads == "1"
 
 
 def test_a_fork_of_a_process_that_used_the_gpu_is_told_to_spawn(monkeypatch):
