@@ -101,6 +101,7 @@ def test_bfloat16_stays_close(checkpoint):
     assert np.abs(np.linalg.norm(ours, axis=1) - 1).max() <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_text_of_8192_tokens(tmp_path):
     folder = build_checkpoint(tmp_path / "long", SHAPES["gqa"], max_position_embeddings=8192)
     text = "word " * 9000

@@ -358,6 +358,7 @@ REPLIES = st.none() | st.tuples(
 """None is a right reply."""
 
 
+@pytest.mark.slow
 @given(n=st.integers(1, 12), replies=st.lists(REPLIES, min_size=1, max_size=30), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_the_requests_for_n_inputs_have_a_bound(

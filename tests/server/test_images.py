@@ -523,6 +523,7 @@ _inputs = st.lists(st.lists(_pieces, max_size=4).map("".join), min_size=1, max_s
 _kind = st.sampled_from(["text", "image", "text_image"])
 
 
+@pytest.mark.slow
 @_fuzz
 @given(
     _inputs,
