@@ -21,10 +21,10 @@ pages: .venv/demo  ## the same with pages as pictures; PDF=file-or-folder, MODEL
 	  $(if $(MAX_TILES),--max-tiles '$(MAX_TILES)') $(ARGS)
 
 test: .venv/dev  ## run the tests but for the slow ones; ARGS='-k name'
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-test-all: .venv/dev  ## run them all; ARGS='--data=folder' adds those of public data sets
-	$(BIN)/python -m pytest $(ARGS)
+test-all: test  ## run them all; ARGS='--data=folder' adds those of public data sets
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: .venv/dev  ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -6,38 +6,26 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from shared_engine._version import __version__
-from shared_engine.catalogue import DEFAULT_MODEL
+from shared_engine.arguments import HERE, add_key, add_options, read_key, read_options
 from shared_engine.check import check
 from shared_engine.errors import ConfigurationError, MissingExtraError, NeMoRetrieverError
-from shared_engine.options import DType, Options
 from shared_engine.server.limits import ServerLimits
-
-_ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
-    "model": {},
-    "checkpoint": {},
-    "revision": {},
-    "device": {},
-    "dtype": {"choices": get_args(DType)},
-    "max_tokens": {"type": int, "metavar": "N"},
-    "max_tiles": {"type": int, "metavar": "N"},
-    "tokens_per_step": {"type": int, "metavar": "N"},
-}
-"""The options of a model in this process, and what argparse has to know of each."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1 where it failed, 2 where it made no sense."""
     asked = _parser().parse_args(arguments)
-    _log_to_stderr(asked.log_level)
     try:
-        return int(asked.run(asked))
+        with _log_to_stderr(asked.log_level):
+            return int(asked.run(asked))
     except ValidationError as exc:
         error = exc.errors()[0]
         option = "".join(f"--{part}: ".replace("_", "-") for part in error["loc"][:1])
@@ -50,12 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _log_to_stderr(level: str) -> None:
+@contextmanager
+def _log_to_stderr(level: str) -> Iterator[None]:
     lines = logging.StreamHandler()
     lines.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     log = logging.getLogger("shared_engine")  # others' loggers say the same things in their way
+    before = log.level
     log.addHandler(lines)
     log.setLevel(level.upper())
+    try:
+        yield
+    finally:  # a program that calls `main` keeps its own way of logging
+        log.removeHandler(lines)
+        log.setLevel(before)
 
 
 def _serve(asked: argparse.Namespace) -> int:
@@ -64,11 +59,11 @@ def _serve(asked: argparse.Namespace) -> int:
 
     limits = {limit.name: getattr(asked, limit.name) for limit in fields(ServerLimits)}
     working = serve(
-        _read_local_options(asked),
+        read_options(asked, HERE, backend="local"),
         host=asked.host,
         port=asked.port,
         served_name=asked.served_name,
-        api_key=_read_key(asked),
+        api_key=read_key(asked),
         limits=ServerLimits(**limits),
         allowed_hosts=asked.allowed_host,
         log_level=asked.log_level,
@@ -82,28 +77,12 @@ def _check(asked: argparse.Namespace) -> int:
     base_url = asked.base_url or os.environ.get("NVIDIA_BASE_URL")
     is_local = not base_url or asked.model or asked.checkpoint
     same = check(
-        _read_local_options(asked) if is_local else None,
+        read_options(asked, HERE, backend="local") if is_local else None,
         base_url,
         served_name=asked.served_name,
-        api_key=_read_key(asked),
+        api_key=read_key(asked),
     )
     return 0 if same else 1
-
-
-def _read_local_options(asked: argparse.Namespace) -> Options:
-    """Return the options that were given, of a model in this process."""
-    values = {name: getattr(asked, name) for name in _ENGINE_OPTIONS}
-    given = {name: value for name, value in values.items() if value is not None}
-    return Options(backend="local", **given)
-
-
-def _read_key(asked: argparse.Namespace) -> str | None:
-    if asked.api_key_env is None:
-        return None
-    key = os.environ.get(asked.api_key_env)
-    if not key:
-        raise ConfigurationError(f"--api-key-env: {asked.api_key_env} is not set, or empty")
-    return key
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,19 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     common = argparse.ArgumentParser(add_help=False)
-    for name, extra in _ENGINE_OPTIONS.items():
-        text = Options.model_fields[name].description or ""
-        default = f" Default: {DEFAULT_MODEL}." if name == "model" else ""
-        help_ = (text + default).replace("%", "%%")
-        common.add_argument("--" + name.replace("_", "-"), help=help_, **extra)
+    add_options(common, HERE)
     common.add_argument(
         "--served-name",
         metavar="NAME",
         help="The model's name on the server, where it has another.",
     )
-    common.add_argument(
-        "--api-key-env", metavar="VARIABLE", help="Environment variable with the server's key."
-    )
+    add_key(common)
     level: dict[str, Any] = {
         "choices": ("debug", "info", "warning", "error"),
         "help": "Default: %(default)s.",

@@ -30,7 +30,8 @@ FLOORS = (
     {"stream"},
     {"embedder"},
     {"shared_engine"},  # the public names
-    {"adapter", "check", "server"},
+    {"adapter", "arguments", "check", "server"},
+    {"bulk", "evaluate"},
     {"cli", "langchain_nemoretriever", "llamaindex_nemoretriever"},
 )
 """Rooms, from the ground up: each imports from its own floor or a lower one."""
@@ -39,7 +40,9 @@ ONLY = {
     # a wing is entered by one door
     "local": {"registry"},
     "nim": {"registry"},
-    "server": {"cli"},
+    "server": {"bulk", "cli"},
+    "bulk": {"cli"},
+    "evaluate": {"cli"},
     "langchain_nemoretriever": set(),
     "llamaindex_nemoretriever": set(),
     # models in this process
@@ -58,11 +61,21 @@ ONLY = {
     "starlette": {"server"},
     "uvicorn": {"server"},
     "h11": {"server"},
+    # bulk work
+    "pyarrow": {"bulk"},
+    "pypdfium2": {"bulk"},
+    "ray": {"bulk"},
+    # evaluation
+    "bm25s": {"evaluate"},
+    "ir_measures": {"evaluate"},
+    "matplotlib": {"evaluate"},
+    "mteb": {"evaluate"},
+    "sentence_transformers": {"evaluate"},
     # bytes of the wire
-    "orjson": {"nim", "server"},
+    "orjson": {"bulk", "evaluate", "nim", "server"},
     "pybase64": {"images", "nim"},
     # bars
-    "tqdm": {"embedder", "pipeline", "stream"},
+    "tqdm": {"bulk", "embedder", "evaluate", "pipeline", "stream"},
     # frameworks
     "langchain_core": {"langchain_nemoretriever"},
     "llama_index": {"llamaindex_nemoretriever"},

@@ -1,0 +1,1 @@
+"""Files of documents to files of vectors, on one machine or many."""
