@@ -1,1 +1,0 @@
-"""Files of documents to files of vectors, on one machine or many."""
