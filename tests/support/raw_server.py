@@ -53,6 +53,8 @@ class RawServer:
 
     async def _stop(self) -> None:
         self._server.close()
+        for _ in range(2):  # a task that is cancelled before its first step leaves its socket open
+            await asyncio.sleep(0)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
