@@ -126,13 +126,14 @@ def evaluate(
                 table.left_out.append(f"{model.name}: {exc}")
             else:
                 offered += [] if size in offered else [size]
-        vectors = []
+        vectors = {}
         for role, collection in data.by_role.items():
-            say(f"{model.name}: vectors of {len(collection):,} {collection.path.stem} texts")
-            vectors.append(embed(model, collection, role, cache or find_cache()))
+            say(f"{model.name}: {len(collection):,} vectors of {collection.path.name}")
+            vectors[role] = embed(model, collection, role, cache or find_cache())
         for size in offered:
             for kind in embedding_types:
-                table.add(search(*vectors, table.depth, size, kind), model.name, size, kind)
+                hits = search(vectors["query"], vectors["document"], table.depth, size, kind)
+                table.add(hits, model.name, size, kind)
         facts.append(model.facts)
     if bm25:
         table.add_bm25()

@@ -90,9 +90,9 @@ def draw_plot(report: Report, path: Path) -> None:
         canvas = Canvas(figsize=(7, 4.2), layout="constrained")
         axes = canvas.subplots()
         for label, rows in lines.items():
-            sizes = [row.bytes_per_vector for row in rows]
+            sizes = [row.bytes_per_vector or 0 for row in rows]
             figures = [row.figures[SHOWN] for row in rows]
-            if None in sizes:
+            if not all(sizes):  # BM25
                 axes.axhline(figures[0].value, color="gray", linestyle="--", label=label)
                 continue
             heights = [figure.value for figure in figures]
