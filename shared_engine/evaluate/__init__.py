@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from shared_engine.evaluate.models import find_model as find_model
     from shared_engine.evaluate.mteb import MTEBModel as MTEBModel
     from shared_engine.evaluate.mteb import run_tasks as run_tasks
+    from shared_engine.evaluate.mteb import write_tasks as write_tasks
 else:
     _MODULES = {
         "EngineModel": "models",
@@ -20,6 +21,7 @@ else:
         "evaluate": "measure",
         "find_model": "models",
         "run_tasks": "mteb",
+        "write_tasks": "mteb",
     }
 
     def __getattr__(name: str) -> Any:

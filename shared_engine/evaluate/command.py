@@ -119,7 +119,18 @@ def _evaluate(asked: argparse.Namespace) -> int:
 
 
 def _run_tasks(asked: argparse.Namespace, options: Options) -> int:
-    raise NotImplementedError
+    import orjson
+
+    from shared_engine.evaluate import run_tasks, write_tasks
+
+    options = options.replace(
+        dimensions=next(iter(asked.dimensions), None), embedding_type=asked.embedding_types[0]
+    )
+    rows = run_tasks(asked.mteb, options, asked.data)
+    print(write_tasks(rows))
+    if asked.json is not None:
+        asked.json.write_bytes(orjson.dumps(rows, option=orjson.OPT_INDENT_2) + b"\n")
+    return 0
 
 
 def _read_key(asked: argparse.Namespace) -> dict[str, str]:

@@ -13,6 +13,7 @@ from datasets import Dataset, Image
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 from numpy.typing import NDArray
 
@@ -70,7 +71,7 @@ CARDS = {
 embed-v2 (2025-10-02) and .../llama-3_2-nemoretriever-1b-vlm-embed-v1 (2025-06-25)."""
 
 
-class MTEBModel(AbsEncoder):  # type: ignore[misc]
+class MTEBModel(AbsEncoder):
     """A model that `mteb.evaluate` takes, with the options of an embedder.
 
     Queries are embedded as queries, and all else as documents. Integer and bit vectors are given
@@ -87,7 +88,7 @@ class MTEBModel(AbsEncoder):  # type: ignore[misc]
                 "name": options.model if options.model.count("/") == 1 else f"local/{name}",
                 "revision": embedder.cache_key("document"),  # of MTEB's own results
                 "embed_dim": embedder.dimensions,
-                "similarity_fn_name": "cosine",
+                "similarity_fn_name": ScoringFunction.COSINE,
                 "modalities": sorted(modalities),
             }
         )
@@ -133,23 +134,40 @@ def run_tasks(
             raise ConfigurationError(f"--data holds one task; {len(tasks)} are to run")
         tasks = [_use_folder(tasks[0], folder)]
     with Embedder(options) as embedder:
-        result = mteb.evaluate(
-            MTEBModel(embedder), tasks, cache=None, co2_tracker=False, show_progress_bar=False
-        )
-    rows = []
-    for found in result.task_results:
-        for split, scores in found.scores.items():
-            for score in scores:
-                rows.append(
-                    {
-                        "task": found.task_name,
-                        "subset": score["hf_subset"],
-                        "split": split,
-                        "Recall@5": score["recall_at_5"],
-                        "nDCG@10": score["ndcg_at_10"],
-                    }
-                )
-    return rows
+        model: Any = MTEBModel(embedder)  # takes less than MTEB's protocol names
+        result = mteb.evaluate(model, tasks, cache=None, co2_tracker=False, show_progress_bar=False)
+    return [
+        {
+            "task": found.task_name,
+            "subset": score["hf_subset"],
+            "split": split,
+            "Recall@5": score["recall_at_5"],
+            "nDCG@10": score["ndcg_at_10"],
+        }
+        for found in result.task_results
+        for split, scores in found.scores.items()
+        for score in scores
+    ]
+
+
+def write_tasks(rows: list[dict[str, Any]]) -> str:
+    """Return figures as a table in Markdown, with what the model cards say of these tasks."""
+    names = ("task", "subset", "split", "Recall@5", "nDCG@10")
+    lines = [f"| {' | '.join(names)} |", "| --- | --- | --- | ---: | ---: |"]
+    for row in rows:
+        figures = (f"{row[name]:.4f}" for name in names[3:])
+        lines.append(f"| {' | '.join([*(row[name] for name in names[:3]), *figures])} |")
+    by_task: dict[str, list[float]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row["Recall@5"])
+    for card in CARDS.values():
+        if measured := [task for task in card.tasks if task in by_task]:
+            mean = np.mean([np.mean(by_task[task]) for task in measured])
+            lines.append(
+                f"\nAverage Recall@5 of {', '.join(measured)}: {mean:.4f} here. The card of "
+                f"{card.model} says {card.recall_at_5:.4f}, its average on {card.of}."
+            )
+    return "\n".join(lines)
 
 
 def _find_tasks(name: str) -> list[AbsTaskRetrieval]:
@@ -169,14 +187,14 @@ def _find_tasks(name: str) -> list[AbsTaskRetrieval]:
 
 def _use_folder(task: AbsTaskRetrieval, folder: Path) -> AbsTaskRetrieval:
     """Return a task that is the same but for where its data comes from."""
-    subsets = list(task.hf_subsets) if task.metadata.is_multilingual else ["default"]
-    folders = {name: folder / name for name in subsets if (folder / name).is_dir()}
+    folders = {"default": folder}
+    if task.metadata.is_multilingual:
+        folders = {name: folder / name for name in task.hf_subsets if (folder / name).is_dir()}
     if not folders:
-        if len(subsets) > 1 and not (folder / "corpus.jsonl").exists():
-            raise ConfigurationError(
-                f"{folder} has no folder of {task.metadata.name}'s subsets: {', '.join(subsets)}"
-            )
-        folders = {subsets[0] if len(subsets) == 1 else _guess(folder, subsets): folder}
+        raise ConfigurationError(
+            f"{folder} has no folder of a subset of {task.metadata.name}; expected some of "
+            f"{', '.join(task.hf_subsets)}"
+        )
     split = task.eval_splits[0]
 
     def load_data(self: Any, **_: Any) -> None:
@@ -185,13 +203,9 @@ def _use_folder(task: AbsTaskRetrieval, folder: Path) -> AbsTaskRetrieval:
         }
         self.data_loaded = True
 
-    local = type(type(task).__name__, (type(task),), {"load_data": load_data})()
+    local: AbsTaskRetrieval = type(type(task).__name__, (type(task),), {"load_data": load_data})()
     local.hf_subsets, local._eval_splits = list(folders), [split]
     return local
-
-
-def _guess(folder: Path, subsets: list[str]) -> str:
-    raise NotImplementedError
 
 
 def _to_mteb(data: RetrievalData) -> dict[str, Any]:
