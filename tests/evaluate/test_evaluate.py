@@ -22,10 +22,25 @@ from shared_engine.evaluate.measure import MEASURES, count_bytes, measure
 from shared_engine.evaluate.models import embed
 from shared_engine.evaluate.search import Hits, decode, search, search_bm25, shorten
 from tests.support.beir import convert_xquad, write_beir
+from tests.support.checkpoints import tokenizer
 from tests.support.nim import Nim, answer, vector
 from tests.support.vl_checkpoints import build_vl_checkpoint, page
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda omicron sigma".split()
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "omicron",
+    "sigma",
+]
 TYPES = ("float", "int8", "uint8", "binary", "ubinary")
 
 
@@ -379,21 +394,37 @@ def test_other_models_are_found_by_what_is_named(options, checkpoint):
     assert here.cache_key("query") == EngineModel(options).cache_key("query")
 
 
-def test_sentence_transformers_gives_the_same(folder, options, checkpoint, tmp_path):
-    """The tiny checkpoint has its prompts, so both embed alike, each into a file of its own."""
-    st = find_model(f"st:{checkpoint}", options)
+def test_sentence_transformers_stands_beside_it(folder, options, tmp_path):
+    """With its own prompts for queries and documents, and vectors of its own in the cache."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+
+    random = np.random.default_rng(0)
+    words = StaticEmbedding(tokenizer(), random.standard_normal((len(tokenizer().get_vocab()), 8)))
+    prompts = {"query": "query: ", "document": "passage: "}
+    SentenceTransformer(modules=[words], prompts=prompts).save(str(tmp_path / "static"))
+    st = find_model(f"st:{tmp_path / 'static'}", options)
     report = evaluate(
-        folder, [EngineModel(options), st], embedding_types=["float"], cache=tmp_path / "cache"
+        folder,
+        [EngineModel(options), st],
+        dimensions=[16],
+        embedding_types=["float"],
+        cache=tmp_path / "cache",
     )
-    ours, theirs = report.rows[:2]
-    assert (theirs.model, theirs.dimensions) == ("st:tiny", 64)
-    assert ours.figures == theirs.figures
-    corpus = read_folder(folder).corpus
-    vectors = [
-        embed(each, corpus, "document", tmp_path / "cache") for each in (EngineModel(options), st)
-    ]
-    np.testing.assert_allclose(*vectors, rtol=0, atol=1e-5)
+    assert [row.model for row in report.rows] == ["tiny", "tiny", "st:static", "BM25"]
+    assert report.left_out == ["st:static: dimensions=16, but st:static has 8"]
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 4
+    data = read_folder(folder)
+    for role, prefix in (("query", "query: "), ("document", "passage: ")):
+        texts = [prefix + (each.text or "") for each in data.by_role[role].documents()]
+        plain = SentenceTransformer(modules=[words]).encode(texts, normalize_embeddings=True)
+        given = embed(st, data.by_role[role], role, tmp_path / "cache")
+        np.testing.assert_allclose(given, plain, rtol=0, atol=1e-6)
+
+
+def test_code_of_a_checkpoint_is_not_run(checkpoint, options):
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        find_model(f"st:{checkpoint}", options)
 
 
 # Pictures.

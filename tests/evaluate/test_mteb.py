@@ -17,7 +17,19 @@ from tests.support.beir import convert_xquad, write_beir
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # MTEB's own
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda".split()
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+]
 
 
 @pytest.fixture
