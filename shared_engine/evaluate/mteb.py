@@ -41,7 +41,7 @@ class CardRow:
 
 _300M = "nvidia/llama-3.2-nemoretriever-300m-embed-v2"
 _VL = "nvidia/llama-3.2-nemoretriever-1b-vlm-embed-v1"
-_MLQA = tuple(f"mlqa.{name}.{name}" for name in ("ar", "de", "en", "es", "hi", "vi", "zh"))
+_MLQA = tuple(f"{name}-{name}" for name in ("ara", "deu", "eng", "hin", "spa", "vie", "zho"))
 _VIDORE = tuple(
     f"Vidore{name}Retrieval"
     for name in (

@@ -397,7 +397,7 @@ def test_other_models_are_found_by_what_is_named(options, checkpoint):
 def test_sentence_transformers_stands_beside_it(folder, options, tmp_path):
     """With its own prompts for queries and documents, and vectors of its own in the cache."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import StaticEmbedding
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
     random = np.random.default_rng(0)
     words = StaticEmbedding(tokenizer(), random.standard_normal((len(tokenizer().get_vocab()), 8)))
