@@ -16,7 +16,7 @@ from ir_measures import RR, R, nDCG
 from numpy.typing import NDArray
 
 from shared_engine._version import __version__
-from shared_engine.errors import UnsupportedDimensionsError
+from shared_engine.errors import ConfigurationError, UnsupportedDimensionsError
 from shared_engine.evaluate.data import RetrievalData, read_folder
 from shared_engine.evaluate.models import Model, embed, find_cache
 from shared_engine.evaluate.search import Hits, search, search_bm25
@@ -108,9 +108,11 @@ def evaluate(
         ConfigurationError: the folder, a size or a model cannot be.
         InputError: a line of the folder is at fault; the message says file and line.
     """
+    sizes = sorted(set(dimensions), reverse=True)
+    if sizes and sizes[-1] < 1:
+        raise ConfigurationError(f"dimensions={sizes[-1]}; expected 1 or more")
     data = read_folder(folder, split)
     table = _Table(data, ignore_identical_ids)
-    sizes = sorted(set(dimensions), reverse=True)
     facts = []
     for model in models:
         if model is not models[0] and data.corpus.has_images and "image" not in model.modalities:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shared_engine.catalogue import find
 from shared_engine.documents import Document, Modality, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import (
@@ -73,9 +74,11 @@ class EngineModel:
     @property
     def facts(self) -> dict[str, Any]:
         """Its name, revision, description and cache keys."""
+        options = self._embedder.options
+        spec = None if options.checkpoint or options.base_url else find(options.model)
         return {
             "model": self.name,
-            "revision": self._embedder.options.revision,
+            "revision": options.revision or (spec and spec.revision),
             "description": self._embedder.description,
             "cache_key": {role: self.cache_key(role) for role in ("query", "document")},
         }

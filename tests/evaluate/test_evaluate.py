@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,19 @@ def test_equal_scores_are_in_the_order_of_the_corpus(rows_per_block, monkeypatch
     zero = np.array([[0.8, 0.6], [-0.8, -0.6]], np.float32)  # 0.0, and -0.0
     assert search(zero, same, 3, 2).rows.tolist() == [[0, 1, 2]] * 2
     assert search(same[:1], same[:2], 4, 2).rows.tolist() == [[0, 1]]  # fewer than k
+
+
+def test_memory_does_not_grow_with_the_corpus(random, tmp_path):
+    """That of numpy, with vectors in a file."""
+    peaks = []
+    for count in (10_000, 40_000):
+        np.save(tmp_path / "vectors.npy", np.tile(unit_rows(random, 100, 64), (count // 100, 1)))
+        corpus = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+        tracemalloc.start()
+        search(unit_rows(random, 20, 64), corpus, 100, 64, "binary")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_bits_decode_to_their_hamming_distance(random):
@@ -328,8 +342,13 @@ def test_the_command_prints_writes_and_draws(folder, checkpoint, tmp_path, capsy
 
 @pytest.mark.parametrize(
     "wrong",
-    [[], ["--plot", "chart.pdf"], ["--data", "folder"], ["--dimensions", "17"]],
-    ids=["no folder", "plot", "data", "dimensions"],
+    [
+        [],
+        ["--plot", "chart.pdf"],
+        ["--data", "folder"],
+        *(["--dimensions", n] for n in (17, 0, -1)),
+    ],
+    ids=["no folder", "plot", "data", "not offered", "zero", "negative"],
 )
 def test_what_makes_no_sense_is_said(folder, checkpoint, tmp_path, capsys, wrong):
     given = ["--model", checkpoint, "--device", "cpu", "--cache", tmp_path, *wrong]
