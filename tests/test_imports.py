@@ -31,6 +31,7 @@ FLOORS = (
     {"embedder"},
     {"shared_engine"},  # the public names
     {"adapter", "arguments", "check", "server"},
+    {"evaluate"},
     {"cli", "langchain_nemoretriever", "llamaindex_nemoretriever"},
 )
 """Rooms, from the ground up: each imports from its own floor or a lower one."""
@@ -40,6 +41,7 @@ ONLY = {
     "local": {"registry"},
     "nim": {"registry"},
     "server": {"cli"},
+    "evaluate": {"cli"},
     "langchain_nemoretriever": set(),
     "llamaindex_nemoretriever": set(),
     # models in this process
@@ -58,8 +60,15 @@ ONLY = {
     "starlette": {"server"},
     "uvicorn": {"server"},
     "h11": {"server"},
+    # evaluation
+    "bm25s": {"evaluate"},
+    "datasets": {"evaluate"},
+    "ir_measures": {"evaluate"},
+    "matplotlib": {"evaluate"},
+    "mteb": {"evaluate"},
+    "sentence_transformers": {"evaluate"},
     # bytes of the wire
-    "orjson": {"nim", "server"},
+    "orjson": {"evaluate", "nim", "server"},
     "pybase64": {"images", "nim"},
     # bars
     "tqdm": {"embedder", "pipeline", "stream"},
