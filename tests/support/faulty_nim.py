@@ -99,7 +99,9 @@ class FaultyNim:
     async def _die(self) -> None:
         self._down = True
         self._server.close()
-        for _ in range(2):  # a task that is cancelled before its first step leaves its socket open
+        # A task that is cancelled before its first step leaves its socket open, and it takes four
+        # turns of the loop from an accepted connection to the first step of `_serve`.
+        for _ in range(5):
             await asyncio.sleep(0)
         for writer in list(self._writers):
             writer.close()  # sends what was written, then ends: a reply is never half counted

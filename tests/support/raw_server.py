@@ -53,7 +53,9 @@ class RawServer:
 
     async def _stop(self) -> None:
         self._server.close()
-        for _ in range(2):  # a task that is cancelled before its first step leaves its socket open
+        # A task that is cancelled before its first step leaves its socket open, and it takes four
+        # turns of the loop from an accepted connection to the first step of `_serve`.
+        for _ in range(5):
             await asyncio.sleep(0)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
