@@ -10,7 +10,7 @@ import pytest
 from shared_engine.nim.reading import MOST_BYTES
 from shared_engine.nim.transport import (
     LONGEST_WAIT,
-    Limited,
+    Balanced,
     Retrying,
     Sending,
     is_retried,
@@ -81,7 +81,7 @@ class Server(httpx.AsyncBaseTransport):
 
 async def test_the_limit_halves_once_for_a_set_in_flight_and_recovers() -> None:
     server = Server()
-    limited = Limited(server, 8)
+    limited = Balanced([server], 8)
     tasks = [asyncio.create_task(limited.handle_async_request(REQUEST)) for _ in range(40)]
     await asyncio.sleep(0)
     assert len(server.waiting) == 8
@@ -98,7 +98,7 @@ async def test_the_limit_halves_once_for_a_set_in_flight_and_recovers() -> None:
 
 async def test_urgent_requests_go_first() -> None:
     server = Server()
-    limited = Limited(server, 1)
+    limited = Balanced([server], 1)
     plain = [httpx.Request("POST", f"http://nim/{n}") for n in range(3)]
     urgent = httpx.Request("POST", "http://nim/urgent", extensions={"urgent": True})
     tasks = [asyncio.create_task(limited.handle_async_request(one)) for one in (*plain, urgent)]
@@ -113,7 +113,7 @@ async def test_urgent_requests_go_first() -> None:
 
 async def test_cancelled_requests_give_their_place_back() -> None:
     server = Server()
-    limited = Limited(server, 1)
+    limited = Balanced([server], 1)
     tasks = [asyncio.create_task(limited.handle_async_request(REQUEST)) for _ in range(4)]
     await asyncio.sleep(0)
     tasks[1].cancel()  # waiting
