@@ -38,12 +38,12 @@ def normalize_url(url: str) -> str:
     Raises:
         ConfigurationError: not http(s), or it holds credentials, a query or an inference path.
     """
-    parts = urlsplit(url.strip())
-    steps = [step for step in parts.path.split("/") if step]
     try:
+        parts = urlsplit(url.strip())
         host, _ = parts.hostname, parts.port
-    except ValueError:
-        host = None
+    except ValueError:  # such as a bracket too few
+        parts, host = urlsplit(""), None
+    steps = [step for step in parts.path.split("/") if step]
     if steps[-2:] == ["v1", "embeddings"]:
         steps.pop()
         warnings.warn("base_url= ends in /embeddings, which each request adds", stacklevel=2)
