@@ -17,7 +17,7 @@ from shared_engine._version import __version__
 from shared_engine.catalogue import find
 from shared_engine.documents import Document, Role
 from shared_engine.embedder import Embedder
-from shared_engine.endpoints import normalize_url
+from shared_engine.endpoints import normalize_urls, split_urls
 from shared_engine.errors import NeMoRetrieverError
 from shared_engine.options import Options
 
@@ -59,8 +59,9 @@ def check(
     if here is not None:
         found.append(_measure("here", here))
     if base_url is not None:
-        base_url = normalize_url(base_url)
-        _probe(base_url)
+        base_url = normalize_urls(base_url)
+        for url in split_urls(base_url):
+            _probe(url)
         key = SecretStr(api_key) if api_key else None
         options = Options(base_url=base_url, api_key=key, max_retries=1)
         if name := served_name or _find_name(here, options):

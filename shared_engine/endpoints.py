@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import warnings
+from collections.abc import Iterable
 from typing import TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
@@ -37,12 +38,12 @@ def normalize_url(url: str) -> str:
     Raises:
         ConfigurationError: not http(s), or it holds credentials, a query or an inference path.
     """
-    parts = urlsplit(url.strip())
-    steps = [step for step in parts.path.split("/") if step]
     try:
+        parts = urlsplit(url.strip())
         host, _ = parts.hostname, parts.port
-    except ValueError:
-        host = None
+    except ValueError:  # such as a bracket too few
+        parts, host = urlsplit(""), None
+    steps = [step for step in parts.path.split("/") if step]
     if steps[-2:] == ["v1", "embeddings"]:
         steps.pop()
         warnings.warn("base_url= ends in /embeddings, which each request adds", stacklevel=2)
@@ -66,14 +67,46 @@ def normalize_url(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc, "/".join(["", *steps]), "", ""))
 
 
+def normalize_urls(urls: str | Iterable[str]) -> str:
+    """Return the base URLs of one server's replicas, one or several with commas, as one string.
+
+    Sorted and each once, so that the same addresses are always the same string.
+
+    >>> normalize_urls("http://nim-b:8000, http://nim-a:8000/v1/")
+    'http://nim-a:8000/v1,http://nim-b:8000/v1'
+    >>> normalize_urls(["http://nim:8000", "http://nim:8000/v1"])
+    'http://nim:8000/v1'
+
+    Raises:
+        ConfigurationError: none is given, one cannot be used, or NVIDIA's catalogue is among
+            others.
+    """
+    given = [urls] if isinstance(urls, str) else urls
+    each = [url for urls in given for url in split_urls(urls) if url.strip()]
+    found = sorted({normalize_url(url) for url in each or [""]})
+    if len(found) > 1 and any(map(is_hosted, found)):
+        raise ConfigurationError(
+            "the base_url names NVIDIA's catalogue beside other addresses; what they compute may "
+            "differ, so name it alone"
+        )
+    return ",".join(found)
+
+
+def split_urls(base_url: str) -> list[str]:
+    """Return each address of a `base_url`, which are several with commas in between."""
+    return base_url.split(",")
+
+
 def is_hosted(base_url: str) -> bool:
-    """Whether NVIDIA runs the server.
+    """Whether NVIDIA runs the server, or one of several.
 
     >>> is_hosted(HOSTED), is_hosted("https://nvidia.com.example/v1")
     (True, False)
     """
-    parts = urlsplit(base_url)
-    return parts.scheme == "https" and (parts.hostname or "").endswith(".api.nvidia.com")
+    return any(
+        parts.scheme == "https" and (parts.hostname or "").endswith(".api.nvidia.com")
+        for parts in map(urlsplit, split_urls(base_url))
+    )
 
 
 def parse_address(host: str) -> Address | None:
@@ -137,9 +170,14 @@ def find_exposure(
 ) -> str | None:
     """Return on which way a key could be read: "to http://nim.example.com/v1"; None if on none.
 
-    A `proxy` that was given is trusted itself, one of the environment is not. A client that was
-    given knows its own proxies.
+    Of several addresses, the first such way. A `proxy` that was given is trusted itself, one of the
+    environment is not. A client that was given knows its own proxies.
     """
+    ways = (_find_exposure(url, proxy, is_client_given) for url in split_urls(base_url))
+    return next((way for way in ways if way is not None), None)
+
+
+def _find_exposure(base_url: str, proxy: str | None, is_client_given: bool) -> str | None:
     if urlsplit(base_url).scheme == "https":
         return None
     if not is_safe_for_keys(base_url):

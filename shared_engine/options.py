@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from shared_engine.catalogue import DEFAULT_MODEL
-from shared_engine.endpoints import check_header, normalize_url
+from shared_engine.endpoints import check_header, normalize_urls
 from shared_engine.errors import ConfigurationError
 from shared_engine.vectors import EmbeddingType
 
@@ -145,7 +145,9 @@ class Options(BaseModel):
     base_url: str | None = _option(
         "routing",
         default=None,
-        description="Address of a NIM, its root or /v1: http://localhost:8000/v1.",
+        description="Address of a NIM, its root or /v1: http://localhost:8000/v1. Several, with "
+        "commas or as a list, are replicas of one model: each request goes to the one with the "
+        "fewest in flight; one that fails rests and is tried again. All are part of `cache_key`.",
     )
     api_key: SecretStr | None = _secret(
         "routing",
@@ -177,7 +179,8 @@ class Options(BaseModel):
         default=5,
         ge=0,
         description="Times a request is sent again after 408, 429, 5xx or a broken connection; a "
-        "kept connection that the server had closed is no such time.",
+        "kept connection that the server had closed is no such time, nor is going on at once to "
+        "another address of `base_url`.",
     )
     max_batch_size: int = _option(
         "nim", default=50, gt=0, description="The most inputs in one request to the NIM."
@@ -186,8 +189,8 @@ class Options(BaseModel):
         "nim",
         default=20,
         gt=0,
-        description="The most requests in flight; with batches of 50 they stay below 1,024 inputs, "
-        "which a NIM queues. Falls while the NIM says that it is busy.",
+        description="The most requests in flight at each address; with batches of 50 they stay "
+        "below 1,024 inputs, which a NIM queues. Falls while the NIM says that it is busy.",
     )
     max_image_characters: int | None = _option(
         "nim",
@@ -270,10 +273,16 @@ class Options(BaseModel):
             raise ValueError("0 is no time at all; leave it out for the default, or give None")
         return value
 
+    @field_validator("base_url", mode="before")
+    @classmethod
+    def _join_urls(cls, value: Any) -> Any:
+        is_list = isinstance(value, (list, tuple)) and all(isinstance(url, str) for url in value)
+        return ",".join(value) if is_list else value
+
     @field_validator("base_url")
     @classmethod
-    def _normalize_url(cls, value: str | None) -> str | None:
-        return value if value is None else normalize_url(value)
+    def _normalize_urls(cls, value: str | None) -> str | None:
+        return value if value is None else normalize_urls(value)
 
     @field_validator("api_key")
     @classmethod

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pydantic import SecretStr
 
-from shared_engine.endpoints import HOSTED, find_exposure, is_hosted, normalize_url
+from shared_engine.endpoints import HOSTED, find_exposure, is_hosted, normalize_urls
 from shared_engine.errors import ConfigurationError
 from shared_engine.options import Options, Scope
 
@@ -22,7 +22,7 @@ class Choice(NamedTuple):
     """Which engine runs, and why."""
 
     base_url: str | None
-    """Address of the NIM, or None for a model in this process."""
+    """Address of the NIM, several with commas in between, or None for a model in this process."""
     api_key: SecretStr | None
     reason: str
     level: int = logging.INFO
@@ -66,9 +66,9 @@ def select_backend(options: Options) -> Choice:
         if only_here:
             return Choice(None, None, f"{only_here[0]} is given, so this process, not the NIM of "
                           "NVIDIA_BASE_URL")  # fmt: skip
-        base_url, reason = normalize_url(variable), "NVIDIA_BASE_URL is set"
+        base_url, reason = normalize_urls(variable), "NVIDIA_BASE_URL is set"
     elif variable:
-        base_url, reason = normalize_url(variable), "NVIDIA_BASE_URL is set"
+        base_url, reason = normalize_urls(variable), "NVIDIA_BASE_URL is set"
     else:
         given = "api_key=" if options.backend == "auto" else 'backend="nim"'
         base_url, reason = HOSTED, f"{given} is given and no base_url=, so NVIDIA's catalogue"

@@ -9,9 +9,10 @@ requests in flight, whatever thread or event loop they come from. Images are ope
 that takes too long for a loop that others wait for.
 
 Whatever a server replies, n inputs take a bounded number of requests: they are split at most n - 1
-times, so there are at most 2 n - 1 batches; each is sent at most MOST_SENDS times, and each of
-these at most once more for each of `max_retries`. The list of models and a probe per modality come
-on top; a request that met a kept connection which the server had closed is not counted.
+times, so there are at most 2 n - 1 batches; each is sent at most MOST_SENDS times, each of these at
+most once more for each of `max_retries`, and each time at most once to every address. The list of
+models and a probe per modality come on top; a request that met a kept connection which the server
+had closed is not counted.
 """
 
 from __future__ import annotations
@@ -107,12 +108,12 @@ class NimBackend:
 
     @property
     def description(self) -> str:
-        """The model's name and the server's address."""
+        """The model's name and the server's address, or addresses."""
         return f"{self._served or self._name} at {self._base_url}"
 
     @property
     def fingerprint(self) -> str:
-        """A digest of address and model: what the server computes with is not known.
+        """A digest of addresses and model: what the server computes with is not known.
 
         Asks the server for the name of the model where none was given.
         """
@@ -152,6 +153,8 @@ class NimBackend:
 
     def wait_until_ready(self, timeout: float) -> None:
         """Return when the server says that it is ready; NVIDIA's catalogue always is.
+
+        One address of several is enough: those that are not ready rest.
 
         Raises:
             RequestTimeoutError: it did not within `timeout` seconds.
@@ -233,8 +236,9 @@ class NimBackend:
         model = await self._find_model()
         has_images = any(document.image is not None for document in call.request.documents)
         batches = documents if has_images else -(-documents // self._limits.inputs)
-        most = min(2 * self._options.concurrency, batches)
-        if most == 1 or self._options.concurrency == 1:
+        in_flight = self._client.most_in_flight
+        most = min(2 * in_flight, batches)
+        if most == 1 or in_flight == 1:
             return await self._send_batches(call, model)
         async with asyncio.TaskGroup() as group:  # twice, as some wait for their next attempt
             for _ in range(most):

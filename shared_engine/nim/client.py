@@ -1,13 +1,9 @@
-"""The HTTP of a NIM: one httpx client, what each request carries, and errors that are ours."""
+"""The HTTP of a NIM: its addresses, what each request carries, and errors that are ours."""
 
 from __future__ import annotations
 
 import asyncio
-import re
-import ssl
-from base64 import b64encode
 from collections.abc import Iterable
-from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -18,71 +14,67 @@ from shared_engine.endpoints import (
     POLLING,
     check_header,
     describe_proxy,
-    find_exposure,
-    find_proxy,
     is_hosted,
-    is_private,
-    parse_address,
+    split_urls,
 )
 from shared_engine.errors import (
-    ConfigurationError,
     ConnectionFailedError,
     MalformedResponseError,
-    MissingExtraError,
     NeMoRetrieverError,
     RequestTimeoutError,
 )
 from shared_engine.nim import protocol
+from shared_engine.nim.address import PATH, SENDER, Address, take_client
 from shared_engine.nim.reading import MOST_BYTES
-from shared_engine.nim.transport import Limited, Retrying, Sending, is_retried
+from shared_engine.nim.transport import Balanced, Retrying, is_retried
 from shared_engine.options import Options
 
-KEEP_ALIVE = 30.0
-"""Seconds that an idle connection is kept."""
+CONNECT_WITHIN = 5.0
+"""Seconds after which another address is tried, where there is one."""
 POLL_EVERY = 0.5
 MOST_LISTED = 4 * 2**20
 """Bytes of a reply that holds no vectors, such as the list of models."""
-_SECRET_NAME = re.compile(r"auth|key|token|secret|password|cookie", re.IGNORECASE)
 _SHORTEST_SECRET = 4
 
 
 class NimClient:
-    """Sends requests to one server; belongs to one event loop, but for the constructor."""
+    """Sends requests to the addresses of a server; all but the constructor in one event loop."""
 
     def __init__(self, options: Options, base_url: str, api_key: SecretStr | None) -> None:
-        """Make the httpx client; nothing is sent yet.
+        """Make the httpx clients; nothing is sent yet.
 
         Raises:
             ConfigurationError: a header that cannot be sent, a key that would travel in the clear,
                 or TLS or proxy options that cannot work.
             MissingExtraError: a SOCKS proxy, without the package for it.
         """
-        check_url(base_url)
         self.base_url = base_url
         self._timeout = options.timeout
-        self._headers = build_headers(options, api_key)
-        self._proxy = None if options.http_client else options.proxy or find_proxy(base_url)
-        proxy_headers = check_proxy(self._proxy) if self._proxy else {}
-        is_guarded = urlsplit(base_url).scheme == "http" and not options.allow_insecure_key
-        is_guarded = is_guarded and any(map(_SECRET_NAME.search, self._headers))
-        way = find_exposure(base_url, options.proxy, options.http_client is not None)
-        if is_guarded and way is not None:
-            raise ConfigurationError(
-                f"the key would travel unencrypted {way}; use https, or, where the network is "
-                "trusted, allow_insecure_key=True"
-            )
-        self._client = build_client(options, self._proxy)
-        check_peer = None if self._proxy or not is_guarded else self._check_peer
-        self._once = Limited(
-            Sending(self._client, options.timeout, check_peer), options.concurrency
-        )
+        headers = build_headers(options, api_key)
+        urls = split_urls(base_url)
+        within = CONNECT_WITHIN if len(urls) > 1 else None
+        client = take_client(options)
+        self._addresses = [Address(url, options, headers, client, within) for url in urls]
+        self._once = Balanced(self._addresses, options.concurrency)
         self._transport = Retrying(self._once, options.max_retries)
-        headers = {**self._client.headers, **self._headers, **proxy_headers}
-        self._secrets = list_secrets(headers.items())
+        proxies = [address.proxy for address in self._addresses if address.proxy]
+        self._proxies = ", ".join(dict.fromkeys(map(describe_proxy, proxies)))
+        self._secrets = list_secrets(
+            pair
+            for address in self._addresses
+            for sent in (address.client.headers, headers, address.proxy_headers)
+            for pair in sent.items()
+        )
+
+    @property
+    def most_in_flight(self) -> int:
+        """Requests that may be in flight while no address says that it is busy."""
+        return self._once.most
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._client.aclose()
+        for client in dict.fromkeys(address.client for address in self._addresses):
+            await client.aclose()
 
     def mask(self, text: str) -> str:
         """Return a text without the values of headers that were sent, which some servers quote."""
@@ -93,9 +85,11 @@ class NimClient:
     def read_error(self, response: httpx.Response) -> protocol.ErrorReply:
         """Return what is known of a reply that is no success."""
         reply = protocol.read_error(response, self.mask)
-        if self._proxy and urlsplit(self.base_url).scheme == "http":  # it may be the proxy's
-            reply = reply._replace(detail=f"{reply.detail} [by {describe_proxy(self._proxy)}]")
-        return reply
+        sender: Address = response.extensions[SENDER]
+        by = [] if len(self._addresses) == 1 else [sender.base_url]
+        if sender.proxy and urlsplit(sender.base_url).scheme == "http":  # it may be the proxy's
+            by.append(describe_proxy(sender.proxy))
+        return reply._replace(detail=f"{reply.detail} [by {' or '.join(by)}]") if by else reply
 
     async def post_embeddings(
         self, content: bytes, most_bytes: int, urgent: bool = False
@@ -105,16 +99,16 @@ class NimClient:
         Raises:
             RemoteError: there is no reply, or none that can be read.
         """
-        request = self._build_request("POST", f"{self.base_url}/embeddings", most_bytes, content)
+        request = self._build_request("POST", "/embeddings", most_bytes, content)
         request.extensions["urgent"] = urgent
         return await self._send(request)
 
     async def get_models(self) -> httpx.Response:
         """Return the reply to `GET /v1/models`; raises as `post_embeddings` does."""
-        return await self._send(self._build_request("GET", f"{self.base_url}/models"))
+        return await self._send(self._build_request("GET", "/models"))
 
     async def wait_until_ready(self, seconds: float) -> None:
-        """Return when the server says that it is ready.
+        """Return when the server says that it is ready, at any of its addresses.
 
         Raises:
             RequestTimeoutError: it did not within so many seconds.
@@ -124,7 +118,7 @@ class NimClient:
         try:
             async with asyncio.timeout(seconds):
                 while True:
-                    request = self._build_request("GET", f"{self.base_url}/health/ready")
+                    request = self._build_request("GET", "/health/ready")
                     try:
                         response = await self._exchange(self._once, request)
                     except NeMoRetrieverError as exc:
@@ -144,12 +138,10 @@ class NimClient:
     def _build_request(
         self, method: str, url: str, most_bytes: int = MOST_LISTED, content: bytes | None = None
     ) -> httpx.Request:
-        # A turn in the queue of requests in flight may last, so the pool's own wait has no limit.
-        timeout = httpx.Timeout(self._timeout, pool=None)
-        request = self._client.build_request(
-            method, url, content=content, headers=self._headers, timeout=timeout
-        )
+        request = self._addresses[0].build_request(method, url, content)
         request.extensions[MOST_BYTES] = most_bytes
+        if len(self._addresses) > 1:
+            request.extensions[PATH] = url
         return request
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
@@ -181,7 +173,7 @@ class NimClient:
         self, transport: httpx.AsyncBaseTransport, request: httpx.Request
     ) -> httpx.Response:
         """Send; the one place where errors of httpx become ours."""
-        way = f" through the proxy {describe_proxy(self._proxy)}" if self._proxy else ""
+        way = f" through the proxy {self._proxies}" if self._proxies else ""
         try:
             return await transport.handle_async_request(request)
         except (httpx.TimeoutException, TimeoutError):
@@ -194,14 +186,6 @@ class NimClient:
         except httpx.RequestError as exc:
             error = MalformedResponseError(f"the reply cannot be read: {type(exc).__name__}")
         raise error  # here, as httpx's own errors hold the request and so the key
-
-    def _check_peer(self, peer: str) -> None:
-        address = parse_address(peer)
-        if address is not None and not is_private(address):
-            raise ConfigurationError(
-                f"the key would travel unencrypted to {peer}, where {self.base_url} is; use https, "
-                "or, where the network is trusted, allow_insecure_key=True"
-            )
 
 
 def build_headers(options: Options, api_key: SecretStr | None) -> httpx.Headers:
@@ -238,84 +222,3 @@ def list_secrets(headers: Iterable[tuple[str, str]]) -> list[str]:
     values = {value for name, value in headers if name.lower() not in public}
     values |= {value.partition(" ")[2] for value in values}
     return sorted((v for v in values if len(v) >= _SHORTEST_SECRET), key=len, reverse=True)
-
-
-def build_client(options: Options, proxy: str | None) -> httpx.AsyncClient:
-    """Return the client that the options ask for, or that they bring along.
-
-    Raises:
-        ConfigurationError: the options cannot work.
-        MissingExtraError: a SOCKS proxy, without the package for it.
-    """
-    if options.http_client is not None:
-        client = options.http_client()
-        if not isinstance(client, httpx.AsyncClient):
-            raise ConfigurationError(
-                f"http_client made a {type(client).__name__}; expected an httpx.AsyncClient"
-            )
-        return client
-    trust = _load_trust(options.verify_ssl)
-    limits = httpx.Limits(
-        max_connections=None,  # as many as there are requests in flight
-        max_keepalive_connections=options.concurrency,
-        keepalive_expiry=KEEP_ALIVE,
-    )
-    try:
-        transport = httpx.AsyncHTTPTransport(verify=trust, proxy=proxy, limits=limits)
-    except ImportError as exc:
-        raise MissingExtraError(
-            f"the proxy {describe_proxy(proxy or '')} needs a package more: "
-            "pip install 'httpx[socks]'"
-        ) from exc
-    return httpx.AsyncClient(transport=transport, trust_env=False)
-
-
-def check_url(base_url: str) -> None:
-    """Refuse what httpx takes for no address, such as IPv4 with octal numbers.
-
-    Raises:
-        ConfigurationError: it is none.
-    """
-    try:
-        httpx.URL(base_url)
-    except httpx.InvalidURL as exc:
-        raise ConfigurationError(f"the base_url {base_url} cannot be used: {exc}") from None
-
-
-def check_proxy(proxy: str) -> dict[str, str]:
-    """Return what is sent to a proxy alone; refuse what is no address of one, without showing it.
-
-    >>> check_proxy("http://user:hunter2@proxy:3128")
-    {'proxy-password': 'hunter2', 'proxy-authorization': 'Basic dXNlcjpodW50ZXIy'}
-
-    Raises:
-        ConfigurationError: it is none.
-    """
-    try:
-        auth = httpx.Proxy(proxy).raw_auth
-        host = urlsplit(proxy).hostname
-    except (ValueError, httpx.InvalidURL):
-        host = None
-    if not host:
-        raise ConfigurationError(
-            "the proxy cannot be used; expected http://host:port, https://host:port or "
-            "socks5://host:port"
-        )
-    if auth is None:
-        return {}
-    basic = b64encode(b":".join(auth)).decode()
-    return {"proxy-password": auth[1].decode(), "proxy-authorization": f"Basic {basic}"}
-
-
-def _load_trust(verify_ssl: bool | str) -> ssl.SSLContext:
-    if isinstance(verify_ssl, bool):
-        return httpx.create_ssl_context(verify=verify_ssl)
-    path = Path(verify_ssl).expanduser()
-    try:
-        if path.is_dir():
-            return ssl.create_default_context(capath=path)
-        return ssl.create_default_context(cafile=path)
-    except OSError as exc:  # ssl.SSLError is one
-        raise ConfigurationError(
-            f"verify_ssl={verify_ssl!r} holds no certificates: {exc}"
-        ) from None

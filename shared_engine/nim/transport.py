@@ -1,6 +1,7 @@
 """How requests to a NIM are sent: again where that can help, and fewer at once when asked to.
 
-    Retrying ─► Limited ─► Sending ─► httpx.AsyncClient
+    Retrying ─► Balanced ─┬► Address ─► Sending ─► httpx.AsyncClient
+                          └► Address ─► ...           one for each address of `base_url`
 
 Each is an httpx transport around the next, so nothing above knows of retries, and a request that
 waits for its next attempt holds none of the places in flight. All of it runs in one event loop.
@@ -12,7 +13,7 @@ import asyncio
 import heapq
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import count
@@ -25,7 +26,12 @@ from shared_engine.nim.reading import read_reply
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 30.0
 """Seconds; also the most that a `Retry-After` may ask for."""
+FIRST_REST = 0.5
+LONGEST_REST = 10.0
+"""Seconds that an address rests after it failed, if its `Retry-After` does not ask for more."""
 TOO_MANY = frozenset({429, 503, 529})
+DOWN = frozenset({502, 503, 504})
+"""Statuses of an address that cannot serve now, or of a gateway that cannot reach it."""
 _NEVER_BETTER = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
 _CLOSED = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.CloseError)
 
@@ -39,6 +45,19 @@ def is_retried(status: int) -> bool:
     [False, False, False, True, True, True, True, True]
     """
     return status in (408, 429) or status >= 500
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether an error is one of the connection, and not there to stay.
+
+    >>> may_pass(httpx.ConnectError("refused")), may_pass(httpx.UnsupportedProtocol("ftp"))
+    (True, False)
+    """
+    if not isinstance(error, (httpx.TransportError, TimeoutError)):
+        return False
+    is_refused = isinstance(error, httpx.ProxyError) and str(error).startswith("4")  # its status
+    is_untrusted = "CERTIFICATE_VERIFY_FAILED" in str(error)
+    return not (isinstance(error, _NEVER_BETTER) or is_refused or is_untrusted)
 
 
 def wait_before_retry(
@@ -64,14 +83,7 @@ def wait_before_retry(
     """
     if attempt >= max_retries:
         return None
-    if isinstance(outcome, Exception):
-        again = isinstance(outcome, (httpx.TransportError, TimeoutError))
-        again = again and not isinstance(outcome, _NEVER_BETTER)
-        again = again and "CERTIFICATE_VERIFY_FAILED" not in str(outcome)
-        is_refused = isinstance(outcome, httpx.ProxyError) and str(outcome).startswith("4")
-        again = again and not is_refused  # by a status of the proxy
-    else:
-        again = is_retried(outcome)
+    again = may_pass(outcome) if isinstance(outcome, Exception) else is_retried(outcome)
     if not again:
         return None
     backoff = min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt)
@@ -170,66 +182,169 @@ class _Connection:
             self.is_reused = not self._is_new
 
 
-class Limited(httpx.AsyncBaseTransport):
-    """Lets `limit` requests be in flight; urgent ones go first.
-
-    The limit halves when the server says that they are too many, once for each set in flight, and
-    grows by one with each set that went well.
-    """
+class _Place:
+    """One address: how many requests may be in flight there, how many are, and how it fares."""
 
     def __init__(self, inner: httpx.AsyncBaseTransport, most: int) -> None:
-        self._inner = inner
+        self.inner = inner
+        self.in_flight = 0
+        self.last_turn = -1
+        """Number of the request that went there last."""
+        self.cuts = 0
+        self.rests = 0
+        self.failures = 0
+        """Rests since the last reply; 0 is an address that is well."""
+        self.rests_until = 0.0
         self._most = most
         self._limit = float(most)
-        self._in_flight = 0
-        self._cuts = 0
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap
-        self._order = count()
 
     @property
     def limit(self) -> int:
         """Requests that may be in flight now."""
         return int(self._limit)
 
+    def is_due(self, now: float) -> bool:
+        """Whether it is well, or may show that it is: one request does at a time."""
+        return not self.failures or (now >= self.rests_until and not self.in_flight)
+
+    def learn(self, outcome: httpx.Response | Exception, cuts: int, rests: int) -> float:
+        """Take what a request came to, sent when there had been so many; return seconds of rest.
+
+        What was sent before the last cut or rest says nothing about the time after it.
+        """
+        if isinstance(outcome, httpx.Response):
+            if outcome.status_code in TOO_MANY and cuts == self.cuts:
+                self.cuts += 1
+                self._limit = max(1.0, self._limit / 2)
+                _log.info("the server is busy; at most %d requests in flight", self.limit)
+            elif outcome.is_success:
+                self._limit = min(self._most, self._limit + 1 / self._limit)
+        if rests != self.rests:
+            return 0.0
+        if not _is_down(outcome):
+            self.failures = 0
+            return 0.0
+        rest = min(LONGEST_REST, FIRST_REST * 2.0**self.failures)
+        if isinstance(outcome, httpx.Response):
+            rest = max(rest, min(LONGEST_WAIT, read_retry_after(outcome.headers) or 0.0))
+        self.rests += 1
+        self.failures += 1
+        return rest
+
+
+def _is_down(outcome: httpx.Response | Exception) -> bool:
+    """Whether an address gave no reply, or one that says that it cannot serve."""
+    if isinstance(outcome, httpx.Response):
+        return outcome.status_code in DOWN
+    return may_pass(outcome)
+
+
+class Balanced(httpx.AsyncBaseTransport):
+    """Lets `most` requests be in flight at each address; urgent ones go first.
+
+    The limit of an address halves when it says that they are too many, once for each set in flight,
+    and grows by one with each set that went well.
+
+    A request goes to the address with the fewest in flight. One that gives no reply, or 502, 503 or
+    504, rests for FIRST_REST seconds, twice as long each further time, up to LONGEST_REST, or as
+    long as its `Retry-After` asks; then one request finds out whether it is back. Where no address
+    is well, rests do not count; so a single address has none.
+
+    A request that failed goes on to another address at once: with no reply to any other, with 502,
+    503, 504 or a "too many" to one that does not rest. It is sent to each address at most once.
+    """
+
+    def __init__(self, inners: Sequence[httpx.AsyncBaseTransport], most: int) -> None:
+        self.most = most * len(inners)
+        self._places = [_Place(inner, most) for inner in inners]
+        self._waiting: list[tuple[int, int, asyncio.Future[_Place], list[_Place]]] = []  # a heap
+        self._order = count()
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be in flight now, at all addresses."""
+        return sum(place.limit for place in self._places)
+
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send when there is a place."""
-        await self._enter(0 if request.extensions.get("urgent") else 1)
-        cuts = self._cuts
-        try:
-            response = await self._inner.handle_async_request(request)
-            if response.status_code in TOO_MANY:
-                self._shrink(cuts)
-            elif response.is_success:
-                self._limit = min(self._most, self._limit + 1 / self._limit)
-            return response
-        finally:
-            self._in_flight -= 1
-            self._admit()
+        priority, order = 0 if request.extensions.get("urgent") else 1, next(self._order)
+        tried: list[_Place] = []
+        while True:
+            place = await self._enter(priority, order, tried)
+            tried.append(place)
+            cuts, rests = place.cuts, place.rests
+            outcome: httpx.Response | Exception
+            try:
+                try:
+                    outcome = await place.inner.handle_async_request(request)
+                except (httpx.TransportError, TimeoutError) as exc:
+                    outcome = exc
+                if rest := place.learn(outcome, cuts, rests):
+                    self._rest(place, rest, outcome)
+            finally:
+                place.in_flight -= 1
+                self._admit()
+            if not self._goes_on(outcome, tried):
+                break
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
-    def _shrink(self, cuts_at_start: int) -> None:
-        if cuts_at_start == self._cuts:  # else it was sent before the last cut could help
-            self._cuts += 1
-            self._limit = max(1.0, self._limit / 2)
-            _log.info("the server is busy; at most %d requests in flight", self.limit)
+    def _rest(self, place: _Place, seconds: float, outcome: httpx.Response | Exception) -> None:
+        if len(self._places) == 1:
+            return
+        loop = asyncio.get_running_loop()
+        place.rests_until = loop.time() + seconds
+        loop.call_at(place.rests_until, self._admit)
+        level = logging.WARNING if place.failures == 1 else logging.INFO
+        _log.log(level, "%s rests for %.1f s: %s", place.inner, seconds, _summarize(outcome))
 
-    async def _enter(self, priority: int) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (priority, next(self._order), turn))
+    def _goes_on(self, outcome: httpx.Response | Exception, tried: list[_Place]) -> bool:
+        left = [place for place in self._places if place not in tried]
+        if isinstance(outcome, Exception):
+            return bool(left) and may_pass(outcome)
+        now = asyncio.get_running_loop().time()
+        is_busy = outcome.status_code in TOO_MANY | DOWN
+        return is_busy and any(place.is_due(now) for place in left)
+
+    async def _enter(self, priority: int, order: int, tried: list[_Place]) -> _Place:
+        turn: asyncio.Future[_Place] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (priority, order, turn, tried))
         self._admit()
         try:
-            await turn
+            return await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # admitted and cancelled at once
-                self._in_flight -= 1
+                turn.result().in_flight -= 1
                 self._admit()
             raise
 
     def _admit(self) -> None:
-        while self._waiting and self._in_flight < self.limit:
-            _, _, turn = heapq.heappop(self._waiting)
-            if not turn.done():
-                self._in_flight += 1
-                turn.set_result(None)
+        passed_over = []
+        while self._waiting:
+            waiting = heapq.heappop(self._waiting)
+            _, order, turn, tried = waiting
+            if turn.done():
+                continue
+            place = self._find_place(tried)
+            if place is not None:
+                place.in_flight += 1
+                place.last_turn = order
+                turn.set_result(place)
+                continue
+            passed_over.append(waiting)
+            if not tried:  # nor is there one for those behind
+                break
+        for waiting in passed_over:
+            heapq.heappush(self._waiting, waiting)
+
+    def _find_place(self, tried: list[_Place]) -> _Place | None:
+        places = [place for place in self._places if place not in tried]
+        if not all(place.failures for place in places):
+            now = asyncio.get_running_loop().time()
+            places = [place for place in places if place.is_due(now)]
+        free = [place for place in places if place.in_flight < place.limit]
+        return min(free, key=lambda place: (place.in_flight, place.last_turn), default=None)
 
 
 class Retrying(httpx.AsyncBaseTransport):

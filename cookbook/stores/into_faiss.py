@@ -1,0 +1,44 @@
+"""Into a FAISS index: vectors and integers, nothing else.
+
+No texts and no metadata: they stay in the Parquet files and are read by the row's number. No ids
+but integers: the row's number in the files, sorted by name. No update: an index is built anew, in
+one go (`IndexFlatIP` is exact; `index_factory(n, "IVF4096,PQ64")` and `train` are for millions).
+Of `--embedding-type ubinary` files make an `IndexBinaryFlat(8 * n)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow.dataset as ds
+
+
+def load(folder: Path, path: Path) -> None:
+    """Write an index of all rows of `folder/vectors` to a file, in the place of the last one."""
+    rows = ds.dataset(sorted((folder / "vectors").glob("*.parquet")))
+    index = faiss.IndexFlatIP(rows.schema.field("vector").type.list_size)
+    for batch in rows.to_batches(columns=["vector"], batch_size=1024):
+        index.add(batch["vector"].flatten().to_numpy().reshape(len(batch), -1))
+    beside = path.with_suffix(".part")
+    faiss.write_index(index, str(beside))
+    beside.replace(path)
+
+
+def open_search(
+    folder: Path, path: Path
+) -> Callable[[np.ndarray, int], list[tuple[str, dict[str, Any], float]]]:
+    """Return a function that gives texts, metadata and cosines of the nearest rows."""
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    rows = ds.dataset(sorted((folder / "vectors").glob("*.parquet")))
+    columns = [name for name in rows.schema.names if name != "vector"]
+
+    def search(vector: np.ndarray, k: int) -> list[tuple[str, dict[str, Any], float]]:
+        scores, found = index.search(vector.reshape(1, -1), k)
+        kept = rows.take(found[0], columns=columns).to_pylist()
+        return [(row.pop("text"), row, float(x)) for row, x in zip(kept, scores[0], strict=True)]
+
+    return search

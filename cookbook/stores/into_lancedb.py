@@ -1,0 +1,38 @@
+"""Into LanceDB, a folder of Arrow files: no server, and no index for up to some 100,000 rows.
+
+Beyond that `table.create_index(metric="cosine", vector_column_name="vector")` makes searches fast,
+and approximate. LangChain's class for it is in langchain-community, which is not maintained any
+more, and LlamaIndex's wants metadata in a column of its own, so both search through retrievers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+
+def load(folder: Path, database: lancedb.DBConnection, name: str = "passages") -> lancedb.Table:
+    """Put all rows of `folder/vectors` into a table, as Arrow from end to end."""
+    rows = ds.dataset(folder / "vectors")
+    schema = rows.schema.remove_metadata()
+    is_new = name not in database.list_tables().tables
+    table = database.create_table(name, schema=schema) if is_new else database.open_table(name)
+    reader = pa.RecordBatchReader.from_batches(schema, rows.to_batches(batch_size=1024))
+    merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+    merge.execute(reader)
+    return table
+
+
+def search(
+    table: lancedb.Table, vector: np.ndarray, k: int
+) -> list[tuple[str, dict[str, Any], float]]:
+    """Return texts, metadata and cosines of the nearest rows."""
+    columns = [name for name in table.schema.names if name != "vector"]
+    query = table.search(vector, vector_column_name="vector").metric("cosine").limit(k)
+    found = query.select([*columns, "_distance"]).to_list()
+    return [(row.pop("text"), row, 1 - row.pop("_distance")) for row in found]

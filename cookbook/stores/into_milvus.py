@@ -1,0 +1,42 @@
+"""Into Milvus: Lite in a file, or a server with `MilvusClient(uri="http://...")`.
+
+Rows go in as dictionaries, whose vectors are numpy arrays. Lite takes one process at a time. Both
+frameworks' packages want pymilvus 2 (langchain-milvus, llama-index-vector-stores-milvus); where you
+have 3, search through retrievers, as here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.dataset as ds
+from pymilvus import DataType, MilvusClient
+
+
+def load(folder: Path, client: MilvusClient, name: str = "passages") -> None:
+    """Put all rows of `folder/vectors` into a collection."""
+    rows = ds.dataset(folder / "vectors")
+    if not client.has_collection(name):
+        size = rows.schema.field("vector").type.list_size
+        schema = client.create_schema(enable_dynamic_field=True)  # for all kept columns
+        schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=512)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=size)
+        index = client.prepare_index_params()
+        index.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
+        client.create_collection(name, schema=schema, index_params=index)
+    for batch in rows.to_batches(batch_size=1024):
+        vectors = batch["vector"].flatten().to_numpy().reshape(len(batch), -1)
+        kept = batch.drop_columns(["vector"]).to_pylist()
+        each = zip(kept, vectors, strict=True)
+        client.upsert(name, [row | {"id": str(row["id"]), "vector": v} for row, v in each])
+
+
+def search(
+    client: MilvusClient, vector: np.ndarray, k: int, name: str = "passages"
+) -> list[tuple[str, dict[str, Any], float]]:
+    """Return texts, metadata and cosines of the nearest rows."""
+    (found,) = client.search(name, [vector], limit=k, output_fields=["*"])
+    rows = [(dict(hit["entity"]), hit) for hit in found]
+    return [(row.pop("text"), {**row, "id": hit["id"]}, hit["distance"]) for row, hit in rows]

@@ -1,0 +1,55 @@
+"""Into Qdrant: in a folder, or on a server with `QdrantClient(url=...)`.
+
+Ids must be integers or UUIDs there, so a row's id becomes the UUID of its text, and is kept as
+metadata. `QdrantClient(path=...)` keeps all in memory and compares with every vector: for a server,
+`upload_collection(..., parallel=4)` fills it from four processes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from uuid import NAMESPACE_OID, uuid5
+
+import pyarrow.dataset as ds
+from langchain_qdrant import QdrantVectorStore
+from llama_index.core import VectorStoreIndex
+from llama_index.vector_stores.qdrant import QdrantVectorStore as QdrantStore
+from qdrant_client import QdrantClient, models
+
+from langchain_nemoretriever import NeMoRetrieverEmbeddings
+from llamaindex_nemoretriever import NeMoRetrieverEmbedding
+
+
+def load(folder: Path, client: QdrantClient, name: str = "passages") -> None:
+    """Put all rows of `folder/vectors` into a collection."""
+    rows = ds.dataset(folder / "vectors")
+    if not client.collection_exists(name):
+        size = rows.schema.field("vector").type.list_size
+        params = models.VectorParams(size=size, distance=models.Distance.COSINE)
+        client.create_collection(name, params)
+    for batch in rows.to_batches(batch_size=1024):
+        vectors = batch["vector"].flatten().to_numpy().reshape(len(batch), -1)
+        kept = batch.drop_columns(["vector", "text"]).to_pylist()
+        texts = batch["text"].to_pylist()
+        client.upload_collection(
+            name,
+            vectors,
+            payload=[{"text": t, "metadata": k} for t, k in zip(texts, kept, strict=True)],
+            ids=[str(uuid5(NAMESPACE_OID, str(row["id"]))) for row in kept],
+            wait=True,
+        )
+
+
+def for_langchain(
+    client: QdrantClient, embeddings: NeMoRetrieverEmbeddings, name: str = "passages"
+) -> QdrantVectorStore:
+    """Return the collection as LangChain's store."""
+    return QdrantVectorStore(client, name, embeddings, content_payload_key="text")
+
+
+def for_llamaindex(
+    client: QdrantClient, embed_model: NeMoRetrieverEmbedding, name: str = "passages"
+) -> VectorStoreIndex:
+    """Return the collection as LlamaIndex's index; its metadata lie in `metadata["metadata"]`."""
+    store = QdrantStore(name, client)
+    return VectorStoreIndex.from_vector_store(store, embed_model)
