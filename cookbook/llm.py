@@ -18,6 +18,7 @@ CAVEAT = (
     "package finds, and not the sentence."
 )
 _CONTEXT = 4096  # tokens of a prompt and its answer
+_ANSWER = 80  # tokens of an answer at most
 
 
 @contextmanager
@@ -37,6 +38,9 @@ def serve() -> Iterator[str]:
     params.n_parallel = 1
     params.port = 0
     params.cpuparams.n_threads = os.cpu_count() or 1
+    params.n_predict = _ANSWER
+    params.sampling.penalty_repeat = 1.15  # else a small model says one sentence again and again
+    params.sampling.penalty_last_n = 256
     params.verbosity = -1  # it would write pages of details to the screen
     params.use_jinja = True  # for tools
     params.warmup = False

@@ -3,7 +3,7 @@
     sections.read ...... Markdown by its headings, PDF by its pages
     split .............. sections to passages, each under its headings
     bring_up_to_date ... index() with a record manager ──► a store on disk; only what changed
-    make_retriever ..... vectors and keywords, or vectors alone; passages, or whole sections
+    make_retriever ..... vectors and BM25 together; passages, or the whole sections they are of
     make_chain ......... retriever ──► prompt ──► ChatNVIDIA, streamed; or an agent with a tool
     ask ................ the answer as it comes, and its numbered sources
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import re
 import sys
 import textwrap
 import warnings
@@ -30,6 +29,7 @@ import handbook  # beside this file, as are the next three and `sections`
 import llm
 import numpy as np
 import sections as reading
+import standin
 from demo import DEFAULT as DEMO
 from demo import WIDTH, choose_model, open_collection, parser, show, start
 from langchain_core.documents import Document
@@ -57,6 +57,7 @@ PASSAGE = 900  # characters of a passage, beside its headings: most sections are
 BATCH = 64  # passages between two saves
 TOP = 3  # sources of an answer
 CANDIDATES = 12  # of each search, before the two are fused
+WEIGHT_STANDIN = 0.3  # of its vectors in a search; it ranks below BM25, which has the rest
 CATALOGUE = "https://integrate.api.nvidia.com/v1"
 HOSTED_LLM = "meta/llama-3.3-70b-instruct"
 ANSWER_TOKENS = 160
@@ -172,12 +173,12 @@ def make_retriever(
     sections: Sequence[Document],
     passages: Sequence[Document],
     store: VectorStore,
-    search: str = "hybrid",
+    weight: float = 0.5,
     parent: bool = False,
 ) -> BaseRetriever:
     """Return what finds passages, or with `parent` the whole sections that they are of.
 
-    `search` is "vectors", or "hybrid": fused with BM25 by their reciprocal ranks.
+    Reciprocal ranks are added up, those of vectors with this weight, BM25's with the rest of 1.
     """
     from langchain_classic.retrievers import EnsembleRetriever, ParentDocumentRetriever
     from langchain_core.stores import InMemoryStore
@@ -199,10 +200,8 @@ def make_retriever(
     else:
         found = list(passages)
         vectors = store.as_retriever(search_kwargs=many)
-    if search == "vectors":
-        return vectors
     keywords = KeywordRetriever.over(found, CANDIDATES)
-    return EnsembleRetriever(retrievers=[vectors, keywords], weights=[0.5, 0.5])
+    return EnsembleRetriever(retrievers=[vectors, keywords], weights=[weight, 1 - weight])
 
 
 def take_sources(found: Iterable[Document], count: int = TOP) -> list[Document]:
@@ -307,15 +306,9 @@ def ask(
     """Print an answer while it comes, and then its sources."""
     print(f"\n{question}")
     found: list[Document] = []
-    column = 0
     for part in stream:
         found += part.get("sources", [])
-        for word in re.split(r"(?<=\s)", part.get("answer", "")):
-            if column + len(word) > WIDTH:
-                print()
-                column = 0
-            print(word, end="", flush=True)
-            column = 0 if word.endswith("\n") else column + len(word)
+        print(part.get("answer", ""), end="", flush=True)
     print()
     sources = take_sources(found, len(found))
     for i, (source, cosine) in enumerate(
@@ -399,7 +392,10 @@ def run(args: argparse.Namespace) -> None:
             f"{done['num_added']} embedded, {done['num_skipped']} unchanged, "
             f"{done['num_deleted']} removed",
         )
-        retriever = make_retriever(sections, passages, store, args.search, args.parent)
+        weight = args.weight
+        if weight is None:
+            weight = WEIGHT_STANDIN if standin.is_standin(model) else 0.5
+        retriever = make_retriever(sections, passages, store, weight, args.parent)
         chain = make_chain(retriever, chat)
         agent = make_agent(retriever, chat, str(what)) if args.agent else None
         for question in questions_to_ask(args.question, args.docs):
@@ -418,10 +414,9 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--agent", action="store_true", help="let an agent search as it wants")
     made.add_argument("--parent", action="store_true", help="give it whole sections, not passages")
     made.add_argument(
-        "--search",
-        choices=("hybrid", "vectors"),
-        default="hybrid",
-        help="vectors and BM25 together, or vectors alone (default: %(default)s)",
+        "--weight",
+        type=float,
+        help="of vectors beside BM25, from 0 to 1 (default: 0.5; 0.3 for the stand-in)",
     )
     made.add_argument(
         "--vector-store",
