@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import sys
 import textwrap
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -117,6 +119,12 @@ STORES = {"chroma": _open_chroma, "qdrant": _open_qdrant}
 """Opens a collection in a folder, to be compared by cosine."""
 
 
+def _passage_id(passage: Document) -> str:
+    """Return a UUID, which every store takes, of all that a passage is."""
+    whole = json.dumps([passage.page_content, passage.metadata], sort_keys=True)
+    return str(uuid.UUID(bytes=hashlib.sha256(whole.encode()).digest()[:16]))
+
+
 def bring_up_to_date(
     passages: Sequence[Document], store: VectorStore, folder: Path, namespace: str
 ) -> IndexingResult:
@@ -136,7 +144,7 @@ def bring_up_to_date(
             batch_size=BATCH,
             cleanup="full",
             source_id_key="source",
-            key_encoder="sha256",
+            key_encoder=_passage_id,
         )
     finally:
         engine.dispose()
@@ -415,7 +423,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--parent", action="store_true", help="give it whole sections, not passages")
     made.add_argument(
         "--weight",
-        type=float,
+        type=_share,
         help="of vectors beside BM25, from 0 to 1 (default: 0.5; 0.3 for the stand-in)",
     )
     made.add_argument(
@@ -425,6 +433,13 @@ def options() -> argparse.ArgumentParser:
         help="the vector store (default: %(default)s)",
     )
     return made
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError("is from 0 to 1")
+    return share
 
 
 if __name__ == "__main__":
