@@ -4,11 +4,12 @@ PYTHON ?= python3
 MODEL ?=
 PDF ?=
 MAX_TILES ?=
+DOCS ?=
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 
-.PHONY: help demo pages test test-all check clean
+.PHONY: help demo pages rag test test-all check clean
 
 help:  ## list what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -19,6 +20,10 @@ demo: .venv/demo  ## set up and run the demo; MODEL=folder-or-id, ARGS='--questi
 pages: .venv/demo  ## the same with pages as pictures; PDF=file-or-folder, MODEL=..., MAX_TILES=6
 	@$(BIN)/python cookbook/pages.py $(if $(MODEL),--model '$(MODEL)') $(if $(PDF),--pdf '$(PDF)') \
 	  $(if $(MAX_TILES),--max-tiles '$(MAX_TILES)') $(ARGS)
+
+rag: .venv/demo  ## ask documents, answered with sources; DOCS=folder, MODEL=..., ARGS=--agent
+	@$(BIN)/python cookbook/rag.py $(if $(MODEL),--model '$(MODEL)') $(if $(DOCS),--docs '$(DOCS)') \
+	  $(ARGS)
 
 test: .venv/dev  ## run the tests but for the slow ones; ARGS='-k name'
 	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile $(ARGS)

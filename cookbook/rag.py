@@ -1,0 +1,446 @@
+"""Ask documents in words: a language model answers and names its sources, through LangChain.
+
+    sections.read ...... Markdown by its headings, PDF by its pages
+    split .............. sections to passages, each under its headings
+    bring_up_to_date ... index() with a record manager ──► a store on disk; only what changed
+    make_retriever ..... vectors and BM25 together; passages, or the whole sections they are of
+    make_chain ......... retriever ──► prompt ──► ChatNVIDIA, streamed; or an agent with a tool
+    ask ................ the answer as it comes, and its numbered sources
+
+`make rag` sets everything up and runs this; `make rag ARGS=--help` lists the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import textwrap
+import uuid
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import handbook  # beside this file, as are the next three and `sections`
+import llm
+import numpy as np
+import sections as reading
+import standin
+from demo import DEFAULT as DEMO
+from demo import WIDTH, choose_model, open_collection, parser, show, start
+from langchain_core.documents import Document
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import Runnable, RunnablePassthrough
+from tqdm import tqdm
+
+from langchain_nemoretriever import NeMoRetrieverEmbeddings
+
+if TYPE_CHECKING:
+    from langchain_core.indexing.api import IndexingResult
+    from langchain_core.language_models import BaseChatModel
+    from langchain_core.vectorstores import VectorStore
+
+DEFAULT = replace(DEMO, target="rag")
+GUIDE = Path(__file__).with_name("guide")
+QUESTIONS = (
+    "What happens to a text that is longer than the model allows?",
+    "How can several programs share one GPU?",
+    "Which module creates temporary files?",
+)
+PASSAGE = 900  # characters of a passage, beside its headings: most sections are one
+BATCH = 64  # passages between two saves
+TOP = 3  # sources of an answer
+CANDIDATES = 12  # of each search, before the two are fused
+WEIGHT_STANDIN = 0.3  # of its vectors in a search; it ranks below BM25, which has the rest
+CATALOGUE = "https://integrate.api.nvidia.com/v1"
+HOSTED_LLM = "meta/llama-3.3-70b-instruct"
+ANSWER_TOKENS = 160
+PROMPT = ChatPromptTemplate.from_messages(
+    [
+        (
+            "system",
+            "You answer questions from excerpts of a handbook. Use only them, answer in one "
+            "or two sentences, and name the excerpt that you used by its number, such as [1]. If "
+            "they do not have the answer, say so.",
+        ),
+        ("human", "{excerpts}\n\nQuestion: {question}"),
+    ]
+)
+EXCERPT = PromptTemplate.from_template("{page_content}\n({source}, {place})")
+
+
+def split(sections: Iterable[Document], size: int = PASSAGE) -> list[Document]:
+    """Return passages of at most about `size` characters, each below the title of its section.
+
+    The title says what a passage is about where its own words do not.
+    """
+    from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+    splitter = RecursiveCharacterTextSplitter(chunk_size=size, chunk_overlap=size // 8)
+    return [
+        Document(f"{section.metadata['title']}\n{text}", metadata=section.metadata)
+        for section in sections
+        for text in splitter.split_text(section.page_content)
+    ]
+
+
+def _open_chroma(folder: Path, name: str, embeddings: NeMoRetrieverEmbeddings) -> VectorStore:
+    from langchain_chroma import Chroma
+
+    client, collection = open_collection(folder, name)
+    return Chroma(client=client, collection_name=collection.name, embedding_function=embeddings)
+
+
+def _open_qdrant(folder: Path, name: str, embeddings: NeMoRetrieverEmbeddings) -> VectorStore:
+    try:
+        from langchain_qdrant import QdrantVectorStore
+        from qdrant_client import QdrantClient
+        from qdrant_client.models import Distance, VectorParams
+    except ImportError as exc:
+        sys.exit(f"--vector-store qdrant needs {exc.name}: pip install langchain-qdrant")
+
+    show("Store", f"Qdrant in {os.path.relpath(folder)}")
+    client = QdrantClient(path=str(folder))
+    if not client.collection_exists(name):
+        size = embeddings.embedder.dimensions
+        client.create_collection(name, VectorParams(size=size, distance=Distance.COSINE))
+    return QdrantVectorStore(client, name, embeddings)
+
+
+STORES = {"chroma": _open_chroma, "qdrant": _open_qdrant}
+"""Opens a collection in a folder, to be compared by cosine."""
+
+
+def _passage_id(passage: Document) -> str:
+    """Return a UUID, which every store takes, of all that a passage is."""
+    whole = json.dumps([passage.page_content, passage.metadata], sort_keys=True)
+    return str(uuid.UUID(bytes=hashlib.sha256(whole.encode()).digest()[:16]))
+
+
+def bring_up_to_date(
+    passages: Sequence[Document], store: VectorStore, folder: Path, namespace: str
+) -> IndexingResult:
+    """Embed what is new or changed and remove what is gone, by a record of what the store holds."""
+    from langchain_classic.indexes import SQLRecordManager
+    from langchain_core.indexing import index
+    from sqlalchemy import create_engine
+
+    engine = create_engine(f"sqlite:///{folder / 'records.sqlite'}")
+    try:
+        records = SQLRecordManager(namespace, engine=engine)
+        records.create_schema()
+        return index(
+            tqdm(passages, desc="Indexing", unit=" passages", leave=False),
+            records,
+            store,
+            batch_size=BATCH,
+            cleanup="full",
+            source_id_key="source",
+            key_encoder=_passage_id,
+        )
+    finally:
+        engine.dispose()
+
+
+class KeywordRetriever(BaseRetriever):
+    """Finds passages by BM25, which needs no model."""
+
+    passages: list[Document]
+    bm25: Any
+    k: int
+
+    @classmethod
+    def over(cls, passages: list[Document], k: int) -> KeywordRetriever:
+        """Return one that searches these passages."""
+        import bm25s
+
+        bm25 = bm25s.BM25()
+        texts = [passage.page_content for passage in passages]
+        bm25.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
+        return cls(passages=passages, bm25=bm25, k=min(k, len(passages)))
+
+    def _get_relevant_documents(self, query: str, **_: Any) -> list[Document]:
+        import bm25s
+
+        tokens = bm25s.tokenize(query, show_progress=False)
+        rows, scores = self.bm25.retrieve(tokens, k=self.k, show_progress=False)
+        return [
+            self.passages[row] for row, score in zip(rows[0], scores[0], strict=True) if score > 0
+        ]
+
+
+def make_retriever(
+    sections: Sequence[Document],
+    passages: Sequence[Document],
+    store: VectorStore,
+    weight: float = 0.5,
+    parent: bool = False,
+) -> BaseRetriever:
+    """Return what finds passages, or with `parent` the whole sections that they are of.
+
+    Reciprocal ranks are added up, those of vectors with this weight, BM25's with the rest of 1.
+    """
+    from langchain_classic.retrievers import EnsembleRetriever, ParentDocumentRetriever
+    from langchain_core.stores import InMemoryStore
+    from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+    vectors: BaseRetriever
+    many = {"k": CANDIDATES}
+    if parent:
+        found = split(sections, size=sys.maxsize)
+        docstore = InMemoryStore()
+        docstore.mset([(section.metadata["section"], section) for section in found])
+        vectors = ParentDocumentRetriever(
+            vectorstore=store,
+            docstore=docstore,
+            child_splitter=RecursiveCharacterTextSplitter(),  # wanted, and used by `add` only
+            id_key="section",
+            search_kwargs=many,
+        )
+    else:
+        found = list(passages)
+        vectors = store.as_retriever(search_kwargs=many)
+    keywords = KeywordRetriever.over(found, CANDIDATES)
+    return EnsembleRetriever(retrievers=[vectors, keywords], weights=[weight, 1 - weight])
+
+
+def take_sources(found: Iterable[Document], count: int = TOP) -> list[Document]:
+    """Return the first passages of as many different sections."""
+    first: dict[str, Document] = {}
+    for passage in found:
+        first.setdefault(passage.metadata["section"], passage)
+    return list(first.values())[:count]
+
+
+def number(sources: Iterable[Document]) -> str:
+    """Return excerpts as the prompt shows them: [1] and its text, and so on."""
+    return "\n\n".join(
+        f"[{i}] {EXCERPT.format(**source.metadata, page_content=source.page_content)}"
+        for i, source in enumerate(sources, 1)
+    )
+
+
+def make_chain(
+    retriever: BaseRetriever, chat: BaseChatModel, prompt: ChatPromptTemplate = PROMPT
+) -> Runnable[dict[str, str], dict[str, Any]]:
+    """Return the chain: {"question"} in; "sources", then the "answer" piece by piece, out."""
+    return (
+        RunnablePassthrough.assign(sources=itemgetter("question") | retriever | take_sources)
+        .assign(excerpts=lambda known: number(known["sources"]))
+        .assign(answer=prompt | chat | StrOutputParser())
+        .pick(["sources", "answer"])
+    )
+
+
+def make_agent(retriever: BaseRetriever, chat: BaseChatModel, about: str) -> Runnable[Any, Any]:
+    """Return an agent that may search the documents, as often as it wants and in its own words."""
+    from langchain.agents import create_agent
+    from langchain_core.tools import create_retriever_tool
+
+    tool = create_retriever_tool(
+        retriever | take_sources,
+        "search_documents",
+        f"Search {about}. Give it what you want to know, in a few words.",
+        document_prompt=EXCERPT,
+        response_format="content_and_artifact",  # the artifact is the passages themselves
+    )
+    system = "Search the documents before you answer, and name the files that you used."
+    return create_agent(chat, [tool], system_prompt=system)
+
+
+def stream_agent(agent: Runnable[Any, Any], question: str) -> Iterator[dict[str, Any]]:
+    """Yield what an agent does as `make_chain` gives it: sources of each search, pieces of text."""
+    from langchain_core.messages import AIMessage, ToolMessage
+
+    asked = {"messages": [{"role": "user", "content": question}]}
+    for message, _ in agent.stream(asked, {"recursion_limit": 12}, stream_mode="messages"):
+        if isinstance(message, ToolMessage):
+            yield {"sources": message.artifact or []}
+        elif isinstance(message, AIMessage) and message.text:
+            yield {"answer": message.text}
+
+
+@contextmanager
+def open_llm(url: str | None, name: str | None) -> Iterator[tuple[BaseChatModel, str]]:
+    """Give the model that answers, and what to know of it.
+
+    Raises:
+        ConnectionError: no language model answers at the address, or no longer.
+    """
+    from langchain_nvidia_ai_endpoints import ChatNVIDIA
+
+    key = os.environ.get("NVIDIA_API_KEY") or "none"
+    with ExitStack() as stack:
+        if url:
+            where = f"at {url}"
+        elif key != "none":
+            url, name = CATALOGUE, name or HOSTED_LLM
+            where = "in NVIDIA's catalogue, as NVIDIA_API_KEY is set"
+        else:
+            url, name = stack.enter_context(llm.serve()), llm.NAME
+            where = f"in this process.\n{llm.CAVEAT}"
+        try:
+            with warnings.catch_warnings(action="ignore"):  # it warns of every model it knows not
+                chat = ChatNVIDIA(
+                    base_url=url,
+                    model=name,  # None is the first that the server has
+                    api_key=key,
+                    temperature=0,
+                    max_completion_tokens=ANSWER_TOKENS,
+                )
+                offered = [model.id for model in chat.available_models]
+        except Exception as exc:  # of requests, of json, or a bare one
+            reason = str(exc).strip().partition("\n")[0]
+            raise ConnectionError(f"No language model answers at {url}: {reason}") from exc
+        if not chat.model:
+            raise ConnectionError(f"The server at {url} has no language model")
+        if chat.model not in offered:
+            names = ", ".join(offered)
+            raise ConnectionError(f"{url} has no model {chat.model}; it has {names}")
+        yield chat, f"{chat.model}, {where}"
+
+
+def ask(
+    question: str, stream: Iterable[dict[str, Any]], embeddings: NeMoRetrieverEmbeddings
+) -> None:
+    """Print an answer while it comes, and then its sources."""
+    print(f"\n{question}")
+    found: list[Document] = []
+    for part in stream:
+        found += part.get("sources", [])
+        print(part.get("answer", ""), end="", flush=True)
+    print()
+    sources = take_sources(found, len(found))
+    for i, (source, cosine) in enumerate(
+        zip(sources, compare(question, sources, embeddings), strict=True), 1
+    ):
+        known = source.metadata
+        print(f"  [{i}] {known['source']}, {known['place']}, cosine {cosine:.3f}")
+        text = source.page_content.removeprefix(known["title"])
+        print(" " * 6 + textwrap.shorten(text, WIDTH - 6, placeholder=" ..."))
+
+
+def compare(
+    question: str, sources: Sequence[Document], embeddings: NeMoRetrieverEmbeddings
+) -> list[float]:
+    """Return the cosine similarity of the question and each source.
+
+    A retriever keeps its scores back, stores mean different things by them, and keywords have none.
+    """
+    if not sources:
+        return []
+    question_vector = np.array(embeddings.embed_query(question))  # (dimensions,), of unit length
+    vectors = np.array(embeddings.embed_documents([found.page_content for found in sources]))
+    return (vectors @ question_vector).tolist()
+
+
+def read(docs: Path | None, store: Path) -> tuple[list[Document], list[str]]:
+    """Return the sections of a folder, or of the handbook, and what had to be left out."""
+    if docs:
+        return reading.read(docs)
+    handbook.write(store / "handbook")
+    handbook.write_reports(store / "handbook")
+    (texts, _), (pages, left_out) = reading.read(GUIDE), reading.read(store / "handbook")
+    return texts + pages, left_out
+
+
+def questions_to_ask(asked: Sequence[str] | None, docs: Path | None) -> Iterator[str]:
+    """Yield the questions: those asked for, or examples, and then those that somebody types."""
+    if asked:
+        yield from asked
+        return
+    if not docs:
+        yield from QUESTIONS
+    while sys.stdin.isatty():
+        try:
+            question = input("\nYour question (Enter ends): ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question
+
+
+def run(args: argparse.Namespace) -> None:
+    """Say what runs, bring the store up to date, answer."""
+    chosen, why = choose_model(args.model, DEFAULT)
+    model = Path(chosen["model"])
+    show("Model", f"{model.name if model.is_dir() else model}: {why}")
+    show("Switch", DEFAULT.switch)
+    embeddings = NeMoRetrieverEmbeddings(**chosen, device=args.device, truncate="END")
+    show("Runs", embeddings.embedder.description.removeprefix(str(model)).strip())
+
+    sections, left_out = read(args.docs, args.store)
+    passages = split(sections)[: args.limit]
+    files = len({section.metadata["source"] for section in sections})
+    what = args.docs or "the handbook of this package"
+    show("Texts", f"{what}: {files} files, {len(sections)} sections, {len(passages)} passages")
+    if left_out:
+        show("Left out", "\n".join(left_out))
+
+    with open_llm(args.llm_url, args.llm) as (chat, what_answers):
+        show("Answers", what_answers)
+        folder = (
+            args.store / model.name / embeddings.embedder.cache_key("document") / args.vector_store
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "rag-" + hashlib.sha256(str(what).encode()).hexdigest()[:12]
+        store = STORES[args.vector_store](folder, name, embeddings)
+        done = bring_up_to_date(passages, store, folder, name)
+        show(
+            "Index",
+            f"{done['num_added']} embedded, {done['num_skipped']} unchanged, "
+            f"{done['num_deleted']} removed",
+        )
+        weight = args.weight
+        if weight is None:
+            weight = WEIGHT_STANDIN if standin.is_standin(model) else 0.5
+        retriever = make_retriever(sections, passages, store, weight, args.parent)
+        chain = make_chain(retriever, chat)
+        agent = make_agent(retriever, chat, str(what)) if args.agent else None
+        for question in questions_to_ask(args.question, args.docs):
+            stream = (
+                stream_agent(agent, question) if agent else chain.stream({"question": question})
+            )
+            ask(question, stream, embeddings)
+
+
+def options() -> argparse.ArgumentParser:
+    """Return the options of the command line."""
+    made = parser((__doc__ or "").splitlines()[0], "passages to embed (default: all)")
+    made.add_argument("--docs", type=Path, help="a folder of .md, .txt and .pdf files")
+    made.add_argument("--llm-url", metavar="URL", help="a NIM, or another server, that answers")
+    made.add_argument("--llm", metavar="MODEL", help="its model (default: the first that it has)")
+    made.add_argument("--agent", action="store_true", help="let an agent search as it wants")
+    made.add_argument("--parent", action="store_true", help="give it whole sections, not passages")
+    made.add_argument(
+        "--weight",
+        type=_share,
+        help="of vectors beside BM25, from 0 to 1 (default: 0.5; 0.3 for the stand-in)",
+    )
+    made.add_argument(
+        "--vector-store",
+        choices=sorted(STORES),
+        default="chroma",
+        help="the vector store (default: %(default)s)",
+    )
+    return made
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError("is from 0 to 1")
+    return share
+
+
+if __name__ == "__main__":
+    start(run, options())

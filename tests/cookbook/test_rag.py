@@ -1,0 +1,343 @@
+"""`make rag`: what it reads, finds, embeds again and answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from langchain_core.documents import Document
+from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage, ToolCall, ToolMessage
+from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
+
+from langchain_nemoretriever import NeMoRetrieverEmbeddings
+from tests.conftest import ROOT
+from tests.cookbook.questions import HELD_OUT
+
+ENVIRONMENT = ("NVIDIA_BASE_URL", "NVIDIA_API_KEY")
+DOCS = {
+    "fruit.md": "# Fruit\n\n## Apples\n\nApples are red.\n\n## Pears\n\nPears are green.\n",
+    "notes.txt": "The meeting is on Monday.",
+}
+
+
+@pytest.fixture
+def rag(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, which finds its neighbours beside it."""
+    monkeypatch.syspath_prepend(ROOT / "cookbook")
+    import rag
+
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    return rag
+
+
+@pytest.fixture
+def embeddings(checkpoint: Path) -> NeMoRetrieverEmbeddings:
+    return NeMoRetrieverEmbeddings(model=str(checkpoint), device="cpu")
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for name, text in DOCS.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+class Recorder(GenericFakeChatModel):
+    """Says its messages one after another, notes what it was asked, and takes tools."""
+
+    asked: list[Any] = []  # noqa: RUF012
+
+    def _generate(self, messages: list[Any], *args: Any, **more: Any) -> Any:
+        self.asked.append(messages)
+        return super()._generate(messages, *args, **more)
+
+    def bind_tools(self, tools: Any, **_: Any) -> Recorder:  # type: ignore[override]
+        self.asked.append(tools)
+        return self
+
+
+def says(*messages: AIMessage | str, **options: Any) -> Recorder:
+    return Recorder(messages=iter(messages), asked=[], **options)
+
+
+def make_retriever(rag: ModuleType, docs: Path, store: VectorStore, **options: Any) -> Any:
+    sections, _ = rag.read(docs, docs)
+    passages = rag.split(sections)
+    store.add_documents(passages)
+    return rag.make_retriever(sections, passages, store, **options)
+
+
+def places(found: list[Document]) -> set[tuple[str, str]]:
+    return {(d.metadata["source"], d.metadata["place"]) for d in found}
+
+
+def test_the_handbook_has_prose_tables_charts_a_form_and_a_scan(
+    rag: ModuleType, tmp_path: Path
+) -> None:
+    sections, left_out = rag.read(None, tmp_path)
+    sources = {section.metadata["source"] for section in sections}
+    assert {"dimensions.md", "files.pdf", "models.pdf", "throughput.pdf", "model-request.pdf"} <= (
+        sources
+    )
+    assert left_out == ["scanned-request.pdf: page 1 has no text"]
+    assert len({section.metadata["section"] for section in sections}) == len(sections)
+    table = next(s for s in sections if s.metadata["source"] == "models.pdf")
+    assert "llama-3.2-nemoretriever-300m-embed-v2" in table.page_content
+
+
+def test_the_same_pdfs_are_the_same_bytes(rag: ModuleType, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        rag.handbook.write_reports(tmp_path / folder)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_a_form_has_fields_with_their_values(rag: ModuleType, tmp_path: Path) -> None:
+    import pypdfium2
+
+    rag.handbook.write_reports(tmp_path)
+    with pypdfium2.PdfDocument(tmp_path / "model-request.pdf") as pdf:
+        pdf.init_forms()
+        assert pdf.formenv is not None
+        assert "Number of documents" in pdf[0].get_textpage().get_text_bounded()
+
+
+def test_long_sections_become_passages_below_their_titles(rag: ModuleType) -> None:
+    section = Document("word " * 500, metadata={"title": "Book: Chapter", "section": "a#0"})
+    passages = rag.split([section], size=200)
+    assert len(passages) > 10
+    assert all(passage.page_content.startswith("Book: Chapter\n") for passage in passages)
+    assert all(len(passage.page_content) <= 200 + len("Book: Chapter\n") for passage in passages)
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_taken(rag: ModuleType, docs: Path) -> None:
+    (docs / "broken.pdf").write_bytes(b"%PDF-1.4 nonsense")
+    (docs / "latin.txt").write_bytes(b"\xe9t\xe9")
+    sections, left_out = rag.read(docs, docs)
+    assert len(sections) == 3
+    assert [line.partition(":")[0] for line in left_out] == ["broken.pdf", "latin.txt"]
+    assert "not a PDF" in left_out[0]
+
+
+@pytest.mark.parametrize("content", [{}, {"broken.pdf": b"%PDF"}, {"a.png": b"x"}, {"a.md": b" "}])
+def test_a_folder_without_text_is_an_error_that_says_why(
+    rag: ModuleType, tmp_path: Path, content: dict[str, bytes]
+) -> None:
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(FileNotFoundError, match=r"has no \.md, \.txt or \.pdf with text") as raised:
+        rag.read(tmp_path, tmp_path)
+    assert ("broken.pdf" in str(raised.value)) == ("broken.pdf" in content)
+
+
+def test_a_folder_that_is_not_there_is_an_error(rag: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        rag.read(tmp_path / "missing", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["chroma", "qdrant"])
+def test_only_what_changed_is_embedded_and_what_is_gone_is_removed(  # noqa: PLR0917
+    rag: ModuleType,
+    docs: Path,
+    tmp_path: Path,
+    embeddings: NeMoRetrieverEmbeddings,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    embedded: list[str] = []
+    embed = NeMoRetrieverEmbeddings.embed_documents
+    monkeypatch.setattr(
+        NeMoRetrieverEmbeddings,
+        "embed_documents",
+        lambda self, texts: embedded.extend(texts) or embed(self, texts),
+    )
+    folder = tmp_path / "store"
+    folder.mkdir()
+    store = rag.STORES[kind](folder / "vectors", "test", embeddings)
+
+    def update() -> tuple[list[str], dict[str, int]]:
+        embedded.clear()
+        passages = rag.split(rag.read(docs, docs)[0])
+        return embedded, rag.bring_up_to_date(passages, store, folder, "test")
+
+    texts, done = update()
+    assert (len(texts), done["num_added"]) == (3, 3)
+    assert update()[0] == []
+    (docs / "fruit.md").write_text(DOCS["fruit.md"].replace("green", "yellow"), encoding="utf-8")
+    (docs / "notes.txt").unlink()
+    texts, done = update()
+    assert texts == ["Fruit: Pears\nPears are yellow."]
+    assert (done["num_added"], done["num_skipped"], done["num_deleted"]) == (1, 1, 2)
+    found = store.similarity_search("anything", k=9)
+    assert {d.page_content for d in found} == {"Fruit: Apples\nApples are red.", texts[0]}
+    if kind == "qdrant":
+        store.client.close()
+
+
+@pytest.mark.parametrize("parent", [False, True])
+def test_retrievers_find_passages_or_whole_sections(
+    rag: ModuleType, docs: Path, embeddings: NeMoRetrieverEmbeddings, parent: bool
+) -> None:
+    long = " ".join(f"filler{i}" for i in range(400)) + " quokka " + "end " * 400
+    (docs / "long.md").write_text(f"# Animals\n\n## Quokkas\n\n{long}", encoding="utf-8")
+    retriever = make_retriever(
+        rag, docs, InMemoryVectorStore(embeddings), weight=0.1, parent=parent
+    )
+    first = rag.take_sources(retriever.invoke("quokka"))[0]
+    assert first.metadata["place"] == '"Quokkas"'
+    assert ("filler0 " in first.page_content and "end" in first.page_content) == parent
+    assert first.page_content.startswith("Animals: Quokkas\n")
+
+
+def test_sources_are_of_different_sections_and_at_most_three(rag: ModuleType) -> None:
+    found = [Document(str(i), metadata={"section": i // 2}) for i in range(10)]
+    assert [source.page_content for source in rag.take_sources(found)] == ["0", "2", "4"]
+
+
+def test_the_prompt_has_the_question_and_every_excerpt_with_its_number_and_source(
+    rag: ModuleType, docs: Path, embeddings: NeMoRetrieverEmbeddings
+) -> None:
+    chat = says("Apples are red [1].")
+    chain = rag.make_chain(make_retriever(rag, docs, InMemoryVectorStore(embeddings)), chat)
+    parts = list(chain.stream({"question": "What colour do apples have?"}))
+    assert [list(part) for part in parts[:1]] == [["sources"]]  # they are there before the answer
+    assert "".join(part.get("answer", "") for part in parts) == "Apples are red [1]."
+    assert len([part for part in parts if "answer" in part]) > 1  # it comes in pieces
+    ((system, human),) = chat.asked
+    assert "excerpts" in system.content
+    assert human.content.endswith("Question: What colour do apples have?")
+    for i, source in enumerate(parts[0]["sources"], 1):
+        assert f"[{i}] {source.page_content}\n({source.metadata['source']}, " in human.content
+    assert places(parts[0]["sources"]) >= {("fruit.md", '"Apples"')}
+
+
+def test_the_agent_searches_with_the_tool_and_its_sources_are_kept(
+    rag: ModuleType, docs: Path, embeddings: NeMoRetrieverEmbeddings
+) -> None:
+    call = ToolCall(name="search_documents", args={"query": "pears"}, id="1")
+    chat = says(
+        AIMessage("", tool_calls=[call]), AIMessage("Pears are green."), disable_streaming=True
+    )
+    retriever = make_retriever(rag, docs, InMemoryVectorStore(embeddings))
+    agent = rag.make_agent(retriever, chat, "a handbook of fruit")
+    parts = list(rag.stream_agent(agent, "What colour are pears?"))
+    assert "".join(part.get("answer", "") for part in parts) == "Pears are green."
+    assert ("fruit.md", '"Pears"') in places([s for p in parts for s in p.get("sources", [])])
+    (tool,) = chat.asked[0]
+    assert "a handbook of fruit" in tool.description
+    answer = next(m for m in chat.asked[-1] if isinstance(m, ToolMessage))
+    assert 'Pears are green.\n(fruit.md, "Pears")' in answer.text
+
+
+@pytest.mark.parametrize("name", [None, "some-model"])
+def test_a_language_model_that_cannot_be_reached_is_an_error(
+    rag: ModuleType, name: str | None
+) -> None:
+    with (
+        pytest.raises(ConnectionError, match="No language model answers at http:"),
+        rag.open_llm("http://127.0.0.1:9/v1", name),
+    ):
+        pytest.fail("it must not open")
+
+
+@pytest.fixture
+def run(
+    rag: ModuleType,
+    standin: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., str]:
+    """Run the script with a store of its own and no public model at hand; return what it prints."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False)
+
+    def run(*args: str) -> str:
+        argv = [*args, "--device", "cpu", "--store", str(tmp_path / "store")]
+        rag.start(rag.run, rag.options(), argv)
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--docs", "missing"], "missing is no folder"),
+        (["--llm-url", "http://127.0.0.1:9/v1"], "No language model answers"),
+        (["--weight", "2"], "is from 0 to 1"),
+    ],
+)
+@pytest.mark.slow
+def test_the_script_ends_in_one_sentence(
+    run: Callable[..., str], args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        run(*args)
+    assert message in f"{raised.value}{capsys.readouterr().err}"
+
+
+@pytest.fixture
+def chat(rag: ModuleType) -> Iterator[Any]:
+    """The small model, as the script opens it."""
+    with rag.open_llm(None, None) as (chat, caveat):
+        assert "often wrong" in caveat
+        yield chat
+
+
+@pytest.mark.slow
+def test_a_real_model_streams_an_answer(
+    rag: ModuleType, standin: Path, docs: Path, embeddings: NeMoRetrieverEmbeddings, chat: Any
+) -> None:
+    chain = rag.make_chain(make_retriever(rag, docs, InMemoryVectorStore(embeddings)), chat)
+    parts = list(chain.stream({"question": "What colour do apples have?"}))
+    answers = [part["answer"] for part in parts if part.get("answer")]
+    assert len(answers) > 3
+    assert "".join(answers).strip()
+    assert ("fruit.md", '"Apples"') in places(parts[0]["sources"])
+
+
+@pytest.mark.slow
+def test_the_script_answers_with_sources_and_embeds_nothing_twice(run: Callable[..., str]) -> None:
+    first = run("--question", "Which module creates temporary files?")
+    assert "stand-in" in first
+    assert "often wrong" in first
+    assert " 0 unchanged, 0 removed" in first
+    assert "] files.pdf, page 1, cosine 0." in first
+    second = run("--question", "How long may a text be?", "--parent")
+    assert " 0 embedded," in second
+    assert "] long-texts.md, " in second
+
+
+@pytest.mark.slow
+def test_held_out_questions_find_their_source(
+    rag: ModuleType,
+    standin: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """The right file among three in 80 %; the very section or page is found less often."""
+    assert len(HELD_OUT) >= 30
+    embeddings = NeMoRetrieverEmbeddings(model=str(standin), device="cpu", truncate="END")
+    sections, _ = rag.read(None, tmp_path)
+    passages = rag.split(sections)
+    store = InMemoryVectorStore(embeddings)
+    store.add_documents(passages)
+    retriever = rag.make_retriever(sections, passages, store, rag.WEIGHT_STANDIN)
+    right_file = right_section = 0
+    for question, section in HELD_OUT:
+        found = [s.metadata["section"] for s in rag.take_sources(retriever.invoke(question))]
+        right_section += section in found
+        right_file += section.split("#")[0] in {key.split("#")[0] for key in found}
+    record_property("right file of three", right_file / len(HELD_OUT))
+    record_property("right section of three", right_section / len(HELD_OUT))
+    assert right_file >= 0.8 * len(HELD_OUT)
+    assert right_section >= 0.6 * len(HELD_OUT)
