@@ -132,7 +132,8 @@ class Jobs:
                     batch.append(file.save_page(number, source.draw(number - 1)))
                 except UnusableFileError as exc:
                     notes.append(str(exc))
-            self._index.add(batch)
+            if batch:
+                self._index.add(batch)
             pages += batch
             job.done = min(first + BATCH, len(source))
         if not pages:

@@ -65,8 +65,6 @@ def open_source(path: Path, name: str, max_pages: int = MAX_PAGES) -> Iterator[S
     if not head:
         raise UnusableFileError(f"{name} is empty. Was it copied to its end? Send it again.")
     with _open_pdf(path, name) if b"%PDF-" in head else _open_picture(path, name) as source:
-        if not len(source):
-            raise UnusableFileError(f"{name} has no pages. Send another file.")
         if len(source) > max_pages:
             raise UnusableFileError(
                 f"{name} has {len(source):,} pages, and {max_pages:,} are the most for one file. "
@@ -90,6 +88,8 @@ def _open_pdf(path: Path, name: str) -> Iterator[Source]:
 
 
 def _why_closed(name: str, error: pypdfium2.PdfiumError) -> str:
+    if error.err_code == raw.FPDF_ERR_SUCCESS:  # it is read, and then refused
+        return f"{name} has no pages. Send another file."
     if error.err_code == raw.FPDF_ERR_PASSWORD:
         return (
             f"{name} is locked with a password. Open it, print or save it as a PDF without one, "

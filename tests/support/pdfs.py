@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import pypdfium2
@@ -36,6 +38,12 @@ def scan(*texts: str) -> bytes:
     out = io.BytesIO()
     pages[0].save(out, "PDF", save_all=True, append_images=pages[1:])
     return out.getvalue()
+
+
+def claim_size(png: bytes, width: int, height: int) -> bytes:
+    """Return a PNG whose header says that it is larger than it is."""
+    header = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 
 
 def rephotograph(path: Path) -> bytes:
