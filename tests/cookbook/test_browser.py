@@ -304,17 +304,19 @@ def test_it_is_used_by_keyboard_alone(
     page.wait_for_selector("h1:has-text('page 2')")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("screen", [{}, PHONE], ids=["desk", "phone"])
+@pytest.mark.parametrize(
+    "screen",
+    [{**screen, "color_scheme": scheme} for screen in ({}, PHONE) for scheme in ("light", "dark")],
+    ids=["desk-light", "desk-dark", "phone-light", "phone-dark"],
+)
 def test_every_view_is_accessible_and_fits_the_screen(
     site: str,
     open_page: Callable[..., Page],
     two_pages: Path,
     tmp_path: Path,
-    scheme: str,
     screen: dict[str, Any],
 ) -> None:
-    page = open_page(site, color_scheme=scheme, **screen)
+    page = open_page(site, **screen)
     check_accessibility(page)  # while it is empty
     add(page, two_pages, upload("scan.pdf", pdfs.scan("Dear Sir")), upload("bad.pdf", b"bad"))
     page.wait_for_selector("text=scan.pdf, page 1")
@@ -330,7 +332,7 @@ def test_every_view_is_accessible_and_fits_the_screen(
     red, green, blue = map(
         int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))
     )
-    assert (red + green + blue > 600) == (scheme == "light")
+    assert (red + green + blue > 600) == (screen["color_scheme"] == "light")
 
 
 def test_a_page_of_another_site_cannot_use_it(
@@ -385,7 +387,7 @@ def test_an_answer_names_its_pages_and_a_failure_says_what_to_do(
 @pytest.fixture(scope="module")
 def library(
     tmp_path_factory: pytest.TempPathFactory, model: NeMoRetrieverEmbedding
-) -> Iterator[tuple[Files, Index]]:
+) -> tuple[Files, Index]:
     """The handbook, indexed."""
     folder = tmp_path_factory.mktemp("library")
     files, index = Files(folder / "files"), Index(folder / "index", model)
@@ -399,7 +401,7 @@ def library(
         assert time.monotonic() < deadline
         time.sleep(0.2)
     jobs.close()
-    yield files, index
+    return files, index
 
 
 def test_a_sentence_finds_its_page_first(
