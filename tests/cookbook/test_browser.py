@@ -98,7 +98,8 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     contexts, outside, complaints = [], [], []
 
     def watch(request: Any) -> None:
-        if urlsplit(request.url).hostname != "127.0.0.1" and not request.url.startswith("data:"):
+        address = urlsplit(request.url)
+        if address.scheme not in ("file", "data") and address.hostname != "127.0.0.1":
             outside.append(request.url)
 
     def open_page(address: str, **options: Any) -> Page:
@@ -128,7 +129,8 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
 
 def add(page: Page, *files: Path | dict[str, Any]) -> None:
     """Add files by the form, and wait until their pages are shown without loading anew."""
-    page.set_input_files("#files", list(files))
+    sent = [upload(f.name, f.read_bytes()) if isinstance(f, Path) else f for f in files]
+    page.set_input_files("#files", sent)
     page.click("form.drop button")
 
 
