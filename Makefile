@@ -17,8 +17,8 @@ help:  ## list what there is to make
 demo: .venv/demo  ## set up and run the demo; MODEL=folder-or-id, ARGS='--question "..."'
 	@$(BIN)/python cookbook/demo.py $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
-pages: .venv/demo  ## the same with pages as pictures; PDF=file-or-folder, MODEL=..., MAX_TILES=6
-	@$(BIN)/python cookbook/pages.py $(if $(MODEL),--model '$(MODEL)') $(if $(PDF),--pdf '$(PDF)') \
+pages: .venv/demo  ## search pages in a browser; PDF=file-or-folder, MODEL=..., ARGS=--terminal
+	@$(BIN)/python cookbook/pages $(if $(MODEL),--model '$(MODEL)') $(if $(PDF),--pdf '$(PDF)') \
 	  $(if $(MAX_TILES),--max-tiles '$(MAX_TILES)') $(ARGS)
 
 rag: .venv/demo  ## ask documents, answered with sources; DOCS=folder, MODEL=..., ARGS=--agent

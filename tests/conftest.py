@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -43,6 +44,14 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--data: {folder} is no folder")
 
 
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+"""The system's browser, which tests marked `browser` drive; empty where there is none."""
+
+_NOT_DRIVEN = pytest.StashKey[int]()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     folder = config.getoption("data")
     left_out = [
@@ -51,9 +60,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for mark in item.iter_markers("data")
         if not (folder and (folder / mark.args[0]).is_dir())
     ]
+    if not CHROMIUM:
+        not_driven = [item for item in items if item.get_closest_marker("browser")]
+        config.stash[_NOT_DRIVEN] = len(not_driven)
+        left_out += not_driven
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if count := config.stash.get(_NOT_DRIVEN, 0):
+        terminalreporter.write_line(
+            f"{count} tests of the web app were left out: they need Chromium (apt install chromium)"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`make pages`, and the stand-in that it runs where the public model is not to be had."""
+"""`make pages ARGS=--terminal`, and the stand-in that it runs where there is no public model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import handbook
 import numpy as np
 import pytest
+from pages import access, files, render, terminal
+from pages.__main__ import main
 from safetensors import safe_open
 
 from cookbook.standin import build_multimodal
 from shared_engine import Document, Embedder, Options
-from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +27,7 @@ def multimodal(standin: Path) -> Path:
 
 
 @pytest.fixture
-def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, which finds its neighbours beside it."""
-    monkeypatch.syspath_prepend(ROOT / "cookbook")
-    import pages
-
-    return pages
-
-
-@pytest.fixture
 def run(
-    pages: ModuleType,
     multimodal: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -47,7 +39,7 @@ def run(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def run(*args: str) -> str:
-        pages.main([*args, "--device", "cpu", "--store", str(tmp_path / "store")])
+        main([*args, "--terminal", "--device", "cpu", "--store", str(tmp_path / "store")])
         return capsys.readouterr().out
 
     return run
@@ -74,11 +66,11 @@ def test_finds_pages_by_their_pictures_in_both_frameworks_and_embeds_nothing_twi
 
 @pytest.mark.slow
 def test_embeds_what_is_new_or_changed_and_forgets_what_is_gone(
-    run: Callable[..., str], pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "mine"
     monkeypatch.setattr("handbook.CHAPTERS", {"a": ("wave", "uuid"), "b": ("json",)})
-    a, b = pages.handbook.write(folder)
+    a, b = handbook.write(folder)
     args = ("--pdf", str(folder), "--max-tiles", "1")
     assert "3 embedded" in run(*args)
     a.write_bytes(b.read_bytes())
@@ -109,8 +101,9 @@ def test_what_can_be_expected_to_fail_ends_in_a_sentence(
         run(*args)
 
 
-def test_its_examples_hold(pages: ModuleType) -> None:
-    found = doctest.testmod(pages)
+@pytest.mark.parametrize("module", [access, files, render, terminal])
+def test_its_examples_hold(module: ModuleType) -> None:
+    found = doctest.testmod(module)
     assert found.attempted
     assert not found.failed
 
@@ -143,18 +136,18 @@ def test_the_standin_for_images_is_laid_out_as_the_public_one_and_says_what_it_i
     "source", ["handbook", pytest.param("nvidia-pages", marks=pytest.mark.data("nvidia-pages"))]
 )
 def test_the_standin_finds_every_page_by_an_altered_picture_of_it(
-    pages: ModuleType, multimodal: Path, tmp_path: Path, data: Path, source: str
+    multimodal: Path, tmp_path: Path, data: Path, source: str
 ) -> None:
     if source == "handbook":
-        pages.handbook.write(tmp_path)
-    found = pages.read_pages(tmp_path if source == "handbook" else data / source)
+        handbook.write(tmp_path)
+    found = terminal.read_pages(tmp_path if source == "handbook" else data / source)
     assert len(found) >= 10
-    alter = list(pages.ALTERATIONS.values())
+    alter = list(terminal.ALTERATIONS.values())
     altered = [
-        alter[row % len(alter)](page.render(pages.PIXELS_SENT)) for row, page in enumerate(found)
+        alter[row % len(alter)](page.render(terminal.PIXELS_SENT)) for row, page in enumerate(found)
     ]
     with Embedder(Options(model=str(multimodal), device="cpu")) as embedder:
-        stored = embedder.embed([Document(image=page.render(pages.PIXELS)) for page in found])
+        stored = embedder.embed([Document(image=page.render(terminal.PIXELS)) for page in found])
         scores = embedder.embed([Document(image=picture) for picture in altered]) @ stored.T
     own = scores.diagonal().copy()
     np.fill_diagonal(scores, -1)

@@ -1,11 +1,12 @@
-"""Ask the pages of PDFs as they look, through LangChain and LlamaIndex over one store.
+"""Ask the pages of PDFs as they look, in a terminal, through both frameworks over one store.
 
     choose_model ... demo.py: yours, the public one or a stand-in, and why
     read_pages ..... of your PDFs, or of a handbook that is made here (handbook.py)
     ingest ......... LlamaIndex's IngestionPipeline of images ──► Chroma on disk; only what is new
     Search ......... LangChain's and LlamaIndex's image retrieval: by a text, or by another picture
 
-`make pages` sets everything up and runs this; `make pages PDF=/path/to/file-or-folder` reads yours.
+`make pages ARGS=--terminal` sets everything up and runs this; PDF=/path/to/file-or-folder reads
+yours.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import handbook  # beside this file, as are the next two
+import handbook  # beside this folder, as are `standin` and `demo`
 import pypdfium2
 import standin
 from demo import (
@@ -29,10 +30,8 @@ from demo import (
     choose_model,
     is_slow,
     open_collection,
-    parser,
     show,
     show_found,
-    start,
 )
 from PIL import Image
 from tqdm import tqdm
@@ -267,63 +266,72 @@ def choose_pages(args: Namespace, source: Path, slow: bool) -> list[Page]:
     return pages
 
 
-def run(args: Namespace) -> None:
-    """Say what runs, bring the store up to date, search."""
+class Model(NamedTuple):
+    """The model that runs."""
+
+    path: Path
+    """Its folder, or its name."""
+    embed_model: NeMoRetrieverEmbedding
+    options: dict[str, Any]
+    is_trained: bool
+    is_slow: bool
+
+
+def load_model(args: Namespace) -> Model:
+    """Choose the model, load it, and say which it is and where it runs."""
     chosen, why = choose_model(args.model, DEFAULT)
-    model = Path(chosen["model"])
-    show("Model", f"{model.name if model.is_dir() else model}: {why}")
+    path = Path(chosen["model"])
+    show("Model", f"{path.name if path.is_dir() else path}: {why}")
     show("Switch", DEFAULT.switch)
-    options: dict[str, Any] = {**chosen, "device": args.device, "max_tiles": args.max_tiles}
+    options: dict[str, Any] = {
+        **chosen,
+        "device": args.device,
+        "max_tiles": args.max_tiles,
+        "truncate": "END",
+    }
     embed_model = NeMoRetrieverEmbedding(**options)
     embedder = embed_model.embedder
-    show("Runs", embedder.description.removeprefix(str(model)).strip())
+    show("Runs", embedder.description.removeprefix(str(path)).strip())
     if "image" not in embedder.modalities:
         sys.exit("\nIt takes texts only; `make demo` is for such a model.")
+    slow = is_slow(chosen, embedder, args.device)
+    return Model(path, embed_model, options, not standin.is_standin(path), slow)
 
+
+def find_store(args: Namespace, model: Model) -> Path:
+    """Return the folder of what was embedded with a model and options that give equal vectors."""
+    key = model.embed_model.embedder.cache_key("document")
+    return Path(args.store, model.path.name, key).resolve()
+
+
+def run(args: Namespace) -> None:
+    """Say what runs, bring the store up to date, search."""
+    model = load_model(args)
     if args.pdf is None:
         handbook.write(args.store / "handbook")
     source = (args.pdf or args.store / "handbook").resolve()
-    pages = choose_pages(args, source, is_slow(chosen, embedder, args.device))
+    pages = choose_pages(args, source, model.is_slow)
     if not pages:
         sys.exit(f"\n{source} has no page of a PDF.")
 
     from chromadb.errors import ChromaError
 
-    folder = (args.store / model.name / embedder.cache_key("document")).resolve()
+    folder = find_store(args, model)
     name = f"pages-{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
     try:
         client, collection = open_collection(folder, name)
-        ingest(pages, collection, embed_model, folder / name)
+        ingest(pages, collection, model.embed_model, folder / name)
     except ChromaError as exc:
         sys.exit(f"\nThe store does not work ({exc}). Delete its folder to start it anew.")
 
-    search = Search(client, collection, options)
+    search = Search(client, collection, model.options)
     print("\nCosine similarity of what each framework finds, and the time that it took:")
     look_up(search, pages)
-    untrained = standin.is_standin(model)
-    questions = args.question or (() if untrained or args.pdf else QUESTIONS)
-    if untrained:
+    questions = args.question or (QUESTIONS if model.is_trained and not args.pdf else ())
+    if not model.is_trained:
         print("\nAsked in words, a random tower finds pages at random; a trained one answers.")
     elif not questions:
         print("\nmake pages ... ARGS='--question \"...\"' asks in words.")
     for question in questions:
         found = search.by_text(question)
         show_found(question, *found, notes={})
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with the options of a command line."""
-    options = parser((__doc__ or "").splitlines()[0], f"pages to embed (default: {LIMIT:,})")
-    options.add_argument("--pdf", type=Path, help="a PDF, or a folder of them")
-    options.add_argument(
-        "--max-tiles",
-        type=int,
-        choices=range(1, 13),
-        metavar="1..12",
-        help="tiles that a page is cut into at most (default: what the model says)",
-    )
-    start(run, options, argv)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,158 @@
+"""Search pages of PDFs and pictures in a browser; `--terminal` shows a search here.
+
+    files.py ....... what was sent, in a folder         access.py .... who may use the app
+    render.py ...... a file to pages, or why not        app.py ....... what each address answers
+    index.py ....... LlamaIndex over Chroma             answer.py .... a vision LLM looks at pages
+    jobs.py ........ one file after the other           search.py .... by words, picture or page
+
+`make pages` sets everything up and runs this; `make pages ARGS=--help` lists the options.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    # Python puts this folder first; what is imported lies beside it, in the cookbook.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+if TYPE_CHECKING:
+    from pages.answer import Answerer
+    from pages.jobs import Jobs
+
+PORT = 8090
+LLM = "nvidia/nemotron-nano-12b-v2-vl"  # in NVIDIA's catalogue
+SUFFIXES = {".pdf", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with the options of a command line."""
+    from demo import parser, start
+
+    options = parser(
+        (__doc__ or "").splitlines()[0],
+        "pages to embed with --terminal (default: 1,000); in the browser the most of one file",
+    )
+    options.add_argument("--pdf", type=Path, help="a PDF, or a folder of them")
+    options.add_argument(
+        "--max-tiles",
+        type=int,
+        choices=range(1, 13),
+        metavar="1..12",
+        help="tiles that a page is cut into at most (default: what the model says)",
+    )
+    options.add_argument(
+        "--terminal", action="store_true", help="search here, as --question does, without a browser"
+    )
+    web = options.add_argument_group("in the browser")
+    web.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
+    web.add_argument("--port", type=int, default=PORT, help="(default: %(default)s)")
+    web.add_argument("--llm-url", help="address of a NIM whose vision LLM answers")
+    web.add_argument("--llm-model", help=f"its name (in NVIDIA's catalogue: {LLM})")
+    start(run, options, argv)
+
+
+def run(args: Namespace) -> None:
+    """Search in the browser or here."""
+    if args.terminal or args.question:
+        from pages.terminal import run as run_here
+
+        run_here(args)
+    else:
+        serve(args)
+
+
+def serve(args: Namespace) -> None:
+    """Say what runs and where, bring the first files in, and serve until Ctrl-C."""
+    from chromadb.errors import ChromaError
+    from demo import show
+    from pages.app import create_app
+    from pages.files import Files
+    from pages.index import Index
+    from pages.terminal import find_store, load_model
+
+    from shared_engine.server.run import build_server
+
+    with listen(args.host, args.port) as listener:
+        model = load_model(args)
+        folder = find_store(args, model) / "web"
+        show("Store", f"Chroma and pictures in {os.path.relpath(folder)}")
+        try:
+            index = Index(folder / "index", model.embed_model)
+        except ChromaError as exc:
+            sys.exit(f"\nThe store does not work ({exc}). Delete its folder to start it anew.")
+        app = create_app(
+            Files(folder / "files"),
+            index,
+            model=f"{model.path.name}{'' if model.is_trained else ': untrained, for a trial only'}",
+            is_trained=model.is_trained,
+            answerer=choose_answerer(args),
+            allowed_hosts=(args.host,),
+            **({"max_pages": args.limit} if args.limit else {}),
+        )
+        send_first(args, folder, app.state.jobs)
+        host, port = listener.getsockname()[:2]
+        show("Open", f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops)")
+        if not is_loopback(host):
+            show("", "Whoever reaches this address can read, add and delete files.")
+        sys.stdout.flush()
+        build_server(app, log_level="warning", access_log=False).run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take the port, before a model is loaded in vain."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as exc:
+        sys.exit(f"{host} port {port} is not to be had ({exc.strerror}); --port takes another.")
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine can reach an address."""
+    from ipaddress import ip_address
+
+    return ip_address(host).is_loopback
+
+
+def choose_answerer(args: Namespace) -> Answerer | None:
+    """Return what answers questions, if there is an address or a key."""
+    from pages.answer import Answerer
+
+    if args.llm_url:
+        return Answerer(args.llm_model, args.llm_url)
+    if os.environ.get("NVIDIA_API_KEY"):
+        return Answerer(args.llm_model or LLM, None)
+    return None
+
+
+def send_first(args: Namespace, folder: Path, jobs: Jobs) -> None:
+    """Send the files that were asked for or, at the very first start, the handbook."""
+    import handbook
+
+    started = folder / "started"
+    paths = list(find_files(args.pdf)) if args.pdf else []
+    if not args.pdf and not started.exists():
+        paths = handbook.write(args.store / "handbook")
+    for path in paths:
+        with path.open("rb") as file:
+            job = jobs.receive(path.name, file)
+        if job.state == "known":
+            jobs.dismiss(job.id)
+    started.touch()
+
+
+def find_files(path: Path) -> Iterator[Path]:
+    """Yield a file, or the PDFs and pictures of a folder."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    yield from (each for each in found if each == path or each.suffix.lower() in SUFFIXES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""The pages in a browser: what each address answers.
+
+    GET  /                             the files; with ?q=, ?picture= or ?like=, what is found
+    POST /files                        send PDFs and pictures
+    GET  /progress                     what goes on, as a piece of a page
+    POST /messages/{id}/dismiss        put a message away
+    GET  /files/{id}                   all pages of a file
+    POST /files/{id}/delete
+    GET  /files/{id}/{number}          read a page; .png and .webp are its pictures
+    POST /pictures                     send a picture to search with; /pictures/{id}.webp shows it
+    POST /answer                       let a vision LLM look at what was found
+
+Everything works with forms alone; static/pages.js adds what is nicer with a script.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from pages.access import RequireOrigin, SecureHeaders
+from pages.answer import Answerer
+from pages.files import File, Files, Page
+from pages.index import Index
+from pages.jobs import Jobs
+from pages.render import FORMATS, MAX_PAGES, THUMB, UnusableFileError, open_source
+from pages.search import Query, Search
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, RedirectResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.templating import Jinja2Templates
+
+from shared_engine import NeMoRetrieverError
+from shared_engine.server.access import RequireHost
+
+MAX_BYTES = 100 * 2**20  # of all files sent at once
+MAX_FILES = 100
+MAX_WORDS = 2_000  # characters
+SHOWN = 12  # pages of a file on the first page
+ANSWERED_FROM = 3  # pages
+
+KINDS = {"text": "Text layer", "picture": "Picture", "both": "Both as one"}
+_HERE = Path(__file__).parent
+_FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}  # the id names the content
+
+_log = logging.getLogger(__name__)
+
+
+def create_app(
+    files: Files,
+    index: Index,
+    *,
+    model: str,
+    is_trained: bool,
+    answerer: Answerer | None = None,
+    allowed_hosts: tuple[str, ...] = (),
+    max_pages: int = MAX_PAGES,
+) -> Starlette:
+    """Return the app; `model` is what it says of the model that runs."""
+    jobs = Jobs(files, index, max_pages)
+    pages = _Pages(files, jobs, Search(files, index, is_trained=is_trained), answerer, model)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(jobs.close)
+
+    app = Starlette(
+        routes=[
+            Route("/", pages.show_home),
+            Route("/files", pages.receive, methods=["POST"]),
+            Route("/progress", pages.show_progress),
+            Route("/messages/{id:int}/dismiss", pages.dismiss, methods=["POST"]),
+            Route("/files/{id}", pages.show_file),
+            Route("/files/{id}/delete", pages.delete, methods=["POST"]),
+            Route("/files/{id}/{number:int}", pages.show_page),
+            Route("/files/{id}/{number:int}.{kind}", pages.send_picture),
+            Route("/pictures", pages.receive_picture, methods=["POST"]),
+            Route("/pictures/{id}.webp", pages.send_query_picture),
+            Route("/answer", pages.answer, methods=["POST"]),
+            Mount("/static", StaticFiles(directory=_HERE / "static")),
+        ],
+        middleware=[
+            Middleware(RequireHost, hosts=allowed_hosts),
+            Middleware(SecureHeaders),
+            Middleware(RequireOrigin),
+        ],
+        exception_handlers={
+            HTTPException: pages.show_refusal,
+            UnusableFileError: pages.show_unusable,
+            NeMoRetrieverError: pages.show_engine_error,
+            Exception: pages.show_failure,
+        },
+        lifespan=lifespan,
+    )
+    app.state.jobs = jobs
+    return app
+
+
+class _Pages:
+    """What the addresses answer."""
+
+    def __init__(
+        self, files: Files, jobs: Jobs, search: Search, answerer: Answerer | None, model: str
+    ) -> None:
+        self._files = files
+        self._jobs = jobs
+        self._search = search
+        self._answerer = answerer
+        self._templates = Jinja2Templates(_HERE / "templates")
+        self._templates.env.globals.update(
+            model=model,
+            kinds=KINDS,
+            accept=".pdf,image/*",
+            formats=", ".join(FORMATS),
+            max_bytes=MAX_BYTES,
+            max_words=MAX_WORDS,
+            shown=SHOWN,
+            answered_from=ANSWERED_FROM,
+            can_answer=answerer is not None,
+        )
+
+    def _render(self, request: Request, name: str, status: int = 200, **context: Any) -> Response:
+        return self._templates.TemplateResponse(request, name, context, status)
+
+    # Looking
+
+    def show_home(self, request: Request) -> Response:
+        given = request.query_params
+        query = Query(
+            given.get("q", "").strip()[:MAX_WORDS],
+            given.get("picture", ""),
+            given.get("like", ""),
+            given.get("kind", ""),
+        )
+        return self._show(request, query)
+
+    def _show(self, request: Request, query: Query, answer: str = "") -> Response:
+        return self._render(
+            request,
+            "home.html",
+            query=query,
+            results=self._search.find(query),
+            picture=self._search.get_picture(query.picture),
+            like=self._search.get_page(query.like),
+            files=list(self._files),
+            jobs=list(self._jobs),
+            answer=answer,
+        )
+
+    def show_progress(self, request: Request) -> Response:
+        return self._render(request, "progress.html", jobs=list(self._jobs))
+
+    def show_file(self, request: Request) -> Response:
+        return self._render(request, "file.html", file=self._find_file(request))
+
+    def show_page(self, request: Request) -> Response:
+        file, page = self._find_page(request)
+        numbers = list(file.pages)
+        at = numbers.index(page.number)
+        return self._render(
+            request,
+            "page.html",
+            file=file,
+            page=page,
+            previous=numbers[at - 1] if at else None,
+            next=numbers[at + 1] if at + 1 < len(numbers) else None,
+        )
+
+    def send_picture(self, request: Request) -> Response:
+        _, page = self._find_page(request)
+        paths = {"png": page.picture, "webp": page.thumb}
+        path = paths.get(request.path_params["kind"])
+        if path is None:
+            raise HTTPException(404)
+        return FileResponse(path, headers=_FOREVER)
+
+    def send_query_picture(self, request: Request) -> Response:
+        picture = self._search.get_picture(request.path_params["id"])
+        if picture is None:
+            raise HTTPException(404)
+        return Response(picture.thumb, media_type="image/webp", headers=_FOREVER)
+
+    def _find_file(self, request: Request) -> File:
+        file = self._files.get(request.path_params["id"])
+        if file is None:
+            raise HTTPException(404)
+        return file
+
+    def _find_page(self, request: Request) -> tuple[File, Page]:
+        file = self._find_file(request)
+        page = file.pages.get(request.path_params["number"])
+        if page is None:
+            raise HTTPException(404)
+        return file, page
+
+    # Changing
+
+    async def receive(self, request: Request) -> Response:
+        async with _reading(request) as form:
+            uploads = _uploads(form)
+            if not uploads:
+                raise HTTPException(400, "No file came. Choose one or more, then send them.")
+            for upload in uploads:
+                await run_in_threadpool(self._jobs.receive, upload.filename or "", upload.file)
+        return RedirectResponse("/#progress", 303)
+
+    def dismiss(self, request: Request) -> Response:
+        self._jobs.dismiss(request.path_params["id"])
+        return RedirectResponse("/#progress", 303)
+
+    def delete(self, request: Request) -> Response:
+        self._jobs.remove(self._find_file(request))
+        return RedirectResponse("/#files", 303)
+
+    async def receive_picture(self, request: Request) -> Response:
+        async with _reading(request) as form:
+            uploads = _uploads(form)
+            if not uploads:
+                raise HTTPException(400, "No picture came. Choose one to search with.")
+            id_ = await run_in_threadpool(self._take_picture, uploads[0])
+        return RedirectResponse(f"/?picture={id_}#results", 303)
+
+    def _take_picture(self, upload: UploadFile) -> str:
+        name = upload.filename or "The picture"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "sent")
+            path.write_bytes(upload.file.read())
+            with open_source(path, name) as source:
+                picture = source.draw(0).picture
+            drawn = Path(folder, "drawn.png")
+            picture.save(drawn, compress_level=1)
+            return self._search.keep_picture(name, drawn, _shrink(picture))
+
+    async def answer(self, request: Request) -> Response:
+        async with _reading(request) as form:
+            words, kind = (str(form.get(key, "")) for key in ("q", "kind"))
+        query = Query(words.strip()[:MAX_WORDS], kind=kind)
+        return await run_in_threadpool(self._show_answer, request, query)
+
+    def _show_answer(self, request: Request, query: Query) -> Response:
+        results = self._search.find(query)
+        if self._answerer is None or not results or not results.found:
+            raise HTTPException(400, "There is nothing to answer, or nobody who could.")
+        pages = [found.page for found in results.found[:ANSWERED_FROM]]
+        try:
+            answer = self._answerer.answer(query.words, pages)
+        except Exception as exc:  # of its HTTP library, of LangChain, of the adapter
+            _log.warning("the vision LLM gave no answer: %s", exc)
+            raise HTTPException(
+                502,
+                "The vision LLM gave no answer; the terminal says why. Check its address "
+                "(--llm-url), its name (--llm-model) and NVIDIA_API_KEY, then ask again.",
+            ) from exc
+        return self._show(request, query, answer or "The model answered with nothing.")
+
+    # What goes wrong
+
+    def show_refusal(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        told = {404: "There is no such page, or it has been deleted."}
+        detail = told.get(error.status_code, error.detail)
+        return self._render(request, "message.html", error.status_code, message=detail)
+
+    def show_unusable(self, request: Request, error: Exception) -> Response:
+        return self._render(request, "message.html", 422, message=str(error))
+
+    def show_engine_error(self, request: Request, error: Exception) -> Response:
+        message = f"The model could not do this: {error}"
+        return self._render(request, "message.html", 502, message=message)
+
+    def show_failure(self, request: Request, _: Exception) -> Response:
+        message = "This went wrong, and it is the app's fault. The terminal says why."
+        return self._render(request, "message.html", 500, message=message)
+
+
+@asynccontextmanager
+async def _reading(request: Request) -> AsyncIterator[FormData]:
+    """Give the form of a request that says how large it is, and is not too large."""
+    length = request.headers.get("content-length", "")
+    if not length.isdecimal():
+        raise HTTPException(411, "The request does not say how long it is.")
+    if int(length) > MAX_BYTES:
+        async for _ in request.stream():  # a browser reads no reply before all is sent
+            pass
+        raise HTTPException(
+            413,
+            f"That is more than {MAX_BYTES // 2**20} MB at once. Send fewer files, or split a "
+            "large one.",
+        )
+    async with request.form(max_files=MAX_FILES, max_fields=20) as form:
+        yield form
+
+
+def _uploads(form: FormData) -> list[UploadFile]:
+    sent = (value for _, value in form.multi_items() if isinstance(value, UploadFile))
+    return [upload for upload in sent if upload.filename]  # a form without a choice sends one of ""
+
+
+def _shrink(picture: Image.Image) -> bytes:
+    small = picture.copy()
+    small.thumbnail((THUMB, THUMB))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()

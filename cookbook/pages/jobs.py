@@ -1,0 +1,157 @@
+"""One file after the other, in the background: open, draw, embed, write down that it is done."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, Literal
+
+from pages.files import File, Files, Page
+from pages.index import Index
+from pages.render import Source, UnusableFileError, open_source
+
+from shared_engine import NeMoRetrieverError
+
+BATCH = 4  # pages between two steps of the progress bar
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """What is told of a file that was sent."""
+
+    id: int
+    name: str
+    state: Literal["waiting", "working", "done", "known", "failed"] = "waiting"
+    message: str = ""
+    done: int = 0
+    """Pages."""
+    total: int = 0
+    """Pages; 0 until the file is open."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it is still to be done."""
+        return self.state in ("waiting", "working")
+
+
+class Jobs:
+    """All work on files; `close` lets the batch in hand end and leaves the rest for next time."""
+
+    def __init__(self, files: Files, index: Index, max_pages: int) -> None:
+        self._files = files
+        self._index = index
+        self._max_pages = max_pages
+        self._numbers = itertools.count(1)
+        self._jobs: dict[int, Job] = {}
+        self._busy: set[str] = set()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._worker = ThreadPoolExecutor(1, "pages")
+        index.forget_others(file.id for file in (*files, *files.unfinished))
+        for file in files.unfinished:
+            self._start(file, file.name)
+
+    def __iter__(self) -> Iterator[Job]:
+        """Yield what goes on, and what a person has not yet put away."""
+        return iter(list(self._jobs.values()))
+
+    def receive(self, name: str, content: IO[bytes]) -> Job:
+        """Take a file in; one that is here or under way is not worked on again."""
+        file = self._files.receive(name, content)
+        return self._start(file, name)
+
+    def remove(self, file: File) -> None:
+        """Delete a file with its pages, pictures and vectors."""
+        self._files.remove(file)
+        self._index.remove(file.id)
+
+    def dismiss(self, id_: int) -> None:
+        """Put away what was said of a file."""
+        job = self._jobs.get(id_)
+        if job and not job.is_active:
+            self._jobs.pop(id_, None)
+
+    def close(self) -> None:
+        """Stop after the batch in hand."""
+        self._closing.set()
+        self._worker.shutdown(cancel_futures=True)
+
+    def _start(self, file: File, name: str) -> Job:
+        with self._lock:
+            job = Job(next(self._numbers), file.name)
+            if self._files.get(file.id) or file.id in self._busy:
+                job.state = "known"
+                job.message = f"{file.name} is here already, byte for byte; nothing was added."
+                if name != file.name:
+                    job.message += f" You sent it as {name}."
+            else:
+                self._busy.add(file.id)
+                self._worker.submit(self._work, job, file)
+            self._jobs[job.id] = job
+        return job
+
+    def _work(self, job: Job, file: File) -> None:
+        job.state = "working"
+        try:
+            with open_source(file.original, file.name, self._max_pages) as source:
+                job.total = len(source)
+                is_complete = self._take_in(job, file, source)
+        except UnusableFileError as exc:
+            self._files.remove(file)
+            self._index.remove(file.id)
+            job.state, job.message = "failed", str(exc)
+        except NeMoRetrieverError as exc:
+            job.state, job.message = "failed", f"{file.name} could not be embedded: {exc}. {_LATER}"
+        except Exception:
+            _log.exception("%s could not be indexed", file.name)
+            job.message = f"{file.name} could not be indexed; the terminal says why. {_LATER}"
+            job.state = "failed"
+        else:
+            if is_complete:
+                job.state = "done"
+                self._jobs.pop(job.id, None)
+        finally:
+            self._busy.discard(file.id)
+
+    def _take_in(self, job: Job, file: File, source: Source) -> bool:
+        """Index the pages of a file; return whether it got to its end."""
+        pages: list[Page] = []
+        notes: list[str] = []
+        for first in range(0, len(source), BATCH):
+            if self._closing.is_set():
+                return False
+            batch = []
+            for number in range(first + 1, min(first + BATCH, len(source)) + 1):
+                try:
+                    batch.append(file.save_page(number, source.draw(number - 1)))
+                except UnusableFileError as exc:
+                    notes.append(str(exc))
+            if batch:
+                self._index.add(batch)
+            pages += batch
+            job.done = min(first + BATCH, len(source))
+        if not pages:
+            raise UnusableFileError(notes[0])
+        self._files.finish(file, pages, notes + _tell_textless(pages))
+        return True
+
+
+_LATER = "It is tried again when the app is started again."
+
+
+def _tell_textless(pages: list[Page]) -> list[str]:
+    """Say which pages words cannot find by their text layer."""
+    without = [str(page.number) for page in pages if not page.text]
+    if not without:
+        return []
+    which = "It has" if len(without) == len(pages) else f"Of its pages, {', '.join(without)} have"
+    return [
+        f"{which} no text layer, as scans and pictures have none: found by picture, not by words "
+        "in the text. For those, run text recognition over it first (ocrmypdf) and send that."
+    ]

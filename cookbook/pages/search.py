@@ -1,0 +1,153 @@
+"""What is asked, by words, by a picture or by a page, and the pages that answer it."""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+from urllib.parse import urlencode
+
+from pages.files import File, Files, Page
+from pages.index import KINDS, Index
+
+TOP = 12
+KEPT_PICTURES = 32
+_WORDS_NEED_TEXT = (
+    "The model that runs is a stand-in whose eyes are untrained: in words it finds texts only, so "
+    "the text layer is searched. NVIDIA's model searches the pictures in words, too."
+)
+_PICTURES_NEED_PICTURES = (
+    "The model that runs is a stand-in whose eyes are untrained: by a picture it finds pictures "
+    "only. NVIDIA's model finds texts by a picture, too."
+)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked, as it stands in the address: one of the first three, and where to look."""
+
+    words: str = ""
+    picture: str = ""
+    """Id of one that was sent to search with."""
+    like: str = ""
+    """Id of a page."""
+    kind: str = ""
+    """One of KINDS; anything else is the best for what is asked."""
+
+    @property
+    def by(self) -> Literal["words", "picture", "like", ""]:
+        """What is asked with."""
+        if self.words:
+            return "words"
+        return "picture" if self.picture else "like" if self.like else ""
+
+    def at(self, kind: str) -> str:
+        """Return the address of the same question put to another kind."""
+        by = self.by or "words"
+        value = {"words": self.words, "picture": self.picture, "like": self.like, "": ""}[by]
+        return "/?" + urlencode({"q" if by == "words" else by: value, "kind": kind})
+
+
+class Picture(NamedTuple):
+    """A picture to search with; it is forgotten when the app stops."""
+
+    name: str
+    vector: list[float]
+    thumb: bytes
+    """WebP."""
+
+
+class Found(NamedTuple):
+    """A page that answers."""
+
+    file: File
+    page: Page
+    score: float
+    passage: str
+
+
+class Results(NamedTuple):
+    """What is shown for a query."""
+
+    found: list[Found]
+    kind: str
+    """What was searched."""
+    kinds: tuple[str, ...]
+    """What can be searched so."""
+    notice: str
+    """Why something was not."""
+
+
+class Search:
+    """Searches the pages of finished files."""
+
+    def __init__(self, files: Files, index: Index, *, is_trained: bool) -> None:
+        self._files = files
+        self._index = index
+        self._is_trained = is_trained
+        self._pictures: OrderedDict[str, Picture] = OrderedDict()
+
+    def keep_picture(self, name: str, path: Path, thumb: bytes) -> str:
+        """Embed a picture to search with and return its id."""
+        id_ = secrets.token_urlsafe(12)
+        self._pictures[id_] = Picture(name, self._index.embed_picture(path), thumb)
+        while len(self._pictures) > KEPT_PICTURES:
+            self._pictures.popitem(last=False)
+        return id_
+
+    def get_picture(self, id_: str) -> Picture | None:
+        """Return a picture that was kept."""
+        return self._pictures.get(id_)
+
+    def get_page(self, id_: str) -> tuple[File, Page] | None:
+        """Return a page and its file by the page's id."""
+        file_id, _, number = id_.partition("-")
+        file = self._files.get(file_id)
+        page = file.pages.get(int(number)) if file and number.isdecimal() else None
+        return (file, page) if file and page else None
+
+    def find(self, query: Query) -> Results | None:
+        """Return what a query finds; None where nothing is asked."""
+        if not query.by:
+            return None
+        kinds, best, notice = self._choose(query.by)
+        kind = query.kind if query.kind in kinds else best
+        vector = self._embed(query, kind)
+        if isinstance(vector, str):
+            return Results([], kind, kinds, vector)
+        hits = self._index.search(vector, kind, TOP + 1)
+        found = [
+            Found(*both, hit.score, hit.passage)
+            for hit in hits
+            if (id_ := f"{hit.file}-{hit.number}") != query.like and (both := self.get_page(id_))
+        ]
+        return Results(found[:TOP], kind, kinds, notice)
+
+    def _choose(self, by: str) -> tuple[tuple[str, ...], str, str]:
+        """Return what can be searched, the best of it, and why not the rest."""
+        if by == "words":
+            trained = (KINDS, "both", "")
+            return trained if self._is_trained else (("text",), "text", _WORDS_NEED_TEXT)
+        if by == "picture" and not self._is_trained:
+            return ("picture", "both"), "picture", _PICTURES_NEED_PICTURES
+        return KINDS, "picture", ""
+
+    def _embed(self, query: Query, kind: str) -> list[float] | str:
+        """Return the vector of a query, or why it has none."""
+        if query.by == "words":
+            return self._index.embed_words(query.words)
+        if query.by == "picture":
+            picture = self.get_picture(query.picture)
+            return (
+                picture.vector
+                if picture
+                else ("The picture that you searched with is no longer kept. Send it again.")
+            )
+        both = self.get_page(query.like)
+        if not both:
+            return "The page that you started from has been deleted."
+        return self._index.read_vector(both[1], kind) or (
+            "The page that you started from has no text layer. Look for its picture."
+        )

@@ -1,0 +1,421 @@
+"""The web app without a browser: what is kept, refused, found and told.
+
+The weights are random, so nothing is said of what words find; a page is still nearest to itself.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import handbook
+import pages.app
+import pages.index
+import pages.jobs
+import pytest
+from pages.app import create_app
+from pages.files import Files
+from pages.index import KINDS, Index
+from PIL import Image
+from starlette.testclient import TestClient
+
+from llamaindex_nemoretriever import NeMoRetrieverEmbedding
+from tests.support import pdfs
+from tests.support.vl_checkpoints import VLShape, build_vl_checkpoint
+
+ORIGIN = "http://localhost"
+
+
+class App:
+    """The app on a folder, as a browser meets it."""
+
+    def __init__(self, folder: Path, model: NeMoRetrieverEmbedding, **options: Any) -> None:
+        options = {"model": "tiny", "is_trained": True, "max_pages": 20} | options
+        self.files = Files(folder / "files")
+        self.index = Index(folder / "index", model)
+        self.app = create_app(self.files, self.index, **options)
+        self.jobs = self.app.state.jobs
+        self.client = TestClient(self.app, ORIGIN, headers={"Origin": ORIGIN})
+
+    def send(self, *files: tuple[str, bytes], to: str = "/files", field: str = "files") -> str:
+        """Send files as a form does; return the page that is shown then, when all is done."""
+        sent = [(field, file) for file in files]
+        reply = self.client.post(to, files=sent)
+        self.wait()
+        return self.client.get("/").text if to == "/files" else reply.text
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 60
+        while any(job.is_active for job in self.jobs):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def ids(self, kind: str) -> list[str]:
+        found: list[str] = self.index._collections[kind].get(include=[])["ids"]
+        return found
+
+    def look(self, address: str, **params: str) -> str:
+        return self.client.get(address, params=params).text
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> NeMoRetrieverEmbedding:
+    """One that sees tiles of 64 x 64 pixels."""
+    folder = build_vl_checkpoint(tmp_path_factory.mktemp("vl") / "vl", VLShape(image_size=64))
+    return NeMoRetrieverEmbedding(model=str(folder), device="cpu", truncate="END")
+
+
+@pytest.fixture
+def start(tmp_path: Path, model: NeMoRetrieverEmbedding) -> Callable[..., Any]:
+    """Start the app on the test's own folder; the end of the context stops it."""
+
+    @contextmanager
+    def start(**options: Any) -> Iterator[App]:
+        app = App(tmp_path / "web", model, **options)
+        with app.client:
+            yield app
+
+    return start
+
+
+@pytest.fixture
+def app(start: Callable[..., Any]) -> Iterator[App]:
+    with start() as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def two_pages(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A PDF of two pages of the handbook."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(handbook, "CHAPTERS", {"two": ("wave", "uuid")})
+        (path,) = handbook.write(tmp_path_factory.mktemp("two"))
+    return path.read_bytes()
+
+
+def picture(kind: str = "PNG", size: tuple[int, int] = (40, 60), **options: Any) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, "navy").save(out, kind, **options)
+    return out.getvalue()
+
+
+def found_pages(html: str) -> list[tuple[str, int]]:
+    """Return the pages in the results, best first."""
+    results = html.partition('id="results"')[2].partition("</section>")[0]
+    found = re.findall(r'<a href="/files/(\w+)/(\d+)">\s*<img', results)
+    return [(file, int(number)) for file, number in found]
+
+
+def test_a_file_is_kept_as_text_picture_and_both_and_outlives_a_restart(
+    start: Callable[..., Any], two_pages: bytes
+) -> None:
+    with start() as app:
+        home = app.send(("two.pdf", two_pages))
+        (file,) = app.files
+        ids = {f"{file.id}-1", f"{file.id}-2"}
+        assert set(app.ids("picture")) == set(app.ids("both")) == ids
+        assert {id_.partition("#")[0] for id_ in app.ids("text")} == ids
+    with start() as app:
+        assert app.look("/") == home
+        assert "two.pdf, page 2" in home
+        page = app.look(f"/files/{file.id}/2")
+        assert "UUID objects" in page
+        for kind, media in {"png": "image/png", "webp": "image/webp"}.items():
+            reply = app.client.get(f"/files/{file.id}/2.{kind}")
+            assert reply.headers["content-type"] == media
+        assert len(found_pages(app.look("/", q="uuid", kind="text"))) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_searched_by_words_and_by_page(app: App, two_pages: bytes, kind: str) -> None:
+    app.send(("two.pdf", two_pages))
+    (file,) = app.files
+    html = app.look("/", q="sound", kind=kind)
+    assert sorted(found_pages(html)) == [(file.id, 1), (file.id, 2)]
+    assert f'kind={kind}#results" aria-current="true"' in html
+    assert found_pages(app.look("/", like=f"{file.id}-1", kind=kind)) == [(file.id, 2)]
+
+
+def test_a_photographed_page_finds_itself(app: App, two_pages: bytes) -> None:
+    app.send(("two.pdf", two_pages))
+    (file,) = app.files
+    for number, page in file.pages.items():
+        sent = ("photo.jpg", pdfs.rephotograph(page.picture))
+        html = app.send(sent, to="/pictures", field="picture")
+        assert found_pages(html)[0] == (file.id, number)
+        assert "Found by photo.jpg" in html
+        shown = re.search(r"/pictures/[\w-]+\.webp", html)
+        assert shown
+        assert app.client.get(shown[0]).headers["content-type"] == "image/webp"
+    assert "Send it again" in app.look("/", picture="gone")
+
+
+def test_an_untrained_model_says_what_words_cannot_find(
+    start: Callable[..., Any], two_pages: bytes
+) -> None:
+    with start(is_trained=False) as app:
+        app.send(("two.pdf", two_pages))
+        html = app.look("/", q="sound", kind="picture")
+        assert "the text layer is searched" in html
+        assert 'kind=text#results" aria-current="true"' in html
+        assert html.count("(not with this model)") == 2
+        sent = ("photo.png", picture())
+        assert "finds pictures only" in app.send(sent, to="/pictures", field="picture")
+
+
+def test_nothing_is_embedded_twice(
+    app: App, two_pages: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded: list[int] = []
+    add = Index.add
+    monkeypatch.setattr(Index, "add", lambda *a: (embedded.append(len(a[1])), add(*a))[1])
+    app.send(("two.pdf", two_pages))
+    html = app.send(("other.pdf", two_pages), ("two.pdf", two_pages))
+    assert embedded == [2]
+    assert html.count("two.pdf is here already, byte for byte") == 2
+    assert "You sent it as other.pdf" in html
+    for number in re.findall(r"/messages/(\d+)/dismiss", html):
+        app.client.post(f"/messages/{number}/dismiss")
+    assert "here already" not in app.look("/")
+    (file,) = app.files
+    before = {kind: app.ids(kind) for kind in KINDS}
+    app.index.add(list(file.pages.values()))
+    assert before == {kind: app.ids(kind) for kind in KINDS}
+
+
+def test_a_deleted_file_leaves_nothing(app: App, two_pages: bytes, tmp_path: Path) -> None:
+    app.send(("two.pdf", two_pages), ("blue.png", picture()))
+    file = next(file for file in app.files if file.name == "two.pdf")
+    app.client.post(f"/files/{file.id}/delete")
+    assert "two.pdf" not in app.look("/")
+    assert app.client.get(f"/files/{file.id}").status_code == 404
+    assert app.client.get(f"/files/{file.id}/1.png").status_code == 404
+    (left,) = app.files
+    assert app.ids("picture") == app.ids("both") == [f"{left.id}-1"]
+    assert app.ids("text") == []
+    assert [path.name for path in (tmp_path / "web/files").iterdir()] == [left.id]
+    assert "has been deleted" in app.look("/", like=f"{file.id}-1")
+
+
+def test_what_is_stopped_goes_on_at_the_next_start(
+    start: Callable[..., Any], two_pages: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pages.jobs, "BATCH", 1)
+    at_work, add = threading.Event(), Index.add
+
+    def slowly(index: Index, new: Any) -> None:
+        add(index, new)
+        at_work.set()
+        assert app.jobs._closing.wait(30)
+
+    with monkeypatch.context() as patched, start() as app:
+        patched.setattr(Index, "add", slowly)
+        app.client.post("/files", files=[("files", ("two.pdf", two_pages))])
+        assert at_work.wait(30)
+        assert "0 of 2 pages" in app.look("/progress")
+        app.jobs.close()
+        assert not list(app.files)
+    left = tmp_path / "web/files"
+    (left / ".gone-0").mkdir()
+    (left / ".new-0").mkdir()
+    with start() as app:
+        app.wait()
+        (file,) = app.files
+        assert list(file.pages) == [1, 2]
+        assert sorted(app.ids("both")) == sorted(page.id for page in file.pages.values())
+        assert [path.name for path in left.iterdir()] == [file.id]
+
+
+@cache
+def unusable() -> dict[str, tuple[bytes, str]]:
+    good = pdfs.scan("one")
+    return {
+        "empty.pdf": (b"", "is empty"),
+        "empty.png": (b"", "is empty"),
+        "locked.pdf": (pdfs.lock(good), "locked with a password"),
+        "broken.pdf": (b"%PDF-1.7\n" + b"?" * 4096, "is a broken PDF"),
+        "half.pdf": (good[: len(good) // 3], "is a broken PDF"),
+        "none.pdf": (pdfs.without_pages(), "has no pages"),
+        "long.pdf": (pdfs.scan(*"abcdefghijklmnopqrstu"), "20 are the most"),
+        "text.pdf": (b"Dear Sir or Madam", "neither a PDF nor a picture"),
+        "half.png": (picture(size=(900, 900))[:-200], "only part of a picture"),
+        "half.jpg": (picture("JPEG", (900, 900))[:200], "broken"),
+        "bomb.png": (pdfs.claim_size(picture(), 10_000, 8_001), "million pixels"),
+        "page.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "neither a PDF nor a picture"),
+        "what.zip": (b"PK\3\4" + bytes(100), "neither a PDF nor a picture"),
+    }
+
+
+@pytest.mark.parametrize("name", list(unusable()))
+def test_an_unusable_file_says_what_is_wrong_and_leaves_nothing(
+    app: App, name: str, tmp_path: Path
+) -> None:
+    content, told = unusable()[name]
+    html = app.send((name, content))
+    (message,) = re.findall(r'role="alert">\s*<p>(.*?)</p>', html, re.DOTALL)
+    assert name in message
+    assert told in message
+    assert re.search(r"[Ss]end|Split|save", message), "what to do"
+    assert "Traceback" not in html
+    assert not list((tmp_path / "web/files").iterdir())
+    if name != "long.pdf":  # of a PDF to search with, the first page counts
+        html = app.send((name, content), to="/pictures", field="picture")
+        assert told in html
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "count"),
+    [
+        ("a.png", picture(), 1),
+        ("a.jpg", picture("JPEG"), 1),
+        ("a.webp", picture("WEBP"), 1),
+        ("a.bmp", picture("BMP"), 1),
+        ("a.gif", picture("GIF", save_all=True, append_images=[Image.new("RGB", (40, 60))]), 1),
+        ("a.tiff", picture("TIFF", save_all=True, append_images=[Image.new("L", (9, 9))]), 2),
+        ("line.png", picture(size=(3_000, 1)), 1),
+        ("wrong.pdf", picture(), 1),
+        ("wrong.png", pdfs.scan("one", "two"), 2),
+    ],
+)
+def test_a_scan_or_picture_is_shown_and_says_that_it_has_no_text(
+    app: App, name: str, content: bytes, count: int
+) -> None:
+    html = app.send((name, content))
+    (file,) = app.files
+    assert len(file.pages) == count
+    assert "no text layer" in html
+    assert "This page has none" in app.look(f"/files/{file.id}/1")
+    assert "has no text layer" in app.look("/", like=f"{file.id}-1", kind="text")
+
+
+def test_only_pages_without_a_text_are_named(app: App, two_pages: bytes, tmp_path: Path) -> None:
+    import pypdfium2
+
+    with (
+        pypdfium2.PdfDocument(two_pages) as first,
+        pypdfium2.PdfDocument(pdfs.scan("three")) as second,
+    ):
+        first.import_pages(second)
+        first.save(tmp_path / "three.pdf")
+    html = app.send(("three.pdf", (tmp_path / "three.pdf").read_bytes()))
+    assert "Of its pages, 3 have no text layer" in html
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("../../../etc/passwd", "passwd"),
+        ("C:\\Users\\me\\a.pdf", "a.pdf"),
+        ("<script>alert(1)</script>.pdf", "script&gt;.pdf"),
+        ('"><img src=x onerror=alert(1)>.pdf', "&gt;&lt;img src=x onerror=alert(1)&gt;.pdf"),
+        ("{{ 7 * 7 }}.pdf", "{{ 7 * 7 }}.pdf"),
+        ("x" * 300 + ".pdf", "x" * 120),
+    ],
+)
+def test_a_name_is_shown_and_nothing_else(
+    app: App, two_pages: bytes, tmp_path: Path, name: str, shown: str
+) -> None:
+    html = app.send((name, two_pages))
+    assert shown in html
+    assert not re.search("<script>|<img src=x", html)
+    (file,) = app.files
+    known = {"name.json", "original", "pages.json", "1.png", "1.webp", "2.png", "2.webp"}
+    assert {path.name for path in (tmp_path / "web/files" / file.id).iterdir()} == known
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/files/..%2f..%2findex/1.png",
+        "/files/%2e%2e/1",
+        "/files/name.json",
+        "/files/{id}/../name.json",
+        "/files/{id}/original",
+        "/files/{id}/1.json",
+        "/files/{id}/99",
+        "/static/..%2fapp.py",
+        "/static/%2e%2e/app.py",
+        "/pictures/x.webp",
+        "/nowhere",
+    ],
+)
+def test_no_other_file_can_be_had(app: App, two_pages: bytes, address: str) -> None:
+    app.send(("two.pdf", two_pages))
+    (file,) = app.files
+    reply = app.client.get(address.format(id=file.id))
+    assert reply.status_code == 404
+    assert "That did not work" in reply.text
+
+
+@pytest.mark.parametrize("origin", [None, "null", "http://evil.example", "http://localhost:81"])
+@pytest.mark.parametrize("address", ["/files", "/pictures", "/answer", "/messages/1/dismiss"])
+def test_another_page_of_the_browser_can_change_nothing(
+    app: App, origin: str | None, address: str
+) -> None:
+    with TestClient(app.app, ORIGIN, headers={"Origin": origin} if origin else {}) as client:
+        assert client.post(address, files={"files": ("a.png", picture())}).status_code == 403
+    assert not list(app.jobs)
+
+
+def test_another_name_of_this_machine_is_not_answered(app: App) -> None:
+    headers = {"Host": "evil.example", "Origin": "http://evil.example"}
+    for method in ("GET", "POST"):
+        assert app.client.request(method, "/", headers=headers).status_code == 421
+
+
+@pytest.mark.parametrize("address", ["/", "/nowhere", "/static/pages.css", "/progress"])
+def test_every_response_is_kept_to_this_app(app: App, address: str) -> None:
+    headers = app.client.get(address).headers
+    assert headers["content-security-policy"].startswith("default-src 'self';")
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def test_what_is_too_large_or_no_form_gets_a_page_that_says_so(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = app.client.post(
+        "/files", content=iter([b"x"]), headers={"Transfer-Encoding": "chunked"}
+    )
+    assert reply.status_code == 411
+    reply = app.client.post("/files", content=b"")
+    assert reply.status_code == 400
+    assert "No file came" in reply.text
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    reply = app.client.post("/files", content=b"--b\r\nno header", headers=headers)
+    assert reply.status_code == 400
+    monkeypatch.setattr(pages.app, "MAX_BYTES", 2**20)
+    reply = app.client.post("/files", files={"files": ("a.pdf", bytes(2**20))})
+    assert reply.status_code == 413
+    assert "more than 1 MB at once" in reply.text
+    assert not list(app.jobs)
+
+
+def test_a_fault_of_the_program_is_told_without_its_trace(
+    start: Callable[..., Any], two_pages: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("secret detail")
+
+    with start() as app:
+        monkeypatch.setattr(Index, "add", fail)
+        html = app.send(("two.pdf", two_pages))
+        assert "two.pdf could not be indexed; the terminal says why" in html
+        assert "secret detail" not in html
+        monkeypatch.undo()
+    with start() as app:  # the file was not at fault, so it was kept
+        app.wait()
+        assert len(list(app.files)) == 1
+        monkeypatch.setattr(Index, "search", fail)
+        client = TestClient(app.app, ORIGIN, raise_server_exceptions=False)
+        reply = client.get("/?q=sound")
+        assert reply.status_code == 500
+        assert "That did not work" in reply.text
+        assert "secret detail" not in reply.text
