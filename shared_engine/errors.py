@@ -26,6 +26,7 @@ NeMoRetrieverError
 │   ├── ConnectionFailedError (ConnectionError)   no connection, or it broke
 │   └── MalformedResponseError            a reply that cannot be believed
 ├── PartialResultError (RuntimeError)     some inputs failed; what succeeded is on the error
+├── OutputError (OSError)                 results cannot be written: no space, no permission
 └── EngineClosedError (RuntimeError)
 
 Errors pickle with their attributes, so they cross process pools unchanged.
@@ -224,6 +225,10 @@ class PartialResultError(NeMoRetrieverError, RuntimeError):
 
 class EngineClosedError(NeMoRetrieverError, RuntimeError):
     """The engine was closed before this work could start."""
+
+
+class OutputError(NeMoRetrieverError, OSError):
+    """Results cannot be written; what was finished before stays as it is."""
 
 
 def combine_errors(

@@ -1,11 +1,11 @@
 """Files of documents to files of vectors, on one machine or many.
 
-    job.py        what to embed, cut into fragments ......... Job, Fragment, list_fragments
-    tables.py     rows of Parquet, Arrow, CSV, JSON Lines     pages.py  pictures and pages of PDFs
-    fragment.py   one fragment to one file, in any process .. embed_fragment
-    manifest.py   what a folder holds, and what is missing
-    run.py        on this machine .......................... run_local
-    plan.py       rows, tokens, time and bytes beforehand    command.py  `nemoretriever embed`
+job.py        what to embed, cut into fragments ......... Job, Fragment, list_fragments
+tables.py     rows of Parquet, Arrow, CSV, JSON Lines     pages.py  pictures and pages of PDFs
+fragment.py   one fragment to one file, in any process .. embed_fragment
+manifest.py   what a folder holds, and what is missing
+run.py        on this machine .......................... run_local
+plan.py       rows, tokens, time and bytes beforehand    command.py  `nemoretriever embed`
 """
 
 from __future__ import annotations

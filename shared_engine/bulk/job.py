@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from shared_engine.bulk import pages, tables
 from shared_engine.documents import Role
-from shared_engine.errors import ConfigurationError
+from shared_engine.errors import ConfigurationError, InputError
 from shared_engine.options import Options
 
 Layer = Literal["picture", "text", "both"]
@@ -90,8 +90,103 @@ def list_fragments(job: Job) -> list[Fragment]:
     Text files are read once for their line ends, of others only what they say of themselves.
 
     Raises:
-        ConfigurationError: an input that is not there, of no known kind, or of another kind than
-            the ones before.
+        ConfigurationError: an input that is not there, or files of several kinds.
         InputError: a table that cannot be read.
     """
-    raise NotImplementedError
+    return [
+        fragment for path, root in _find_sources(job) for fragment in _cut_source(job, path, root)
+    ]
+
+
+def is_paged(fragment: Fragment) -> bool:
+    """Whether it is of a PDF."""
+    return fragment.source.lower().endswith(".pdf")
+
+
+def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
+    """Return what changes when a source does: size and time of change, as of rsync.
+
+    Raises:
+        InputError: it is no more.
+    """
+    try:
+        if not names:
+            found = os.stat(source)
+            return f"{found.st_size}-{found.st_mtime_ns}"
+        digest = hashlib.sha256()
+        for name in names:
+            found = os.stat(os.path.join(source, name))
+            digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    except OSError as exc:
+        raise InputError(f"{exc.filename} cannot be read: {exc.strerror}") from exc
+    return digest.hexdigest()[:16]
+
+
+def _find_sources(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield tables and PDFs, and folders with pictures, each with what its title begins after."""
+    root = os.path.commonpath(job.inputs)
+    root = root if os.path.isdir(root) else os.path.dirname(root)
+    kinds: dict[str, str] = {}
+    for given in job.inputs:
+        if not os.path.exists(given):
+            raise ConfigurationError(f"{given} is not there")
+        files = pages.walk(given) if os.path.isdir(given) else [given]
+        has_pictures = False
+        for path in files:
+            kind = _find_kind(path)
+            if kind is None and path == given:
+                expected = ", ".join(sorted({*tables.FORMATS, ".pdf", *pages.SUFFIXES}))
+                raise ConfigurationError(f"{given} is of no kind that can be read: {expected}")
+            if kind is None or path.startswith(job.out + os.sep):
+                continue
+            kinds.setdefault(kind, path)
+            if kind != "picture":
+                yield path, root
+            has_pictures |= kind == "picture"
+        if has_pictures:
+            yield given, root
+        if len(kinds) > 1:
+            raise ConfigurationError(
+                f"inputs are of several kinds: {', '.join(kinds.values())}; embed tables, pictures "
+                "and PDF files each into a folder of its own"
+            )
+    if not kinds:
+        raise ConfigurationError(f"nothing to embed in {', '.join(job.inputs)}")
+
+
+def _find_kind(path: str) -> str | None:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in tables.FORMATS:
+        return "table"
+    return "pdf" if suffix == ".pdf" else "picture" if suffix in pages.SUFFIXES else None
+
+
+def _cut_source(job: Job, path: str, root: str) -> Iterator[Fragment]:
+    title = os.path.relpath(path, root)
+    kind = _find_kind(path) or "picture"
+    has_images = kind != "table" or job.image_column is not None
+    rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
+    stem = f"{Path(path).stem[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
+    if kind == "picture":
+        folder, found = path, [""]
+        if os.path.isdir(path):
+            found = pages.find_pictures(path)
+        else:
+            folder, found = os.path.dirname(path), [os.path.basename(path)]
+            title = os.path.relpath(folder, root)
+        for first in range(0, len(found), rows):
+            names = tuple(found[first : first + rows])
+            mark = take_fingerprint(folder, names)
+            name = f"{stem}-{first:012d}"
+            yield Fragment(name, folder, title, first, len(names), mark, names=names)
+        return
+    mark = take_fingerprint(path)
+    with tables.reading(path):
+        parts = (
+            tables.find_format(path).split(path, rows)
+            if kind == "table"
+            else tables.cut(pages.count_pages(path), rows)
+        )
+        for part in parts:
+            name = f"{stem}-{part.first:012d}"
+            yield Fragment(name, path, title, part.first, part.rows, mark, part.begin, part.end)

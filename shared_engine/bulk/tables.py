@@ -59,7 +59,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def _split_parquet(path: str, rows: int) -> Iterator[Range]:
-    yield from _cut(pq.read_metadata(path).num_rows, rows)
+    yield from cut(pq.read_metadata(path).num_rows, rows)
 
 
 def _read_parquet(path: str, part: Range, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -86,7 +86,7 @@ def _count_arrow(source: Any) -> list[int]:
 
 def _split_arrow(path: str, rows: int) -> Iterator[Range]:
     with pa.memory_map(path) as source:
-        yield from _cut(sum(_count_arrow(source)), rows)
+        yield from cut(sum(_count_arrow(source)), rows)
 
 
 def _read_arrow(path: str, part: Range, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -159,7 +159,9 @@ def _read_text(path: str, part: Range, quoted: bool) -> Iterator[bytes]:
     with open(path, "rb") as file:
         head = next(_records(file, quoted), b"") if quoted else b""
         records = _records(_Counted(file, part.begin, part.end), quoted)
-        kept = (record if record.endswith(b"\n") else record + b"\n" for record in records if record)
+        kept = (
+            record if record.endswith(b"\n") else record + b"\n" for record in records if record
+        )
         while some := list(islice(kept, _AT_ONCE)):
             yield head + b"".join(some)
 
@@ -193,7 +195,9 @@ def _read_json_schema(path: str) -> pa.Schema:
     with open(path, "rb") as file:
         head = b"".join(file.readlines(_HEAD))  # whole lines
     options = pyarrow.json.ReadOptions(block_size=len(head) + 1)
-    return pyarrow.json.read_json(io.BytesIO(head), options).schema if head.strip() else pa.schema([])
+    return (
+        pyarrow.json.read_json(io.BytesIO(head), options).schema if head.strip() else pa.schema([])
+    )
 
 
 _PARQUET = Format(pq.read_schema, _split_parquet, _read_parquet)
@@ -212,14 +216,12 @@ def find_format(path: str) -> Format:
     return FORMATS[os.path.splitext(path)[1].lower()]
 
 
-def is_text_format(path: str) -> bool:
-    """Whether the types of a file's columns are not in the file."""
-    return find_format(path) in (_CSV, _JSON)
+def is_csv(path: str) -> bool:
+    """Whether a table has no types of its own."""
+    return find_format(path) is _CSV
 
 
-def read_batches(
-    path: str, part: Range, schema: pa.Schema, size: int
-) -> Iterator[pa.RecordBatch]:
+def read_batches(path: str, part: Range, schema: pa.Schema, size: int) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a range in windows of `size`, but for the last, as a schema says.
 
     Raises:
@@ -244,7 +246,8 @@ def read_batches(
         raise InputError(f"{where} cannot be read: {found:,} rows where {part.rows:,} were counted")
 
 
-def _cut(count: int, rows: int) -> Iterator[Range]:
+def cut(count: int, rows: int) -> Iterator[Range]:
+    """Yield the ranges of so many rows."""
     for first in range(0, count, rows):
         yield Range(first, min(rows, count - first))
 
@@ -260,9 +263,7 @@ def _overlap(counts: Sequence[int], part: Range) -> tuple[list[int], int]:
     return which, skip
 
 
-def _limit(
-    batches: Iterable[pa.RecordBatch], skip: int, rows: int
-) -> Iterator[pa.RecordBatch]:
+def _limit(batches: Iterable[pa.RecordBatch], skip: int, rows: int) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         part = batch.slice(skip, rows)
         skip = max(0, skip - batch.num_rows)
