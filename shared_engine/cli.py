@@ -1,4 +1,4 @@
-"""The command line: `nemoretriever serve` and `nemoretriever check`."""
+"""The command line: `nemoretriever serve`, `check` and `embed`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from shared_engine._version import __version__
 from shared_engine.arguments import HERE, add_key, add_options, read_key, read_options
+from shared_engine.bulk.command import add_command as add_embed
 from shared_engine.check import check
 from shared_engine.errors import ConfigurationError, MissingExtraError, NeMoRetrieverError
 from shared_engine.server.limits import ServerLimits
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--log-level", default="warning", **level)
     verb.set_defaults(run=_check)
+    add_embed(commands)
     return parser
 
 

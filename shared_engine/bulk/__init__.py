@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 from shared_engine.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from shared_engine.bulk.fragment import Done as Done
     from shared_engine.bulk.fragment import embed_fragment as embed_fragment
     from shared_engine.bulk.job import Fragment as Fragment
     from shared_engine.bulk.job import Job as Job
     from shared_engine.bulk.job import list_fragments as list_fragments
+    from shared_engine.bulk.manifest import Done as Done
     from shared_engine.bulk.run import run_local as run_local
 else:
     _FILES = {
-        "fragment": ("Done", "embed_fragment"),
+        "fragment": ("embed_fragment",),
         "job": ("Fragment", "Job", "list_fragments"),
+        "manifest": ("Done",),
         "run": ("run_local",),
     }
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from shared_engine.bulk import manifest
 from shared_engine.bulk.job import Fragment, Job, take_fingerprint
-from shared_engine.bulk.manifest import Done as Done
+from shared_engine.bulk.manifest import Done
 from shared_engine.bulk.rows import Rows, read_rows
 from shared_engine.documents import Document
 from shared_engine.embedder import Embedder

@@ -32,7 +32,7 @@ from shared_engine import catalogue
 from shared_engine._version import __version__
 from shared_engine.bulk.job import Fragment, Job
 from shared_engine.embedder import Embedder
-from shared_engine.errors import ConfigurationError, OutputError
+from shared_engine.errors import ConfigurationError, NeMoRetrieverError, OutputError
 
 _log = logging.getLogger("shared_engine")
 
@@ -208,7 +208,7 @@ def writing(path: str) -> Iterator[None]:
     """
     try:
         yield
-    except OutputError:
+    except NeMoRetrieverError:  # some are OSErrors too
         raise
     except (pa.ArrowException, OSError) as exc:
         raise OutputError(

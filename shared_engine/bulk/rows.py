@@ -108,8 +108,8 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
     images = nothing if image is None else table[image].to_pylist()
     documents: list[str | Document] = []
     folder = os.path.dirname(fragment.source)
-    for row, (words, picture) in enumerate(zip(texts, images, strict=True)):
-        words = words if words and not words.isspace() else None
+    for row, (given, picture) in enumerate(zip(texts, images, strict=True)):
+        words = given if given and not given.isspace() else None
         if words is None and picture is None:
             refused.setdefault(row, "has no text" if image is None else "has no text and no image")
         documents.append(_make_document(words, picture, folder))

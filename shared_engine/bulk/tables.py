@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from shared_engine.errors import ConfigurationError, InputError
+from shared_engine.errors import InputError, NeMoRetrieverError
 
 _AT_ONCE = 1024
 """Rows that are read at once."""
@@ -49,9 +49,9 @@ def reading(what: str) -> Iterator[None]:
     """Turn what Arrow and the file system raise into an error of this input."""
     try:
         yield
+    except NeMoRetrieverError:  # some are OSErrors or ValueErrors too
+        raise
     except (pa.ArrowException, OSError, ValueError) as exc:
-        if isinstance(exc, (InputError, ConfigurationError)):
-            raise
         raise InputError(f"{what} cannot be read: {str(exc) or type(exc).__name__}") from exc
 
 
