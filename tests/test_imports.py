@@ -31,7 +31,6 @@ FLOORS = (
     {"embedder"},
     {"shared_engine"},  # the public names
     {"adapter", "arguments", "check", "server"},
-    {"bulk", "evaluate"},
     {"cli", "langchain_nemoretriever", "llamaindex_nemoretriever"},
 )
 """Rooms, from the ground up: each imports from its own floor or a lower one."""
@@ -40,9 +39,7 @@ ONLY = {
     # a wing is entered by one door
     "local": {"registry"},
     "nim": {"registry"},
-    "server": {"bulk", "cli"},
-    "bulk": {"cli"},
-    "evaluate": {"cli"},
+    "server": {"cli"},
     "langchain_nemoretriever": set(),
     "llamaindex_nemoretriever": set(),
     # models in this process
@@ -61,21 +58,11 @@ ONLY = {
     "starlette": {"server"},
     "uvicorn": {"server"},
     "h11": {"server"},
-    # bulk work
-    "pyarrow": {"bulk"},
-    "pypdfium2": {"bulk"},
-    "ray": {"bulk"},
-    # evaluation
-    "bm25s": {"evaluate"},
-    "ir_measures": {"evaluate"},
-    "matplotlib": {"evaluate"},
-    "mteb": {"evaluate"},
-    "sentence_transformers": {"evaluate"},
     # bytes of the wire
-    "orjson": {"bulk", "evaluate", "nim", "server"},
+    "orjson": {"nim", "server"},
     "pybase64": {"images", "nim"},
     # bars
-    "tqdm": {"bulk", "embedder", "evaluate", "pipeline", "stream"},
+    "tqdm": {"embedder", "pipeline", "stream"},
     # frameworks
     "langchain_core": {"langchain_nemoretriever"},
     "llama_index": {"llamaindex_nemoretriever"},

@@ -656,8 +656,9 @@ async def test_cancelling_stops_what_was_not_sent() -> None:
 
 @pytest.mark.parametrize("cancel", [False, True])
 def test_close_finishes_or_cancels_what_was_accepted(cancel: bool) -> None:
-    with FaultyNim(latency=0.05) as nim:
-        engine = Embedder(Options(model="nvidia/m", base_url=nim.url, concurrency=2))
+    with FaultyNim(latency=0.05) as nim:  # a second at least, so that it is closed in the middle
+        options = Options(model="nvidia/m", base_url=nim.url, concurrency=2, max_batch_size=10)
+        engine = Embedder(options)
         outcome: list[object] = []
 
         def work() -> None:

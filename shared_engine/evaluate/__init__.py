@@ -1,1 +1,0 @@
-"""How well a model retrieves from somebody's own documents."""

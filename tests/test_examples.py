@@ -1,0 +1,173 @@
+"""Every example that people copy, run as it stands: Python blocks of Markdown and of docstrings.
+
+Models come from a hub's cache that is made here: random weights under the public names. Where an
+example names a server, a real one answers; what an example takes for granted is in `scope`.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import io
+import itertools
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from shared_engine.catalogue import ModelSpec, find
+from tests.conftest import ROOT
+from tests.support.checkpoints import PROMPTS, build_checkpoint
+from tests.support.faulty_nim import FaultyNim
+from tests.support.vl_checkpoints import VL_SHAPES, build_vl_checkpoint, page
+
+PACKAGES = ("shared_engine", "langchain_nemoretriever", "llamaindex_nemoretriever")
+TEXT, IMAGES = "nvidia/llama-nemotron-embed-1b-v2", "nvidia/llama-nemotron-embed-vl-1b-v2"
+VL = VL_SHAPES["nested"].text
+
+
+class Example(NamedTuple):
+    """Some lines of Python in a document."""
+
+    place: str
+    code: str
+
+
+def list_examples() -> Iterator[Example]:
+    """Yield the blocks of Python in the project's Markdown, and the indented ones of docstrings."""
+    for path in sorted(ROOT.glob("*.md")) + sorted((ROOT / "shared_engine").rglob("*.md")):
+        text = path.read_text()
+        for found in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            line = text[: found.start()].count("\n") + 2
+            yield Example(f"{path.relative_to(ROOT)}:{line}", found[1])
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    name = getattr(node, "name", "module")
+                    for code in find_indented(ast.get_docstring(node) or ""):
+                        yield Example(f"{path.relative_to(ROOT)}:{name}", code)
+
+
+def find_indented(docstring: str) -> Iterator[str]:
+    """Yield what stands indented between empty lines, and is Python.
+
+    >>> list(find_indented("Do:\\n\\n    run()\\n    # so\\n\\nRaises:\\n    Error: always.\\n"))
+    ['run()\\n# so']
+    """
+    for found in re.finditer(r"\n\n((?: {4}.*\n?|\n(?= {4}))+)", docstring):
+        code = textwrap.dedent(found[1]).rstrip()
+        try:
+            ast.parse(code)
+        except SyntaxError:
+            continue
+        if not code.startswith(">>>"):
+            yield code
+
+
+EXAMPLES = list(list_examples())
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hub's cache with both public models, small and of random weights."""
+    folder = tmp_path_factory.mktemp("hub")
+
+    def snapshot(name: str) -> Path:
+        revision = find(name).revision
+        return folder / f"models--{name.replace('/', '--')}" / "snapshots" / revision
+
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 1}
+    dimensions = (384, 512, 768, 1024)
+    build_checkpoint(snapshot(TEXT), prompts=PROMPTS, matryoshka_dimensions=dimensions, **sizes)
+    build_vl_checkpoint(snapshot(IMAGES))
+    return folder
+
+
+def find_small(name: str) -> ModelSpec | None:
+    """Return the catalogue's row with the size that the models of `hub` have."""
+    spec = find(name)
+    if spec is None:
+        return None
+    hidden, layers = (VL.hidden_size, VL.num_hidden_layers) if spec.is_multimodal else (2048, 1)
+    return replace(spec, hidden_size=hidden, num_hidden_layers=layers)
+
+
+@pytest.fixture
+def scope(tmp_path: Path) -> dict[str, Any]:
+    """What the examples take for granted: names of the reader's own, and what the text imports."""
+    from langchain_chroma import Chroma
+    from llama_index.core import Settings
+    from llama_index.core.indices import MultiModalVectorStoreIndex
+    from llama_index.core.ingestion import IngestionPipeline
+    from llama_index.core.schema import ImageNode
+
+    from langchain_nemoretriever import NeMoRetrieverEmbeddings
+    from llamaindex_nemoretriever import NeMoRetrieverEmbedding
+    from shared_engine import Document, Embedder, Options, count_tokens
+
+    for seed, name in enumerate(("page.png", "scan.tiff", "chart.jpeg")):
+        page(seed, 200, 300).save(tmp_path / name)
+    photo = io.BytesIO()
+    page(9, 300, 200).save(photo, "PNG")
+    return {
+        **{
+            kind.__name__: kind
+            for kind in (
+                Chroma,
+                Document,
+                ImageNode,
+                IngestionPipeline,
+                MultiModalVectorStoreIndex,
+                NeMoRetrieverEmbedding,
+                NeMoRetrieverEmbeddings,
+                Path,
+            )
+        },
+        "Settings": Settings,
+        "count_tokens": count_tokens,
+        "itertools": itertools,
+        "photo_bytes": photo.getvalue(),
+        "texts": ["a text", "and another one"],
+        "endless_texts": iter(["a text"] * 3000),
+        "source": iter(["a text"] * 3000),
+        "store": lambda *_: None,
+        "name": TEXT,
+        "nodes": [ImageNode(image_path="page.png", metadata={"name": "page"})],
+        "embedder": Embedder(Options(model=TEXT)),
+        "embeddings": NeMoRetrieverEmbeddings(model=TEXT),
+    }
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[example.place for example in EXAMPLES])
+def test_it_runs(
+    example: Example,
+    hub: Path,
+    scope: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    # A model of a public name must have that model's size; these have all else of it.
+    monkeypatch.setattr("shared_engine.local.checkpoint.find", find_small)
+    monkeypatch.setattr("llama_index.core.Settings._embed_model", None)
+    monkeypatch.chdir(tmp_path)
+    with FaultyNim() as nim:
+        code = re.sub(r"http://localhost:\d+", nim.url.removesuffix("/v1"), example.code)
+        compiled = compile(
+            code, example.place, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+        )
+        running = eval(compiled, scope)
+        if inspect.iscoroutine(running):
+            asyncio.run(running)
+
+
+def test_there_are_examples_in_every_kind_of_document() -> None:
+    places = [example.place.partition(":")[0] for example in EXAMPLES]
+    assert places.count("README.md") >= 6
+    assert {"shared_engine/embedder.py", "shared_engine/usage.py"} <= set(places)
