@@ -1,11 +1,11 @@
 """Files of documents to files of vectors, on one machine or many.
 
-    job.py        what to embed, cut into fragments ......... Job, Fragment, list_fragments
-    tables.py     rows of Parquet, Arrow, CSV, JSON Lines     pages.py  pictures and pages of PDFs
-    fragment.py   one fragment to one file, in any process .. embed_fragment
-    manifest.py   what a folder holds, and what is missing
-    run.py        on this machine .......................... run_local
-    plan.py       rows, tokens, time and bytes beforehand    command.py  `nemoretriever embed`
+job.py        what to embed, cut into fragments ......... Job, Fragment, list_fragments
+tables.py     rows of Parquet, Arrow, CSV, JSON Lines     pages.py  pictures and pages of PDFs
+fragment.py   one fragment to one file, in any process .. embed_fragment
+manifest.py   what a folder holds, and what is missing
+run.py        on this machine .......................... run_local
+plan.py       rows, tokens, time and bytes beforehand    command.py  `nemoretriever embed`
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from shared_engine.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from shared_engine.bulk.batch import EmbedBatch as EmbedBatch
+    from shared_engine.bulk.cluster import run_ray as run_ray
     from shared_engine.bulk.fragment import Done as Done
     from shared_engine.bulk.fragment import embed_fragment as embed_fragment
     from shared_engine.bulk.job import Fragment as Fragment
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from shared_engine.bulk.run import run_local as run_local
 else:
     _FILES = {
+        "batch": ("EmbedBatch",),
+        "cluster": ("run_ray",),
         "fragment": ("Done", "embed_fragment"),
         "job": ("Fragment", "Job", "list_fragments"),
         "run": ("run_local",),

@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
-from shared_engine.errors import ConfigurationError, MissingExtraError
+from shared_engine.bulk import needs_extra
+from shared_engine.errors import ConfigurationError
 from shared_engine.options import Options
 from shared_engine.routing import select_backend
 
@@ -25,18 +25,14 @@ _SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 processes than this one."""
 
 
-def import_ray(part: str = "") -> ModuleType:
+def import_ray(part: str = "") -> Any:
     """Return Ray, or a part of it such as "data".
 
     Raises:
         MissingExtraError: it is not installed.
     """
-    try:
+    with needs_extra("ray"):
         return importlib.import_module(f"ray.{part}" if part else "ray")
-    except ModuleNotFoundError as exc:
-        raise MissingExtraError(
-            f"a cluster needs {exc.name!r}: pip install 'nemoretriever-embeddings[ray]'"
-        ) from exc
 
 
 @contextmanager
@@ -50,7 +46,7 @@ def connect(address: str | None) -> Iterator[None]:
         ConfigurationError: there is no cluster at the address.
         MissingExtraError: Ray is not installed.
     """
-    ray: Any = import_ray()
+    ray = import_ray()
     if ray.is_initialized():
         yield
         return
@@ -83,13 +79,18 @@ class Share:
 
 
 def find_share(
-    options: Options, count: int, *, cpus: float | None = None, gpus: float | None = None
-) -> Share:
-    """Return the share of each of `count` actors with an engine of some options.
+    options: Options,
+    count: int | None = None,
+    *,
+    cpus: float | None = None,
+    gpus: float | None = None,
+) -> tuple[int, Share]:
+    """Return how many actors with an engine of some options there can be, and the share of each.
 
-    Where it is not given: a NIM's client takes a core; a model takes a GPU and a core beside it
-    where nodes have GPUs and its device is not the CPU, else as many cores as all of them can have,
-    since Ray lets an actor compute with as many threads as it has cores.
+    What is not given: a NIM's client takes a core, one on each node. A model takes a GPU and a core
+    beside it where nodes have GPUs and its device is not the CPU, on all of them. Else one on each
+    node, with as many cores as all of them can have: Ray lets an actor compute with as many threads
+    as it has cores.
 
     Raises:
         ConfigurationError: the nodes cannot hold so many of such shares.
@@ -103,19 +104,23 @@ def find_share(
     if gpus is None:
         has_gpus = is_local and options.device != "cpu" and any(node[1] for node in nodes)
         gpus = 1.0 if has_gpus else 0.0
+    wanted = count or sum(_count([node], Share(cpus or 1, gpus)) > 0 for node in nodes)
+    if gpus and count is None:
+        wanted = _count(nodes, Share(cpus or 1, gpus))
     if cpus is None:
         most = int(max((node[0] for node in nodes), default=0)) if is_local and not gpus else 1
-        fitting = (n for n in range(most, 1, -1) if _count(nodes, Share(n, gpus)) >= count)
+        fitting = (n for n in range(most, 1, -1) if _count(nodes, Share(n, gpus)) >= wanted)
         cpus = float(next(fitting, 1))
     share = Share(cpus, gpus)
-    if (room := _count(nodes, share)) < count:
+    room = _count(nodes, share)
+    if room < max(1, wanted):
         there = ", ".join(str(Share(*node)) for node in nodes) or "none"
         raise ConfigurationError(
-            f"{count} workers of {share} each are wanted, and the cluster's nodes have room for "
-            f"{room}; its nodes: {there}"
+            f"{max(1, wanted)} workers of {share} each are wanted, and the cluster has room for "
+            f"{room}; its nodes have: {there}"
         )
-    _log.info("%d workers on %d nodes, each with %s", count, len(nodes), share)
-    return share
+    _log.info("%d workers on %d nodes, each with %s", wanted, len(nodes), share)
+    return wanted, share
 
 
 def _count(nodes: list[tuple[float, float]], share: Share) -> int:

@@ -73,13 +73,13 @@ def build(settings: Replicas | Mapping[str, Any]) -> Any:
         raise ConfigurationError(
             f"max_replicas is {settings.max_replicas}, fewer than replicas: {settings.replicas}"
         )
-    share = find_share(
+    _, share = find_share(
         settings.options,
         settings.replicas,
         cpus=settings.cpus_per_replica,
         gpus=settings.gpus_per_replica,
     )
-    serve: Any = import_ray("serve")
+    serve = import_ray("serve")
     replica = serve.ingress(lambda: _create_app(settings))(_Replica)
     return serve.deployment(replica, name=NAME, **_describe(settings, share)).bind()
 
@@ -146,7 +146,12 @@ async def _is_ready(app: Any) -> bool:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET"}
+    scope: dict[str, Any] = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+    }
     scope |= {"scheme": "http", "path": READY, "raw_path": READY.encode(), "query_string": b""}
     await app(scope | {"headers": [(b"host", b"localhost")], "root_path": ""}, receive, send)
     return bool(sent and sent[0]["status"] == 200)
@@ -162,7 +167,7 @@ def serve_replicas(
         EngineError: the model cannot be served; the message has the reason.
         MissingExtraError: Ray is not installed.
     """
-    serve: Any = import_ray("serve")
+    serve = import_ray("serve")
     with connect(address):
         app = build(settings.model_copy(update={"allowed_hosts": (host, *settings.allowed_hosts)}))
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
