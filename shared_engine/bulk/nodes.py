@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from shared_engine.bulk import needs_extra
-from shared_engine.errors import ConfigurationError
+from shared_engine.errors import ConfigurationError, MissingExtraError
 from shared_engine.options import Options
 from shared_engine.routing import select_backend
 
@@ -31,8 +30,14 @@ def import_ray(part: str = "") -> Any:
     Raises:
         MissingExtraError: it is not installed.
     """
-    with needs_extra("ray"):
-        return importlib.import_module(f"ray.{part}" if part else "ray")
+    try:
+        import ray
+
+        return importlib.import_module(f"ray.{part}") if part else ray
+    except ModuleNotFoundError as exc:
+        raise MissingExtraError(
+            f"a cluster needs {exc.name!r}: pip install 'nemoretriever-embeddings[ray]'"
+        ) from exc
 
 
 @contextmanager

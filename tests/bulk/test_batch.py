@@ -1,4 +1,4 @@
-"""The callable for others' pipelines: a column in, vectors beside it, and what becomes of bad rows."""
+"""The callable for pipelines of others: a column in, vectors beside it, and bad rows named."""
 
 from __future__ import annotations
 
