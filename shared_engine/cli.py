@@ -56,21 +56,47 @@ def _log_to_stderr(level: str) -> Iterator[None]:
 
 def _serve(asked: argparse.Namespace) -> int:
     """Serve a model until a signal comes, then finish what was accepted."""
+    if asked.replicas or asked.max_replicas:
+        return _serve_replicas(asked)
     from shared_engine.server import serve
 
-    limits = {limit.name: getattr(asked, limit.name) for limit in fields(ServerLimits)}
     working = serve(
         read_options(asked, HERE, backend="local"),
         host=asked.host,
         port=asked.port,
         served_name=asked.served_name,
         api_key=read_key(asked),
-        limits=ServerLimits(**limits),
+        limits=_read_limits(asked),
         allowed_hosts=asked.allowed_host,
         log_level=asked.log_level,
         access_log=asked.access_log,
     )
     return 0 if working else 1  # the log has it
+
+
+def _serve_replicas(asked: argparse.Namespace) -> int:
+    from shared_engine.bulk.serving import Replicas, serve_replicas
+
+    read_key(asked)  # said here rather than by every replica
+    settings = Replicas(
+        options=read_options(asked, HERE, backend="local"),
+        served_name=asked.served_name,
+        allowed_hosts=tuple(asked.allowed_host),
+        limits=_read_limits(asked),
+        api_key_env=asked.api_key_env,
+        replicas=asked.replicas or 1,
+        max_replicas=asked.max_replicas,
+        cpus_per_replica=asked.cpus_per_replica,
+        gpus_per_replica=asked.gpus_per_replica,
+    )
+    serve_replicas(settings, address=asked.ray, host=asked.host, port=asked.port)
+    return 0
+
+
+def _read_limits(asked: argparse.Namespace) -> ServerLimits:
+    return ServerLimits(
+        **{limit.name: getattr(asked, limit.name) for limit in fields(ServerLimits)}
+    )
 
 
 def _check(asked: argparse.Namespace) -> int:
@@ -128,6 +154,18 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{limit.metadata['help']} Default: %(default)s.",
         )
     verb.add_argument("--access-log", action="store_true", help="Print a line for every request.")
+    for name, kind, text in (
+        ("replicas", int, "Serve as many of them behind one address, with Ray Serve."),
+        ("max-replicas", int, "As many where the load wants it, and --replicas at least."),
+        ("cpus-per-replica", float, "Cores of each. Default: all of them, shared out."),
+        ("gpus-per-replica", float, "GPUs of each, or a part of one. Default: 1, if there are."),
+    ):
+        verb.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    verb.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="The cluster for replicas. Default: RAY_ADDRESS, or one on this machine.",
+    )
     verb.add_argument("--log-level", default="info", **level)
     verb.set_defaults(run=_serve)
 

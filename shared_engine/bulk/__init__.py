@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from shared_engine.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from shared_engine.bulk.batch import EmbedBatch as EmbedBatch
+    from shared_engine.bulk.cluster import run_ray as run_ray
     from shared_engine.bulk.fragment import embed_fragment as embed_fragment
     from shared_engine.bulk.job import Fragment as Fragment
     from shared_engine.bulk.job import Job as Job
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from shared_engine.bulk.run import run_local as run_local
 else:
     _FILES = {
+        "batch": ("EmbedBatch",),
+        "cluster": ("run_ray",),
         "fragment": ("embed_fragment",),
         "job": ("Fragment", "Job", "list_fragments"),
         "manifest": ("Done",),
