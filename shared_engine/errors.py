@@ -79,7 +79,7 @@ class InputError(NeMoRetrieverError, ValueError):
         reason = super().__str__()
         return reason if self.index is None else f"input {self.index} {reason}"
 
-    def at(self, index: int) -> Self:
+    def at(self, index: int | None) -> Self:
         """Return the same error of an input at another position."""
         moved = copy.copy(self)
         moved.index = index

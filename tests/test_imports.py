@@ -31,6 +31,7 @@ FLOORS = (
     {"embedder"},
     {"shared_engine"},  # the public names
     {"adapter", "arguments", "check", "server"},
+    {"bulk"},
     {"cli", "langchain_nemoretriever", "llamaindex_nemoretriever"},
 )
 """Rooms, from the ground up: each imports from its own floor or a lower one."""
@@ -39,7 +40,8 @@ ONLY = {
     # a wing is entered by one door
     "local": {"registry"},
     "nim": {"registry"},
-    "server": {"cli"},
+    "server": {"bulk", "cli"},
+    "bulk": {"cli"},
     "langchain_nemoretriever": set(),
     "llamaindex_nemoretriever": set(),
     # models in this process
@@ -58,11 +60,15 @@ ONLY = {
     "starlette": {"server"},
     "uvicorn": {"server"},
     "h11": {"server"},
+    # bulk work
+    "pyarrow": {"bulk"},
+    "pypdfium2": {"bulk"},
+    "ray": {"bulk"},
     # bytes of the wire
     "orjson": {"nim", "server"},
     "pybase64": {"images", "nim"},
     # bars
-    "tqdm": {"embedder", "pipeline", "stream"},
+    "tqdm": {"bulk", "embedder", "pipeline", "stream"},
     # frameworks
     "langchain_core": {"langchain_nemoretriever"},
     "llama_index": {"llamaindex_nemoretriever"},

@@ -21,11 +21,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from shared_engine.bulk.fragment import Done, embed_fragment
-from shared_engine.bulk.job import Fragment, Job, list_fragments
-from shared_engine.bulk.manifest import find_done, merge_errors, open_folder
+from shared_engine.bulk.fragment import embed_fragment
+from shared_engine.bulk.job import Fragment, Job
+from shared_engine.bulk.manifest import Done
 from shared_engine.bulk.nodes import Share, connect, find_share, import_ray
-from shared_engine.bulk.run import Summary
+from shared_engine.bulk.run import Summary, begin, finish
 from shared_engine.embedder import Embedder
 from shared_engine.errors import EngineError, InputError, NeMoRetrieverError
 
@@ -59,34 +59,23 @@ def run_ray(
     """
     import_ray("data")
     started = time.perf_counter()
-    open_folder(job)
-    fragments = list_fragments(job)
-    done = find_done(job, fragments)
-    missing = [fragment for fragment in fragments if fragment.name not in done]
-    rows = tokens = 0
+    work = begin(job)
+    done: list[Done] = []
     unread: list[tuple[Fragment, NeMoRetrieverError]] = []
-    if missing:
+    if work.missing:
         with connect(address):
             count, share = find_share(
                 job.options, workers, cpus=cpus_per_worker, gpus=gpus_per_worker
             )
-            with closing(embed_fragments(job, missing, count, share)) as outcomes:
+            with closing(embed_fragments(job, work.missing, count, share)) as outcomes:
                 for fragment, outcome in outcomes:
                     if isinstance(outcome, Done):
-                        rows += outcome.rows
-                        tokens += outcome.tokens
+                        done.append(outcome)
                     elif isinstance(outcome, InputError) and not job.strict:
                         unread.append((fragment, outcome))
                     else:
                         raise outcome
-    return Summary(
-        rows=rows,
-        failed=merge_errors(job),
-        skipped=sum(each.rows for each in done.values()),
-        tokens=tokens,
-        seconds=time.perf_counter() - started,
-        unread=tuple(unread),
-    )
+    return finish(job, work, done, unread, time.perf_counter() - started)
 
 
 def embed_fragments(

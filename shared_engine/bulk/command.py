@@ -68,8 +68,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="ADDRESS",
         help="Embed on a Ray cluster; without an address the one that is there, or a new one.",
     )
-    verb.add_argument("--workers", type=int, default=1, metavar="N", help="Engines on the cluster.")
-    verb.add_argument("--gpus-per-worker", type=float, default=0, metavar="G")
+    verb.add_argument("--workers", type=int, metavar="N", help="Engines on the cluster.")
+    verb.add_argument("--gpus-per-worker", type=float, metavar="G")
     add_options(verb, (*HERE, *VECTORS, *THERE))
     add_key(verb)
     verb.add_argument(
@@ -90,7 +90,7 @@ def _embed(asked: argparse.Namespace) -> int:
     with needs_extra("bulk"):
         from shared_engine.bulk.job import Job
         from shared_engine.bulk.plan import plan
-        from shared_engine.bulk.run import run_local
+        from shared_engine.bulk.run import begin, find_work, run_local
     job = Job(
         inputs=tuple(os.path.abspath(path) for path in asked.inputs),
         out=os.path.abspath(asked.out),
@@ -108,17 +108,20 @@ def _embed(asked: argparse.Namespace) -> int:
         with needs_extra("ray"):
             from shared_engine.bulk.cluster import run_ray
         address = None if asked.ray == "auto" else asked.ray
-        summary = run_ray(job, address, asked.workers, asked.gpus_per_worker)
+        summary = run_ray(
+            job, address, workers=asked.workers, gpus_per_worker=asked.gpus_per_worker
+        )
     else:
         from shared_engine.embedder import Embedder
 
         with Embedder(options) as embedder:
             if asked.plan:
-                print(plan(job, embedder, seconds=_PLAN_SECONDS))
+                print(plan(job, embedder, find_work(job), seconds=_PLAN_SECONDS))
                 return 0
-            estimate = plan(job, embedder, seconds=_HEADING_SECONDS, most=0.05)
+            work = begin(job)
+            estimate = plan(job, embedder, work, seconds=_HEADING_SECONDS, most=0.05)
             print(estimate.heading, file=sys.stderr)
-            summary = run_local(job, embedder)
+            summary = run_local(job, embedder, work=work)
     for fragment, error in summary.unread[:10]:
         print(f"nemoretriever: {fragment.title}: {error}", file=sys.stderr)
     if summary.failed:

@@ -217,8 +217,7 @@ def _name_errors(
 ) -> Any:
     rows = sorted(errors)
     columns = [
-        [str(errors[row].at(None)) if isinstance(errors[row], InputError) else str(errors[row])
-         for row in rows],
+        [_name_reason(errors[row]) for row in rows],
         [type(errors[row]).__name__ for row in rows],
         [fragment.title] * len(rows),
         [first + row for row in rows],
@@ -226,6 +225,10 @@ def _name_errors(
     ids = window.kept["id"].take(rows)
     fields = pa.schema([window.kept.schema.field("id"), *_ERRORS])
     return pa.table([ids, *columns], schema=fields)
+
+
+def _name_reason(error: NeMoRetrieverError) -> str:
+    return str(error.at(None) if isinstance(error, InputError) else error)
 
 
 def _first_error(table: Any) -> InputError:

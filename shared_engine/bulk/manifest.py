@@ -165,8 +165,9 @@ def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
                     f"{fragment.source} changed since its rows were embedded; put it back as it "
                     f"was, or remove {folder}/{fragment.name[:-12]}*.parquet to embed it again"
                 )
-            counts = (int(footer[name]) for name in ("rows", "failed", "tokens"))
-            done[fragment.name] = Done(fragment.name, *counts, float(footer["seconds"]))
+            rows, failed, tokens = (int(footer[name]) for name in ("rows", "failed", "tokens"))
+            seconds = float(footer["seconds"])
+            done[fragment.name] = Done(fragment.name, rows, failed, tokens, seconds)
     return done
 
 
@@ -212,13 +213,14 @@ def writing(path: str) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError) as exc:
         raise OutputError(
-            f"{path} cannot be written: {os.strerror(exc.errno) if _has_number(exc) else exc}. "
+            f"{path} cannot be written: {_explain(exc)}. "
             "What was finished is kept; the same command goes on from there"
         ) from exc
 
 
-def _has_number(exc: Any) -> bool:
-    return getattr(exc, "errno", None) is not None
+def _explain(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    return str(error) if number is None else os.strerror(number)
 
 
 @contextmanager

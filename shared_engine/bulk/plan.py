@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from shared_engine.bulk import fragment as fragments_
-from shared_engine.bulk import manifest
-from shared_engine.bulk.job import Fragment, Job, list_fragments
+from shared_engine.bulk.job import Fragment, Job
 from shared_engine.bulk.rows import Rows, find_schema, read_rows
+from shared_engine.bulk.run import Work
 from shared_engine.catalogue import find
+from shared_engine.documents import Document
 from shared_engine.embedder import Embedder
 
 _SAMPLE, _IMAGE_SAMPLE = 2_048, 64
@@ -78,13 +81,19 @@ class Plan:
 
 
 def plan(
-    job: Job, embedder: Embedder, seconds: float = 10.0, most: float = 1.0, seed: int = 0
+    job: Job,
+    embedder: Embedder,
+    work: Work,
+    seconds: float = 10.0,
+    most: float = 1.0,
+    seed: int = 0,
 ) -> Plan:
-    """Return what a job will take, at this engine; nothing is written to its folder.
+    """Return what a job will take at this engine; nothing is written to its folder.
 
     Args:
         job: what to embed.
         embedder: the engine that will do it.
+        work: what of it is missing.
         seconds: how long to measure, warm-up included, once the model is loaded.
         most: the largest part of the missing rows that the measurement may cost.
         seed: of the sample.
@@ -93,28 +102,22 @@ def plan(
         ConfigurationError, InputError: as `run.begin` does.
         NeMoRetrieverError: the engine fails.
     """
-    fragments = list_fragments(job)
-    count = sum(fragment.rows for fragment in fragments)
-    missing = count
-    if os.path.isdir(os.path.join(job.out, "vectors")):
-        done = manifest.find_done(job, fragments)
-        missing = sum(fragment.rows for fragment in fragments if fragment.name not in done)
-    width = embedder.dimensions
+    count = sum(fragment.rows for fragment in work.fragments)
+    missing = sum(fragment.rows for fragment in work.missing)
+    full = embedder.with_options(dimensions=None).dimensions
     spec = find(job.options.model)
-    widths = tuple(sorted({*(spec.dimensions if spec else ()), width}))
+    shorter = (width for width in (spec.dimensions if spec else ()) if width < full)
+    widths = tuple(sorted({*shorter, full, embedder.dimensions}))
     if not missing:
         return Plan(count, 0, 0.0, 0.0, 0.0, widths)
-    schema = find_schema(job, fragments[0])
-    sample = _draw(job, fragments, schema, random.Random(seed))
-    embedder.embed(["warm up"], job.role)
+    schema = find_schema(job, work.fragments[0])
+    sample = _draw(job, work.missing, schema, random.Random(seed))
     measured = _measure(job, embedder, schema, sample, seconds, int(missing * most))
     return Plan(count, missing, *measured, widths)
 
 
 def _draw(job: Job, fragments: list[Fragment], schema: Any, dice: random.Random) -> Rows:
     """Return rows from all over the input, in random order."""
-    import pyarrow as pa
-
     window = fragments_.find_window(job, fragments[0])
     wanted = _SAMPLE if window == fragments_.WINDOW else _IMAGE_SAMPLE
     weights = [fragment.rows for fragment in fragments]
@@ -124,7 +127,9 @@ def _draw(job: Job, fragments: list[Fragment], schema: Any, dice: random.Random)
         if len(fragments) > 1
         else [0]
     )
-    tables, documents, refused = [], [], {}
+    tables: list[Any] = []
+    documents: list[str | Document] = []
+    refused: dict[int, str] = {}
     share = wanted / chosen.total()
     for number, times in sorted(chosen.items()):
         fragment = fragments[number]
@@ -163,60 +168,55 @@ def _take(rows: Rows, which: list[int]) -> Rows:
     )
 
 
-def _measure(
+def _measure(  # noqa: PLR0917
     job: Job, embedder: Embedder, schema: Any, sample: Rows, seconds: float, most: int
 ) -> tuple[float, float, float]:
-    """Return tokens per row, rows per second, and bytes kept per row."""
-    largest = fragments_.WINDOW if len(sample.documents) > _IMAGE_SAMPLE else _SMALLEST
-    size = min(_SMALLEST, largest)
+    """Return tokens per row, rows per second, and bytes kept per row.
+
+    Windows become larger until one takes long enough, which warms the engine up; then windows of
+    that size are measured until the time is over.
+    """
+    has_images = len(sample.documents) <= _IMAGE_SAMPLE and job.image_column is not None
+    largest = fragments_.IMAGE_WINDOW if has_images else fragments_.WINDOW
     own = embedder.with_options(show_progress=False)
-    facts = {"model": job.options.model}
+    own.embed(["warm up"], job.role)
+    warm = own.usage
     deadline = time.monotonic() + seconds
-    spent = rows = 0
-    rate = 0.0
+    size, rows, rate, is_last = _SMALLEST, 0, 0.0, False
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "sample.parquet")
-        with fragments_.open_writer(path, schema, own, facts) as writer:
-            while time.monotonic() < deadline and spent + 4 * size <= max(most, 4 * size):
-                is_last = size >= largest
-                started, count = None, 0
-                limit = (most - spent) // size
-                for window, vectors, errors in fragments_.embed_windows(
-                    job, own, _repeat(sample, size, max(limit, 4), deadline)
-                ):
+        with fragments_.open_writer(path, schema, own, {}) as writer:
+            while time.monotonic() < deadline and rows + 4 * size <= most:
+                started, count = 0.0, 0
+                source = _repeat(sample, size, (most - rows) // size)
+                for window, vectors, errors in fragments_.embed_windows(job, own, source):
                     fragments_.write_window(writer, window, vectors, errors)
-                    rows += len(window.documents)
+                    rows += size
                     now = time.monotonic()
-                    if started is None:
+                    if not started:  # of the first, also the way through the empty engine
                         started = now
                         continue
-                    count += len(window.documents)
-                    if not is_last and count >= 4 * size:
+                    count += size
+                    rate = count / (now - started)
+                    if now >= deadline or (not is_last and count >= 4 * size):
                         break
-                spent = rows
-                if started is not None and count:
-                    rate = count / (time.monotonic() - started)
-                # a window that takes a tenth of the time is large enough
-                if is_last or (rate and size / rate > seconds / 20):
-                    if time.monotonic() >= deadline or is_last:
-                        break
-                else:
-                    size *= 2
-        kept = os.path.getsize(path) / max(rows, 1)
-    tokens = own.usage / rows if rows else 0.0
+                if is_last:
+                    break
+                is_last = 2 * size > largest or not rate or size / rate > seconds / 20
+                size = size if is_last else 2 * size
+        kept = os.path.getsize(path)
     bits = {"float": 32, "int8": 8, "uint8": 8}.get(own.options.embedding_type, 1)
-    return tokens, rate, max(0.0, kept - own.dimensions * bits / 8)
+    if not rows:
+        return 0.0, 0.0, 0.0
+    per_row = max(0.0, kept / rows - own.dimensions * bits / 8)
+    return (own.usage - warm) / rows, rate, per_row
 
 
-def _repeat(sample: Rows, size: int, windows: int, deadline: float) -> Iterator[Rows]:
-    """Yield windows of the sample, over and over until it is time."""
+def _repeat(sample: Rows, size: int, windows: int) -> Iterator[Rows]:
+    """Yield windows of the sample, over and over."""
     count = len(sample.documents)
-    at = 0
-    for _ in range(windows):
-        if time.monotonic() >= deadline:
-            return
-        yield _take(sample, [(at + n) % count for n in range(size)])
-        at += size
+    for number in range(windows):
+        yield _take(sample, [(number * size + n) % count for n in range(size)])
 
 
 def _name_time(seconds: float) -> str:

@@ -128,7 +128,10 @@ def _make_document(text: str | None, image: Any, folder: str) -> str | Document:
 
 
 def _read_pages(job: Job, fragment: Fragment, schema: Any, numbers: range) -> Rows:
-    ids, paths, documents, refused = [], [], [], {}
+    ids: list[str] = []
+    paths: list[str] = []
+    documents: list[str | Document] = []
+    refused: dict[int, str] = {}
     for row, number in enumerate(numbers):
         if fragment.names:
             name = fragment.names[number]
@@ -166,4 +169,4 @@ def _require(names: list[str], found: Any, fragment: Fragment) -> None:
 def _is_text(kind: Any) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
+    return bool(kind in (pa.string(), pa.large_string(), pa.string_view()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterable
@@ -66,6 +67,19 @@ class Summary:
         return text + (f"; {lost:,} rows could not be read" if lost else "")
 
 
+def find_work(job: Job, fragments: list[Fragment] | None = None) -> Work:
+    """List a job's fragments and find what is missing; nothing is written.
+
+    Raises:
+        ConfigurationError: a source changed.
+        InputError: a table cannot be read at all.
+    """
+    fragments = list_fragments(job) if fragments is None else fragments
+    is_begun = os.path.isdir(os.path.join(job.out, "vectors"))
+    done = manifest.find_done(job, fragments) if is_begun else {}
+    return Work(fragments, [each for each in fragments if each.name not in done], done)
+
+
 def begin(job: Job) -> Work:
     """List a job's fragments, open its folder, check its ids, and find what is missing.
 
@@ -75,15 +89,14 @@ def begin(job: Job) -> Work:
         OutputError: the folder cannot be written.
     """
     fragments = list_fragments(job)
-    schema = find_schema(job, fragments[0]) if fragments else None
-    if schema is None:
+    if not fragments:
         return Work([], [], {})
+    schema = find_schema(job, fragments[0])
     manifest.open_folder(job, schema)
-    done = manifest.find_done(job, fragments)
-    missing = [fragment for fragment in fragments if fragment.name not in done]
-    if missing:
+    work = find_work(job, fragments)
+    if work.missing:
         check_ids(job, fragments, schema)
-    return Work(fragments, missing, done)
+    return work
 
 
 def finish(
@@ -100,14 +113,21 @@ def finish(
     return Summary(rows, failed, before, tokens, seconds, tuple(unread))
 
 
-def run_local(job: Job, embedder: Embedder | None = None, show_progress: bool = True) -> Summary:
+def run_local(
+    job: Job,
+    embedder: Embedder | None = None,
+    show_progress: bool = True,
+    work: Work | None = None,
+) -> Summary:
     """Do what is missing of a job, resume included; errors of rows are in errors.parquet after.
+
+    `work` is what `begin` gave, if that was called before.
 
     Raises:
         ConfigurationError: the folder is another job's; a source changed; an id is there twice.
         NeMoRetrieverError: what ended the run, as `embed_fragment` raises it. What was done stays.
     """
-    work = begin(job)
+    work = begin(job) if work is None else work
     start = time.monotonic()
     owned = Embedder(job.options) if embedder is None else None
     bar = tqdm(

@@ -254,7 +254,8 @@ def cut(count: int, rows: int) -> Iterator[Range]:
 
 def _overlap(counts: Sequence[int], part: Range) -> tuple[list[int], int]:
     """Return which of some pieces hold a range, and the rows to skip in the first of them."""
-    which, skip, start = [], 0, 0
+    which: list[int] = []
+    skip = start = 0
     for number, count in enumerate(counts):
         if start < part.first + part.rows and start + count > part.first:
             skip = skip if which else part.first - start
