@@ -7,15 +7,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from shared_engine.bulk import pages, tables
 from shared_engine.documents import Role
 from shared_engine.errors import ConfigurationError, InputError
 from shared_engine.options import Options
-
-Layer = Literal["picture", "text", "both"]
-"""What of a page of a PDF is embedded: how it looks, its text layer, or the two as one."""
 
 ROWS_PER_FILE = 10_000
 """Rows of text in a fragment: 80 MB of float32 vectors of 2,048 values."""
@@ -43,7 +40,7 @@ class Job:
     """Columns to keep beside the vectors."""
     rows_per_file: int | None = None
     """The most rows in a fragment, and so in a file of vectors; None suits the kind of input."""
-    pdf: Layer = "picture"
+    pdf: pages.Layer = "picture"
     strict: bool = False
     """Whether the first row that cannot be embedded ends the run."""
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import pypdfium2
 
 from shared_engine.documents import Document
 
-if TYPE_CHECKING:
-    from shared_engine.bulk.job import Layer
+Layer = Literal["picture", "text", "both"]
+"""What of a page of a PDF is embedded: how it looks, its text layer, or the two as one."""
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
 """Of files that are pictures."""

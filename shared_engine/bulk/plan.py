@@ -80,7 +80,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(
+def plan(  # noqa: PLR0917
     job: Job,
     embedder: Embedder,
     work: Work,
@@ -186,20 +186,19 @@ def _measure(  # noqa: PLR0917
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "sample.parquet")
         with fragments_.open_writer(path, schema, own, {}) as writer:
-            while time.monotonic() < deadline and rows + 4 * size <= most:
+            while time.monotonic() < deadline and rows + 5 * size <= most:
                 started, count = 0.0, 0
-                source = _repeat(sample, size, (most - rows) // size)
+                windows = (most - rows) // size if is_last else 5
+                source = _repeat(sample, size, windows, deadline)
                 for window, vectors, errors in fragments_.embed_windows(job, own, source):
                     fragments_.write_window(writer, window, vectors, errors)
                     rows += size
                     now = time.monotonic()
                     if not started:  # of the first, also the way through the empty engine
                         started = now
-                        continue
-                    count += size
-                    rate = count / (now - started)
-                    if now >= deadline or (not is_last and count >= 4 * size):
-                        break
+                    elif now < deadline or not count:  # after it, no more are submitted
+                        count += size
+                        rate = count / (now - started)
                 if is_last:
                     break
                 is_last = 2 * size > largest or not rate or size / rate > seconds / 20
@@ -212,10 +211,12 @@ def _measure(  # noqa: PLR0917
     return (own.usage - warm) / rows, rate, per_row
 
 
-def _repeat(sample: Rows, size: int, windows: int) -> Iterator[Rows]:
-    """Yield windows of the sample, over and over."""
+def _repeat(sample: Rows, size: int, windows: int, deadline: float) -> Iterator[Rows]:
+    """Yield windows of the sample, over and over until it is time."""
     count = len(sample.documents)
     for number in range(windows):
+        if number > 1 and time.monotonic() >= deadline:
+            return
         yield _take(sample, [(number * size + n) % count for n in range(size)])
 
 
