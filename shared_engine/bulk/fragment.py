@@ -72,9 +72,10 @@ def embed_fragment(
         RemoteError, EngineError, EngineClosedError: as with `Embedder.stream`; the run should stop.
     """
     start = time.monotonic()
-    own = embedder.with_options(show_progress=False)  # which counts its own tokens
+    # It counts its own tokens; numbers become another type here, once it is known which are right.
+    own = embedder.with_options(show_progress=False, embedding_type="float")
     schema = manifest.read_schema(job)
-    facts = manifest.describe_engine(job, own)
+    facts = manifest.describe_engine(job, embedder)
     _check_unchanged(fragment)
     windows = read_rows(job, fragment, schema, find_window(job, fragment))
     vectors_path = os.path.join(job.out, "vectors", f"{fragment.name}.parquet")
@@ -82,14 +83,14 @@ def embed_fragment(
     rows = failed = told = 0
     bad: list[Any] = []
     with manifest.writing(vectors_path), manifest.write_beside(vectors_path) as beside:
-        with open_writer(beside, schema, own, facts) as writer:
+        with open_writer(beside, job, schema, own.dimensions, facts) as writer:
             for window, vectors, errors in embed_windows(job, own, windows, on_read):
                 if errors:
                     table = _name_errors(fragment, window, errors, fragment.first + rows + failed)
                     if job.strict:
                         raise _first_error(table)
                     bad.append(table)
-                write_window(writer, window, vectors, errors)
+                write_window(writer, window, vectors, errors, job.options.embedding_type)
                 good = len(window.documents) - len(errors)
                 rows, failed = rows + good, failed + len(errors)
                 if on_rows is not None:
@@ -125,7 +126,7 @@ def embed_windows(
     windows: Iterator[Rows],
     on_read: Callable[[], object] | None = None,
 ) -> Iterator[tuple[Rows, NDArray[Any], dict[int, NeMoRetrieverError]]]:
-    """Yield windows with the vectors of all their rows, and the errors of some by row.
+    """Yield windows with the vectors (n, d) float32 of their rows, and the errors of some by row.
 
     Windows must be of one size, but for the last.
     """
@@ -169,9 +170,9 @@ def embed_windows(
         stream.close()
 
 
-def open_writer(path: str, schema: Any, embedder: Embedder, facts: dict[str, str]) -> Any:
+def open_writer(path: str, job: Job, schema: Any, width: int, facts: dict[str, str]) -> Any:
     """Return a writer of ids, kept columns and vectors (fixed-size lists) with metadata."""
-    kind, width = embedder.options.embedding_type, embedder.dimensions
+    kind = job.options.embedding_type
     if kind in ("binary", "ubinary"):
         width = -(-width // 8)
     vector = pa.field("vector", pa.list_(pa.field("item", _VALUES[kind], False), width), False)
@@ -185,22 +186,21 @@ def open_writer(path: str, schema: Any, embedder: Embedder, facts: dict[str, str
 
 
 def write_window(
-    writer: Any, window: Rows, vectors: NDArray[Any], errors: dict[int, NeMoRetrieverError]
+    writer: Any,
+    window: Rows,
+    vectors: NDArray[Any],
+    errors: dict[int, NeMoRetrieverError],
+    kind: EmbeddingType,
 ) -> None:
     """Write the rows of a window that have a vector."""
     kept = window.kept
-    vector = writer.schema.field("vector").type
-    if errors:  # the others are there as float32 then
+    if errors:
         good = [row for row in range(len(window.documents)) if row not in errors]
         if not good:
             return
-        kept = kept.take(good)
-        vectors = vectors[good]
-        if vectors.dtype == np.float32 and vector.value_type != pa.float32():
-            kinds = [kind for kind, value in _VALUES.items() if value == vector.value_type]
-            packed = vectors.shape[1] != vector.list_size
-            vectors = quantize(vectors, kinds[1] if packed else kinds[0])
-    values = pa.array(np.ascontiguousarray(vectors).reshape(-1))
+        kept, vectors = kept.take(good), vectors[good]
+    vector = writer.schema.field("vector").type
+    values = pa.array(quantize(vectors, kind).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(values, type=vector)
     writer.write_table(pa.table([*kept.columns, column], schema=writer.schema))
 

@@ -202,7 +202,7 @@ def merge_errors(job: Job) -> int:
 
 @contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Turn what Arrow and the file system raise into an OutputError.
+    """Turn what the file system raises, also through Arrow, into an OutputError.
 
     Raises:
         OutputError: no space, no permission and the like.
@@ -211,16 +211,15 @@ def writing(path: str) -> Iterator[None]:
         yield
     except NeMoRetrieverError:  # some are OSErrors too
         raise
-    except (pa.ArrowException, OSError) as exc:
+    except OSError as exc:
         raise OutputError(
             f"{path} cannot be written: {_explain(exc)}. "
             "What was finished is kept; the same command goes on from there"
         ) from exc
 
 
-def _explain(error: Exception) -> str:
-    number = getattr(error, "errno", None)
-    return str(error) if number is None else os.strerror(number)
+def _explain(error: OSError) -> str:
+    return str(error) if error.errno is None else os.strerror(error.errno)
 
 
 @contextmanager

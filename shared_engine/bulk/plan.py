@@ -178,20 +178,20 @@ def _measure(  # noqa: PLR0917
     """
     has_images = len(sample.documents) <= _IMAGE_SAMPLE and job.image_column is not None
     largest = fragments_.IMAGE_WINDOW if has_images else fragments_.WINDOW
-    own = embedder.with_options(show_progress=False)
+    own = embedder.with_options(show_progress=False, embedding_type="float")
     own.embed(["warm up"], job.role)
-    warm = own.usage
+    warm, kind = own.usage, job.options.embedding_type
     deadline = time.monotonic() + seconds
     size, rows, rate, is_last = _SMALLEST, 0, 0.0, False
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "sample.parquet")
-        with fragments_.open_writer(path, schema, own, {}) as writer:
+        with fragments_.open_writer(path, job, schema, own.dimensions, {}) as writer:
             while time.monotonic() < deadline and rows + 5 * size <= most:
                 started, count = 0.0, 0
                 windows = (most - rows) // size if is_last else 5
                 source = _repeat(sample, size, windows, deadline)
                 for window, vectors, errors in fragments_.embed_windows(job, own, source):
-                    fragments_.write_window(writer, window, vectors, errors)
+                    fragments_.write_window(writer, window, vectors, errors, kind)
                     rows += size
                     now = time.monotonic()
                     if not started:  # of the first, also the way through the empty engine
@@ -204,7 +204,7 @@ def _measure(  # noqa: PLR0917
                 is_last = 2 * size > largest or not rate or size / rate > seconds / 20
                 size = size if is_last else 2 * size
         kept = os.path.getsize(path)
-    bits = {"float": 32, "int8": 8, "uint8": 8}.get(own.options.embedding_type, 1)
+    bits = {"float": 32, "int8": 8, "uint8": 8}.get(kind, 1)
     if not rows:
         return 0.0, 0.0, 0.0
     per_row = max(0.0, kept / rows - own.dimensions * bits / 8)

@@ -73,14 +73,15 @@ def read_rows(job: Job, fragment: Fragment, schema: Any, size: int) -> Iterator[
             yield _read_pages(job, fragment, schema, range(start, min(start + size, fragment.rows)))
         return
     text, image = _find_inputs(job)
-    with tables.reading(fragment.source):
-        found = tables.find_format(fragment.source).read_schema(fragment.source)
     fields = {name: schema.field(name) for name in schema.names if name != "id"}
     if job.id_column is not None:
         fields[job.id_column] = schema.field("id").with_name(job.id_column)
     if text is not None:
         fields[text] = pa.field(text, pa.string())
-    if image is not None and image in found.names:
+    if image is not None:
+        with tables.reading(fragment.source):
+            found = tables.find_format(fragment.source).read_schema(fragment.source)
+        _require([image], found, fragment)
         kind = found.field(image).type
         fields[image] = pa.field(image, pa.string() if _is_text(kind) else kind)
     part = tables.Range(fragment.first, fragment.rows, fragment.begin, fragment.end)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
+import orjson
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
@@ -20,7 +21,7 @@ _AT_ONCE = 1024
 """Rows that are read at once."""
 _BUFFER = 1 << 20
 """Bytes of a Parquet column that are read at once: a row group may not fit into memory."""
-_HEAD = 1 << 24
+_HEAD = 1 << 22
 """Bytes at the head of a JSON file from which the types of its columns are told."""
 
 
@@ -193,11 +194,19 @@ def _read_csv_schema(path: str) -> pa.Schema:
 
 def _read_json_schema(path: str) -> pa.Schema:
     with open(path, "rb") as file:
-        head = b"".join(file.readlines(_HEAD))  # whole lines
+        lines = file.readlines(_HEAD)  # whole ones
+    head = b"".join(line for line in lines if _is_json(line))  # others are for when they are read
     options = pyarrow.json.ReadOptions(block_size=len(head) + 1)
     return (
         pyarrow.json.read_json(io.BytesIO(head), options).schema if head.strip() else pa.schema([])
     )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(line), dict)
+    except orjson.JSONDecodeError:
+        return False
 
 
 _PARQUET = Format(pq.read_schema, _split_parquet, _read_parquet)
@@ -228,12 +237,14 @@ def read_batches(path: str, part: Range, schema: pa.Schema, size: int) -> Iterat
         InputError: they cannot be read, are of other types, or fewer than were counted.
     """
     where = f"{path}, rows {part.first:,} to {part.first + part.rows - 1:,},"
-    with reading(where):
-        missing = set(schema.names) - set(find_format(path).read_schema(path).names)
-        if missing and find_format(path) is not _JSON:
+    kind = find_format(path)
+    if kind is not _JSON:  # where a column may be missing from some rows
+        with reading(where):
+            missing = set(schema.names) - set(kind.read_schema(path).names)
+        if missing:
             raise InputError(f"{where} has no column {', '.join(sorted(missing))}")
     found = 0
-    windows = _windows(find_format(path).read(path, part, schema), size)
+    windows = _windows(kind.read(path, part, schema), size)
     while True:
         with reading(where):
             window = next(windows, None)

@@ -34,7 +34,9 @@ def make_job(tmp_path: Path, nim: Nim) -> Callable[..., Job]:
         source: pa.Table | Path | None = None, options: dict[str, Any] | None = None, **more: Any
     ) -> Job:
         if source is None:
-            source = passages(100)
+            source = tmp_path / "input.parquet"
+            if not source.exists():
+                pq.write_table(passages(100), source)
         if isinstance(source, pa.Table):
             path = tmp_path / "input.parquet"
             pq.write_table(source, path)

@@ -50,7 +50,7 @@ def read_vectors(table: pa.Table) -> np.ndarray:
 
 
 def texts_of(nim: Nim) -> list[str]:
-    return [text for body in nim.bodies for text in body["input"]]
+    return [text for body in nim.bodies for text in body["input"] if text != "?"]  # a probe
 
 
 # Every format
@@ -138,7 +138,7 @@ def test_leading_zeros_of_an_id_in_a_csv_stay(tmp_path, make_job):
 def test_fragments_and_jobs_pickle_and_are_the_same_in_every_run(make_job):
     job = make_job()
     fragments = list_fragments(job)
-    assert list_fragments(pickle.loads(pickle.dumps(make_job()))) != []
+    assert list_fragments(pickle.loads(pickle.dumps(job))) == fragments
     assert pickle.loads(pickle.dumps(fragments)) == fragments == list_fragments(job)
     assert [Fragment(**json.loads(json.dumps(f.to_dict()))).name for f in fragments] == [
         f.name for f in fragments
@@ -371,10 +371,10 @@ def test_equal_hashes_of_other_ids_are_no_matter(make_job, monkeypatch):
 
 def test_many_files_of_hashes_find_the_same(make_job, monkeypatch):
     monkeypatch.setattr("shared_engine.bulk.ids._AT_ONCE", 8)
-    assert run(make_job()).rows == 100
     keys = [*range(99), 50]
     with pytest.raises(ConfigurationError, match="id 50 is there twice"):
-        run(make_job(passages(100).set_column(0, "key", pa.array(keys)), role="document"))
+        run(make_job(passages(100).set_column(0, "key", pa.array(keys))))
+    assert run(make_job(passages(100))).rows == 100
 
 
 # What cannot be read or written
