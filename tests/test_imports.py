@@ -65,7 +65,7 @@ ONLY = {
     "pypdfium2": {"bulk"},
     "ray": {"bulk"},
     # bytes of the wire
-    "orjson": {"nim", "server"},
+    "orjson": {"bulk", "nim", "server"},
     "pybase64": {"images", "nim"},
     # bars
     "tqdm": {"bulk", "embedder", "pipeline", "stream"},
