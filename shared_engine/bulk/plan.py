@@ -187,21 +187,17 @@ def _measure(  # noqa: PLR0917
         path = os.path.join(folder, "sample.parquet")
         with fragments_.open_writer(path, job, schema, own.dimensions, {}) as writer:
             while time.monotonic() < deadline and rows + 5 * size <= most:
-                started, count = 0.0, 0
+                started, count = time.monotonic(), 0
                 windows = (most - rows) // size if is_last else 5
                 source = _repeat(sample, size, windows, deadline)
                 for window, vectors, errors in fragments_.embed_windows(job, own, source):
                     fragments_.write_window(writer, window, vectors, errors, kind)
-                    rows += size
-                    now = time.monotonic()
-                    if not started:  # of the first, also the way through the empty engine
-                        started = now
-                    elif now < deadline or not count:  # after it, no more are submitted
-                        count += size
-                        rate = count / (now - started)
+                    count += size
+                rows += count
+                rate = count / (time.monotonic() - started)
                 if is_last:
                     break
-                is_last = 2 * size > largest or not rate or size / rate > seconds / 20
+                is_last = 2 * size > largest or size / rate > seconds / 20
                 size = size if is_last else 2 * size
         kept = os.path.getsize(path)
     bits = {"float": 32, "int8": 8, "uint8": 8}.get(kind, 1)

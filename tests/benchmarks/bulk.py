@@ -25,9 +25,16 @@ sys.path.insert(0, str(ROOT))
 from shared_engine import Embedder, Options  # noqa: E402
 from shared_engine.bulk.job import Job  # noqa: E402
 from shared_engine.bulk.run import run_local  # noqa: E402
-from tests.support.nim import answer  # noqa: E402
+from tests.support.nim import MODEL, answer, write_models  # noqa: E402
 
 _AT_ONCE = 20_000
+
+
+def reply(request: httpx.Request) -> httpx.Response:
+    """Do as a NIM does, and keep nothing."""
+    if request.method == "GET":
+        return httpx.Response(200, content=write_models([MODEL]))
+    return httpx.Response(200, content=answer(json.loads(request.content)))
 
 
 def run(rows: int) -> dict[str, float]:
@@ -43,11 +50,7 @@ def run(rows: int) -> dict[str, float]:
         options = Options(
             base_url="http://nim:8000",
             dimensions=16,
-            http_client=lambda: httpx.AsyncClient(
-                transport=httpx.MockTransport(
-                    lambda request: httpx.Response(200, content=answer(json.loads(request.content)))
-                )
-            ),
+            http_client=lambda: httpx.AsyncClient(transport=httpx.MockTransport(reply)),
         )
         job = Job((str(path),), f"{folder}/out", options, id_column="key")
         start = time.monotonic()
