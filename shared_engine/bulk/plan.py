@@ -21,7 +21,7 @@ from shared_engine.catalogue import find
 from shared_engine.documents import Document
 from shared_engine.embedder import Embedder
 
-_SAMPLE, _IMAGE_SAMPLE = 2_048, 64
+_SAMPLE, _IMAGE_SAMPLE = 2_048, 32
 """Rows of the sample."""
 _FRAGMENTS = 32
 """Fragments that they are of, at most: each must be read up to its last row of the sample."""
@@ -176,13 +176,14 @@ def _measure(  # noqa: PLR0917
     Windows become larger until one takes long enough, which warms the engine up; then windows of
     that size are measured until the time is over.
     """
-    has_images = len(sample.documents) <= _IMAGE_SAMPLE and job.image_column is not None
-    largest = fragments_.IMAGE_WINDOW if has_images else fragments_.WINDOW
+    largest = fragments_.WINDOW
+    if any(isinstance(each, Document) and each.image is not None for each in sample.documents):
+        largest = fragments_.IMAGE_WINDOW
     own = embedder.with_options(show_progress=False, embedding_type="float")
     own.embed(["warm up"], job.role)
     warm, kind = own.usage, job.options.embedding_type
     deadline = time.monotonic() + seconds
-    size, rows, rate, is_last = _SMALLEST, 0, 0.0, False
+    size, rows, rate, is_last = max(1, min(_SMALLEST, largest // 8)), 0, 0.0, False
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "sample.parquet")
         with fragments_.open_writer(path, job, schema, own.dimensions, {}) as writer:
