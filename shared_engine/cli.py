@@ -1,4 +1,4 @@
-"""The command line: `nemoretriever serve`, `check` and `evaluate`."""
+"""The command line: `nemoretriever serve`, `check`, `embed` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from shared_engine._version import __version__
 from shared_engine.arguments import HERE, add_key, add_options, read_key, read_options
+from shared_engine.bulk.command import add_command as add_embed
 from shared_engine.check import check
 from shared_engine.errors import ConfigurationError, MissingExtraError, NeMoRetrieverError
 from shared_engine.evaluate.command import add_command as add_evaluate
@@ -56,21 +57,47 @@ def _log_to_stderr(level: str) -> Iterator[None]:
 
 def _serve(asked: argparse.Namespace) -> int:
     """Serve a model until a signal comes, then finish what was accepted."""
+    if asked.replicas or asked.max_replicas:
+        return _serve_replicas(asked)
     from shared_engine.server import serve
 
-    limits = {limit.name: getattr(asked, limit.name) for limit in fields(ServerLimits)}
     working = serve(
         read_options(asked, HERE, backend="local"),
         host=asked.host,
         port=asked.port,
         served_name=asked.served_name,
         api_key=read_key(asked),
-        limits=ServerLimits(**limits),
+        limits=_read_limits(asked),
         allowed_hosts=asked.allowed_host,
         log_level=asked.log_level,
         access_log=asked.access_log,
     )
     return 0 if working else 1  # the log has it
+
+
+def _serve_replicas(asked: argparse.Namespace) -> int:
+    from shared_engine.bulk.serving import Replicas, serve_replicas
+
+    read_key(asked)  # said here rather than by every replica
+    settings = Replicas(
+        options=read_options(asked, HERE, backend="local"),
+        served_name=asked.served_name,
+        allowed_hosts=tuple(asked.allowed_host),
+        limits=_read_limits(asked),
+        api_key_env=asked.api_key_env,
+        replicas=asked.replicas or 1,
+        max_replicas=asked.max_replicas,
+        cpus_per_replica=asked.cpus_per_replica,
+        gpus_per_replica=asked.gpus_per_replica,
+    )
+    serve_replicas(settings, address=asked.ray, host=asked.host, port=asked.port)
+    return 0
+
+
+def _read_limits(asked: argparse.Namespace) -> ServerLimits:
+    return ServerLimits(
+        **{limit.name: getattr(asked, limit.name) for limit in fields(ServerLimits)}
+    )
 
 
 def _check(asked: argparse.Namespace) -> int:
@@ -128,6 +155,18 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{limit.metadata['help']} Default: %(default)s.",
         )
     verb.add_argument("--access-log", action="store_true", help="Print a line for every request.")
+    for name, kind, text in (
+        ("replicas", int, "Serve as many of them behind one address, with Ray Serve."),
+        ("max-replicas", int, "As many where the load wants it, and --replicas at least."),
+        ("cpus-per-replica", float, "Cores of each. Default: all of them, shared out."),
+        ("gpus-per-replica", float, "GPUs of each, or a part of one. Default: 1, if there are."),
+    ):
+        verb.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    verb.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="The cluster for replicas. Default: RAY_ADDRESS, or one on this machine.",
+    )
     verb.add_argument("--log-level", default="info", **level)
     verb.set_defaults(run=_serve)
 
@@ -144,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--log-level", default="warning", **level)
     verb.set_defaults(run=_check)
 
+    add_embed(commands)
     add_evaluate(commands)
     return parser
 

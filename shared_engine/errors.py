@@ -26,6 +26,7 @@ NeMoRetrieverError
 │   ├── ConnectionFailedError (ConnectionError)   no connection, or it broke
 │   └── MalformedResponseError            a reply that cannot be believed
 ├── PartialResultError (RuntimeError)     some inputs failed; what succeeded is on the error
+├── OutputError (OSError)                 results cannot be written: no space, no permission
 └── EngineClosedError (RuntimeError)
 
 Errors pickle with their attributes, so they cross process pools unchanged.
@@ -78,7 +79,7 @@ class InputError(NeMoRetrieverError, ValueError):
         reason = super().__str__()
         return reason if self.index is None else f"input {self.index} {reason}"
 
-    def at(self, index: int) -> Self:
+    def at(self, index: int | None) -> Self:
         """Return the same error of an input at another position."""
         moved = copy.copy(self)
         moved.index = index
@@ -224,6 +225,10 @@ class PartialResultError(NeMoRetrieverError, RuntimeError):
 
 class EngineClosedError(NeMoRetrieverError, RuntimeError):
     """The engine was closed before this work could start."""
+
+
+class OutputError(NeMoRetrieverError, OSError):
+    """Results cannot be written; what was finished before stays as it is."""
 
 
 def combine_errors(

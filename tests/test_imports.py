@@ -31,7 +31,7 @@ FLOORS = (
     {"embedder"},
     {"shared_engine"},  # the public names
     {"adapter", "arguments", "check", "server"},
-    {"evaluate"},
+    {"bulk", "evaluate"},
     {"cli", "langchain_nemoretriever", "llamaindex_nemoretriever"},
 )
 """Rooms, from the ground up: each imports from its own floor or a lower one."""
@@ -40,7 +40,8 @@ ONLY = {
     # a wing is entered by one door
     "local": {"registry"},
     "nim": {"registry"},
-    "server": {"cli"},
+    "server": {"bulk", "cli"},
+    "bulk": {"cli"},
     "evaluate": {"cli"},
     "langchain_nemoretriever": set(),
     "llamaindex_nemoretriever": set(),
@@ -60,6 +61,10 @@ ONLY = {
     "starlette": {"server"},
     "uvicorn": {"server"},
     "h11": {"server"},
+    # bulk work
+    "pyarrow": {"bulk"},
+    "pypdfium2": {"bulk"},
+    "ray": {"bulk"},
     # evaluation
     "bm25s": {"evaluate"},
     "datasets": {"evaluate"},
@@ -68,10 +73,10 @@ ONLY = {
     "mteb": {"evaluate"},
     "sentence_transformers": {"evaluate"},
     # bytes of the wire
-    "orjson": {"evaluate", "nim", "server"},
+    "orjson": {"bulk", "evaluate", "nim", "server"},
     "pybase64": {"images", "nim"},
     # bars
-    "tqdm": {"embedder", "pipeline", "stream"},
+    "tqdm": {"bulk", "embedder", "pipeline", "stream"},
     # frameworks
     "langchain_core": {"langchain_nemoretriever"},
     "llama_index": {"llamaindex_nemoretriever"},

@@ -1,0 +1,55 @@
+"""Files of documents to files of vectors, on one machine or many.
+
+job.py        what to embed, cut into fragments ......... Job, Fragment, list_fragments
+tables.py     rows of Parquet, Arrow, CSV, JSON Lines     pages.py  pictures and pages of PDFs
+fragment.py   one fragment to one file, in any process .. embed_fragment
+manifest.py   what a folder holds, and what is missing
+run.py        on this machine .......................... run_local
+plan.py       rows, tokens, time and bytes beforehand    command.py  `nemoretriever embed`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from shared_engine.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from shared_engine.bulk.batch import EmbedBatch as EmbedBatch
+    from shared_engine.bulk.cluster import run_ray as run_ray
+    from shared_engine.bulk.fragment import embed_fragment as embed_fragment
+    from shared_engine.bulk.job import Fragment as Fragment
+    from shared_engine.bulk.job import Job as Job
+    from shared_engine.bulk.job import list_fragments as list_fragments
+    from shared_engine.bulk.manifest import Done as Done
+    from shared_engine.bulk.run import run_local as run_local
+else:
+    _FILES = {
+        "batch": ("EmbedBatch",),
+        "cluster": ("run_ray",),
+        "fragment": ("embed_fragment",),
+        "job": ("Fragment", "Job", "list_fragments"),
+        "manifest": ("Done",),
+        "run": ("run_local",),
+    }
+
+    def __getattr__(name: str) -> Any:
+        for module, names in _FILES.items():
+            if name in names:
+                with needs_extra("bulk"):
+                    return getattr(import_module(f"{__name__}.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Turn the lack of a library into a MissingExtraError with the pip line of an extra."""
+    try:
+        yield
+    except ModuleNotFoundError as exc:
+        raise MissingExtraError(
+            f"this needs {exc.name!r}: pip install 'nemoretriever-embeddings[{extra}]'"
+        ) from exc

@@ -1,0 +1,148 @@
+"""A job on a cluster: Ray Data hands its fragments to one engine per actor.
+
+    missing fragments ──► a row per block ──► a pool of actors ──► Done, or what went wrong
+                                              each: an Embedder, `embed_fragment`, two at a time
+
+An actor writes the files itself, as a local run does, so they are the same files: nothing but
+counts comes back. A fragment whose actor died is done again, by Ray; whose driver died, by the
+next run. Inputs and the folder of results are at the same paths on every node; a model's folder,
+and this package, are on every node too.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
+from typing import Any
+
+import pyarrow as pa
+
+from shared_engine.bulk.fragment import embed_fragment
+from shared_engine.bulk.job import Fragment, Job
+from shared_engine.bulk.manifest import Done
+from shared_engine.bulk.nodes import Share, connect, find_share, import_ray
+from shared_engine.bulk.run import Summary, begin, finish
+from shared_engine.embedder import Embedder
+from shared_engine.errors import EngineError, InputError, NeMoRetrieverError
+
+AT_ONCE = 2
+"""Fragments of an actor: one whose last rows are computed, and one that is read meanwhile."""
+
+Outcome = tuple[Fragment, Done | NeMoRetrieverError]
+"""A fragment, and what became of it."""
+
+
+def run_ray(
+    job: Job,
+    address: str | None = None,
+    *,
+    workers: int | None = None,
+    cpus_per_worker: float | None = None,
+    gpus_per_worker: float | None = None,
+) -> Summary:
+    """Do what is missing of a job on a cluster, as `run_local` does here.
+
+    `address` is as `ray.init` takes it; None is the cluster that RAY_ADDRESS names or that runs on
+    this machine, else a new one on it. How many workers, and what they have of a node, is chosen
+    where it is not given. The key is no part of a job: each node has NVIDIA_API_KEY for itself.
+
+    Raises:
+        ConfigurationError: no cluster is at the address, or it cannot hold the workers; the folder
+            is another job's; a source changed.
+        EngineError: the cluster failed at more than it mends itself.
+        NeMoRetrieverError: what ended the run, as `embed_fragment` raises it. What was done stays.
+        MissingExtraError: Ray is not installed.
+    """
+    import_ray("data")
+    started = time.perf_counter()
+    work = begin(job)
+    done: list[Done] = []
+    unread: list[tuple[Fragment, NeMoRetrieverError]] = []
+    if work.missing:
+        with connect(address):
+            count, share = find_share(
+                job.options, workers, cpus=cpus_per_worker, gpus=gpus_per_worker
+            )
+            with closing(embed_fragments(job, work.missing, count, share)) as outcomes:
+                for fragment, outcome in outcomes:
+                    if isinstance(outcome, Done):
+                        done.append(outcome)
+                    elif isinstance(outcome, InputError) and not job.strict:
+                        unread.append((fragment, outcome))
+                    else:
+                        raise outcome
+    return finish(job, work, done, unread, time.perf_counter() - started)
+
+
+def embed_fragments(
+    job: Job,
+    fragments: Sequence[Fragment],
+    workers: int,
+    share: Share,
+    embed: Callable[..., Done] = embed_fragment,
+) -> Generator[Outcome, None, None]:
+    """Yield what became of fragments, as they end; closing the iterator stops the actors.
+
+    `embed` does what `embed_fragment` does.
+
+    The program is connected to a cluster.
+
+    Raises:
+        EngineError: the cluster failed at more than it mends itself.
+    """
+    ray, data = import_ray(), import_ray("data")
+    if not fragments:
+        return
+    context = data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.max_consecutive_actor_init_deaths = 3
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    with data.DataContext.current(context):
+        rows = [{"fragment": pickle.dumps(fragment)} for fragment in fragments]
+        outcomes = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Worker,
+            fn_constructor_args=[job, embed],
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
+            compute=data.ActorPoolStrategy(
+                size=min(workers, len(rows)),
+                max_tasks_in_flight_per_actor=AT_ONCE,
+                max_concurrent_calls_per_actor=AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
+        )
+        try:
+            for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield from map(pickle.loads, batch["outcome"].to_pylist())
+        except (ray.exceptions.RayError, data.exceptions.UserCodeException) as exc:
+            raise EngineError(f"the cluster failed: {exc}") from exc
+
+
+class _Worker:
+    """The engine of one actor, which loads at its first fragment."""
+
+    def __init__(self, job: Job, embed: Callable[..., Done]) -> None:
+        self._job = job
+        self._embed_fragment = embed
+        self._embedder = Embedder(job.options)
+        self._reading = threading.Lock()
+
+    def __call__(self, batch: Any) -> Any:
+        """Embed the fragments of a batch, while another call ends its own."""
+        outcomes = [self._embed(pickle.loads(each)) for each in batch["fragment"].to_pylist()]
+        return pa.table({"outcome": [pickle.dumps(outcome) for outcome in outcomes]})
+
+    def _embed(self, fragment: Fragment) -> Outcome:
+        with ExitStack() as turn:
+            turn.enter_context(self._reading)
+            try:
+                done = self._embed_fragment(self._job, self._embedder, fragment, on_read=turn.close)
+            except NeMoRetrieverError as exc:  # else Ray's own, with its text alone
+                return fragment, exc
+        return fragment, done

@@ -1,0 +1,253 @@
+"""What a folder of results holds, and what is missing.
+
+    OUT/job.json                what was asked: written first, compared at each resume
+    OUT/engine.json             who computes: written by whichever process embeds first, compared by
+                                every other (cache_key: weights, dtype, role, dimensions, ...)
+    OUT/vectors/<name>.parquet  a fragment that is done; its counts and the fingerprint of its
+                                source are in the file's metadata
+    OUT/errors/<name>.parquet   its rows that failed, if any
+    OUT/errors.parquet          all of those, merged when a run ends
+
+There is no other list: the files are the manifest, so that a million of them need no rewriting.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared_engine import catalogue
+from shared_engine._version import __version__
+from shared_engine.bulk.job import Fragment, Job
+from shared_engine.embedder import Embedder
+from shared_engine.errors import ConfigurationError, NeMoRetrieverError, OutputError
+
+_log = logging.getLogger("shared_engine")
+
+_READERS = 16
+"""Threads that read footers: one takes milliseconds where files are on a network."""
+_ASKED = (
+    "model", "checkpoint", "revision", "dimensions", "embedding_type", "truncate", "max_tokens",
+    "max_tiles",
+)  # fmt: skip
+"""Options that change vectors and are known without an engine."""
+_OF_JOB = (
+    "inputs", "role", "text_column", "image_column", "id_column", "columns", "rows_per_file", "pdf",
+)  # fmt: skip
+_TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a fragment."""
+
+    name: str
+    rows: int
+    """Rows with a vector."""
+    failed: int
+    """Rows in the file of errors."""
+    tokens: int
+    """Tokens embedded; 0 where a NIM does not say."""
+    seconds: float
+
+
+def open_folder(job: Job, schema: Any) -> None:
+    """Make the folder of a job, or check that it is the same job's.
+
+    `schema` has names and types of the id and the kept columns.
+
+    Raises:
+        ConfigurationError: it was begun with other inputs, model, role or options; says which.
+        OutputError: it cannot be written.
+    """
+    asked: dict[str, Any] = {name: getattr(job.options, name) for name in _ASKED}
+    asked |= {name: getattr(job, name) for name in _OF_JOB}
+    asked["types"] = {
+        name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)
+    }
+    asked = json.loads(json.dumps(asked))  # lists for tuples
+    with writing(job.out):
+        for folder in ("vectors", "errors"):
+            os.makedirs(os.path.join(job.out, folder), exist_ok=True)
+        for folder in ("", "vectors", "errors"):  # of runs that were killed
+            for path in Path(job.out, folder).glob(f".*{_TEMPORARY}"):
+                path.unlink(missing_ok=True)
+    schema_text = base64.b64encode(schema.serialize().to_pybytes()).decode()
+    record = {**asked, "version": __version__, "schema": schema_text}
+    _agree(job, "job.json", record, asked)
+
+
+def read_schema(job: Job) -> Any:
+    """Return the schema that `open_folder` was given."""
+    try:
+        text = Path(job.out, "job.json").read_text(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigurationError(f"{job.out} holds no job.json: open_folder comes first") from exc
+    return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(json.loads(text)["schema"])))
+
+
+def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
+    """Return the metadata of each file of vectors, and hold all processes to the same engine.
+
+    Raises:
+        ConfigurationError: the folder holds vectors of another model, dtype or the like.
+    """
+    options = job.options
+    spec = catalogue.find(options.model)
+    facts = {
+        "model": options.model,
+        "revision": options.revision or (not options.checkpoint and spec and spec.revision) or "",
+        "role": job.role,
+        "dimensions": str(embedder.dimensions),
+        "embedding_type": options.embedding_type,
+        "cache_key": embedder.cache_key(job.role),
+    }
+    _agree(job, "engine.json", {**facts, "version": __version__}, facts)
+    return {**facts, "version": __version__}
+
+
+def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]) -> None:
+    """Write a record where there is none yet; else compare with it."""
+    path = os.path.join(job.out, name)
+    if not os.path.exists(path):
+        with writing(path):
+            beside = _name_beside(path)
+            Path(beside).write_text(json.dumps(record, indent=1), encoding="utf-8")
+            try:
+                os.link(beside, path)  # unlike a rename, it keeps what another process wrote
+            except FileExistsError:
+                pass
+            finally:
+                os.unlink(beside)
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    for key, value in compared.items():
+        if found.get(key) != value:
+            raise ConfigurationError(
+                f"{job.out} was begun with {key} {found.get(key)!r}, and this is {value!r}; go on "
+                "with the same, or give another --out"
+            )
+
+
+def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
+    """Return what is done, by name of the fragment: those with a file whose footer can be read.
+
+    Raises:
+        ConfigurationError: a source changed since, or is no more; says which and what to do.
+    """
+    folder = os.path.join(job.out, "vectors")
+    found = {entry.name[: -len(".parquet")] for entry in os.scandir(folder) if entry.name[0] != "."}
+    if gone := found - {fragment.name for fragment in fragments}:
+        raise ConfigurationError(
+            f"{folder} holds {len(gone)} files of input that is no more, or changed, as "
+            f"{min(gone)}.parquet; put it back as it was, or remove them"
+        )
+    written = [fragment for fragment in fragments if fragment.name in found]
+    with ThreadPoolExecutor(_READERS) as pool:
+        footers = pool.map(lambda fragment: _read_footer(folder, fragment.name), written)
+        done = {}
+        for fragment, footer in zip(written, footers, strict=True):
+            if footer is None:
+                continue
+            if footer["fingerprint"] != fragment.fingerprint:
+                raise ConfigurationError(
+                    f"{fragment.source} changed since its rows were embedded; put it back as it "
+                    f"was, or remove {folder}/{fragment.name[:-12]}*.parquet to embed it again"
+                )
+            rows, failed, tokens = (int(footer[name]) for name in ("rows", "failed", "tokens"))
+            seconds = float(footer["seconds"])
+            done[fragment.name] = Done(fragment.name, rows, failed, tokens, seconds)
+    return done
+
+
+def _read_footer(folder: str, name: str) -> dict[str, str] | None:
+    path = os.path.join(folder, f"{name}.parquet")
+    try:
+        found = pq.read_metadata(path).metadata
+        return {key.decode(): found[key].decode() for key in found if not key.startswith(b"ARROW:")}
+    except (pa.ArrowException, OSError, TypeError) as exc:
+        _log.warning("%s cannot be read, and is made again: %s", path, exc)
+        return None
+
+
+def merge_errors(job: Job) -> int:
+    """Write `errors.parquet` from the fragments' errors; return how many rows it has."""
+    path = os.path.join(job.out, "errors.parquet")
+    parts = sorted(Path(job.out, "errors").glob("[!.]*.parquet"))
+    with writing(path):
+        if not parts:
+            Path(path).unlink(missing_ok=True)
+            return 0
+        rows = 0
+        with write_beside(path) as beside:
+            schema = pq.read_schema(parts[0])
+            with pq.ParquetWriter(beside, schema) as writer:
+                for part in parts:
+                    table = pq.read_table(part)
+                    rows += table.num_rows
+                    writer.write_table(table)
+    return rows
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Turn what the file system raises, also through Arrow, into an OutputError.
+
+    Raises:
+        OutputError: no space, no permission and the like.
+    """
+    try:
+        yield
+    except NeMoRetrieverError:  # some are OSErrors too
+        raise
+    except OSError as exc:
+        raise OutputError(
+            f"{path} cannot be written: {_explain(exc)}. "
+            "What was finished is kept; the same command goes on from there"
+        ) from exc
+
+
+def _explain(error: OSError) -> str:
+    return str(error) if error.errno is None else os.strerror(error.errno)
+
+
+@contextmanager
+def write_beside(path: str) -> Iterator[str]:
+    """Give a name beside a file's; what is written there gets the name when all of it is."""
+    beside = _name_beside(path)
+    try:
+        yield beside
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or the name may be lost with the power
+        finally:
+            os.close(folder)
+    finally:
+        Path(beside).unlink(missing_ok=True)
+
+
+def _name_beside(path: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{uuid.uuid4().hex}{_TEMPORARY}")
+
+
+def sum_done(done: Iterable[Done]) -> tuple[int, int, int]:
+    """Return rows, failed rows and tokens of some fragments."""
+    rows = failed = tokens = 0
+    for each in done:
+        rows, failed, tokens = rows + each.rows, failed + each.failed, tokens + each.tokens
+    return rows, failed, tokens

@@ -1,0 +1,48 @@
+"""Tables of passages and a NIM that embeds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from shared_engine.bulk.job import Job
+from tests.support.nim import Nim
+
+
+def passages(count: int) -> pa.Table:
+    """Texts with what breaks a careless reader of CSV: commas, quotes and line ends."""
+    texts = [f'passage {n}, "quoted"\nline {n % 7}' for n in range(count)]
+    langs = ["de" if n % 2 else "en" for n in range(count)]
+    return pa.table({"key": range(count), "text": texts, "lang": langs})
+
+
+@pytest.fixture
+def nim() -> Nim:
+    return Nim()
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, nim: Nim) -> Callable[..., Job]:
+    """A job of a table (or a path) in `tmp_path`; what is not given is small and at the NIM."""
+
+    def make(
+        source: pa.Table | Path | None = None, options: dict[str, Any] | None = None, **more: Any
+    ) -> Job:
+        if source is None:
+            source = tmp_path / "input.parquet"
+            if not source.exists():
+                pq.write_table(passages(100), source)
+        if isinstance(source, pa.Table):
+            path = tmp_path / "input.parquet"
+            pq.write_table(source, path)
+            source = path
+        embedder = nim.embedder(**(options or {}))
+        given = {"id_column": "key", "columns": ("lang",), "rows_per_file": 30, **more}
+        return Job((str(source),), str(tmp_path / "out"), embedder.options, **given)
+
+    return make

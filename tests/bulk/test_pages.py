@@ -1,0 +1,122 @@
+"""Pictures and pages of PDFs as rows."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from shared_engine.bulk.job import Job
+from shared_engine.bulk.run import run_local
+from shared_engine.errors import ConfigurationError
+from tests.support.nim import Nim
+
+VL = "nvidia/llama-nemotron-embed-vl-1b-v2"
+
+
+def picture(shade: int) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (32, 24), (shade, 10, 10)).save(data, "PNG")
+    return data.getvalue()
+
+
+def write_pdf(path: Path, texts: list[str]) -> None:
+    """A page with a line of text for each; PDFium finds its objects without a table of them."""
+    kids = " ".join(f"{10 + 2 * n} 0 R" for n in range(len(texts)))
+    objects = [
+        "1 0 obj <</Type/Catalog/Pages 2 0 R>> endobj",
+        f"2 0 obj <</Type/Pages/Kids[{kids}]/Count {len(texts)}>> endobj",
+        "3 0 obj <</Type/Font/Subtype/Type1/BaseFont/Helvetica>> endobj",
+    ]
+    for n, text in enumerate(texts):
+        body = f"BT /F1 24 Tf 20 100 Td ({text}) Tj ET"
+        objects += [
+            f"{10 + 2 * n} 0 obj <</Type/Page/Parent 2 0 R/MediaBox[0 0 300 200]/Contents "
+            f"{11 + 2 * n} 0 R/Resources<</Font<</F1 3 0 R>>>>>> endobj",
+            f"{11 + 2 * n} 0 obj <</Length {len(body)}>> stream\n{body}\nendstream endobj",
+        ]
+    trailer = "trailer <</Root 1 0 R>>\n%%EOF"
+    path.write_text("\n".join(["%PDF-1.4", *objects, trailer]), encoding="latin-1")
+
+
+@pytest.fixture
+def run(tmp_path):
+    nim = Nim(models=(VL,))
+
+    def do(source: Path, **more):
+        with nim.embedder(model=VL) as embedder:
+            job = Job((str(source),), str(tmp_path / "out"), embedder.options, **more)
+            summary = run_local(job, embedder, show_progress=False)
+        table = pq.read_table(tmp_path / "out" / "vectors").sort_by("id")
+        errors = tmp_path / "out" / "errors.parquet"
+        return summary, table, pq.read_table(errors).to_pylist() if errors.exists() else []
+
+    do.nim = nim
+    return do
+
+
+def test_a_folder_of_pictures(run, tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for n in range(40):
+        (tmp_path / "in" / "sub" / f"{n:02}.png").write_bytes(picture(n))
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "in" / "notes.txt").write_text("not looked at")
+    summary, table, errors = run(tmp_path / "in", columns=("path",), rows_per_file=18)
+    assert (summary.rows, summary.failed) == (40, 1)
+    assert table["id"].to_pylist() == [f"sub/{n:02}.png" for n in range(40)]
+    assert table["path"][0].as_py() == str(tmp_path / "in" / "sub" / "00.png")
+    assert [(e["id"], e["kind"]) for e in errors] == [("broken.jpg", "ImageError")]
+    assert run(tmp_path / "in", columns=("path",), rows_per_file=18)[0].skipped == 40
+    (tmp_path / "in" / "sub" / "39.png").write_bytes(picture(99) + b" ")
+    with pytest.raises(ConfigurationError, match="changed since"):
+        run(tmp_path / "in", columns=("path",), rows_per_file=18)
+
+
+@pytest.mark.parametrize("layer", ["picture", "text", "both"])
+def test_a_row_per_page_of_a_pdf(layer, run, tmp_path):
+    write_pdf(tmp_path / "a.pdf", [f"page number {n}" for n in range(5)])
+    summary, table, errors = run(tmp_path / "a.pdf", pdf=layer, columns=("page",), rows_per_file=2)
+    assert (summary.rows, errors) == (5, [])
+    assert table["id"].to_pylist() == [f"a.pdf#page={n}" for n in range(1, 6)]
+    assert table["page"].to_pylist() == [1, 2, 3, 4, 5]
+    sent = [item for body in run.nim.bodies for item in body["input"] if item != "?"]
+    assert any("page number 3" in item for item in sent) == (layer != "picture")
+    assert any("data:image" in item for item in sent) == (layer != "text")
+
+
+def test_a_pdf_that_cannot_be_opened_and_a_page_without_text_are_bad_rows(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    write_pdf(tmp_path / "in" / "good.pdf", ["", "words"])
+    summary, table, errors = run(tmp_path / "in", pdf="text")
+    assert (summary.rows, summary.failed) == (1, 2)
+    assert table["id"].to_pylist() == ["good.pdf#page=2"]
+    assert [e["id"] for e in errors] == ["broken.pdf#page=1", "good.pdf#page=1"]
+    assert "has a page that cannot be used" in errors[0]["reason"]
+
+
+@pytest.mark.parametrize("way", ["bytes", "path", "url", "struct"])
+def test_a_column_of_images(way, run, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    images = [picture(n) for n in range(5)]
+    for n, data in enumerate(images):
+        (tmp_path / "pictures" / f"{n}.png").write_bytes(data)
+    columns = {
+        "bytes": images,
+        "path": [f"pictures/{n}.png" for n in range(5)],  # from the table's folder
+        "url": ["data:image/png;base64," + base64.b64encode(data).decode() for data in images],
+        "struct": [{"bytes": data, "path": None} for data in images],
+    }
+    table = pa.table({"image": [*columns[way], None], "title": ["a", None, "c", "d", "e", None]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    summary, _, errors = run(tmp_path / "in.parquet", image_column="image", text_column="title")
+    assert (summary.rows, summary.failed) == (5, 1)
+    assert errors[0]["reason"] == "has no text and no image"
+    sent = [item for body in run.nim.bodies for item in body["input"] if "data:image" in item]
+    assert len(sent) == 5
+    assert sum(item.startswith("a ") or " a" in item[:3] for item in sent) <= 1

@@ -1,0 +1,484 @@
+"""A job on one machine: what comes out, what is resumed, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import subprocess
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from shared_engine import Embedder
+from shared_engine.bulk import manifest
+from shared_engine.bulk.fragment import embed_fragment
+from shared_engine.bulk.job import Fragment, Job, list_fragments
+from shared_engine.bulk.run import begin, run_local
+from shared_engine.errors import (
+    ConfigurationError,
+    ConnectionFailedError,
+    InputError,
+    OutputError,
+    ServerError,
+)
+from tests.bulk.conftest import passages
+from tests.support.nim import Nim, vectors
+
+
+def run(job: Job):
+    return run_local(job, Embedder(job.options), show_progress=False)
+
+
+def read(job: Job) -> pa.Table:
+    return pq.read_table(Path(job.out, "vectors"))
+
+
+def read_errors(job: Job) -> list[dict]:
+    return pq.read_table(Path(job.out, "errors.parquet")).to_pylist()
+
+
+def read_vectors(table: pa.Table) -> np.ndarray:
+    return np.stack(table["vector"].to_numpy(zero_copy_only=False))
+
+
+def texts_of(nim: Nim) -> list[str]:
+    return [text for body in nim.bodies for text in body["input"] if text != "?"]  # a probe
+
+
+# Every format
+
+
+def write(table: pa.Table, path: Path) -> None:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=37)
+    elif path.suffix == ".csv":
+        pyarrow.csv.write_csv(table, path)
+    elif path.suffix in (".feather", ".arrow"):
+        pyarrow.feather.write_feather(table, path, chunksize=23)
+    else:
+        lines = [json.dumps(row) for row in table.to_pylist()]
+        path.write_text("\n\n".join(lines[:50]) + "\r\n" + "\n".join(lines[50:]))
+
+
+SUFFIXES = [".parquet", ".csv", ".feather", ".arrow", ".jsonl", ".ndjson"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("rows_per_file", [1, 29, 30, 100, 1000])
+def test_every_row_of_every_format_gets_its_vector_once(suffix, rows_per_file, tmp_path, make_job):
+    table = passages(100 if rows_per_file > 1 else 10)
+    write(table, tmp_path / f"input{suffix}")
+    job = make_job(tmp_path / f"input{suffix}", rows_per_file=rows_per_file)
+    summary = run(job)
+    assert (summary.rows, summary.failed, summary.skipped) == (table.num_rows, 0, 0)
+    assert summary.is_complete
+    found = read(job).sort_by([("lang", "ascending")])
+    keys = [int(key) for key in found["id"].to_pylist()]
+    assert sorted(keys) == list(range(table.num_rows))
+    texts = [table["text"][key].as_py() for key in keys]
+    np.testing.assert_allclose(read_vectors(found), vectors(texts), atol=1e-6)
+    assert found["lang"].to_pylist() == [table["lang"][key].as_py() for key in keys]
+
+
+def test_a_file_says_how_its_vectors_were_made(make_job):
+    job = make_job(options={"dimensions": 8}, role="query")
+    run(job)
+    schema = read(job).schema
+    assert schema.field("vector").type == pa.list_(pa.field("item", pa.float32(), False), 8)
+    told = {key.decode(): value.decode() for key, value in schema.metadata.items()}
+    assert told["cache_key"] == Embedder(job.options).cache_key("query")
+    assert (told["role"], told["dimensions"], told["embedding_type"]) == ("query", "8", "float")
+    assert {"model", "revision", "version"} < told.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "width"),
+    [("int8", pa.int8(), 16), ("uint8", pa.uint8(), 16), ("binary", pa.int8(), 2),
+     ("ubinary", pa.uint8(), 2)],
+)  # fmt: skip
+def test_vectors_are_of_the_type_asked_for_also_beside_bad_rows(kind, value, width, make_job):
+    table = passages(100)
+    broken = table.set_column(1, "text", pa.array([None, *table["text"].to_pylist()[1:]]))
+    job = make_job(broken, options={"embedding_type": kind})
+    run(job)
+    found = read(job).sort_by("id")
+    kinds = found.schema.field("vector").type
+    assert (kinds.value_type, kinds.list_size) == (value, width)
+    texts = table["text"].to_pylist()[1:]
+    expected = Embedder(job.options).embed(texts)
+    np.testing.assert_array_equal(read_vectors(found), expected)
+
+
+def test_a_folder_gives_all_its_tables_and_ids_say_which(tmp_path, make_job):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    write(passages(5), tmp_path / "in" / "a.parquet")
+    write(passages(5), tmp_path / "in" / "sub" / "a.csv")
+    write(passages(5), tmp_path / "in" / ".hidden.csv")
+    job = make_job(tmp_path / "in", id_column=None, columns=())
+    run(job)
+    expected = [f"{title}:{row}" for title in ("a.parquet", "sub/a.csv") for row in range(5)]
+    assert sorted(read(job)["id"].to_pylist()) == expected
+
+
+def test_leading_zeros_of_an_id_in_a_csv_stay(tmp_path, make_job):
+    (tmp_path / "in.csv").write_text("key,text\n007,a\n8,b\n")
+    job = make_job(tmp_path / "in.csv", columns=())
+    run(job)
+    assert sorted(read(job)["id"].to_pylist()) == ["007", "8"]
+
+
+def test_fragments_and_jobs_pickle_and_are_the_same_in_every_run(make_job):
+    job = make_job()
+    fragments = list_fragments(job)
+    assert list_fragments(pickle.loads(pickle.dumps(job))) == fragments
+    assert pickle.loads(pickle.dumps(fragments)) == fragments == list_fragments(job)
+    assert [Fragment(**json.loads(json.dumps(f.to_dict()))).name for f in fragments] == [
+        f.name for f in fragments
+    ]
+
+
+# Resume
+
+
+def test_the_same_command_again_does_what_is_missing_and_only_that(make_job, nim):
+    job = make_job()
+    run(job)
+    before = read(job)
+    lost = sorted(Path(job.out, "vectors").iterdir())[1]
+    lost.unlink()
+    nim.bodies.clear()
+    summary = run(job)
+    assert (summary.rows, summary.skipped) == (30, 70)
+    assert sorted(texts_of(nim)) == sorted(passages(100)["text"].to_pylist()[30:60])
+    assert read(job).equals(before)
+
+
+def test_new_files_in_a_folder_are_missing_work(tmp_path, make_job):
+    (tmp_path / "in").mkdir()
+    write(passages(5), tmp_path / "in" / "b.parquet")
+    run(make_job(tmp_path / "in", id_column=None))
+    write(passages(7), tmp_path / "in" / "a.parquet")
+    summary = run(make_job(tmp_path / "in", id_column=None))
+    assert (summary.rows, summary.skipped) == (7, 5)
+
+
+@pytest.mark.parametrize("how", ["cut", "garbage", "empty"])
+def test_a_half_written_file_is_made_again(how, make_job, caplog):
+    job = make_job()
+    run(job)
+    before = read(job)
+    path = sorted(Path(job.out, "vectors").iterdir())[2]
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[: len(whole) // 2], "garbage": b"x" * 99, "empty": b""}[how])
+    assert run(job).rows == 30
+    assert read(job).equals(before)
+    assert path.name in caplog.text
+
+
+def test_what_a_killed_run_left_beside_is_removed(make_job):
+    job = make_job()
+    run(job)
+    left = Path(job.out, "vectors", ".x.parquet.12.tmp")
+    left.write_bytes(b"half")
+    run(job)
+    assert not left.exists()
+
+
+def test_done_twice_is_the_same(make_job):
+    job = make_job()
+    work = begin(job)
+    embedder = Embedder(job.options)
+    first = embed_fragment(job, embedder, work.missing[0])
+    table = read(job)
+    again = embed_fragment(job, embedder, work.missing[0])
+    assert (first.rows, first.tokens) == (again.rows, again.tokens)
+    assert read(job).equals(table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "said"),
+    [
+        ({"role": "query"}, {}, "role 'document'"),
+        ({}, {"dimensions": 8}, "dimensions None"),
+        ({}, {"embedding_type": "int8"}, "embedding_type 'float'"),
+        ({}, {"truncate": "END"}, "truncate 'NONE'"),
+        ({}, {"model": "nvidia/llama-nemotron-embed-300m-v2"}, "model"),
+        ({"rows_per_file": 31}, {}, "rows_per_file 30"),
+        ({"columns": ()}, {}, "columns"),
+        ({"id_column": None}, {}, "id_column 'key'"),
+        ({}, {"base_url": "http://other:8000"}, "cache_key"),
+    ],
+)
+def test_another_job_in_the_same_folder_is_refused_and_says_what_differs(
+    changes, options, said, make_job
+):
+    job = make_job()
+    run(job)
+    sorted(Path(job.out, "vectors").iterdir())[0].unlink()  # there is work left
+    before = read(job)
+    with pytest.raises(ConfigurationError, match=said):
+        run(make_job(options=options, **changes))
+    assert read(job).equals(before)
+
+
+def test_a_source_that_changed_is_noticed(make_job):
+    job = make_job()
+    run(job)
+    with pytest.raises(
+        ConfigurationError, match=r"input\.parquet changed .*remove .*vectors/input-"
+    ):
+        run(make_job(passages(101)))
+    os.unlink(job.inputs[0])
+    with pytest.raises(ConfigurationError, match="is not there"):
+        run(job)
+
+
+def test_a_source_that_is_no_more_is_noticed(tmp_path, make_job):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        write(passages(5), tmp_path / "in" / f"{name}.parquet")
+    job = make_job(tmp_path / "in", id_column=None)
+    run(job)
+    (tmp_path / "in" / "a.parquet").unlink()
+    with pytest.raises(ConfigurationError, match="input that is no more"):
+        run(job)
+
+
+def test_a_source_that_changes_meanwhile_gives_no_file(make_job):
+    job = make_job()
+    work = begin(job)
+    os.utime(job.inputs[0], ns=(1, 1))
+    with pytest.raises(InputError, match="changed since it was listed"):
+        embed_fragment(job, Embedder(job.options), work.missing[0])
+    assert list(Path(job.out, "vectors").iterdir()) == []
+
+
+# Bad rows
+
+
+BAD = {3: None, 40: "", 41: " \n", 99: None}
+
+
+def with_bad_rows(count: int = 100) -> pa.Table:
+    table = passages(count)
+    texts = [BAD.get(n, text) for n, text in enumerate(table["text"].to_pylist())]
+    return table.set_column(1, "text", pa.array(texts, pa.string()))
+
+
+def test_bad_rows_are_named_and_the_rest_goes_on(make_job):
+    job = make_job(with_bad_rows())
+    summary = run(job)
+    assert (summary.rows, summary.failed, summary.is_complete) == (96, 4, False)
+    assert sorted(read(job)["id"].to_pylist()) == [n for n in range(100) if n not in BAD]
+    errors = read_errors(job)
+    assert [(row["id"], row["index"]) for row in errors] == [(n, n) for n in BAD]
+    assert {row["reason"] for row in errors} == {"has no text"}
+    again = run(job)
+    assert (again.rows, again.failed, again.skipped) == (0, 4, 96)
+    assert read_errors(job) == errors
+
+
+def test_a_row_without_an_id_is_a_bad_row(make_job):
+    table = passages(10).set_column(0, "key", pa.array([None, *range(1, 10)], pa.int64()))
+    job = make_job(table)
+    assert run(job).failed == 1
+    assert read_errors(job)[0]["reason"] == "has no id in column key"
+
+
+def test_a_window_of_bad_rows_alone(make_job):
+    job = make_job(passages(40).set_column(1, "text", pa.array([None] * 40, pa.string())))
+    assert (run(job).rows, len(read_errors(job))) == (0, 40)
+    assert read(job).num_rows == 0
+
+
+def test_strict_stops_at_the_first_and_loses_nothing(make_job):
+    job = make_job(with_bad_rows(), strict=True, rows_per_file=10)
+    with pytest.raises(InputError, match=r"input\.parquet, row 3, id 3: has no text"):
+        run(job)
+    whole = make_job(passages(100), strict=True, rows_per_file=10)
+    for path in Path(job.out).rglob("*.parquet"):
+        path.unlink()
+    assert run(whole).rows == 100
+
+
+def refuse(text_of_the_row: str, status: int):
+    def answer(request, body):
+        if any(text_of_the_row in text for text in body.get("input", [])):
+            return httpx.Response(status, json={"detail": "not this one"})
+        return None
+
+    return answer
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_a_row_that_the_nim_refuses_is_a_bad_row_also_alone(count, tmp_path, monkeypatch, make_job):
+    nim = Nim(refuse("passage 0,", 422))
+    job = make_job(passages(count))
+    embedder = nim.embedder()
+    summary = run_local(job, embedder, show_progress=False)
+    assert (summary.rows, summary.failed) == (count - 1, 1)
+    assert read_errors(job)[0]["kind"] == "InvalidRequestError"
+
+
+@pytest.mark.parametrize("fault", ["some", "all", "connection"])
+def test_what_is_no_rows_fault_ends_the_run_and_is_resumed(fault, make_job):
+    is_down = True
+
+    def answer(request, body):
+        if not is_down or request.method == "GET":
+            return None
+        if fault == "connection":
+            raise httpx.ConnectError("no way", request=request)
+        if fault == "all" or any("passage 77," in text for text in body["input"]):
+            return httpx.Response(500)
+        return None
+
+    nim = Nim(answer)
+    job = make_job(options={"max_batch_size": 5, "dimensions": 16})
+    embedder = nim.embedder(max_batch_size=5, dimensions=16)
+    with pytest.raises((ServerError, ConnectionFailedError)):
+        run_local(job, embedder, show_progress=False)
+    assert not list(Path(job.out, "errors").iterdir())
+    is_down = False
+    run_local(job, embedder, show_progress=False)
+    assert sorted(read(job)["id"].to_pylist()) == list(range(100))
+
+
+# Ids
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.string(), pa.large_string()])
+def test_an_id_that_is_there_twice_is_named_with_both_rows(kind, make_job, nim):
+    keys = [*range(95), 7, *range(96, 100)]
+    table = passages(100).set_column(0, "key", pa.array(keys).cast(kind))
+    with pytest.raises(ConfigurationError, match=r"id '?7'? .*row 7, and input.parquet, row 95"):
+        run(make_job(table))
+    assert nim.bodies == []  # nothing was embedded for it
+
+
+def test_equal_hashes_of_other_ids_are_no_matter(make_job, monkeypatch):
+    monkeypatch.setattr("shared_engine.bulk.ids._hash", lambda ids: np.zeros(len(ids), np.uint64))
+    assert run(make_job()).rows == 100
+
+
+def test_many_files_of_hashes_find_the_same(make_job, monkeypatch):
+    monkeypatch.setattr("shared_engine.bulk.ids._AT_ONCE", 8)
+    keys = [*range(99), 50]
+    with pytest.raises(ConfigurationError, match="id 50 is there twice"):
+        run(make_job(passages(100).set_column(0, "key", pa.array(keys))))
+    assert run(make_job(passages(100))).rows == 100
+
+
+# What cannot be read or written
+
+
+def test_a_fragment_that_cannot_be_read_leaves_the_others(tmp_path, make_job):
+    lines = [json.dumps(row) for row in passages(100).to_pylist()]
+    lines[45] = '{"key": 45, "text": '
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    job = make_job(tmp_path / "in.jsonl", id_column=None)
+    summary = run(job)
+    assert (summary.rows, len(summary.unread), summary.is_complete) == (70, 1, False)
+    fragment, error = summary.unread[0]
+    assert fragment.first == 30
+    assert "in.jsonl, rows 30 to 59, cannot be read" in str(error)
+    assert run(job).skipped == 70  # and it is tried again
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".feather"])
+def test_a_table_that_cannot_be_read_at_all_is_named(suffix, tmp_path, make_job):
+    (tmp_path / f"in{suffix}").write_bytes(b"nothing of that kind")
+    with pytest.raises(InputError, match=rf"in{suffix} cannot be read"):
+        run(make_job(tmp_path / f"in{suffix}"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"text_column": "body"}, "no column 'body'; it has key, text, lang"),
+        ({"id_column": "no"}, "no column 'no'"),
+        ({"columns": ("no",)}, "no column 'no'"),
+        ({"columns": ("vector",)}, "made here"),
+    ],
+)
+def test_a_column_that_is_not_there_is_said_with_those_that_are(changes, said, make_job):
+    with pytest.raises(ConfigurationError, match=said):
+        run(make_job(**changes))
+
+
+def test_kinds_are_not_mixed(tmp_path, make_job):
+    (tmp_path / "in").mkdir()
+    write(passages(3), tmp_path / "in" / "a.csv")
+    (tmp_path / "in" / "b.png").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match=r"several kinds: .*a\.csv, .*b\.png"):
+        run(make_job(tmp_path / "in"))
+    (tmp_path / "c.docx").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match="no kind that can be read"):
+        run(make_job(tmp_path / "c.docx"))
+
+
+def test_a_file_that_may_not_grow_is_an_output_error_and_resumed(make_job):
+    job = make_job(rows_per_file=100)
+    begin(job)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    try:
+        with pytest.raises(OutputError, match="What was finished is kept"):
+            run(job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(Path(job.out, "vectors").iterdir()) == []
+    assert run(job).rows == 100
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(tmp_path, make_job):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        job = make_job(passages(3000), rows_per_file=500)
+        job = Job(**{**vars(job), "out": str(small / "out")})
+        with pytest.raises(OutputError, match="No space left"):
+            run(job)
+        done = read(job).num_rows
+        assert done % 500 == 0
+        assert done > 0
+        subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
+        assert run(job).skipped == done
+        assert sorted(read(job)["id"].to_pylist()) == list(range(3000))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_the_next_fragment_begins_before_the_last_is_done(make_job, monkeypatch):
+    """Else the engine would wait for work at every border."""
+    begun, ended, overlaps = set(), set(), 0
+
+    def watched(job, embedder, fragment, on_rows, on_read):
+        nonlocal overlaps
+        begun.add(fragment.name)
+        overlaps += len(begun) - len(ended) > 1
+        done = embed_fragment(job, embedder, fragment, on_rows, on_read)
+        ended.add(fragment.name)
+        return done
+
+    monkeypatch.setattr("shared_engine.bulk.run.embed_fragment", watched)
+    run(make_job(rows_per_file=10))
+    assert overlaps > 0
+
+
+def test_open_folder_comes_first(make_job):
+    job = make_job()
+    with pytest.raises(ConfigurationError, match="open_folder comes first"):
+        manifest.read_schema(job)
