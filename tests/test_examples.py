@@ -98,6 +98,16 @@ def find_small(name: str) -> ModelSpec | None:
     return replace(spec, hidden_size=hidden, num_hidden_layers=layers)
 
 
+class Dataset:
+    """Takes what Ray's does: the pipeline of the example wants a GPU, and begins a cluster."""
+
+    def map_batches(self, *given: Any, **named: Any) -> None:
+        """Refuse what Ray's own method has no parameter for."""
+        import ray.data
+
+        inspect.signature(ray.data.Dataset.map_batches).bind(self, *given, **named)
+
+
 @pytest.fixture
 def scope(tmp_path: Path) -> dict[str, Any]:
     """What the examples take for granted: names of the reader's own, and what the text imports."""
@@ -106,10 +116,12 @@ def scope(tmp_path: Path) -> dict[str, Any]:
     from llama_index.core.indices import MultiModalVectorStoreIndex
     from llama_index.core.ingestion import IngestionPipeline
     from llama_index.core.schema import ImageNode
+    from ray.data import ActorPoolStrategy
 
     from langchain_nemoretriever import NeMoRetrieverEmbeddings
     from llamaindex_nemoretriever import NeMoRetrieverEmbedding
     from shared_engine import Document, Embedder, Options, count_tokens
+    from shared_engine.bulk import EmbedBatch
 
     for seed, name in enumerate(("page.png", "scan.tiff", "chart.jpeg")):
         page(seed, 200, 300).save(tmp_path / name)
@@ -121,6 +133,7 @@ def scope(tmp_path: Path) -> dict[str, Any]:
             for kind in (
                 Chroma,
                 Document,
+                EmbedBatch,
                 ImageNode,
                 IngestionPipeline,
                 MultiModalVectorStoreIndex,
@@ -129,7 +142,10 @@ def scope(tmp_path: Path) -> dict[str, Any]:
                 Path,
             )
         },
+        "ActorPoolStrategy": ActorPoolStrategy,
         "Settings": Settings,
+        "dataset": Dataset(),
+        "Options": Options,
         "count_tokens": count_tokens,
         "itertools": itertools,
         "photo_bytes": photo.getvalue(),

@@ -23,8 +23,8 @@ from pages.files import Page
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 
 KINDS = ("text", "picture", "both")
-PASSAGE, OVERLAP = 64, 16  # tokens: of 32 to 128, what finds a page by a sentence of it most often
-PASSAGES = 16  # of a page, about; so many are asked for to find one page more
+PASSAGES = ((64, 16), (24, 8))  # tokens, and how many two neighbours share: for ideas and sentences
+PER_PAGE = 48  # passages, about; so many are asked for to find one page more
 
 
 class Hit(NamedTuple):
@@ -55,17 +55,23 @@ class Index:
             kind: ChromaVectorStore(chroma_collection=collection)
             for kind, collection in self._collections.items()
         }
-        splitter = SentenceSplitter(
-            chunk_size=PASSAGE,
-            chunk_overlap=OVERLAP,
-            id_func=lambda i, node: f"{node.node_id}#{i}",  # stable ids
-        )
-        self._pipelines = {
-            kind: IngestionPipeline(
-                transformations=[splitter, model] if kind == "text" else [model],
-                vector_store=store,
-                disable_cache=True,  # the ids tell what is there
+        splitters = [
+            SentenceSplitter(
+                chunk_size=size,
+                chunk_overlap=overlap,
+                id_func=lambda i, node, size=size: f"{node.node_id}#{size}-{i}",  # stable ids
             )
+            for size, overlap in PASSAGES
+        ]
+        self._pipelines = {
+            kind: [
+                IngestionPipeline(
+                    transformations=[*before, model],
+                    vector_store=store,
+                    disable_cache=True,  # the ids tell what is there
+                )
+                for before in ([[one] for one in splitters] if kind == "text" else [[]])
+            ]
             for kind, store in self._stores.items()
         }
 
@@ -76,7 +82,8 @@ class Index:
         new = [page for page in pages if page.id not in stored]
         for kind in KINDS:
             if nodes := [node for page in new if (node := _node(page, kind))]:
-                self._pipelines[kind].run(nodes=nodes)
+                for pipeline in self._pipelines[kind]:
+                    pipeline.run(nodes=nodes)
 
     def remove(self, file: str) -> None:
         """Forget the pages of a file."""
@@ -110,7 +117,7 @@ class Index:
 
     def search(self, vector: list[float], kind: str, top: int) -> list[Hit]:
         """Return the pages nearest to a vector, best first."""
-        asked = top * PASSAGES if kind == "text" else top
+        asked = top * PER_PAGE if kind == "text" else top
         query = VectorStoreQuery(query_embedding=vector, similarity_top_k=asked)
         result = self._stores[kind].query(query)
         hits: dict[str, Hit] = {}

@@ -77,6 +77,7 @@ def open_source(path: Path, name: str, max_pages: int = MAX_PAGES) -> Iterator[S
 def _open_pdf(path: Path, name: str) -> Iterator[Source]:
     with _PDFIUM:
         try:
+            raw.FPDF_LoadMemDocument64(b"", 0, None)  # PDFium keeps its last error: now "format"
             document = pypdfium2.PdfDocument(path)
         except pypdfium2.PdfiumError as exc:
             raise UnusableFileError(_why_closed(name, exc)) from exc
@@ -88,8 +89,6 @@ def _open_pdf(path: Path, name: str) -> Iterator[Source]:
 
 
 def _why_closed(name: str, error: pypdfium2.PdfiumError) -> str:
-    if error.err_code == raw.FPDF_ERR_SUCCESS:  # it is read, and then refused
-        return f"{name} has no pages. Send another file."
     if error.err_code == raw.FPDF_ERR_PASSWORD:
         return (
             f"{name} is locked with a password. Open it, print or save it as a PDF without one, "
@@ -98,8 +97,8 @@ def _why_closed(name: str, error: pypdfium2.PdfiumError) -> str:
     if error.err_code == raw.FPDF_ERR_SECURITY:
         return f"{name} is encrypted in a way that cannot be read here. Send it unencrypted."
     return (
-        f"{name} is a broken PDF, or only part of one. Send it again; if a PDF viewer can open it, "
-        "print it to a new PDF there and send that."
+        f"{name} is a broken PDF, only part of one, or one without pages. Send it again; if a PDF "
+        "viewer can open it, print it to a new PDF there and send that."
     )
 
 

@@ -203,7 +203,7 @@ def test_a_restart_keeps_everything(
         assert names(page)[0] == "two.pdf, page 2"
         add(page, two_pages)
         page.wait_for_selector("text=is here already, byte for byte")
-        page.click("text=OK")
+        page.click("button:text-is('OK')")
         page.wait_for_selector("text=is here already", state="detached")
 
 

@@ -242,7 +242,7 @@ def unusable() -> dict[str, tuple[bytes, str]]:
         "locked.pdf": (pdfs.lock(good), "locked with a password"),
         "broken.pdf": (b"%PDF-1.7\n" + b"?" * 4096, "is a broken PDF"),
         "half.pdf": (good[: len(good) // 3], "is a broken PDF"),
-        "none.pdf": (pdfs.without_pages(), "has no pages"),
+        "none.pdf": (pdfs.without_pages(), "one without pages"),
         "long.pdf": (pdfs.scan(*"abcdefghijklmnopqrstu"), "20 are the most"),
         "text.pdf": (b"Dear Sir or Madam", "neither a PDF nor a picture"),
         "half.png": (picture(size=(900, 900))[:-200], "only part of a picture"),
