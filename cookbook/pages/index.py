@@ -14,7 +14,7 @@ from typing import NamedTuple
 import chromadb
 import numpy as np
 from llama_index.core.ingestion import IngestionPipeline
-from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.node_parser import SentenceSplitter, SentenceWindowNodeParser
 from llama_index.core.schema import BaseNode, ImageNode, TextNode
 from llama_index.core.vector_stores import VectorStoreQuery
 from llama_index.vector_stores.chroma import ChromaVectorStore
@@ -23,7 +23,7 @@ from pages.files import Page
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 
 KINDS = ("text", "picture", "both")
-PASSAGES = ((64, 16), (24, 8))  # tokens, and how many two neighbours share: for ideas and sentences
+PASSAGE, OVERLAP = 64, 16  # tokens
 PER_PAGE = 48  # passages, about; so many are asked for to find one page more
 
 
@@ -55,13 +55,15 @@ class Index:
             kind: ChromaVectorStore(chroma_collection=collection)
             for kind, collection in self._collections.items()
         }
-        splitters = [
+        splitters = [  # for what is asked, and for a sentence that is remembered
             SentenceSplitter(
-                chunk_size=size,
-                chunk_overlap=overlap,
-                id_func=lambda i, node, size=size: f"{node.node_id}#{size}-{i}",  # stable ids
-            )
-            for size, overlap in PASSAGES
+                chunk_size=PASSAGE,
+                chunk_overlap=OVERLAP,
+                id_func=lambda i, node: f"{node.node_id}#{i}",  # stable ids
+            ),
+            SentenceWindowNodeParser.from_defaults(
+                window_size=1, id_func=lambda i, node: f"{node.node_id}#sentence-{i}"
+            ),
         ]
         self._pipelines = {
             kind: [
