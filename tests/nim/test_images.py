@@ -383,6 +383,7 @@ def test_a_slow_image_keeps_nobody_else_waiting(monkeypatch: pytest.MonkeyPatch)
 def test_nothing_more_is_encoded_for_a_call_that_ended(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    others = set(threading.enumerate())  # of tests before, whose engines may still be there
     encoded: list[object] = []
 
     def counted(image: object, urls: bool = False, limit: int | None = None) -> str:
@@ -422,7 +423,8 @@ def test_nothing_more_is_encoded_for_a_call_that_ended(
         assert len(encoded) <= before + 2  # those that had just begun
         if how != "refusal":
             assert engine.embed(["a"]).shape == (1, 16)
-    assert not [t for t in threading.enumerate() if t.name == "nemoretriever-nim"]
+    begun = set(threading.enumerate()) - others
+    assert "nemoretriever-nim" not in {thread.name for thread in begun}
 
 
 def test_an_image_that_failed_for_nobody_is_no_noise_in_the_log(
