@@ -1,11 +1,17 @@
 """Files of documents to files of vectors, on one machine or many.
 
 job.py        what to embed, cut into fragments ......... Job, Fragment, list_fragments
-tables.py     rows of Parquet, Arrow, CSV, JSON Lines     pages.py  pictures and pages of PDFs
+tables.py     rows of Parquet, Arrow, CSV, JSON Lines     pages.py   pictures and pages of PDFs
+rows.py       either of them as documents                 ids.py     those that are there twice
 fragment.py   one fragment to one file, in any process .. embed_fragment
 manifest.py   what a folder holds, and what is missing
-run.py        on this machine .......................... run_local
-plan.py       rows, tokens, time and bytes beforehand    command.py  `nemoretriever embed`
+run.py        a job on this machine ..................... run_local
+plan.py       rows, tokens, time and bytes beforehand     command.py `nemoretriever embed`
+
+nodes.py      a Ray cluster and what its nodes can hold
+cluster.py    a job on it ............................... run_ray
+serving.py    the server on it, for `serve --replicas`
+batch.py      for a Ray pipeline of one's own ........... EmbedBatch
 """
 
 from __future__ import annotations

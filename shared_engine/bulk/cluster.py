@@ -4,9 +4,12 @@
                                               each: an Embedder, `embed_fragment`, two at a time
 
 An actor writes the files itself, as a local run does, so they are the same files: nothing but
-counts comes back. A fragment whose actor died is done again, by Ray; whose driver died, by the
-next run. Inputs and the folder of results are at the same paths on every node; a model's folder,
-and this package, are on every node too.
+counts comes back. An actor that dies is started again where there is room for it, and what it had
+in hand is done at the end, by a pool of as many as there is room for then: Ray's own way, to keep
+it for that actor, waits for ever where its node does not come back, and for ever with a fragment
+that ends every actor. What a driver that dies had not done, the next run does. Inputs and the
+folder of results are at the same paths on every node; a model's folder, and this package, are on
+every node too.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import logging
 import pickle
 import threading
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
@@ -24,13 +29,17 @@ import pyarrow as pa
 from shared_engine.bulk.fragment import embed_fragment
 from shared_engine.bulk.job import Fragment, Job
 from shared_engine.bulk.manifest import Done
-from shared_engine.bulk.nodes import Share, connect, find_share, import_ray
+from shared_engine.bulk.nodes import Share, connect, count_room, find_share, import_ray
 from shared_engine.bulk.run import Summary, begin, finish
 from shared_engine.embedder import Embedder
 from shared_engine.errors import EngineError, InputError, NeMoRetrieverError
 
 AT_ONCE = 2
 """Fragments of an actor: one whose last rows are computed, and one that is read meanwhile."""
+_TRIES = 3
+"""How often a fragment is begun whose actor dies: it may be the reason, as by its memory."""
+
+_log = logging.getLogger("shared_engine")
 
 Outcome = tuple[Fragment, Done | NeMoRetrieverError]
 """A fragment, and what became of it."""
@@ -87,40 +96,68 @@ def embed_fragments(
 ) -> Generator[Outcome, None, None]:
     """Yield what became of fragments, as they end; closing the iterator stops the actors.
 
-    `embed` does what `embed_fragment` does.
-
-    The program is connected to a cluster.
+    `embed` does what `embed_fragment` does. The program is connected to a cluster.
 
     Raises:
-        EngineError: the cluster failed at more than it mends itself.
+        EngineError: actors cannot start, or died too often with the same fragments.
     """
+    missing = {fragment.name: fragment for fragment in fragments}
+    for _ in range(_TRIES):
+        if not missing:
+            return
+        with closing(_run_pool(job, list(missing.values()), workers, share, embed)) as outcomes:
+            for fragment, outcome in outcomes:
+                if missing.pop(fragment.name, None) is not None:
+                    yield fragment, outcome
+        if missing:
+            _log.warning("%d fragments ended with their workers, and are begun again", len(missing))
+            workers = max(1, min(workers, count_room(share)))
+    if missing:
+        titles = sorted({fragment.title for fragment in missing.values()})
+        raise EngineError(
+            f"{len(missing)} fragments ended with their workers {_TRIES} times, those of "
+            f"{', '.join(titles[:3])} among them: do the workers have enough memory?"
+        )
+
+
+def _run_pool(
+    job: Job,
+    fragments: Sequence[Fragment],
+    workers: int,
+    share: Share,
+    embed: Callable[..., Done],
+) -> Generator[Outcome, None, None]:
+    """Yield what became of fragments, but for those that ended with their actors."""
     ray, data = import_ray(), import_ray("data")
-    if not fragments:
-        return
-    context = data.DataContext.get_current().copy()
+    with warnings.catch_warnings(action="ignore"):  # of its own settings, at the first call
+        context = data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.max_consecutive_actor_init_deaths = 3
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.max_errored_blocks = -1  # what fails for another reason than a death is an outcome
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     with data.DataContext.current(context):
         rows = [{"fragment": pickle.dumps(fragment)} for fragment in fragments]
-        outcomes = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _Worker,
-            fn_constructor_args=[job, embed],
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=share.cpus,
-            num_gpus=share.gpus,
-            compute=data.ActorPoolStrategy(
-                size=min(workers, len(rows)),
-                max_tasks_in_flight_per_actor=AT_ONCE,
-                max_concurrent_calls_per_actor=AT_ONCE,
-                enable_true_multi_threading=True,
-            ),
+        pool = data.ActorPoolStrategy(
+            size=min(workers, len(rows)),
+            max_tasks_in_flight_per_actor=AT_ONCE,
+            max_concurrent_calls_per_actor=AT_ONCE,
+            enable_true_multi_threading=True,
         )
+        with warnings.catch_warnings(action="ignore"):  # of `max_task_retries`, without another way
+            outcomes = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+                _Worker,
+                fn_constructor_args=[job, embed],
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=share.cpus,
+                num_gpus=share.gpus,
+                max_task_retries=0,
+                compute=pool,
+            )
         try:
             for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield from map(pickle.loads, batch["outcome"].to_pylist())
-        except (ray.exceptions.RayError, data.exceptions.UserCodeException) as exc:
+        except ray.exceptions.RayError as exc:
             raise EngineError(f"the cluster failed: {exc}") from exc
 
 
@@ -143,6 +180,9 @@ class _Worker:
             turn.enter_context(self._reading)
             try:
                 done = self._embed_fragment(self._job, self._embedder, fragment, on_read=turn.close)
-            except NeMoRetrieverError as exc:  # else Ray's own, with its text alone
+            except NeMoRetrieverError as exc:
                 return fragment, exc
+            except Exception:  # Ray would drop it
+                error = EngineError(f"{fragment.title}: {traceback.format_exc()}")
+                return fragment, error
         return fragment, done

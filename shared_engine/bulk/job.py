@@ -165,9 +165,8 @@ def _cut_source(job: Job, path: str, root: str) -> Iterator[Fragment]:
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
     stem = f"{Path(path).stem[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
     if kind == "picture":
-        folder, found = path, [""]
         if os.path.isdir(path):
-            found = pages.find_pictures(path)
+            folder, found = path, pages.find_pictures(path)
         else:
             folder, found = os.path.dirname(path), [os.path.basename(path)]
             title = os.path.relpath(folder, root)

@@ -81,12 +81,18 @@ def open_folder(job: Job, schema: Any) -> None:
     with writing(job.out):
         for folder in ("vectors", "errors"):
             os.makedirs(os.path.join(job.out, folder), exist_ok=True)
-        for folder in ("", "vectors", "errors"):  # of runs that were killed
-            for path in Path(job.out, folder).glob(f".*{_TEMPORARY}"):
-                path.unlink(missing_ok=True)
+    remove_leftovers(job)
     schema_text = base64.b64encode(schema.serialize().to_pybytes()).decode()
     record = {**asked, "version": __version__, "schema": schema_text}
     _agree(job, "job.json", record, asked)
+
+
+def remove_leftovers(job: Job) -> None:
+    """Remove the half-written files of processes that were killed; none is writing now."""
+    with writing(job.out):
+        for folder in ("", "vectors", "errors"):
+            for path in Path(job.out, folder).glob(f".*{_TEMPORARY}"):
+                path.unlink(missing_ok=True)
 
 
 def read_schema(job: Job) -> Any:
@@ -129,8 +135,10 @@ def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]
                 os.link(beside, path)  # unlike a rename, it keeps what another process wrote
             except FileExistsError:
                 pass
+            except OSError:  # a file system without links, as some that are on a network
+                os.replace(beside, path)
             finally:
-                os.unlink(beside)
+                Path(beside).unlink(missing_ok=True)
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     for key, value in compared.items():
         if found.get(key) != value:

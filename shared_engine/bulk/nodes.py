@@ -100,11 +100,7 @@ def find_share(
     Raises:
         ConfigurationError: the nodes cannot hold so many of such shares.
     """
-    nodes = [
-        (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-        for node in import_ray().nodes()
-        if node["Alive"]
-    ]
+    nodes = _read_nodes()
     is_local = select_backend(options).base_url is None
     if gpus is None:
         has_gpus = is_local and options.device != "cpu" and any(node[1] for node in nodes)
@@ -126,6 +122,20 @@ def find_share(
         )
     _log.info("%d workers on %d nodes, each with %s", wanted, len(nodes), share)
     return wanted, share
+
+
+def count_room(share: Share) -> int:
+    """Return how many of a share the nodes hold that are there now."""
+    return _count(_read_nodes(), share)
+
+
+def _read_nodes() -> list[tuple[float, float]]:
+    """Return the cores and GPUs of each node."""
+    return [
+        (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in import_ray().nodes()
+        if node["Alive"]
+    ]
 
 
 def _count(nodes: list[tuple[float, float]], share: Share) -> int:

@@ -109,7 +109,10 @@ def finish(
     """Merge the errors of a job and sum up what a run did."""
     rows, _, tokens = manifest.sum_done(done)
     before, _, _ = manifest.sum_done(work.done.values())
-    failed = manifest.merge_errors(job) if work.fragments else 0
+    failed = 0
+    if work.fragments:
+        manifest.remove_leftovers(job)  # of a cluster's workers that died meanwhile
+        failed = manifest.merge_errors(job)
     return Summary(rows, failed, before, tokens, seconds, tuple(unread))
 
 

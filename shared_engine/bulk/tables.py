@@ -21,6 +21,8 @@ _AT_ONCE = 1024
 """Rows that are read at once."""
 _BUFFER = 1 << 20
 """Bytes of a Parquet column that are read at once: a row group may not fit into memory."""
+_LONGEST = 1 << 26
+"""Bytes of a CSV's record: with one quote too many, all that follows would be of its row."""
 _HEAD = 1 << 22
 """Bytes at the head of a JSON file from which the types of its columns are told."""
 
@@ -103,18 +105,21 @@ def _read_arrow(path: str, part: Range, schema: pa.Schema) -> Iterator[pa.Record
 
 def _records(file: Any, quoted: bool) -> Iterator[bytes]:
     """Yield lines that are not blank; of a CSV records, which may have line ends in quotes."""
-    record = b""
+    lines: list[bytes] = []
+    size = quotes = 0
     for line in file:
-        record += line
-        if quoted and record.count(b'"') % 2:
+        lines.append(line)
+        size += len(line)
+        quotes += line.count(b'"') if quoted else 0
+        if quotes % 2:
+            if size > _LONGEST:
+                raise ValueError(f"a quote is not closed: {lines[0][:80]!r} ...")
             continue
-        if not record.isspace():
-            yield record
-        else:
-            yield b""  # counts for the position alone
-        record = b""
-    if record:
-        yield record
+        record = b"".join(lines)
+        yield b"" if record.isspace() else record  # an empty one counts for the position alone
+        lines, size, quotes = [], 0, 0
+    if lines:
+        yield b"".join(lines)
 
 
 def _split_text(path: str, rows: int, quoted: bool) -> Iterator[Range]:

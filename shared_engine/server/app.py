@@ -19,6 +19,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from sys import getsizeof
@@ -72,6 +73,8 @@ _SMALL_BODY = 64 * 1024
 _LARGE_BODY = 8 * 2**20
 _SMALL_REPLY = 16 * 1024
 """Bytes to parse and values to write that the event loop does itself; more go to a thread."""
+_large = ThreadPoolExecutor(2, "nemoretriever-large")
+"""Few: glibc keeps back up to 64 MB for each thread that had much, and they share a GIL anyway."""
 
 
 def create_app(
@@ -405,7 +408,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
 
 async def _run(large: bool, work: Callable[[], _T]) -> _T:
     """Do large work in a thread, so that the event loop goes on, and small work at once."""
-    return await asyncio.to_thread(work) if large else work()
+    return await asyncio.get_running_loop().run_in_executor(_large, work) if large else work()
 
 
 def _refuse_logged(error: NeMoRetrieverError) -> HTTPRefusal:

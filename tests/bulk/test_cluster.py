@@ -11,18 +11,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shared_engine import Embedder, Options
+from shared_engine import Embedder, EngineError, Options
+from shared_engine.bulk.batch import EmbedBatch
+from shared_engine.bulk.cluster import embed_fragments
+from shared_engine.bulk.job import Job, list_fragments
+from shared_engine.bulk.nodes import Share, connect
 from shared_engine.cli import main
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),  # of its own settings
+]
 
 ROWS, ROWS_PER_FILE = 6_000, 300
 HERE = ["--dtype", "float32", "--device", "cpu"]
@@ -134,25 +144,152 @@ def test_a_cluster_writes_what_one_machine_does(
     assert_same(out, tmp_path / "here")
 
 
-def test_a_replica_that_dies_costs_our_client_nothing(
+def test_a_node_that_dies_for_good_costs_no_more_than_what_it_had_in_hand(
+    source: Path,
     checkpoint: Path,
+    tmp_path: Path,
     begin: Callable[..., subprocess.Popen[bytes]],
-    record_property: Callable[[str, object], None],
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/v1"
-    shares = ("--replicas", "2", "--cpus-per-replica", "0.5")
-    process = begin("serve", "--model", str(checkpoint), *HERE, "--port", str(port), *shares)
+    """Nor does the run wait for it: the other node has no room for a second worker."""
+    from ray.cluster_utils import Cluster
 
-    def is_ready() -> bool:
+    out = tmp_path / "cluster"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        doomed = cluster.add_node(num_cpus=1)
+        command = [*embed(source, out, checkpoint), "--ray", cluster.address, "--workers", "2"]
+        process = begin(*command, "--log-level", "info")
+
+        def is_time() -> bool:
+            vectors = out / "vectors"
+            return vectors.is_dir() and len(list(vectors.glob("*.parquet"))) >= 4
+
+        wait_for(is_time, process)
+        cluster.remove_node(doomed, allow_graceful=False)
+        assert process.wait(240) == 0, (tmp_path / "log-0").read_text()
+    finally:
+        cluster.shutdown()
+    log = (tmp_path / "log-0").read_text()
+    assert "fragments ended with their workers, and are begun again" in log
+    assert f"{ROWS:,} rows done, 0 failed, 0 skipped" in log
+    assert main(embed(source, tmp_path / "here", checkpoint)) == 0
+    assert_same(out, tmp_path / "here")
+
+
+def end_process(*_: object, **__: object) -> NoReturn:
+    os._exit(1)
+
+
+def test_a_fragment_that_ends_every_worker_is_named(source: Path, tmp_path: Path) -> None:
+    job = Job((str(source),), str(tmp_path / "out"), rows_per_file=ROWS)
+    with (
+        connect("local"),
+        pytest.raises(EngineError, match=r"1 fragments ended .* 3 times, those of in\.jsonl among"),
+    ):
+        list(embed_fragments(job, list_fragments(job), 1, Share(1, 0), end_process))
+
+
+def test_embed_batch_in_a_pipeline_of_ones_own(checkpoint: Path) -> None:
+    """As its docstring has it, but for the GPU."""
+    import ray
+
+    options = Options(model=str(checkpoint), dtype="float32", device="cpu")
+    texts = [f"passage {n}" for n in range(1_000)]
+    with connect("local"):
+        embedded = ray.data.from_items([{"n": n, "passage": text} for n, text in enumerate(texts)])
+        embedded = embedded.map_batches(
+            EmbedBatch,
+            fn_constructor_kwargs={"text_column": "passage", "options": options},
+            batch_format="pyarrow",
+            batch_size=100,
+            num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(
+                size=1, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+            ),
+        )
+        tables = list(embedded.iter_batches(batch_size=None, batch_format="pyarrow"))
+    table = pa.concat_tables(tables).sort_by("n")
+    assert table["passage"].to_pylist() == texts
+    assert table.schema.field("vector").type == pa.list_(pa.float32(), 64)
+    found = np.stack(table["vector"].to_numpy(zero_copy_only=False))
+    with Embedder(options) as embedder:
+        np.testing.assert_allclose(found, embedder.embed(texts), atol=1e-6)
+
+
+Serve = Callable[..., tuple[subprocess.Popen[bytes], str]]
+
+
+@pytest.fixture
+def serve(checkpoint: Path, begin: Callable[..., subprocess.Popen[bytes]]) -> Serve:
+    """Serve with replicas of half a core; return the process and its address when it is ready."""
+
+    def run(*arguments: str) -> tuple[subprocess.Popen[bytes], str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        url = f"http://127.0.0.1:{port}/v1"
+        share = ("--port", str(port), "--cpus-per-replica", "0.5")
+        process = begin("serve", "--model", str(checkpoint), *HERE, *share, *arguments)
+
+        def is_ready() -> bool:
+            try:
+                return httpx.get(f"{url}/health/ready").is_success
+            except httpx.HTTPError:
+                return False
+
+        wait_for(is_ready, process)
+        return process, url
+
+    return run
+
+
+def post(client: httpx.Client, url: str, texts: list[str]) -> httpx.Response:
+    """Ask as a client does that does not try again."""
+    body = {"model": "checkpoint", "input": texts, "input_type": "query"}
+    return client.post(f"{url}/embeddings", json=body)
+
+
+def test_replicas_are_added_for_the_load_and_finish_what_they_have_when_stopped(
+    serve: Serve,
+) -> None:
+    process, url = serve(
+        *("--served-name", "checkpoint", "--tokens-per-step", "256"),
+        *("--replicas", "1", "--max-replicas", "2"),
+    )
+    assert len(find_processes(b"ray::ServeReplica")) == 1
+    texts = [f"passage {n} " + "of many words " * 40 for n in range(20)]
+    are_enough = threading.Event()
+
+    def ask() -> int:
+        asked = 0
+        with httpx.Client(timeout=120) as client:
+            while not are_enough.is_set():
+                assert post(client, url, texts).is_success
+                asked += 1
+        return asked
+
+    with ThreadPoolExecutor(64) as pool:  # four times what a replica is to have
+        asking = [pool.submit(ask) for _ in range(64)]
         try:
-            return httpx.get(f"{url}/health/ready").is_success
-        except httpx.HTTPError:
-            return False
+            wait_for(lambda: len(find_processes(b"ray::ServeReplica")) == 2, process)
+        finally:
+            are_enough.set()
+    assert all(each.result() for each in asking)
 
-    wait_for(is_ready, process)
+    with ThreadPoolExecutor(1) as pool, httpx.Client(timeout=120) as client:
+        last = pool.submit(post, client, url, texts * 25)
+        time.sleep(1)
+        assert not last.done()
+        process.terminate()
+        assert last.result().is_success
+        assert len(last.result().json()["data"]) == 500
+    assert process.wait(60) == 0
+
+
+def test_a_replica_that_dies_costs_our_client_nothing(
+    checkpoint: Path, serve: Serve, record_property: Callable[[str, object], None]
+) -> None:
+    process, url = serve("--served-name", "checkpoint", "--replicas", "2")
     replicas = find_processes(b"ray::ServeReplica")
     assert len(replicas) == 2
     texts = [f"passage {n}" for n in range(200)]
@@ -162,12 +299,11 @@ def test_a_replica_that_dies_costs_our_client_nothing(
 
     def ask() -> None:
         nonlocal asked, lost
-        body = {"model": checkpoint.name, "input": ["a"], "input_type": "query"}
         with httpx.Client(timeout=60) as client:
             while not done.is_set():
                 asked += 1
                 try:
-                    lost += not client.post(f"{url}/embeddings", json=body).is_success
+                    lost += not post(client, url, ["a"]).is_success
                 except httpx.HTTPError:
                     lost += 1
 

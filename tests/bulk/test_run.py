@@ -393,6 +393,29 @@ def test_a_fragment_that_cannot_be_read_leaves_the_others(tmp_path, make_job):
     assert run(job).skipped == 70  # and it is tried again
 
 
+def test_a_quote_that_is_never_closed_is_named_and_not_read_to_the_end(
+    tmp_path, make_job, monkeypatch
+):
+    monkeypatch.setattr("shared_engine.bulk.tables._LONGEST", 10_000)
+    lines = ["key,text", *(f"{n},some words" for n in range(1000)), '1000,"no end']
+    lines += [f"{n},more words" for n in range(1001, 100_000)]
+    (tmp_path / "in.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"in\.csv cannot be read: a quote is not closed.*no end"):
+        run(make_job(tmp_path / "in.csv", columns=()))
+
+
+def test_a_folder_that_knows_no_links_will_do(make_job, monkeypatch):
+    """As some file systems on a network."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert run(make_job()).rows == 100
+    with pytest.raises(ConfigurationError, match="was begun with dimensions"):
+        run(make_job(options={"dimensions": 8}))
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".feather"])
 def test_a_table_that_cannot_be_read_at_all_is_named(suffix, tmp_path, make_job):
     (tmp_path / f"in{suffix}").write_bytes(b"nothing of that kind")
