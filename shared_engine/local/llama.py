@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 _FEW = 16
 """Sequences up to which a GPU takes their means one by one: segment_reduce gives a sequence only as
 many threads as a vector has numbers."""
+_FEW_ROWS = 256
+"""Up to which a step is filled up to 16 rows, and over it to 64, where kernels are made by rows."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Encoder:
         self._tokens_per_step = placement.tokens_per_step
         self._rotate, self._gate = placement.elementwise
         self._buffers = Buffers(placement)
+        self._has_kernels_by_rows = self.device.type == "cpu" and placement.dtype != torch.float32
         self._graphs: QueryGraphs | None = None
         self.description = placement.description
         """What it computes with and why, in one line."""
@@ -161,6 +164,9 @@ class Encoder:
         self, sequences: Sequence[NDArray[np.int32]], images: Sequence[Tiles] = ()
     ) -> Tensor:
         """Return the means of sequences, with the images in their order: (S, hidden) float32."""
+        count, tokens = len(sequences), sum(map(len, sequences))
+        if padding := -tokens % self._multiple(tokens):
+            sequences = [*sequences, *[np.zeros(1, np.int32)] * padding]  # nobody attends to them
         lengths = [len(ids) for ids in sequences]
         cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=cu_seqlens[1:])
@@ -170,10 +176,20 @@ class Encoder:
         ids = np.concatenate(sequences)
         x = F.embedding(to_device(ids, self.device), self._embedding)  # (T, hidden)
         if images and self._vision:
-            places = np.flatnonzero(ids == self._vision.context_token)
+            places = np.flatnonzero(ids[:tokens] == self._vision.context_token)
             x[to_device(places, self.device)] = self._vision(images)
         hidden = self._forward(x, positions, layout, self._buffers)  # (T, hidden)
-        return _pool(hidden, lengths)
+        return _pool(hidden[:tokens], lengths[:count])
+
+    def _multiple(self, tokens: int) -> int:
+        """Return what the rows of a step are to be a multiple of.
+
+        oneDNN makes a kernel for every number of rows that it sees, which takes it milliseconds,
+        and keeps the last 1,024 of them, 1.4 MB each.
+        """
+        if not self._has_kernels_by_rows:
+            return 1
+        return 16 if tokens <= _FEW_ROWS else 64
 
     def _forward(self, x: Tensor, positions: Tensor, layout: Layout, buffers: Buffers) -> Tensor:
         narrow, wide = buffers.narrow, buffers.wide

@@ -287,8 +287,7 @@ def main() -> int:
     parser.add_argument(
         "--dtype",
         default="float32",
-        help="of the model; in bfloat16 on a CPU, torch keeps a kernel for every size of a step, "
-        "which is memory of its own",
+        help="of the model; in bfloat16 on a CPU, oneDNN keeps some dozens of kernels",
     )
     parser.add_argument("--hostile", type=int, default=0, help="send so many large ones instead")
     parser.add_argument("--at-once", type=int, default=4, help="of the large ones")
