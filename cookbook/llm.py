@@ -14,8 +14,8 @@ import standin  # beside this file
 
 NAME = "SmolLM2-135M-Instruct"
 CAVEAT = (
-    "A small model that runs anywhere and is often wrong: trust the sources, which are what this "
-    "package finds, and not the sentence."
+    "A small model that runs anywhere, reads the first source only and is often wrong: trust the "
+    "sources, which are what this package finds, and not the sentence."
 )
 _CONTEXT = 4096  # tokens of a prompt and its answer
 _ANSWER = 80  # tokens of an answer at most
@@ -39,8 +39,10 @@ def serve() -> Iterator[str]:
     params.port = 0
     params.cpuparams.n_threads = os.cpu_count() or 1
     params.n_predict = _ANSWER
-    params.sampling.penalty_repeat = 1.15  # else a small model says one sentence again and again
-    params.sampling.penalty_last_n = 256
+    # Else a small model says one sentence again and again; a penalty on single words would keep it
+    # from those of its sources.
+    params.sampling.dry_multiplier = 0.8
+    params.sampling.dry_allowed_length = 4
     params.verbosity = -1  # it would write pages of details to the screen
     params.use_jinja = True  # for tools
     params.warmup = False

@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import handbook  # beside this file, as are the next three and `sections`
 import llm
@@ -73,6 +73,9 @@ PROMPT = ChatPromptTemplate.from_messages(
         ),
         ("human", "{excerpts}\n\nQuestion: {question}"),
     ]
+)
+PROMPT_SMALL = ChatPromptTemplate.from_messages(
+    [("human", "{excerpts}\n\nUsing only the text above, answer in one short sentence: {question}")]
 )
 EXCERPT = PromptTemplate.from_template("{page_content}\n({source}, {place})")
 
@@ -229,12 +232,18 @@ def number(sources: Iterable[Document]) -> str:
 
 
 def make_chain(
-    retriever: BaseRetriever, chat: BaseChatModel, prompt: ChatPromptTemplate = PROMPT
+    retriever: BaseRetriever,
+    chat: BaseChatModel,
+    prompt: ChatPromptTemplate = PROMPT,
+    shown: int = TOP,
 ) -> Runnable[dict[str, str], dict[str, Any]]:
-    """Return the chain: {"question"} in; "sources", then the "answer" piece by piece, out."""
+    """Return the chain: {"question"} in; "sources", then the "answer" piece by piece, out.
+
+    The language model is shown the first `shown` sources.
+    """
     return (
         RunnablePassthrough.assign(sources=itemgetter("question") | retriever | take_sources)
-        .assign(excerpts=lambda known: number(known["sources"]))
+        .assign(excerpts=lambda known: number(known["sources"][:shown]))
         .assign(answer=prompt | chat | StrOutputParser())
         .pick(["sources", "answer"])
     )
@@ -268,9 +277,20 @@ def stream_agent(agent: Runnable[Any, Any], question: str) -> Iterator[dict[str,
             yield {"answer": message.text}
 
 
+class Answerer(NamedTuple):
+    """A language model, and how to ask it."""
+
+    chat: BaseChatModel
+    about: str
+    """What to know of it."""
+    prompt: ChatPromptTemplate
+    shown: int
+    """Sources that it is shown: a small model mixes up more than one."""
+
+
 @contextmanager
-def open_llm(url: str | None, name: str | None) -> Iterator[tuple[BaseChatModel, str]]:
-    """Give the model that answers, and what to know of it.
+def open_llm(url: str | None, name: str | None) -> Iterator[Answerer]:
+    """Give the language model that answers.
 
     Raises:
         ConnectionError: no language model answers at the address, or no longer.
@@ -278,6 +298,7 @@ def open_llm(url: str | None, name: str | None) -> Iterator[tuple[BaseChatModel,
     from langchain_nvidia_ai_endpoints import ChatNVIDIA
 
     key = os.environ.get("NVIDIA_API_KEY") or "none"
+    prompt, shown = PROMPT, TOP
     with ExitStack() as stack:
         if url:
             where = f"at {url}"
@@ -286,6 +307,7 @@ def open_llm(url: str | None, name: str | None) -> Iterator[tuple[BaseChatModel,
             where = "in NVIDIA's catalogue, as NVIDIA_API_KEY is set"
         else:
             url, name = stack.enter_context(llm.serve()), llm.NAME
+            prompt, shown = PROMPT_SMALL, 1
             where = f"in this process.\n{llm.CAVEAT}"
         try:
             with warnings.catch_warnings(action="ignore"):  # it warns of every model it knows not
@@ -305,7 +327,7 @@ def open_llm(url: str | None, name: str | None) -> Iterator[tuple[BaseChatModel,
         if chat.model not in offered:
             names = ", ".join(offered)
             raise ConnectionError(f"{url} has no model {chat.model}; it has {names}")
-        yield chat, f"{chat.model}, {where}"
+        yield Answerer(chat, f"{chat.model}, {where}", prompt, shown)
 
 
 def ask(
@@ -386,8 +408,8 @@ def run(args: argparse.Namespace) -> None:
     if left_out:
         show("Left out", "\n".join(left_out))
 
-    with open_llm(args.llm_url, args.llm) as (chat, what_answers):
-        show("Answers", what_answers)
+    with open_llm(args.llm_url, args.llm) as answerer:
+        show("Answers", answerer.about)
         folder = (
             args.store / model.name / embeddings.embedder.cache_key("document") / args.vector_store
         )
@@ -404,8 +426,8 @@ def run(args: argparse.Namespace) -> None:
         if weight is None:
             weight = WEIGHT_STANDIN if standin.is_standin(model) else 0.5
         retriever = make_retriever(sections, passages, store, weight, args.parent)
-        chain = make_chain(retriever, chat)
-        agent = make_agent(retriever, chat, str(what)) if args.agent else None
+        chain = make_chain(retriever, answerer.chat, answerer.prompt, answerer.shown)
+        agent = make_agent(retriever, answerer.chat, str(what)) if args.agent else None
         for question in questions_to_ask(args.question, args.docs):
             stream = (
                 stream_agent(agent, question) if agent else chain.stream({"question": question})

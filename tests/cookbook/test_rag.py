@@ -219,6 +219,20 @@ def test_the_prompt_has_the_question_and_every_excerpt_with_its_number_and_sourc
     assert places(parts[0]["sources"]) >= {("fruit.md", '"Apples"')}
 
 
+def test_a_small_model_is_shown_the_first_source_only_and_all_are_told(
+    rag: ModuleType, docs: Path, embeddings: NeMoRetrieverEmbeddings
+) -> None:
+    chat = says("Red.")
+    retriever = make_retriever(rag, docs, InMemoryVectorStore(embeddings))
+    chain = rag.make_chain(retriever, chat, rag.PROMPT_SMALL, shown=1)
+    sources = chain.invoke({"question": "What colour do apples have?"})["sources"]
+    assert len(sources) == 3
+    ((human,),) = chat.asked
+    assert human.content.endswith("in one short sentence: What colour do apples have?")
+    assert sources[0].page_content in human.content
+    assert sources[1].page_content not in human.content
+
+
 def test_the_agent_searches_with_the_tool_and_its_sources_are_kept(
     rag: ModuleType, docs: Path, embeddings: NeMoRetrieverEmbeddings
 ) -> None:
@@ -286,18 +300,19 @@ def test_the_script_ends_in_one_sentence(
 
 
 @pytest.fixture
-def chat(rag: ModuleType) -> Iterator[Any]:
+def answerer(rag: ModuleType) -> Iterator[Any]:
     """The small model, as the script opens it."""
-    with rag.open_llm(None, None) as (chat, caveat):
-        assert "often wrong" in caveat
-        yield chat
+    with rag.open_llm(None, None) as answerer:
+        assert "often wrong" in answerer.about
+        yield answerer
 
 
 @pytest.mark.slow
 def test_a_real_model_streams_an_answer(
-    rag: ModuleType, standin: Path, docs: Path, embeddings: NeMoRetrieverEmbeddings, chat: Any
+    rag: ModuleType, standin: Path, docs: Path, embeddings: NeMoRetrieverEmbeddings, answerer: Any
 ) -> None:
-    chain = rag.make_chain(make_retriever(rag, docs, InMemoryVectorStore(embeddings)), chat)
+    retriever = make_retriever(rag, docs, InMemoryVectorStore(embeddings))
+    chain = rag.make_chain(retriever, answerer.chat, answerer.prompt, answerer.shown)
     parts = list(chain.stream({"question": "What colour do apples have?"}))
     answers = [part["answer"] for part in parts if part.get("answer")]
     assert len(answers) > 3

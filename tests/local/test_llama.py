@@ -119,7 +119,7 @@ def test_in_bfloat16_steps_of_many_sizes_have_few_numbers_of_rows(checkpoint, mo
         rows.clear()
         with Embedder(Options(model=checkpoint, device="cpu", dtype=dtype)) as embedder:
             found[dtype] = np.concatenate([embedder.embed([text]) for text in texts])
-        assert len(rows) == len(texts) if dtype == "float32" else len(rows) < len(texts) / 4
+        assert len(rows) == (len(texts) if dtype == "float32" else 28)  # 16, and 12 over 256
     assert (found["float32"] * found["bfloat16"]).sum(1).min() >= 0.9995
 
 
