@@ -202,7 +202,9 @@ async def test_a_cancelled_caller_leaves_the_queue(embedder):
     assert not scheduler._to_prepare
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("auto", marks=pytest.mark.slow), "float32", "bfloat16"]
+)
 def test_a_fork_rebuilds_the_engine(checkpoint, dtype):
     """In a process of its own: pytest's threads make a fork here a warning."""
     program = f"""

@@ -1,8 +1,8 @@
 """How long a cluster takes for a job's fragments, with slow workers, deaths and start-up.
 
 A discrete-event simulation of what `shared_engine/bulk` does: a driver hands fragments, one after
-the other, to workers that hold two each and do one at a time; what a dead worker held is done
-again by another. Seeded: the same table each time.
+the other, to workers that hold two each and do one at a time; what dead workers held is done at the
+end, by workers that start anew. Seeded: the same table each time.
 
     python -m tests.benchmarks.simulate
 
@@ -94,8 +94,11 @@ class _Simulation:
             for _ in range(cluster.workers)
         ]
         self.waiting = deque(fragments)
+        self.left_over: list[int] = []
+        """What dead workers held."""
+        self.in_hand = 0
+        """Fragments that workers hold."""
         self.done = [0 for _ in fragments]
-        self.idle: dict[int, None] = {}
         self.events: list[tuple[float, int, str, int, int]] = []  # a heap
         self.order = count()
         self.driver_free = self.lost = 0.0
@@ -123,6 +126,8 @@ class _Simulation:
             elif life == self.workers[who].life:
                 left -= kind == "done"
                 self.go_on(who, now, is_done=kind == "done")
+            if self.left_over and not self.waiting and not self.in_hand:
+                self.begin_again(now)
         total = sum(self.lengths)
         ideal = total / sum(worker.speed for worker in self.workers)
         return Result(now, ideal, self.lost / total, self.deaths, self.done)
@@ -142,21 +147,28 @@ class _Simulation:
         worker.is_up = True
         if is_done:
             self.done[worker.held.popleft()[0]] += 1
+            self.in_hand -= 1
             if worker.held:
                 self.begin(who, now)
         self.hand_over(who, now)
+
+    def begin_again(self, now: float) -> None:
+        self.waiting.extend(self.left_over)
+        self.left_over.clear()
+        for who, worker in enumerate(self.workers):
+            if worker.is_up:  # the others are on their way
+                worker.life += 1
+                worker.is_up = False
+                self.start(who, now)
 
     def hand_over(self, who: int, now: float) -> None:
         worker = self.workers[who]
         while self.waiting and len(worker.held) < self.work.in_flight:
             self.driver_free = max(self.driver_free, now) + self.cluster.hand_over
             worker.held.append((self.waiting.popleft(), self.driver_free))
+            self.in_hand += 1
             if len(worker.held) == 1:
                 self.begin(who, now)
-        if worker.held:
-            self.idle.pop(who, None)
-        else:
-            self.idle[who] = None
 
     def begin(self, who: int, now: float) -> None:
         worker = self.workers[who]
@@ -169,14 +181,12 @@ class _Simulation:
         self.deaths += 1
         worker.life += 1
         worker.is_up = False
-        self.idle.pop(who, None)
         if worker.held:
             self.lost += max(0.0, now - worker.began) * worker.speed
-        self.waiting.extendleft(fragment for fragment, _ in reversed(worker.held))
+        self.left_over.extend(fragment for fragment, _ in worker.held)
+        self.in_hand -= len(worker.held)
         worker.held.clear()
         self.start(who, now + repair)
-        for other in list(self.idle)[: len(self.waiting)]:
-            self.hand_over(other, now)
 
 
 def simulate(cluster: Cluster, work: Work, seed: int = 0) -> Result:

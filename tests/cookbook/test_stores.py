@@ -17,6 +17,8 @@ from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from tests.support.faulty_nim import FaultyNim
 from tests.support.nim import vectors
 
+pytestmark = pytest.mark.slow
+
 N = 100
 TEXTS = [f"passage {n} of {N}" for n in range(N)]
 TOPICS = [f"topic {n % 7}" for n in range(N)]

@@ -64,6 +64,7 @@ def test_long_texts_equal_the_float64_oracle(checkpoint):
     assert np.abs(ours - oracles.numpy_float64(checkpoint, texts, "passage: ")).max() <= 2e-6
 
 
+@pytest.mark.slow
 def test_a_causal_mask_would_be_seen(folder):
     causal = oracles.numpy_float64(folder, TEXTS, "passage: ", causal=True)
     assert np.abs(causal - oracles.numpy_float64(folder, TEXTS, "passage: ")).max() > 0.05
@@ -113,13 +114,16 @@ def test_in_bfloat16_steps_of_many_sizes_have_few_numbers_of_rows(checkpoint, mo
         return forward(self, x, *rest)
 
     monkeypatch.setattr(Encoder, "_forward", watched)
-    texts = ["word " * n for n in range(1, 330, 3)]
+    texts = ["word " * n for n in range(1, 330, 6)]
     found = {}
     for dtype in ("float32", "bfloat16"):
         rows.clear()
         with Embedder(Options(model=checkpoint, device="cpu", dtype=dtype)) as embedder:
             found[dtype] = np.concatenate([embedder.embed([text]) for text in texts])
-        assert len(rows) == (len(texts) if dtype == "float32" else 28)  # 16, and 12 over 256
+        if dtype == "float32":
+            assert len(rows) == len(texts)
+        else:
+            assert all(n % (16 if n <= 256 else 64) == 0 for n in rows)
     assert (found["float32"] * found["bfloat16"]).sum(1).min() >= 0.9995
 
 
