@@ -27,7 +27,7 @@ from shared_engine.pipeline import SMALL, Documents, Pipeline
 from shared_engine.registry import Lease
 from shared_engine.routing import select_backend
 from shared_engine.stream import AsyncStream, Stream
-from shared_engine.threads import run_off_loop, wait_until_done
+from shared_engine.threads import call_in_thread, run_off_loop, wait_until_done
 from shared_engine.usage import TokenCount
 
 if TYPE_CHECKING:
@@ -98,10 +98,10 @@ class Embedder:
         role: Role,
         finish: Callable[[Future[NDArray[np.float32]]], _T],
     ) -> _T:
-        submitting = run_off_loop(self._pipeline.submit, documents, role)
+        submitting = call_in_thread(self._pipeline.submit, documents, role)
         try:
-            future = await asyncio.shield(submitting)
-        except asyncio.CancelledError:
+            future = await asyncio.wrap_future(submitting)
+        except asyncio.CancelledError:  # a loop that ends with it would not come to do this
             submitting.add_done_callback(_cancel_submitted)
             raise
         await wait_until_done(future)
@@ -250,6 +250,6 @@ def _to_lists(array: NDArray[Any]) -> list[list[float]]:
     return [row.tolist() for row in array]
 
 
-def _cancel_submitted(submitting: asyncio.Future[Future[Any]]) -> None:
+def _cancel_submitted(submitting: Future[Future[Any]]) -> None:
     if not submitting.cancelled() and submitting.exception() is None:
         submitting.result().cancel()

@@ -21,13 +21,18 @@ _MOST_THREADS = 16
 def run_off_loop(
     function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
 ) -> asyncio.Future[_T]:
-    """Call a function in a thread, with the caller's context variables; await the result.
+    """Call a function in a thread, with the caller's context variables; await the result."""
+    return asyncio.wrap_future(call_in_thread(function, *args, **kwargs))
+
+
+def call_in_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+    """Do as `run_off_loop` does, with a future that outlives the event loop.
 
     asyncio's default threads belong to the program, whose blocking jobs may hold all of them.
     """
-    context, loop = copy_context(), asyncio.get_running_loop()
+    context = copy_context()
     try:
-        return loop.run_in_executor(_threads, lambda: context.run(function, *args, **kwargs))
+        return _threads.submit(lambda: context.run(function, *args, **kwargs))
     except RuntimeError as exc:  # no executor takes anything once the interpreter ends
         _park_daemon()
         raise EngineClosedError("the interpreter is ending") from exc

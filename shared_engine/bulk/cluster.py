@@ -20,8 +20,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -134,8 +134,7 @@ def _run_pool(
     context.enable_progress_bars = False
     context.max_consecutive_actor_init_deaths = 3
     context.max_errored_blocks = -1  # what fails for another reason than a death is an outcome
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    with data.DataContext.current(context):
+    with data.DataContext.current(context), _told_by_us():
         rows = [{"fragment": pickle.dumps(fragment)} for fragment in fragments]
         pool = data.ActorPoolStrategy(
             size=min(workers, len(rows)),
@@ -159,6 +158,18 @@ def _run_pool(
                 yield from map(pickle.loads, batch["outcome"].to_pylist())
         except ray.exceptions.RayError as exc:
             raise EngineError(f"the cluster failed: {exc}") from exc
+
+
+@contextmanager
+def _told_by_us() -> Iterator[None]:
+    """Keep Ray Data's own words back, which are of blocks and tracebacks, while the block runs."""
+    log = logging.getLogger("ray.data")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 class _Worker:
