@@ -180,7 +180,8 @@ def open_writer(path: str, job: Job, schema: Any, width: int, facts: dict[str, s
         path,
         pa.schema([*schema, vector], {name: str(value) for name, value in facts.items()}),
         compression={**dict.fromkeys(schema.names, "zstd"), "vector.list.element": "none"},
-        use_dictionary=False,
+        # Parquet has no bytes but in four: as numbers of 256 entries they are one again.
+        use_dictionary=False if kind == "float" else ["vector.list.element"],
         write_statistics=list(schema.names),
     )
 

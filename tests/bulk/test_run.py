@@ -117,6 +117,25 @@ def test_vectors_are_of_the_type_asked_for_also_beside_bad_rows(kind, value, wid
     np.testing.assert_array_equal(read_vectors(found), expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "size"), [("float", 64), ("int8", 16), ("uint8", 16), ("binary", 2), ("ubinary", 2)]
+)
+def test_a_vector_takes_as_many_bytes_as_its_type_has(kind, size, make_job):
+    """A plan, and the choice of a type, are of bytes; Parquet itself has integers of four."""
+    rows = 4_096
+    job = make_job(passages(rows), {"embedding_type": kind}, rows_per_file=rows)
+    run(job)
+    (path,) = Path(job.out, "vectors").iterdir()
+    footer = pq.read_metadata(path)
+    groups = [footer.row_group(n) for n in range(footer.num_row_groups)]
+    columns = [group.column(footer.num_columns - 1) for group in groups]
+    assert {column.path_in_schema for column in columns} == {"vector.list.element"}
+    taken = sum(column.total_compressed_size for column in columns)
+    ends_of_lists = rows * size / 8 if kind != "float" else rows * 16 / 8
+    table = 0 if kind == "float" else 256 * 4 * len(groups)
+    assert size * rows <= taken <= 1.15 * (size * rows + ends_of_lists + table) + 200 * len(groups)
+
+
 def test_a_folder_gives_all_its_tables_and_ids_say_which(tmp_path, make_job):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     write(passages(5), tmp_path / "in" / "a.parquet")
