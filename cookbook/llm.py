@@ -14,8 +14,8 @@ import standin  # beside this file
 
 NAME = "SmolLM2-135M-Instruct"
 CAVEAT = (
-    "A small model that runs anywhere, reads the first source only and is often wrong: trust the "
-    "sources, which are what this package finds, and not the sentence."
+    "A small model that runs anywhere and is often wrong: trust the sources, which are what this "
+    "package finds, and not the sentence."
 )
 _CONTEXT = 4096  # tokens of a prompt and its answer
 _ANSWER = 80  # tokens of an answer at most

@@ -308,7 +308,7 @@ def open_llm(url: str | None, name: str | None) -> Iterator[Answerer]:
         else:
             url, name = stack.enter_context(llm.serve()), llm.NAME
             prompt, shown = PROMPT_SMALL, 1
-            where = f"in this process.\n{llm.CAVEAT}"
+            where = f"in this process, shown the first source (an agent: all).\n{llm.CAVEAT}"
         try:
             with warnings.catch_warnings(action="ignore"):  # it warns of every model it knows not
                 chat = ChatNVIDIA(

@@ -102,22 +102,21 @@ def embed_fragments(
         EngineError: actors cannot start, or died too often with the same fragments.
     """
     missing = {fragment.name: fragment for fragment in fragments}
-    for _ in range(_TRIES):
-        if not missing:
-            return
+    for number in range(_TRIES):
+        if number:
+            _log.warning("%d fragments ended with their workers, and are begun again", len(missing))
+            workers = max(1, min(workers, count_room(share)))
         with closing(_run_pool(job, list(missing.values()), workers, share, embed)) as outcomes:
             for fragment, outcome in outcomes:
                 if missing.pop(fragment.name, None) is not None:
                     yield fragment, outcome
-        if missing:
-            _log.warning("%d fragments ended with their workers, and are begun again", len(missing))
-            workers = max(1, min(workers, count_room(share)))
-    if missing:
-        titles = sorted({fragment.title for fragment in missing.values()})
-        raise EngineError(
-            f"{len(missing)} fragments ended with their workers {_TRIES} times, those of "
-            f"{', '.join(titles[:3])} among them: do the workers have enough memory?"
-        )
+        if not missing:
+            return
+    titles = sorted({fragment.title for fragment in missing.values()})
+    raise EngineError(
+        f"{len(missing)} fragments ended with their workers {_TRIES} times, those of "
+        f"{', '.join(titles[:3])} among them: do the workers have enough memory?"
+    )
 
 
 def _run_pool(
@@ -129,6 +128,8 @@ def _run_pool(
 ) -> Generator[Outcome, None, None]:
     """Yield what became of fragments, but for those that ended with their actors."""
     ray, data = import_ray(), import_ray("data")
+    if not fragments:
+        return
     with warnings.catch_warnings(action="ignore"):  # of its own settings, at the first call
         context = data.DataContext.get_current().copy()
     context.enable_progress_bars = False

@@ -106,17 +106,18 @@ def _read_arrow(path: str, part: Range, schema: pa.Schema) -> Iterator[pa.Record
 def _records(file: Any, quoted: bool) -> Iterator[bytes]:
     """Yield lines that are not blank; of a CSV records, which may have line ends in quotes."""
     lines: list[bytes] = []
-    size = quotes = 0
+    size = quotes = rows = 0
     for line in file:
         lines.append(line)
         size += len(line)
         quotes += line.count(b'"') if quoted else 0
         if quotes % 2:
             if size > _LONGEST:
-                raise ValueError(f"a quote is not closed: {lines[0][:80]!r} ...")
+                raise ValueError(f"row {rows} has a quote that is not closed")
             continue
         record = b"".join(lines)
         yield b"" if record.isspace() else record  # an empty one counts for the position alone
+        rows += not record.isspace()
         lines, size, quotes = [], 0, 0
     if lines:
         yield b"".join(lines)

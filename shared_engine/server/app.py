@@ -73,7 +73,7 @@ _SMALL_BODY = 64 * 1024
 _LARGE_BODY = 8 * 2**20
 _SMALL_REPLY = 16 * 1024
 """Bytes to parse and values to write that the event loop does itself; more go to a thread."""
-_large = ThreadPoolExecutor(2, "nemoretriever-large")
+_pool = ThreadPoolExecutor(2, "nemoretriever-large")
 """Few: glibc keeps back up to 64 MB for each thread that had much, and they share a GIL anyway."""
 
 
@@ -408,7 +408,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
 
 async def _run(large: bool, work: Callable[[], _T]) -> _T:
     """Do large work in a thread, so that the event loop goes on, and small work at once."""
-    return await asyncio.get_running_loop().run_in_executor(_large, work) if large else work()
+    return await asyncio.get_running_loop().run_in_executor(_pool, work) if large else work()
 
 
 def _refuse_logged(error: NeMoRetrieverError) -> HTTPRefusal:

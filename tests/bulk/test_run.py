@@ -419,7 +419,7 @@ def test_a_quote_that_is_never_closed_is_named_and_not_read_to_the_end(
     lines = ["key,text", *(f"{n},some words" for n in range(1000)), '1000,"no end']
     lines += [f"{n},more words" for n in range(1001, 100_000)]
     (tmp_path / "in.csv").write_text("\n".join(lines))
-    with pytest.raises(InputError, match=r"in\.csv cannot be read: a quote is not closed.*no end"):
+    with pytest.raises(InputError, match=r"in\.csv cannot be read: row 1000 has a quote that"):
         run(make_job(tmp_path / "in.csv", columns=()))
 
 
