@@ -85,6 +85,14 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
         """Return the name that LlamaIndex serialises this class under."""
         return "NeMoRetrieverEmbedding"
 
+    def to_payload(self) -> dict[str, Any]:
+        """Return what events say of this model; LlamaIndex asks for it since 0.14.23."""
+        return {
+            "class_name": self.class_name(),
+            "model_name": self.model_name,
+            "embed_batch_size": self.embed_batch_size,
+        }
+
     def get_query_embedding(self, query: str) -> Embedding:
         """Return the vector of a query; never from the cache."""
         return MultiModalEmbedding.get_query_embedding(self._uncached(), query)
@@ -177,18 +185,22 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
     @dispatcher.span
     def _embed(self, documents: list[Document]) -> list[Embedding]:
         with self._announced(documents) as embeddings:
-            if self.rate_limiter is not None:
-                self.rate_limiter.acquire()
+            if limiter := self._limiter:
+                limiter.acquire()
             embeddings.extend(self.embedder.embed_lists(documents, "document"))
         return embeddings
 
     @dispatcher.span
     async def _aembed(self, documents: list[Document]) -> list[Embedding]:
         with self._announced(documents) as embeddings:
-            if self.rate_limiter is not None:
-                await self.rate_limiter.async_acquire()
+            if limiter := self._limiter:
+                await limiter.async_acquire()
             embeddings.extend(await self.embedder.aembed_lists(documents, "document"))
         return embeddings
+
+    @property
+    def _limiter(self) -> Any:
+        return getattr(self, "rate_limiter", None)  # LlamaIndex has them since 0.14.16
 
     @contextmanager
     def _announced(self, documents: list[Document]) -> Iterator[list[Embedding]]:

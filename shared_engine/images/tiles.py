@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import PIL
 import pybase64
 from numpy.typing import NDArray
 from PIL import Image
@@ -135,6 +136,16 @@ def choose_grid(width: int, height: int, max_tiles: int, size: int = 512) -> tup
 
     grids = _GRIDS_OF_4_TO_7 if 4 <= max_tiles <= 7 else _GRIDS
     return max((cells for cells in grids if cells[0] * cells[1] <= max_tiles), key=fit)
+
+
+def takes_height_first(width: int, height: int, to_width: int, to_height: int) -> bool:
+    """Return which axis Pillow resizes first: numbers are rounded in between, so it shows.
+
+    Pillow 13 begins with the height where that leaves less to do, and those before it never do.
+    """
+    if int(PIL.__version__.split(".")[0]) < 13:
+        return False
+    return height - to_height > max(0, 2 * (width - to_width))
 
 
 def encode_data_url(

@@ -176,6 +176,8 @@ def _resize(
     As Pillow does for 8 bits: one axis after the other, and whole numbers in between. The box
     begins in the upper left corner.
     """
+    from shared_engine.images.tiles import takes_height_first
+
     rows, columns = planes.shape[2:]
     shown_width, shown_height = box[2:]
 
@@ -191,8 +193,7 @@ def _resize(
     def shorten(x: Tensor) -> Tensor:
         return resize_axis(x, [height, x.shape[3]], (height / shown_height, 1.0))
 
-    # Pillow 13 begins with the height where that leaves less to do.
-    if rows - height > max(0, 2 * (columns - width)):
+    if takes_height_first(columns, rows, width, height):
         return narrow(shorten(planes))
     return shorten(narrow(planes))
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from llama_index.core import Settings, VectorStoreIndex
-from llama_index.core.base.embeddings.base import mean_agg
+from llama_index.core.base.embeddings.base import BaseEmbedding, mean_agg
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
 from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.embeddings import resolve_embed_model
@@ -308,11 +308,21 @@ async def test_callbacks_and_events_name_the_model_and_come_once(
         "embed_batch_size": 2048,
     }
     assert model.to_payload() == payload
+
+    def check(said: dict[str, Any]) -> None:
+        if hasattr(BaseEmbedding, "to_payload"):
+            assert said == payload
+        else:  # before 0.14.23 LlamaIndex said everything
+            assert payload.items() <= said.items()
+            assert "api_key" not in said
+
     for call in calls:
         result = call()
         vectors = await result if asyncio.iscoroutine(result) else result
         start, end = callbacks.seen
-        assert start == ("start", CBEventType.EMBEDDING, {EventPayload.SERIALIZED: payload})
+        assert start[:2] == ("start", CBEventType.EMBEDDING)
+        assert list(start[2]) == [EventPayload.SERIALIZED]
+        check(start[2][EventPayload.SERIALIZED])
         assert end[:2] == ("end", CBEventType.EMBEDDING)
         assert end[2][EventPayload.CHUNKS] == ["one"]
         assert vectors in (end[2][EventPayload.EMBEDDINGS], end[2][EventPayload.EMBEDDINGS][0])
@@ -321,7 +331,8 @@ async def test_callbacks_and_events_name_the_model_and_come_once(
         began, ended = recorder.events
         assert isinstance(began, EmbeddingStartEvent)
         assert isinstance(ended, EmbeddingEndEvent)
-        assert (began.model_dict, ended.chunks) == (payload, ["one"])
+        check(began.model_dict)
+        assert ended.chunks == ["one"]
         recorder.events.clear()
 
 

@@ -14,6 +14,7 @@ import chromadb
 import numpy as np
 import pytest
 from llama_index.core import MockEmbedding, StorageContext, VectorStoreIndex
+from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.callbacks import (
     CallbackManager,
     CBEventType,
@@ -384,6 +385,9 @@ class _Limiter:
         self.asked += "a"
 
 
+@pytest.mark.skipif(
+    "rate_limiter" not in BaseEmbedding.model_fields, reason="LlamaIndex has them since 0.14.16"
+)
 async def test_a_rate_limiter_is_asked_once_a_batch(model: NeMoRetrieverEmbedding) -> None:
     limiter = model.rate_limiter = _Limiter()
     nodes = [ImageNode(image=BASE64[0]), TextNode(text="a text")]
