@@ -149,9 +149,10 @@ def _read_text(item: object) -> str | None:
 
 
 def _name_type(item: object) -> str:
-    """Return the full name of a type: there are several called Document."""
+    """Return the full name of a type, as it is imported: there are several called Document."""
     kind = type(item)
-    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    public = [part for part in kind.__module__.split(".") if not part.startswith("_")]
+    return ".".join([*public, kind.__qualname__]).removeprefix("builtins.")
 
 
 def _find_hint(item: object) -> str:

@@ -23,6 +23,16 @@ POLLING = "https://api.nvcf.nvidia.com/v2/nvcf/pexec/status/"
 MOST_HOSTED_CHARACTERS = 180_000
 """Of an image in base64 there: NVIDIA's documentation, and pull request 2522 of NeMo-Retriever."""
 
+_PRIVATE_NETWORKS = [
+    ipaddress.ip_network(network)
+    for network in (
+        "127.0.0.0/8", "::1/128", "0.0.0.0/8", "::/128",  # this machine
+        "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7",  # RFC 1918, RFC 4193
+        "169.254.0.0/16", "fe80::/10",  # the same link
+    )
+]  # fmt: skip
+"""Said here, as versions of Python differ in what they call private: newer ones, 6to4 addresses,
+whose packets cross the internet."""
 _PRIVATE_DOMAINS = frozenset({"localhost", "local", "internal", "lan", "svc"})
 _PATHS = ("embeddings", "completions", "models", "ranking", "rankings", "rerank", "infer", "health")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -137,7 +147,7 @@ def is_private(address: Address) -> bool:
     >>> [is_private(ipaddress.ip_address(a)) for a in ("8.8.8.8", "64:ff9b::808:808")]
     [False, False]
     """
-    return address.is_loopback or address.is_private
+    return any(address in network for network in _PRIVATE_NETWORKS)
 
 
 def is_safe_for_keys(url: str) -> bool:

@@ -197,11 +197,12 @@ class NimBackend:
             self._loop.close()
 
     async def _shut_down(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _finish_tasks()
         try:
             await self._client.aclose()
             await self._loop.shutdown_default_executor()
+            await self._loop.shutdown_asyncgens()
+            await _finish_tasks()
         finally:
             self._encoders.shutdown(wait=False, cancel_futures=True)
             self._loop.stop()
@@ -409,3 +410,11 @@ class NimBackend:
         raise ModelNotFoundError(
             f"{self._base_url} serves {some}, not {self._name}; give one of them as model="
         )
+
+
+async def _finish_tasks() -> None:
+    """Wait for all other tasks, and for those that close the generators of replies cut off."""
+    await asyncio.sleep(0)
+    while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)

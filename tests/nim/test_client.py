@@ -200,9 +200,11 @@ def test_a_reply_that_is_no_http_quotes_no_key(caplog: pytest.LogCaptureFixture)
             "[::ffff:8.8.8.8]", "[::ffff:808:808]", "[64:ff9b::808:808]", "[2001:4860:4860::8888]",
             "[2002:808:808::1]", "evil.svc.attacker.com", "svc.attacker.com", "local.attacker.com",
             "localhost.attacker.com", "10.0.0.1.attacker.com", "evilsvc.com", "mylocalhost.com",
-            "attacker.com.", "a.internal.com", "100.64.0.1",
+            "attacker.com.", "a.internal.com", "100.64.0.1", "198.18.0.1", "192.0.2.1", "240.0.0.1",
+            "[2001:db8::1]", "[2001::1]", "[64:ff9b:1::808:808]", "[5f00::1]",
         )),
         *((host, True) for host in (
+            "0.0.0.0", "[::]", "169.254.7.7", "172.31.0.1",
             "2130706433", "0x7f000001", "127.1", "127.0.0.1.", "[::1]",
             "[::ffff:127.0.0.1]", "[::ffff:10.1.2.3]", "167838211", "10.1.2.3", "192.168.0.1",
             "[fd00::1]", "[fe80::1]", "localhost", "LOCALHOST.", "nim", "nim.localhost", "nim.lan",
