@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,13 +29,15 @@ _CHARACTERS_PER_TOKEN = 16
 """Of a huge text, so many are tokenised for each token of the limit, and more if they are few."""
 _MARGIN = 512
 """Tokens beside a cut that may be others than those of the whole text."""
-_GUARD = 16
-"""Characters that stay beside a cut, so that what is next to them is tokenised as in the text."""
-_PERIOD = math.factorial(8)
-"""Characters; a multiple of the powers of two to 128 and of all numbers to 10."""
+_GUARD = 128
+"""Characters beside a cut that are looked at, and stay; no usual token has more."""
+_UNIT = 3 * 128
+"""Periods of a run that can be left out: digits go by threes, all else by powers of two."""
+_MOST_RUNS, _QUIET = 8, 4
+"""Runs that are followed back at most, and so many times `_GUARD` without one are the end of it."""
 _BLOCK = 4096
 """Characters that are compared at once."""
-_SPACE = re.compile(r"\s*")
+_SPACE = re.compile(r"[^\S\x1c-\x1f]*")  # which are white space to Python only
 _IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
 
@@ -190,46 +192,63 @@ class TextTokenizer:
 def shorten(text: str, length: int, truncate: Truncate) -> str:
     """Return a part of a huge text whose tokens begin, or with "START" end, as those of the text.
 
-    It has at least so many characters; a text of not many more is returned as it is. `_MARGIN`
-    tokens beside the cut may be others than those of the text, where a word or a special token was
-    cut. Within a run without a break, two facts count however far away they are. Before a cut at
-    the end: whether the white space ends with a line break. After one at the start: how far the run
-    has gone, as digits go by threes and equal characters by powers of two; so its beginning stays,
-    and what is left out is a multiple of such periods. Not exact is only "START" within such a run
-    of 100,000 characters that joins another run: its tokens may then begin elsewhere.
+    It has at least so many characters; a text of not many more is returned as it is. Beside the cut
+    `_MARGIN` tokens may be others than those of the text, where a word or a special token was cut.
+
+    Before a cut at the end one thing counts however far away it is: whether the white space ends
+    with a line break. After one at the start, it is how far a run has gone: digits go by threes,
+    and a run of one token is merged in twos from its beginning, and twos of twos, whose last may
+    take from what follows. So the text is followed back to where no run is, and of every run a
+    multiple of that is left out. Two different tokens are merged wherever they meet, in order of
+    rank: what was cut off changes one more token only by a merge of a higher rank than the one
+    before, and of those no known vocabulary has a chain of `_MARGIN`.
     """
-    if len(text) <= length + 2 * _PERIOD:
+    if len(text) <= length + 2 * _UNIT * _GUARD:
         return text
     if truncate != "START":
         rest = _SPACE.match(text, length)
         end = rest.end() if rest else length
         is_broken = any(text.find(mark, length, end) >= 0 for mark in "\n\r")
         return text[:length] + "\n" * is_broken + text[end : end + _GUARD]
-    cut = len(text) - length
-    run = max(2 * _GUARD, _find_run(text, cut))
-    left_out = max(0, cut - run - _GUARD) // _PERIOD * _PERIOD
-    return text[:_GUARD] + text[run - _GUARD : run + _GUARD] + text[run + _GUARD + left_out :]
+    begin = len(text) - length
+    parts, runs, quiet = [text[begin:]], 0, 0
+    while begin > _GUARD and runs < _MOST_RUNS and quiet < _QUIET:
+        start, unit = _find_run(text, begin)
+        if unit:
+            left_out = max(0, (begin - start) // unit - 1) * unit
+            runs, quiet = runs + 1, 0
+        else:
+            start, left_out, quiet = begin - _GUARD, 0, quiet + 1
+        parts.append(text[start : begin - left_out])
+        begin = start
+    return text[: min(begin, _GUARD)] + "".join(reversed(parts))
 
 
-def _find_run(text: str, end: int) -> int:
-    """Return where the run that goes on at `end` begins: of digits, of a repetition, or a word."""
-    last = text[end - 2 * _GUARD : end]
-    if last.isdigit():
-        return len(text[:end].rstrip("0123456789"))
-    for period in range(1, _GUARD + 1):
+def _find_run(text: str, end: int) -> tuple[int, int]:
+    """Return where the run before `end` begins, and how many of its characters can be left out.
+
+    It is a repetition or of digits; the number may be taken several times, and is 0 without a run.
+    """
+    last = text[max(0, end - _GUARD) : end]
+    for period in range(1, _GUARD // 2 + 1):
         if last[period:] == last[:-period]:
-            run = end - period
-            while (
-                run
-                and text[max(0, run - _BLOCK) : run]
-                == text[max(0, run - _BLOCK) + period : run + period]
-            ):
-                run = max(0, run - _BLOCK)
-            while run and text[run - 1] == text[run - 1 + period]:
-                run -= 1
-            return run
-    marks = "\n\r" if last.isspace() else " \n\r\t"
-    return max(text.rfind(mark, 0, end) for mark in marks)
+            start = end - period
+            for size in (_BLOCK, 1):
+                while start >= size and (
+                    text[start - size : start] == text[start - size + period : start + period]
+                ):
+                    start -= size
+            return start, period * _UNIT
+    start = end
+    for size in (_GUARD, 1):
+        while start >= size and _is_number(text[start - size : start]):
+            start -= size
+    return (start, _UNIT) if end - start >= _GUARD else (end, 0)
+
+
+def _is_number(part: str) -> bool:
+    """Return whether all are numbers to a pre-tokenizer's pattern, which 一 is not."""
+    return part.isdecimal() or all(unicodedata.category(each)[0] == "N" for each in part)
 
 
 def _cut(

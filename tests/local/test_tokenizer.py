@@ -98,7 +98,8 @@ LIMIT = 30
 UNITS = [
     *("a", "ab", "abc", "abcde", "word ", "The quick brown fox, ", "https://example.org/x?id="),
     *(" ", "\n", "\r\n", " \n", "\n ", "\t", "\u3000", "  x"),
-    *("1", "123", "1234567890", "12 ", "0.1,"),
+    *("1", "123", "1234567890", "12 ", "0.1,", "٣٤", "½²", "Ⅷ", "一"),
+    *("abcdefghijk", "eleven letters, and some", "abcdefghijklmabcdefghijklzyxwvu"),
     *("é", "a\u0301", "日本語", "👩‍💻", "ﷺ", "क्ष"),
     *("!", "!? ", "-\n", "'s", "\x00", EOS, "<|end", "passage: "),
 ]
@@ -179,6 +180,72 @@ def others(checkpoint, tmp_path_factory):
         train("normalized", repeated, normalizer=normalizers.NFKC()),
         train("long-runs", repeated, pre_tokenizer=tokenizer().pre_tokenizer, post_processor=ends),
     ]
+
+
+@pytest.fixture
+def with_merges(checkpoint, tmp_path):
+    """Make a tokenizer of bytes and exactly these merges, by rank."""
+
+    def make(merges: list[tuple[str, str]], pre_tokenizer: Any) -> tuple[TextTokenizer, Tokenizer]:
+        made = [one + other for one, other in merges]
+        tokens = [BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *made]
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        whole = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+        whole.pre_tokenizer = pre_tokenizer
+        shutil.copytree(checkpoint, tmp_path / "made")
+        whole.save(str(tmp_path / "made" / "tokenizer.json"))
+        return TextTokenizer(resolve(Options(model=tmp_path / "made", max_tokens=LIMIT))), whole
+
+    return make
+
+
+NO_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+CUT = 16 * (LIMIT + 512)
+"""Characters from the end at which "START" cuts."""
+
+
+@pytest.mark.parametrize("last", [CUT - 9, CUT - 1, CUT, CUT + 3, CUT + 130, CUT + 5_001])
+def test_what_one_run_leaves_to_the_next_is_as_if_all_of_it_were_tokenised(with_merges, last):
+    """Merges by which what is odd in one run is taken from the next, and so on."""
+    runs = ["a", "b", "-", "="]
+    merges = [
+        pair for one, other in itertools.pairwise(runs) for pair in ((one, one), (one, other))
+    ]
+    merges += [(run * count, run * count) for count in (1, 2, 4, 8) for run in runs[count == 1 :]]
+    merges = list(dict.fromkeys([*merges[:2], ("b", "b"), *merges[2:]]))
+    tokens, whole = with_merges(merges, NO_WORDS)
+    for odd in (0, 1, 3):
+        check(tokens, whole, "x" + "a" * (HUGE + odd) + "b" * last)
+        check(tokens, whole, "xyz" + "a" * (HUGE + odd) + "b" * 9_001 + "-" * 901 + "=" * last)
+
+
+@pytest.mark.parametrize("period", [11, 16, 17, 31, 61])
+def test_a_long_period_is_cut_as_if_all_of_it_were_tokenised(with_merges, period):
+    word = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"[:period]
+    merges = [(word[:n], word[n]) for n in range(1, period)]
+    tokens, whole = with_merges([*merges, (word, word), (word * 2, word * 2)], NO_WORDS)
+    for count in range(4):
+        check(tokens, whole, "?" + word * (9 * HUGE // period + count) + word[:count])
+
+
+@pytest.mark.parametrize("last", [CUT - 9, CUT - 1, CUT + 3, CUT + 130])
+@pytest.mark.parametrize("digits", ["1234567890", "٣", "٣٤٥٦", "1٣½", "Ⅷ"], ids=ascii)
+def test_digits_go_by_threes_from_where_they_begin(with_merges, digits, last):
+    alphabet = {digit: NO_WORDS.pre_tokenize_str(digit)[0][0] for digit in "1٣½Ⅷ"}
+    merges = [(each[:n], each[n]) for each in alphabet.values() for n in range(1, len(each))]
+    merges += [(each, each) for each in alphabet.values()]
+    merges = list(dict.fromkeys(merges))
+    tokens, whole = with_merges(merges, tokenizer().pre_tokenizer)
+    random = np.random.default_rng(last)
+    for odd in range(3):
+        end = "".join(random.choice(list(digits), last + odd))
+        check(tokens, whole, "words" * 20_000 + end)
+        check(tokens, whole, "".join(random.choice(list(digits), HUGE)) + "1" * (last + odd))
+
+
+def test_what_is_white_space_to_python_only_ends_white_space(with_merges):
+    tokens, whole = with_merges([("Ċ", "Ġ"), ("Ġ", "Ġ")], tokenizer().pre_tokenizer)
+    check(tokens, whole, "x\n" + " " * HUGE + "\x1c\n")
 
 
 @pytest.mark.parametrize("seed", range(6))
