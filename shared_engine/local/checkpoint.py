@@ -18,7 +18,9 @@ from shared_engine.documents import Role
 from shared_engine.errors import CheckpointError
 from shared_engine.local.config import (
     ModelConfig,
+    Modules,
     MultimodalFile,
+    PoolingConfig,
     SentenceConfig,
     SentenceTransformersConfig,
     TextFile,
@@ -90,6 +92,8 @@ def resolve(options: Options) -> Checkpoint:
         vision = read_vision(path, file, options.max_tiles)
     else:
         config, inside, vision = file, "", None
+    read(folder / "modules.json", Modules)
+    read(folder / "1_Pooling" / "config.json", PoolingConfig)
     if spec:
         if spec.is_multimodal != (vision is not None):
             refuse(path, "architectures", type(file).__name__, f"those of {spec.name}")
@@ -143,8 +147,8 @@ def _locate(options: Options, spec: ModelSpec | None) -> Path:
             "checkpoint='/path/to/folder' with the weights from NGC, or the public "
             f"model={DEFAULT_MODEL!r}, which offers the same vector sizes"
         )
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(source))  # which leaves alone what pathlib raises for
+    if os.path.isdir(folder):
         return folder
     if source.count("/") != 1 or source.startswith((".", "~", "/")):
         raise CheckpointError(
@@ -188,6 +192,8 @@ def _find_cached(repo_id: str, revision: str | None) -> Path | None:
 
 def weight_files(folder: Path) -> list[str]:
     """Return the names of a checkpoint's safetensors files, there or not."""
+    if os.path.isfile(folder / "model.safetensors"):  # goes before an index, as in transformers
+        return ["model.safetensors"]
     index = read(folder / "model.safetensors.index.json", WeightIndex).weight_map
     return sorted(set(index.values())) if index else ["model.safetensors"]
 

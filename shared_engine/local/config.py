@@ -18,6 +18,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    RootModel,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -33,6 +34,7 @@ _LARGEST_TILE = 8192
 """Pixels of a side; the family has 512."""
 
 Size = Annotated[int, Field(gt=0)]
+One = Annotated[float, Field(ge=1, le=1)]
 Epsilon = Annotated[float, Field(gt=0, le=1)]
 Falsy = Literal[False] | None
 
@@ -45,7 +47,7 @@ class _File(BaseModel):
     )
 
 
-FileT = TypeVar("FileT", bound=_File)
+FileT = TypeVar("FileT", bound=BaseModel)
 
 
 class Rope(_File):
@@ -53,6 +55,7 @@ class Rope(_File):
 
     rope_type: Literal["default"]
     theta: float = Field(alias="rope_theta", ge=1)
+    partial_rotary_factor: One | None = None
 
 
 class Llama3Rope(_File):
@@ -64,6 +67,7 @@ class Llama3Rope(_File):
     low_freq_factor: float = Field(gt=0)
     high_freq_factor: float
     original_max_position_embeddings: int = Field(gt=0, le=_MOST_POSITIONS)
+    partial_rotary_factor: One | None = None
 
     @field_validator("high_freq_factor")
     @classmethod
@@ -88,6 +92,9 @@ class ModelConfig(_File):
     rope: Rope | Llama3Rope = Field(
         validation_alias=AliasChoices("rope_parameters", "rope_scaling"), discriminator="rope_type"
     )
+    partial_rotary_factor: One | None = None
+    is_causal: Falsy = None
+    use_bidirectional_attention: Literal[True] | None = None
     bos_token_id: int | None = Field(default=None, ge=0)
     pooling: Literal["avg"] = "avg"
     hidden_act: Literal["silu"] = "silu"
@@ -104,7 +111,8 @@ class ModelConfig(_File):
         name = "rope_parameters" if data.get("rope_parameters") else "rope_scaling"
         rope = data.get(name) or {}
         if isinstance(rope, dict):
-            kind = rope.get("rope_type", rope.get("type", "default"))
+            default = "default" if rope.keys() <= {"rope_theta"} else None  # not one per layer type
+            kind = rope.get("rope_type", rope.get("type", default))
             theta = rope.get("rope_theta", data.get("rope_theta", 10_000.0))
             rope = {**rope, "rope_type": kind, "rope_theta": theta}
         spellings = ("rope_parameters", "rope_scaling")
@@ -258,6 +266,38 @@ class SentenceConfig(_File):
     """sentence_bert_config.json."""
 
     max_seq_length: Size | None = None
+    do_lower_case: Falsy = None
+
+
+class PoolingConfig(_File):
+    """1_Pooling/config.json, in sentence-transformers' old spelling or its new one."""
+
+    pooling_mode: Literal["mean"] = "mean"
+    pooling_mode_mean_tokens: Literal[True] = True
+    pooling_mode_cls_token: Falsy = None
+    pooling_mode_max_tokens: Falsy = None
+    pooling_mode_mean_sqrt_len_tokens: Falsy = None
+    pooling_mode_weightedmean_tokens: Falsy = None
+    pooling_mode_lasttoken: Falsy = None
+    include_prompt: Literal[True] = True
+
+
+class _Module(_File):
+    type: str
+
+
+class Modules(RootModel[list[_Module]]):
+    """modules.json: what sentence-transformers runs, beginning with the model itself."""
+
+    root: list[_Module] = []
+
+    @field_validator("root")
+    @classmethod
+    def _are_computed(cls, value: list[_Module]) -> list[_Module]:
+        for module in value[1:]:
+            if module.type.rpartition(".")[2] not in ("Pooling", "Normalize"):
+                raise ValueError(f"Pooling and Normalize after the model, not {module.type}")
+        return value
 
 
 class Prompts(_File):
@@ -349,7 +389,7 @@ def read(path: Path, kind: type[FileT], required: bool = False) -> FileT:
     try:
         return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        if not required:
+        if not required and not path.is_symlink():
             return kind()
         raise CheckpointError(f"{path.parent} has no {path.name}; is it a checkpoint?") from None
     except OSError as exc:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from shared_engine.documents import Role
 from shared_engine.errors import CheckpointError, ImageTooLargeError, InputTooLongError
 from shared_engine.local.checkpoint import Checkpoint
-from shared_engine.local.config import VisionConfig
+from shared_engine.local.config import VisionConfig, refuse
 from shared_engine.options import Truncate
 
 TokenIds = NDArray[np.int32]
@@ -79,6 +79,8 @@ class TextTokenizer:
                 }
         except Exception as exc:  # the library raises a bare Exception
             raise CheckpointError(f"{path} cannot be read: {exc}") from exc
+        if dropout := getattr(self._tokenizer.model, "dropout", None):
+            refuse(path, "model.dropout", dropout, "null, as ids would differ each time")
         self.limit = checkpoint.max_tokens
         self.limit_with_image = checkpoint.max_tokens_with_image
         self._bos = checkpoint.config.bos_token_id or 0

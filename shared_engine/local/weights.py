@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Weights:
         self._left: dict[str, tuple[Any, str]] = {}
         for name in weight_files(self._folder):
             path = self._folder / name
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise CheckpointError(
                     f"{self._folder} has no {name}; the engine reads safetensors only"
                 )

@@ -173,6 +173,94 @@ def test_prompts_and_limits_come_from_the_sentence_transformers_files(copy):
     assert resolve(Options(model=copy)).prompts == {"query": "query: ", "document": "passage: "}
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "pooling_mode_cls_token is T"),
+        ("1_Pooling/config.json", {"pooling_mode_lasttoken": True}, "pooling_mode_lasttoken"),
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, "pooling_mode_mean_tokens"),
+        ("1_Pooling/config.json", {"pooling_mode": "max"}, "pooling_mode is 'max'"),
+        ("1_Pooling/config.json", {"pooling_mode": ["mean", "cls"]}, "pooling_mode is"),
+        ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt is False"),
+        ("modules.json", [{"type": "a.Transformer"}, {"type": "models.Dense"}], "not models.Dense"),
+        ("modules.json", [{"type": "a.Transformer"}, {}], r"1\.type is missing"),
+        ("modules.json", {"type": "a.Transformer"}, "expected a valid array"),
+        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case is True"),
+    ],
+)
+def test_what_sentence_transformers_would_compute_and_the_engine_does_not_is_refused(
+    tmp_path, file, content, said
+):
+    folder = build_checkpoint(tmp_path / "st", SHAPES["sentence-transformers"])
+    assert resolve(Options(model=folder))
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=said) as refused:
+        resolve(Options(model=folder))
+    assert str(folder / file) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "llama3"}}},
+        {"rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        {"partial_rotary_factor": 0.5},
+        {"is_causal": True},
+        {"use_bidirectional_attention": False},
+    ],
+    ids=ascii,
+)
+def test_what_would_be_another_model_is_refused_also_where_the_family_has_no_such_field(
+    copy, changes
+):
+    with pytest.raises(CheckpointError, match=str([*changes][-1])):
+        resolve(Options(model=edit(copy, **changes)))
+
+
+def test_one_file_of_weights_goes_before_an_index_as_in_transformers(tmp_path):
+    folder = build_checkpoint(tmp_path / "both", SHAPES["sharded"])
+    one = build_checkpoint(tmp_path / "one", SHAPES["gqa"], seed=1)
+    shutil.copy(one / "model.safetensors", folder)
+    vectors = [Embedder(Options(model=path)).embed(["x"]) for path in (folder, one)]
+    assert (vectors[0] == vectors[1]).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["config_sentence_transformers.json", "sentence_bert_config.json", "modules.json"]
+)
+def test_a_link_to_a_file_that_is_gone_is_no_missing_file(copy, name):
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to(copy / "gone")
+    with pytest.raises(CheckpointError, match=name):
+        resolve(Options(model=copy))
+
+
+@pytest.mark.parametrize("model", ["a" * 5000, "~nobody-of-this-name/x/y", "a\0b", "/" + "a" * 300])
+def test_a_name_that_no_file_can_have_is_refused(model):
+    with pytest.raises(CheckpointError, match="is not a folder here"):
+        resolve(Options(model=model))
+
+
+def test_a_shard_whose_name_no_file_can_have_is_refused(tmp_path):
+    folder = build_checkpoint(tmp_path / "sharded", SHAPES["sharded"])
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["norm.weight"] = "a" * 5000
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="has no aaa"):
+        Embedder(Options(model=folder)).embed(["x"])
+
+
+def test_a_tokenizer_that_draws_lots_is_refused(copy):
+    path = copy / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["dropout"] = 0.1
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"model.dropout is 0.1.*expected null"):
+        Embedder(Options(model=copy)).embed(["x"])
+
+
 def test_dimensions_are_those_declared(copy):
     edit(copy, matryoshka_dimensions=[8, 32])
     assert resolve(Options(model=copy)).dimensions == (8, 32, 64)
