@@ -176,6 +176,9 @@ class Embedder:
 
         It covers weights, tokenizer, dtype, role, dimensions, truncation and number type. Give it
         to `CacheBackedEmbeddings` as `namespace`. Loads the model.
+
+        Raises:
+            CheckpointError: a file of the model was changed after it was loaded.
         """
         o = self.options
         parts = (role, self.dimensions, o.embedding_type, o.truncate, o.max_tokens)

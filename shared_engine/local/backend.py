@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from typing import TypeAlias
 
@@ -34,7 +34,7 @@ from shared_engine.errors import (
     InputTooLongError,
     NeMoRetrieverError,
 )
-from shared_engine.local.checkpoint import digest_files, resolve
+from shared_engine.local.checkpoint import digest_files, list_files, resolve
 from shared_engine.local.device import select_devices
 from shared_engine.local.jobs import Job, Sequence
 from shared_engine.local.llama import Encoder, PooledOutput
@@ -62,6 +62,7 @@ class LocalBackend:
             ConfigurationError: no such device.
         """
         self._checkpoint = resolve(options)
+        self._files = list_files(self._checkpoint.folder)
         self._vision = self._checkpoint.vision
         self._image_urls = options.image_urls
         kinds: tuple[Modality, ...] = ("text", "image", "text_image")
@@ -104,16 +105,20 @@ class LocalBackend:
         for worker in self._workers:
             worker.start()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of every byte of the checkpoint, and of what the options make of it.
 
         The first call reads all weights, at about 1 GB per second and core.
+
+        Raises:
+            CheckpointError: the files were changed after they were loaded, before this call.
         """
         found = self._checkpoint
         tiles = found.vision and found.vision.max_tiles
         limits = (found.max_tokens, found.max_tokens_with_image)
-        built = (found.prompts, str(self._dtype), tiles, limits, digest_files(found.folder))
+        files = digest_files(found.folder, self._files)
+        built = (found.prompts, str(self._dtype), tiles, limits, files)
         return hashlib.sha256(repr(built).encode()).hexdigest()[:16]
 
     @property

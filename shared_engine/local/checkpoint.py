@@ -200,24 +200,38 @@ def weight_files(folder: Path) -> list[str]:
 
 def _is_complete(folder: Path) -> bool:
     names = ("config.json", "tokenizer.json", *weight_files(folder))
-    return all((folder / name).is_file() for name in names)
+    return all(os.path.isfile(folder / name) for name in names)
 
 
-def digest_files(folder: Path) -> str:
-    """Return a digest of every byte of the files that shape a vector, with their names.
+FileState = tuple[str, int, int, int, int]
 
-    A file is read once, and remembered by its path, size and time.
+
+def list_files(folder: Path) -> list[FileState]:
+    """Return the files that shape a vector: name, size, times of change, and which file it is."""
+    names = [*_SMALL_FILES, *weight_files(folder)]
+    stats = [(name, (folder / name).stat()) for name in names if os.path.isfile(folder / name)]
+    return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
+
+
+def digest_files(folder: Path, files: list[FileState]) -> str:
+    """Return a digest of every byte of these files, with their names.
+
+    A file is read once, and remembered by its path, size, times and number.
+
+    Raises:
+        CheckpointError: one was changed since it was listed.
     """
-    names = [name for name in (*_SMALL_FILES, *weight_files(folder)) if (folder / name).is_file()]
-    digests = []
-    for name in names:
-        stat = (folder / name).stat()
-        digests.append((name, _digest_file(folder / name, stat.st_size, stat.st_mtime_ns)))
+    if list_files(folder) != files:
+        raise CheckpointError(
+            f"the files of {folder} were changed after they were loaded, and do not say any more "
+            "what the vectors are of; close every Embedder of them, and make a new one"
+        )
+    digests = [(name, _digest_file(folder / name, *state)) for name, *state in files]
     return hashlib.sha256(repr(digests).encode()).hexdigest()
 
 
 @lru_cache(maxsize=256)
-def _digest_file(path: Path, size: int, _mtime_ns: int) -> bytes:
+def _digest_file(path: Path, size: int, *_: int) -> bytes:
     def digest_block(start: int) -> bytes:
         with path.open("rb") as file:
             file.seek(start)

@@ -16,7 +16,7 @@ from shared_engine import CATALOGUE, CheckpointError, Embedder, Options, Unsuppo
 from shared_engine.catalogue import DEFAULT_MODEL, find
 from shared_engine.local import checkpoint as checkpoint_module
 from shared_engine.local.backend import LocalBackend
-from shared_engine.local.checkpoint import digest_files, resolve
+from shared_engine.local.checkpoint import digest_files, list_files, resolve
 from tests.support.checkpoints import PROMPTS, SHAPES, build_checkpoint
 
 
@@ -306,6 +306,10 @@ def flip(path: Path, at: int) -> None:
     os.utime(path, ns=(time + 1, time + 1))  # a clock may be too coarse for two writes
 
 
+def digest(folder: Path) -> str:
+    return digest_files(folder, list_files(folder))
+
+
 def fingerprint(folder: Path, **options: Any) -> str:
     backend = LocalBackend(Options(model=folder, device="cpu", dtype="float32", **options))
     backend.close()
@@ -314,11 +318,39 @@ def fingerprint(folder: Path, **options: Any) -> str:
 
 @pytest.mark.parametrize("where", [0.0, 0.1234, 0.5, 0.777, 1.0])
 def test_every_byte_of_the_weights_is_in_the_digest(copy, where):
-    before = digest_files(copy)
-    assert digest_files(copy) == before
+    before = digest(copy)
+    assert digest(copy) == before
     path = copy / "model.safetensors"
     flip(path, round(where * (path.stat().st_size - 1)))
-    assert digest_files(copy) != before
+    assert digest(copy) != before
+
+
+def test_a_twin_of_equal_size_and_time_has_another_digest(copy):
+    """As tools leave it that copy a file with its times."""
+    path = copy / "model.safetensors"
+    seen, time = [digest(copy)], path.stat().st_mtime_ns
+    for replaces in (False, True):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1 + replaces
+        written = path.with_suffix(".part") if replaces else path
+        written.write_bytes(content)
+        os.utime(written, ns=(time, time))
+        written.replace(path)
+        seen.append(digest(copy))
+    assert len(set(seen)) == 3
+
+
+def test_files_that_were_changed_after_they_were_loaded_give_no_key(copy):
+    backend = LocalBackend(Options(model=copy, device="cpu"))
+    flip(copy / "model.safetensors", -1)
+    with pytest.raises(CheckpointError, match="changed after they were loaded"):
+        _ = backend.fingerprint
+    backend.close()
+    again = LocalBackend(Options(model=copy, device="cpu"))
+    key = again.fingerprint
+    flip(copy / "model.safetensors", -1)
+    assert again.fingerprint == key  # of what it computes with
+    again.close()
 
 
 @pytest.mark.parametrize("block", [7, 4096, 2**26])
@@ -331,7 +363,7 @@ def test_every_block_and_their_order_are_in_the_digest(copy, monkeypatch, block)
     for time, content in enumerate(contents):
         path.write_bytes(content)
         os.utime(path, ns=(time, time))
-        digests.add(digest_files(copy))
+        digests.add(digest(copy))
     assert len(digests) == 5
 
 
