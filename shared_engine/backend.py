@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from shared_engine.options import Truncate
 if TYPE_CHECKING:  # numpy takes longer to import than all of this package
     import numpy as np
     from numpy.typing import NDArray
+
+_log = logging.getLogger("shared_engine")
 
 
 class Flow:
@@ -37,6 +40,22 @@ class Request:
     """Called from another thread with the number of tokens that were just embedded."""
     flow: Flow | None = None
     """What the batches of one stream share; None is a flow of its own."""
+
+    def report_progress(self, documents: int) -> None:
+        """Call `on_progress`; what it raises is logged, as the thread works for other callers."""
+        _call(self.on_progress, documents)
+
+    def report_usage(self, tokens: int) -> None:
+        """Call `on_usage`, as `report_progress` does."""
+        _call(self.on_usage, tokens)
+
+
+def _call(callback: Callable[[int], object] | None, count: int) -> None:
+    try:
+        if callback is not None:
+            callback(count)
+    except Exception:
+        _log.exception("a callback of a request raised; its vectors are not lost")
 
 
 class StepStats(NamedTuple):

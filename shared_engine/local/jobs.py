@@ -45,8 +45,8 @@ class Job:
     def deliver(self, rows: list[int], vectors: NDArray[np.float32], tokens: int) -> None:
         """Take the full vectors (len(rows), hidden) of some rows, made of so many tokens."""
         self.vectors[rows] = vectors[:, : self.vectors.shape[1]]
-        if self.request.on_usage and not self.is_cancelled:
-            self.request.on_usage(tokens)
+        if not self.is_cancelled:
+            self.request.report_usage(tokens)
         self._finish(len(rows))
 
     def fail(self, row: int, error: NeMoRetrieverError) -> None:
@@ -59,8 +59,8 @@ class Job:
         with self.lock:  # two workers may finish rows of one job
             self.unfinished -= count
             done = self.unfinished == 0
-        if self.request.on_progress and not self.is_cancelled:
-            self.request.on_progress(count)
+        if not self.is_cancelled:
+            self.request.report_progress(count)
         if done and self.future.set_running_or_notify_cancel():
             if self.errors:
                 self.future.set_exception(combine_errors(self.vectors, self.errors))

@@ -197,8 +197,8 @@ class Dispatch:
             )
         self._vectors[list(batch.rows)] = vectors
         self._accepted.add(batch.modality)
-        if self.request.on_usage and tokens:
-            self.request.on_usage(tokens)
+        if tokens:
+            self.request.report_usage(tokens)
         self._release(batch)
 
     def fail(self, batch: RequestBatch, error: NeMoRetrieverError) -> None:
@@ -227,8 +227,7 @@ class Dispatch:
 
     def _count_finished(self, rows: tuple[int, ...]) -> None:
         self._unfinished.difference_update(rows)
-        if self.request.on_progress:
-            self.request.on_progress(len(rows))
+        self.request.report_progress(len(rows))
 
     def result(self) -> NDArray[np.float32]:
         """Return all vectors, (n, d).

@@ -59,6 +59,18 @@ def expected(open_backend) -> np.ndarray:
     return open_backend().submit(request(TEXTS)).result()
 
 
+@pytest.mark.parametrize("name", ["on_progress", "on_usage"])
+def test_what_a_callback_raises_is_logged_and_harms_nobody(open_backend, expected, caplog, name):
+    def fail(_: int) -> None:
+        raise OSError("standard error is closed")
+
+    backend = open_backend()
+    for _ in range(2):
+        vectors = backend.submit(request(TEXTS, **{name: fail})).result(30)
+        assert np.abs(vectors - expected).max() <= 1e-5
+    assert "standard error is closed" in caplog.text
+
+
 class Faulty:
     """A real encoder behind a fault: it fails for steps of more tokens than it can hold."""
 

@@ -27,6 +27,7 @@ from shared_engine import (
     AuthenticationError,
     ConfigurationError,
     ConnectionFailedError,
+    Document,
     Embedder,
     EngineClosedError,
     InputTooLongError,
@@ -38,6 +39,7 @@ from shared_engine import (
     PayloadTooLargeError,
     PermissionDeniedError,
     RateLimitError,
+    Request,
     RequestTimeoutError,
     UnsupportedDimensionsError,
     count_tokens,
@@ -753,3 +755,16 @@ def test_certificates_are_checked_against_what_is_trusted(tmp_path: Path) -> Non
                 engine.embed(["a"])
             assert time.monotonic() - start < 2, "it was tried again"
         assert len(nim.seen) == seen
+
+
+@pytest.mark.parametrize("name", ["on_progress", "on_usage"])
+def test_what_a_callback_raises_is_logged_and_loses_no_vector(caplog, name):
+    def fail(_: int) -> None:
+        raise OSError("standard error is closed")
+
+    with Nim().embedder() as embedder:
+        expected = embedder.embed(TEXTS)
+        request = Request([Document(text) for text in TEXTS], "document", **{name: fail})
+        got = embedder._backend.submit(request).result(30)
+    assert np.abs(got - expected).max() <= 1e-6
+    assert "standard error is closed" in caplog.text
