@@ -38,6 +38,26 @@ def call_in_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwar
         raise EngineClosedError("the interpreter is ending") from exc
 
 
+def run_in_own_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Call a function in a new thread, and wait for it.
+
+    An executor would start none for a thread that outlives the main one.
+    """
+    future: Future[_T] = Future()
+
+    def run(future: Future[_T]) -> None:
+        try:
+            future.set_result(function(*args, **kwargs))
+        except BaseException as exc:
+            future.set_exception(exc)
+
+    threading.Thread(target=run, args=(future,), daemon=False).start()
+    try:
+        return future.result()
+    finally:
+        del future  # an error's frames would hold it, and it the error
+
+
 async def wait_until_done(future: Future[Any]) -> None:
     """Return when a future is done, with a result or without; being cancelled cancels it."""
     waiting = asyncio.wrap_future(future)

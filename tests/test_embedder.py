@@ -256,6 +256,21 @@ print("ok")
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
+def test_a_thread_that_outlives_the_main_one_can_load_a_model(checkpoint):
+    program = f"""
+import threading
+from shared_engine import Embedder, Options
+main = threading.main_thread()
+def embed():
+    main.join()
+    with Embedder(Options(model={str(checkpoint)!r}, device="cpu")) as embedder:
+        print(embedder.embed(["a text"]).shape, len(embedder.cache_key("query")) > 16)
+threading.Thread(target=embed).start()
+"""
+    done = run(program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 64) True\n", "")
+
+
 # One engine
 
 

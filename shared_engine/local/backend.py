@@ -15,7 +15,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cached_property, partial
 from itertools import groupby
 from typing import TypeAlias
@@ -35,12 +35,13 @@ from shared_engine.errors import (
     NeMoRetrieverError,
 )
 from shared_engine.local.checkpoint import digest_files, list_files, resolve
-from shared_engine.local.device import select_devices
+from shared_engine.local.device import Placement, select_devices
 from shared_engine.local.jobs import Job, Sequence
 from shared_engine.local.llama import Encoder, PooledOutput
 from shared_engine.local.scheduler import Scheduler
 from shared_engine.local.tokenizer import TextTokenizer
 from shared_engine.options import Options
+from shared_engine.threads import run_in_own_thread
 
 Running: TypeAlias = tuple[list[Sequence], PooledOutput | Exception]
 """A step that was started, or could not be."""
@@ -70,20 +71,7 @@ class LocalBackend:
         self._tokenizer = TextTokenizer(self._checkpoint)
         # In a thread of its own: torch's OpenMP workers belong to the thread that first computes,
         # and a caller who forks later would wait for workers that stayed with the parent.
-        with ThreadPoolExecutor(1, "nemoretriever-load") as loader:
-            placements = loader.submit(
-                select_devices,
-                options.device,
-                options.dtype,
-                options.tokens_per_step,
-                self._checkpoint.config,
-            ).result()
-            self._encoders = {
-                number: loader.submit(
-                    load, self._checkpoint, placement, self._tokenizer.size
-                ).result()
-                for number, placement in enumerate(placements)
-            }
+        placements, self._encoders = run_in_own_thread(self._load, options, load)
         self._failure: Exception | None = None
         self._scheduler = Scheduler(placements[0].tokens_per_step)
         self._dtype = placements[0].dtype
@@ -104,6 +92,18 @@ class LocalBackend:
         ]
         for worker in self._workers:
             worker.start()
+
+    def _load(
+        self, options: Options, load: Callable[..., Encoder]
+    ) -> tuple[list[Placement], dict[int, Encoder]]:
+        placements = select_devices(
+            options.device, options.dtype, options.tokens_per_step, self._checkpoint.config
+        )
+        encoders = {
+            number: load(self._checkpoint, placement, self._tokenizer.size)
+            for number, placement in enumerate(placements)
+        }
+        return placements, encoders
 
     @cached_property
     def fingerprint(self) -> str:

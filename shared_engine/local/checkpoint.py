@@ -240,6 +240,11 @@ def _digest_file(path: Path, size: int, *_: int) -> bytes:
                 digest.update(file.read(_PIECE))
             return digest.digest()
 
+    starts = range(0, size, _BLOCK)
     # hashlib lets other threads run meanwhile.
     with ThreadPoolExecutor(os.cpu_count(), "nemoretriever-digest") as pool:
-        return hashlib.sha256(b"".join(pool.map(digest_block, range(0, size, _BLOCK)))).digest()
+        try:
+            blocks = pool.map(digest_block, starts)
+        except RuntimeError:  # the main thread has ended: executors take nothing any more
+            blocks = map(digest_block, starts)
+        return hashlib.sha256(b"".join(blocks)).digest()
