@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future
@@ -69,6 +70,7 @@ class _Windows:
         self._batch_size = batch_size
         self._flow = Flow()
         self._pending: deque[Window] = deque()
+        self._pid = os.getpid()
         self._read: list[str | Document] = []
         self._next = 0
         self._ended = self._closed = False
@@ -100,8 +102,16 @@ class _Windows:
             self._next += len(self._read)
             self._read = []
 
+    def _leave_parent(self) -> None:
+        """Submit anew in the child of a fork, where what the parent submitted is never done."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            for window in self._pending:
+                window.future = None  # not to be cancelled: the parent may have held its lock
+
     def _submit(self) -> None:
         """Submit the windows that are not, new ones and those to be tried again."""
+        self._leave_parent()
         for window in list(self._pending):
             if window.future is None:
                 try:
@@ -198,6 +208,7 @@ class _Windows:
     def close(self) -> None:
         """End the stream: nothing more is read, and what has not started is cancelled."""
         self._closed = True
+        self._leave_parent()
         for window in list(self._pending):
             window.withdraw()
         self._pending.clear()

@@ -256,6 +256,28 @@ print("ok")
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
+def test_a_stream_goes_on_on_both_sides_of_a_fork(checkpoint):
+    program = f"""
+import os, numpy as np
+from shared_engine import Embedder, Options
+embedder = Embedder(Options(model={str(checkpoint)!r}, device="cpu", tokens_per_step=8))
+texts = [f"text {{i}}" for i in range(60)]
+before = embedder.embed(texts)
+stream, let_go = (embedder.stream(texts, batch_size=4) for _ in range(2))
+first, _ = next(stream), next(let_go)
+child = os.fork()
+rest = np.concatenate([first, *stream])
+del let_go
+wrong = rest.shape != before.shape or np.abs(before - rest).max() > 1e-6
+if child == 0:
+    os._exit(int(wrong))
+assert not wrong and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print("ok")
+"""
+    done = run(program)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
 def test_a_thread_that_outlives_the_main_one_can_load_a_model(checkpoint):
     program = f"""
 import threading
