@@ -298,8 +298,11 @@ def _fail(job: Job, rows: list[int], error: NeMoRetrieverError, cause: Exception
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # The allocators of a CPU and of pinned memory, cuBLAS and cuDNN raise a plain RuntimeError.
-    said = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+    # The allocators of a CPU and of pinned memory, oneDNN, cuBLAS and cuDNN raise a RuntimeError.
+    said = (
+        *("out of memory", "not enough memory", "allocate memory", "bad_alloc"),
+        *("ALLOC_FAILED", "ALLOCATION_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"),
+    )
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in said)
     )

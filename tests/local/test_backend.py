@@ -139,6 +139,11 @@ def test_a_tokenizer_that_fails_is_an_error_of_its_texts(open_backend, monkeypat
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(h)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you"),
+        RuntimeError("could not allocate memory"),
+        RuntimeError("std::bad_alloc"),
         torch.AcceleratorError("CUDA error: out of memory"),  # of pinned memory
     ],
     ids=lambda error: f"{type(error).__name__} {str(error)[:20]}",
