@@ -26,7 +26,7 @@ from shared_engine.local.attention import Attention, Layout, varlen, varlen_repe
 from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.config import Llama3Rope, ModelConfig, Rope
 from shared_engine.local.device import Buffers, Placement, to_device
-from shared_engine.local.elementwise import rms_norm
+from shared_engine.local.elementwise import EAGER, rms_norm
 from shared_engine.local.graphs import SIZES, QueryGraphs, check_graphs
 from shared_engine.local.packed import PackedGate, pack
 from shared_engine.local.siglip import VisionTower
@@ -115,6 +115,11 @@ class Encoder:
             self._buffers.wide.reserve(
                 self._tokens_per_step, max(len(layer.qkv), 2 * config.intermediate_size)
             )
+            if placement.elementwise == EAGER:  # which rotates from one place to another
+                rotated = (self._heads + self._kv_heads) * self._head_dim
+                self._buffers.narrow.reserve(
+                    max(self._tokens_per_step, checkpoint.longest), rotated
+                )
             self._graphs, why = self._record_graphs(placement)
             placement = replace(placement, reasons=f"{placement.reasons}; queries: {why}")
             self.description = placement.description

@@ -151,21 +151,24 @@ def test_a_page_is_cut_on_the_device():
     assert log.kernels["_upsample_bicubic2d_aa"] == 4  # two axes, of the tiles and the thumbnail
 
 
-def test_a_gpus_buffers_never_grow():
+@BRANCHES
+@pytest.mark.parametrize("fused", [True, False], ids=["Triton", "no Triton"])
+def test_a_gpus_buffers_never_grow(new_varlen, fused):
     """Whatever grows leaves a hole in the device's memory that the next does not fit."""
-    with fake_gpu():
+    with fake_gpu(new_varlen=new_varlen, fused=fused):
         model = checkpoint("1B", with_images=True)
         (placement,) = device.select_devices("cuda", "auto", None, model.config)
         encoder = Encoder(model, placement)
-        before = encoder._buffers.wide._memory, encoder._vision._wide._memory
+        buffers = [encoder._buffers.wide, encoder._buffers.narrow, encoder._vision._wide]
+        before = [buffer._memory for buffer in buffers]
         picture = Picture(PAGE, (0, 0, 1275, 1650), 2, 3)
         for lengths in ([5], [2048] * 3, [8192]):
             encoder([np.full(length, 100, np.int32) for length in lengths])
         ids = np.full(7 * 256 + 8, CONTEXT, np.int32)
         ids[-8:] = 100
         encoder([ids] * 3, [picture] * 3)
-        assert encoder._buffers.wide._memory is before[0]
-        assert encoder._vision._wide._memory is before[1]
+        for buffer, memory in zip(buffers, before, strict=True):
+            assert buffer._memory is memory
 
 
 @pytest.mark.parametrize(
