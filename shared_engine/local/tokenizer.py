@@ -23,8 +23,8 @@ from shared_engine.options import Truncate
 
 TokenIds = NDArray[np.int32]
 
-TEXTS_AT_ONCE = 256
-"""Of one call of the library, which holds much more for a text than its ids."""
+TEXTS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 2**19
+"""Of one call of the library, which holds some 70 bytes for a character meanwhile."""
 _CHARACTERS_PER_TOKEN = 16
 """Of a huge text, so many are tokenised for each token of the limit, and more if they are few."""
 _MARGIN = 512
@@ -33,6 +33,8 @@ _GUARD = 128
 """Characters beside a cut that are looked at, and stay; no usual token has more."""
 _UNIT = 3 * 128
 """Periods of a run that can be left out: digits go by threes, all else by powers of two."""
+_SLACK = 2 * _UNIT * _GUARD
+"""Characters over those that are enough up to which a text stays whole."""
 _MOST_RUNS, _QUIET = 8, 4
 """Runs that are followed back at most, and so many times `_GUARD` without one are the end of it."""
 _BLOCK = 4096
@@ -120,8 +122,7 @@ class TextTokenizer:
         prefix stay. "NONE" gives an error in the place of the ids.
         """
         out: list[TokenIds | InputTooLongError] = []
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            some = texts[start : start + TEXTS_AT_ONCE]
+        for some in self._split(texts):
             for ids, is_whole in self._encode(self._prompts[role], some, self.limit, truncate):
                 if len(ids) > self.limit:
                     kept = self._count_kept(ids, role)
@@ -157,6 +158,20 @@ class TextTokenizer:
         if isinstance(cut, InputTooLongError):
             raise cut
         return cut
+
+    def _split(self, texts: Sequence[str]) -> Iterator[list[str]]:
+        """Give the texts in portions of what one call of the library may have."""
+        most = _CHARACTERS_PER_TOKEN * (self.limit + _MARGIN) + _SLACK
+        some: list[str] = []
+        room = CHARACTERS_AT_ONCE
+        for text in texts:
+            if some and (len(some) == TEXTS_AT_ONCE or room < min(len(text), most)):
+                yield some
+                some, room = [], CHARACTERS_AT_ONCE
+            some.append(text)
+            room -= min(len(text), most)
+        if some:
+            yield some
 
     def _encode(
         self,
@@ -205,7 +220,7 @@ def shorten(text: str, length: int, truncate: Truncate) -> str:
     rank: what was cut off changes one more token only by a merge of a higher rank than the one
     before, and of those no known vocabulary has a chain of `_MARGIN`.
     """
-    if len(text) <= length + 2 * _UNIT * _GUARD:
+    if len(text) <= length + _SLACK:
         return text
     if truncate != "START":
         rest = _SPACE.match(text, length)

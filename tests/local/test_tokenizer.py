@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from shared_engine import Embedder, InputTooLongError, Options
 from shared_engine.local.checkpoint import resolve
-from shared_engine.local.tokenizer import TEXTS_AT_ONCE, TextTokenizer, shorten
+from shared_engine.local.tokenizer import CHARACTERS_AT_ONCE, TEXTS_AT_ONCE, TextTokenizer, shorten
 from tests.support.checkpoints import BOS, EOS, tokenizer
 from tests.support.vl_checkpoints import build_vl_checkpoint, vl_tokenizer
 
@@ -264,6 +264,26 @@ def test_what_is_tokenised_of_twenty_million_characters_is_bounded(made, unit):
         assert (
             time.perf_counter() - began < 5
         )  # tens of milliseconds; all of it takes half a minute
+
+
+def test_what_is_tokenised_at_once_is_bounded(made):
+    """For many long texts too: the library holds some 70 bytes for a character."""
+    tokens = made(200)
+    real, calls = tokens._tokenizer, []
+
+    class Spy:
+        def encode_batch_fast(self, texts, **given):
+            calls.append(texts)
+            return real.encode_batch_fast(texts, **given)
+
+    texts = ["word " * length for length in (3, 20_000, 100_000) * 9] + ["a"] * TEXTS_AT_ONCE
+    expected = [*tokens.encode(texts, "query", "END")]
+    tokens._tokenizer = Spy()
+    for ids, wanted in zip(tokens.encode(texts, "query", "END"), expected, strict=True):
+        assert np.array_equal(ids, wanted)
+    assert all(sum(map(len, texts)) <= 1.2 * CHARACTERS_AT_ONCE for texts in calls)
+    assert max(map(len, calls)) <= TEXTS_AT_ONCE
+    assert len(calls) < 10
 
 
 def test_a_huge_caption_is_cut_as_if_all_of_it_were_tokenised(tmp_path):
