@@ -251,6 +251,15 @@ def combine_errors(
     )
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing.
+
+    >>> first_line(RuntimeError("refused" + chr(10) + "a hundred lines")), first_line(MemoryError())
+    ('refused', 'MemoryError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def place_error(error: NeMoRetrieverError, index: int) -> NeMoRetrieverError:
     """Return an error as that of the input at `index`, if it is an input's."""
     return error.at(index) if isinstance(error, InputError) else error

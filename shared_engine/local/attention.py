@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared_engine.errors import first_line
 from shared_engine.local.config import ModelConfig
 
 _LONG = 1024
@@ -71,8 +72,7 @@ def select_kernel(
             except ImportError:
                 reasons.append(f"torch {torch.__version__} has no varlen_attn; 2.10 has")
             except Exception as exc:  # not in this torch, or refused: there is another
-                said = str(exc).splitlines() or [type(exc).__name__]
-                reasons.append(f"{kernel.__name__} does not run here: {said[0]}")
+                reasons.append(f"{kernel.__name__} does not run here: {first_line(exc)}")
             else:
                 return kernel, "; ".join([name, *reasons])
     return per_sequence, "; ".join(["one SDPA call for each sequence length", *reasons])

@@ -33,6 +33,7 @@ from shared_engine.errors import (
     InputError,
     InputTooLongError,
     NeMoRetrieverError,
+    first_line,
 )
 from shared_engine.local.checkpoint import digest_files, list_files, resolve
 from shared_engine.local.device import Placement, select_devices
@@ -136,7 +137,7 @@ class LocalBackend:
         """Accept a request; see `Backend.submit`."""
         if self._failure is not None:
             raise EngineError(
-                f"the device failed ({str(self._failure).splitlines()[0]}), and this process "
+                f"the device failed ({first_line(self._failure)}), and this process "
                 "cannot use it any more; restart it"
             ) from self._failure
         rows = list(range(len(request.documents)))

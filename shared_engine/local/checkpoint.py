@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shared_engine.catalogue import DEFAULT_MODEL, ModelSpec, find
 from shared_engine.documents import Role
-from shared_engine.errors import CheckpointError
+from shared_engine.errors import CheckpointError, first_line
 from shared_engine.local.config import (
     ModelConfig,
     Modules,
@@ -172,10 +172,9 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except Exception as exc:  # of huggingface_hub, its HTTP library or the file system
         if cached and getattr(exc, "response", None) is None:  # nobody answered
             return cached
-        why = str(exc).strip() or type(exc).__name__
         raise CheckpointError(
             f"could not get {repo_id!r} (revision {revision or 'main'}) from the Hugging Face hub: "
-            f"{why.splitlines()[0]}. Ways out: check the name and HF_TOKEN, or give a local "
+            f"{first_line(exc)}. Ways out: check the name and HF_TOKEN, or give a local "
             "folder: checkpoint='/path/to/folder'"
         ) from exc
 

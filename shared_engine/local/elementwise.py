@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared_engine.errors import first_line
 from shared_engine.local.config import ModelConfig
 
 _CLOSE = 0.02
@@ -81,8 +82,8 @@ def select(
         kernels = Elementwise(fused.rotate, fused.gate)
         _check_kernels(kernels, device, dtype, config)
     except Exception as exc:  # a compiler is at work: whatever it raises, the model can do without
-        said = str(exc).splitlines() or [""]
-        return EAGER, f"torch's operators, as Triton's kernels do not run here: {said[0] or exc!r}"
+        said = first_line(exc)
+        return EAGER, f"torch's operators, as Triton's kernels do not run here: {said}"
     return kernels, "Triton's kernels"
 
 

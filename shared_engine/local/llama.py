@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared_engine.errors import first_line
 from shared_engine.local.attention import Attention, Layout, varlen, varlen_repeated
 from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.config import Llama3Rope, ModelConfig, Rope
@@ -139,8 +140,7 @@ class Encoder:
             graphs = QueryGraphs(forward, width, self.device)
             check_graphs(graphs, self._compute, vocabulary, len(self._cos))
         except Exception as exc:  # a search is slower without, and as right
-            said = str(exc).splitlines() or [repr(exc)]
-            return None, f"no CUDA graphs: {said[0]}"
+            return None, f"no CUDA graphs: {first_line(exc)}"
         return graphs, f"CUDA graphs for up to {SIZES[-1]} tokens"
 
     @torch.inference_mode()

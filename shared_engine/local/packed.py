@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared_engine.errors import first_line
+
 
 @dataclass(frozen=True)
 class PackedGate:
@@ -44,7 +46,7 @@ def select(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     try:
         difference = (pack(gate, up)(x) - F.silu(x @ gate.T) * (x @ up.T)).abs().max().item()
     except (AttributeError, RuntimeError) as exc:  # another oneDNN, or none
-        return False, f"as they are, as oneDNN does not pack them: {str(exc).splitlines()[0]}"
+        return False, f"as they are, as oneDNN does not pack them: {first_line(exc)}"
     if not difference < 1:  # of values around 20, after four roundings
         return False, f"as they are, as packed ones are off by {difference:.2g}"
     return True, "packed for oneDNN"

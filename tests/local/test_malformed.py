@@ -104,6 +104,7 @@ FILES = [
     ("text", "config_sentence_transformers.json"),
     ("text", "sentence_bert_config.json"),
     ("text", "model.safetensors.index.json"),
+    ("text", "modules.json"),
     ("text", "tokenizer.json"),
     ("vl", "config.json"),
     ("vl", "processor_config.json"),
