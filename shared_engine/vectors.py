@@ -22,9 +22,14 @@ def unit(vectors: NDArray[np.float32], dimensions: int | None = None) -> NDArray
 
     cut = vectors[:, :dimensions] if dimensions is not None else vectors
     out = np.ascontiguousarray(cut, dtype=np.float32)
-    with np.errstate(invalid="ignore", over="ignore"):  # of rows that hold infinity
-        norms = np.sqrt(np.einsum("nd,nd->n", out, out))[:, None]  # (n, 1)
-        out /= np.maximum(norms, np.float32(1e-12))
+    tiny = np.finfo(np.float32).tiny
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        norms = np.sqrt(np.einsum("nd,nd->n", out, out))  # (n,)
+        far = ~((norms > 1e-15) & (norms < np.inf))  # the squares left float32
+        if far.any():
+            out[far] /= np.maximum(np.abs(out[far]).max(axis=1, keepdims=True), tiny)
+            norms[far] = np.sqrt(np.einsum("nd,nd->n", out[far], out[far]))
+        out /= np.maximum(norms, tiny)[:, None]
     return out
 
 

@@ -85,3 +85,12 @@ def test_nan_is_an_error_that_keeps_the_other_rows(checkpoint, tmp_path):
     assert np.isnan(failed.value.vectors[1]).all()
     with pytest.raises(NonFiniteVectorError):
         embedder.embed(["q q q"])
+
+
+@pytest.mark.parametrize("size", [3e38, 1e30, 1e19, 1e-12, 1e-18, 1e-30, 1e-37])
+def test_a_vector_whose_squares_float32_does_not_hold_is_of_unit_length(size):
+    row = np.array([1, -0.5, 0.25, 0], np.float32)
+    out = unit(np.stack([row * np.float32(size), row, 0 * row]))
+    assert np.abs(out[0] - row / np.linalg.norm(row)).max() <= 1e-6
+    assert np.abs(out[1] - out[0]).max() <= 1e-6
+    assert not out[2].any()
