@@ -92,9 +92,10 @@ def resolve(options: Options) -> Checkpoint:
         vision = read_vision(path, file, options.max_tiles)
     else:
         config, inside, vision = file, "", None
-    read(folder / "modules.json", Modules)
-    read(folder / "1_Pooling" / "config.json", PoolingConfig)
-    if spec:
+    if spec is None:  # of the catalogue's models it is known: mean pooling, then unit length
+        read(folder / "modules.json", Modules)
+        read(folder / "1_Pooling" / "config.json", PoolingConfig)
+    else:
         if spec.is_multimodal != (vision is not None):
             refuse(path, "architectures", type(file).__name__, f"those of {spec.name}")
         for field, value, expected in (
