@@ -41,7 +41,10 @@ def call_in_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwar
 def run_in_own_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """Call a function in a new thread, and wait for it.
 
-    An executor would start none for a thread that outlives the main one.
+    An executor would start none for a thread that outlives the main one; nor does Python 3.12.
+
+    Raises:
+        EngineClosedError: the interpreter is ending.
     """
     future: Future[_T] = Future()
 
@@ -51,7 +54,12 @@ def run_in_own_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.k
         except BaseException as exc:
             future.set_exception(exc)
 
-    threading.Thread(target=run, args=(future,), daemon=False).start()
+    try:
+        threading.Thread(target=run, args=(future,), daemon=False).start()
+    except RuntimeError as exc:
+        if threading.main_thread().is_alive():  # the system gives no more of them
+            raise
+        raise EngineClosedError("the interpreter is ending") from exc
     try:
         return future.result()
     finally:

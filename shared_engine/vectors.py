@@ -27,7 +27,8 @@ def unit(vectors: NDArray[np.float32], dimensions: int | None = None) -> NDArray
         norms = np.sqrt(np.einsum("nd,nd->n", out, out))  # (n,)
         far = ~((norms > 1e-15) & (norms < np.inf))  # the squares left float32
         if far.any():
-            out[far] /= np.maximum(np.abs(out[far]).max(axis=1, keepdims=True), tiny)
+            most = np.abs(out[far]).max(axis=1, keepdims=True, initial=0)  # a vector may be empty
+            out[far] /= np.maximum(most, tiny)
             norms[far] = np.sqrt(np.einsum("nd,nd->n", out[far], out[far]))
         out /= np.maximum(norms, tiny)[:, None]
     return out

@@ -278,19 +278,25 @@ print("ok")
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
-def test_a_thread_that_outlives_the_main_one_can_load_a_model(checkpoint):
+def test_a_thread_that_outlives_the_main_one_loads_a_model_where_python_lets_it(checkpoint):
     program = f"""
 import threading
-from shared_engine import Embedder, Options
+from shared_engine import Embedder, EngineClosedError, Options
 main = threading.main_thread()
 def embed():
     main.join()
-    with Embedder(Options(model={str(checkpoint)!r}, device="cpu")) as embedder:
+    embedder = Embedder(Options(model={str(checkpoint)!r}, device="cpu"))
+    try:
         print(embedder.embed(["a text"]).shape, len(embedder.cache_key("query")) > 16)
+    except EngineClosedError as exc:
+        print(exc)
+    embedder.close()
 threading.Thread(target=embed).start()
 """
     done = run(program)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 64) True\n", "")
+    starts_none = sys.version_info[:2] == (3, 12)
+    expected = "the interpreter is ending" if starts_none else "(1, 64) True"
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{expected}\n", "")
 
 
 # One engine
