@@ -191,11 +191,18 @@ def _require_text(item: object) -> str:
     hint = _find_hint(item)
     if isinstance(item, (bytes, bytearray, memoryview)):
         hint = "; decode it if it is a text, or use Document(image=...)"
-    elif item is None or isinstance(item, float):  # NaN, in columns with gaps
+    elif _is_missing(item):
         hint = "; leave out what is missing"
     raise InputTypeError(
         f"is of type {_name_type(item)}; expected a str or a shared_engine.Document{hint}"
     )
+
+
+def _is_missing(item: object) -> bool:
+    """Return whether it is what a column has in its gaps: None, NaN, Arrow's null or pandas' NA."""
+    if hasattr(item, "as_py"):
+        return item.as_py() is None
+    return item is None or isinstance(item, float) or type(item).__name__ in ("NAType", "NaTType")
 
 
 def _check_encodable(text: str) -> None:

@@ -219,7 +219,8 @@ def test_one_image_is_no_list(one):
         (1, "input 1 is of type int; expected a str or a shared_engine.Document"),
         (None, "NoneType; expected a str or a shared_engine.Document; leave out what is missing"),
         (float("nan"), "type float; .*; leave out what is missing"),
-        (Scalar(None), "Scalar; expected a str"),
+        (Scalar(None), "Scalar; expected a str.*; leave out what is missing"),
+        (type("NAType", (), {})(), "NAType; .*; leave out what is missing"),  # of pandas
         (b"a", "bytes; .*; decode it if it is a text, or use Document"),
         (["a"], "type list"),
         ({"text": "a"}, "type dict"),
