@@ -54,7 +54,7 @@ class RequireHost:
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self._app = app
-        self._patterns = [host.lower() for host in (*_LOOPBACK, *hosts)]
+        self._patterns = [*_LOOPBACK, *filter(None, map(_find_name, hosts))]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 421 where the request names another machine."""
@@ -73,11 +73,23 @@ class RequireHost:
         await refuse(HTTPRefusal(421, "host", message), headers)(scope, receive, send)
 
     def _is_allowed(self, host: str) -> bool:
-        try:
-            name = (urlsplit(f"//{host}").hostname or "").removesuffix(".")
-        except ValueError:
-            return False
+        name = _find_name(host)
         return _is_address(name) or any(fnmatchcase(name, known) for known in self._patterns)
+
+
+def _find_name(host: str) -> str:
+    """Return the name or address in a Host header, in small letters; "" where it is none.
+
+    >>> _find_name("GPU-box.:8000"), _find_name("[::1]:80"), _find_name("evil.test@localhost")
+    ('gpu-box', '::1', '')
+    """
+    try:
+        parts = urlsplit(f"//{host}")
+        _ = parts.port  # looked at, as it may be none
+    except ValueError:
+        return ""
+    is_host = parts.netloc == host and "@" not in host
+    return (parts.hostname or "").removesuffix(".") if is_host else ""
 
 
 def _is_address(name: str) -> bool:

@@ -183,11 +183,14 @@ def test_a_reply_that_is_read_slowly_arrives(options: Options) -> None:
 OURS = [
     *("localhost", "LOCALHOST:8000", "localhost.", "a.localhost", "127.0.0.1", "127.1.2.3:80"),
     *("[::1]", "[::1]:8000", "10.0.0.7:8000", "gpu-box", "gpu-box:80", "a.example.com"),
+    *("nas", "nas:8000"),
 ]
 THEIRS = [
     *("", "evil.test", "localhost.evil.test", "127.0.0.1.evil.test", "evil.test:80", "example.com"),
     *("xlocalhost", "gpu-box.evil.test", ":80", "[::1", "2130706433", "evil.test#localhost"),
     *("localhost@evil.test", "evil.test/localhost", "localhost,evil.test"),
+    *("evil.test@localhost", "localhost/evil.test", "localhost?evil.test", "localhost#evil.test"),
+    *("localhost:evil.test", "localhost:80:80", "evil.test:@localhost"),
 ]
 
 
@@ -198,7 +201,7 @@ def get(served: Running, path: str, host: str, key: str = "") -> httpx.Response:
 
 @pytest.fixture(scope="module")
 def named(options: Options) -> Iterator[Running]:
-    with running(options, allowed_hosts=("gpu-box", "*.Example.com")) as here:
+    with running(options, allowed_hosts=("gpu-box", "*.Example.com", "NAS.:8000", "")) as here:
         yield here
 
 
