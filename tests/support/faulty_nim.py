@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from tests.support import nim
+from tests.support.raw_server import end_connections
 
 FAULTS = ("429", "503", "reset", "slow", "truncated", "missing", "doubled", "nan")
 
@@ -58,7 +59,7 @@ class FaultyNim:
         self._faults_of: Counter[str] = Counter()
         self._random = random.Random(7)
         self._connections = 0
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._writers: list[asyncio.StreamWriter] = []
         self._down = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -98,22 +99,12 @@ class FaultyNim:
 
     async def _die(self) -> None:
         self._down = True
-        self._server.close()
-        # A task that is cancelled before its first step leaves its socket open, and it takes four
-        # turns of the loop from an accepted connection to the first step of `_serve`.
-        for _ in range(5):
-            await asyncio.sleep(0)
-        for writer in list(self._writers):
-            writer.close()  # sends what was written, then ends: a reply is never half counted
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await end_connections(self._server, self._writers)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._connections += 1
         number = self._connections
-        self._writers.add(writer)
+        self._writers.append(writer)
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
@@ -133,7 +124,6 @@ class FaultyNim:
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
-            self._writers.discard(writer)
             writer.close()
 
     async def _reply(self, writer: asyncio.StreamWriter, request: Seen) -> None:

@@ -23,6 +23,25 @@ def whole(content: bytes, status: int = 200, *headers: str) -> bytes:
     return head(status, *headers, length=len(content)) + content
 
 
+async def end_connections(server: asyncio.Server, writers: list[asyncio.StreamWriter]) -> None:
+    """Stop listening, and leave no connection open: its socket would warn in a later test."""
+    server.close()
+    # A task that is cancelled before its first step leaves its socket open, and it takes four
+    # turns of the loop from an accepted connection to the first step of what serves it.
+    for _ in range(5):
+        await asyncio.sleep(0)
+    for writer in writers:
+        writer.close()  # sends what was written, then ends: a reply is never half counted
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    for writer in writers:
+        writer.transport.abort()  # or it would wait for somebody to read what was written
+    writers.clear()
+    await asyncio.sleep(0)
+
+
 class RawServer:
     """Sends what `respond(request, n)` yields for the n-th request of a connection.
 
@@ -35,6 +54,7 @@ class RawServer:
         self.connections = 0
         self.sent = 0
         """Bytes that were taken off its hands."""
+        self._writers: list[asyncio.StreamWriter] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -46,23 +66,14 @@ class RawServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+        ending = end_connections(self._server, self._writers)
+        asyncio.run_coroutine_threadsafe(ending, self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    async def _stop(self) -> None:
-        self._server.close()
-        # A task that is cancelled before its first step leaves its socket open, and it takes four
-        # turns of the loop from an accepted connection to the first step of `_serve`.
-        for _ in range(5):
-            await asyncio.sleep(0)
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
         self.connections += 1
         number = 0
         with suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
