@@ -169,6 +169,8 @@ def is_safe_for_keys(url: str) -> bool:
     if parts.scheme == "https":
         return True
     host = parts.hostname or ""
+    if not host.isascii():  # other characters are changed on the way: 。 into a dot
+        return False
     if (address := parse_address(host)) is not None:
         return is_private(address)
     labels = host.rstrip(".").split(".")
@@ -245,8 +247,11 @@ def check_header(name: str, value: str, source: str) -> None:
     """Refuse a header that HTTP cannot carry, without showing its value.
 
     Raises:
-        ConfigurationError: the name or the value that `source` gave has a character of no header.
+        ConfigurationError: the name or the value that `source` gave has a character of no header,
+            or it says how long a request is.
     """
+    if name.lower() in ("content-length", "transfer-encoding"):
+        raise ConfigurationError(f"{source} has {name.lower()}, which each request sets itself")
     if not _HEADER_NAME.fullmatch(name):
         raise ConfigurationError(f"{source} has a name that no header can have")
     if not _HEADER_VALUE.fullmatch(value):

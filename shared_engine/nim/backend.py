@@ -311,7 +311,7 @@ class NimBackend:
         if blames_one and is_splittable:
             call.send_again(*batch.isolate(error_reply.position))
             return
-        error = protocol.build_error(response, error_reply, batch.has_images)
+        error = protocol.build_error(response, error_reply, batch.has_images, blames_one)
         if is_retried(response.status_code):
             raise error
         call.fail(batch, error)
@@ -406,7 +406,7 @@ class NimBackend:
             self._spec = find(only)
             self._name = only
             return only
-        some = ", ".join(f"{name:.100}" for name in list(listed)[:20])
+        some = ", ".join(protocol.make_printable(name[:100]) for name in list(listed)[:20])
         raise ModelNotFoundError(
             f"{self._base_url} serves {some}, not {self._name}; give one of them as model="
         )

@@ -188,7 +188,11 @@ def _sort_items(reply: Any, n: int) -> list[Any] | None:
 def _stack(rows: list[Any]) -> NDArray[np.float32] | None:
     try:
         if not all(isinstance(row, str) for row in rows):
-            vectors = np.array(rows, np.float32)  # (n, d); ValueError where lengths differ
+            given = np.array(rows)  # (n, d); ValueError where lengths differ
+            if given.dtype.kind not in "fiu":
+                return None
+            with np.errstate(over="ignore"):  # it is infinite then, and refused
+                vectors = given.astype(np.float32)
         else:
             parts = [b64decode(row, validate=True) for row in rows]
             if len({len(part) for part in parts}) != 1:
@@ -253,9 +257,7 @@ class ErrorReply(NamedTuple):
     @property
     def may_blame_one_input(self) -> bool:
         """Whether an input may be at fault, or the request whatever its inputs are."""
-        return self._is_input_status and not (
-            self.location or self.is_too_large or self.is_about("dimensions")
-        )
+        return self._is_input_status and not (self.location or self.is_too_large)
 
     @property
     def position(self) -> int | None:
@@ -335,9 +337,14 @@ def _collect(
             _collect(part.get(name), words, locations, depth + 1)
 
 
+def make_printable(text: str) -> str:
+    """Return a server's words in one line, without what would command a terminal."""
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _shorten(text: str) -> str:
-    text = " ".join(text[: 20 * _LONGEST_DETAIL].split())
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text = make_printable(text[: 20 * _LONGEST_DETAIL])
     return text if len(text) <= _LONGEST_DETAIL else text[:_LONGEST_DETAIL] + "..."
 
 
@@ -354,9 +361,12 @@ _BY_STATUS: Mapping[int, tuple[type[RemoteError], str]] = {
 
 
 def build_error(
-    response: httpx.Response, reply: ErrorReply, has_image: bool = False
+    response: httpx.Response, reply: ErrorReply, has_image: bool = False, blames_one: bool = False
 ) -> NeMoRetrieverError:
-    """Return the error of a reply that is no success; `reply` is what `read_error` gave for it."""
+    """Return the error of a reply that is no success; `reply` is what `read_error` gave for it.
+
+    Where an input is at fault, the words may be its own.
+    """
     if (lengths := reply.tokens_and_limit) is not None:
         tokens, limit = lengths
         return InputTooLongError(
@@ -365,7 +375,7 @@ def build_error(
             tokens=tokens,
             limit=limit,
         )
-    if reply.is_about("dimensions"):
+    if reply.is_about("dimensions") and not blames_one:
         return UnsupportedDimensionsError(f"the server refuses the dimensions: {reply.detail}")
     if reply.is_too_large and has_image:
         return ImageTooLargeError(

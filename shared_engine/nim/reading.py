@@ -35,13 +35,15 @@ async def read_reply(response: httpx.Response, request: httpx.Request) -> httpx.
         most = request.extensions[MOST_BYTES]
     parts: list[bytes] = []
     size = 0
-    async for part in _decode(response, most):
-        parts.append(part)
-        size += len(part)
-        if size > most:
-            if response.is_success:
+    try:
+        async for part in _decode(response, most):
+            parts.append(part)
+            size += len(part)
+            if size > most:
                 raise _too_long(response, most)
-            break
+    except MalformedResponseError:
+        if response.is_success:
+            raise
     headers = [pair for pair in response.headers.raw if pair[0].lower() != b"content-encoding"]
     content = b"".join(parts)[:most]
     return httpx.Response(response.status_code, headers=headers, content=content)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,14 @@ def test_a_server_that_lists_nothing_is_asked_for_the_name_as_it_is() -> None:
     assert nim.bodies[0]["model"] == MODEL
 
 
+def test_names_of_a_server_command_no_terminal() -> None:
+    listing = {"data": [{"id": "\x1b[2J\nmine"}, {"id": "yours"}]}
+    nim = Nim(lambda r, _: httpx.Response(200, json=listing) if r.method == "GET" else None)
+    with nim.embedder() as engine, pytest.raises(ModelNotFoundError) as caught:
+        engine.embed(["a"])
+    assert "serves \N{REPLACEMENT CHARACTER}[2J mine, yours, not" in str(caught.value)
+
+
 def test_a_suffix_fixes_the_role() -> None:
     nim = Nim()
     with nim.embedder(model=f"{MODEL}-passage") as engine:
@@ -342,6 +351,25 @@ def test_the_server_may_say_which_input_is_at_fault() -> None:
         engine.embed(texts)
     assert {k: type(v) for k, v in caught.value.errors.items()} == {40: InvalidRequestError}
     assert len(nim.bodies) == 5
+
+
+@pytest.mark.parametrize("asked", [None, WIDTH])
+@pytest.mark.parametrize("words", ["dimensions of a parcel", "modality", "encoding_format"])
+def test_a_refused_input_that_is_quoted_names_no_field(words: str, asked: int | None) -> None:
+    def answer(_: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
+        for text in body.get("input", []):
+            if words in text:
+                return httpx.Response(400, json={"error": f"cannot embed {text!r}"})
+        return None
+
+    nim = Nim(answer)
+    texts = [*TEXTS[:40], f"the {words}", *TEXTS[40:]]
+    with nim.embedder(dimensions=asked) as engine, pytest.raises(PartialResultError) as caught:
+        engine.embed(texts)
+    assert {k: type(v) for k, v in caught.value.errors.items()} == {40: InvalidRequestError}
+    good = [row for row in range(len(texts)) if row != 40]
+    expected = vectors([texts[row] for row in good])
+    np.testing.assert_allclose(caught.value.vectors[good], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -734,6 +762,20 @@ def test_a_proxy_of_the_environment_is_used_but_for_the_hosts_it_leaves_out(
         with Embedder(options) as engine, pytest.raises(ConnectionFailedError):
             engine.embed(["a"])
         assert len(proxy.seen) == seen
+
+
+def test_a_server_without_tls_is_not_asked_again() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"https://127.0.0.1:{server.server_port}"
+        try:
+            with Embedder(Options(model="nvidia/m", base_url=url, max_retries=5)) as engine:
+                start = time.monotonic()
+                with pytest.raises(ConnectionFailedError, match=r"WRONG_VERSION|RECORD_LAYER"):
+                    engine.embed(["a"])
+                assert time.monotonic() - start < 10, "it was tried again"
+        finally:
+            server.shutdown()
 
 
 def test_certificates_are_checked_against_what_is_trusted(tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ def test_a_key_is_the_same_with_space_around_it(
         {"default_headers": {f"{KEY}:": "x"}},
         {"default_headers": {f"{KEY} x": "x"}},
         {"default_headers": {"": KEY}},
+        {"default_headers": {"Content-Length": KEY}},
+        {"default_headers": {"transfer-encoding": KEY}},
     ],
 )  # fmt: skip
 def test_what_no_header_can_carry_is_refused_at_once_and_not_shown(
@@ -202,6 +204,7 @@ def test_a_reply_that_is_no_http_quotes_no_key(caplog: pytest.LogCaptureFixture)
             "localhost.attacker.com", "10.0.0.1.attacker.com", "evilsvc.com", "mylocalhost.com",
             "attacker.com.", "a.internal.com", "100.64.0.1", "198.18.0.1", "192.0.2.1", "240.0.0.1",
             "[2001:db8::1]", "[2001::1]", "[64:ff9b:1::808:808]", "[5f00::1]",
+            "attacker\u3002com", "attacker\uff0ecom", "attacker\uff61com",
         )),
         *((host, True) for host in (
             "0.0.0.0", "[::]", "169.254.7.7", "172.31.0.1",

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_engine import (
+    AuthenticationError,
     ConnectionFailedError,
     Embedder,
     EngineError,
@@ -27,6 +28,7 @@ from shared_engine import (
     NeMoRetrieverError,
     Options,
     PartialResultError,
+    RateLimitError,
     ServerError,
 )
 from shared_engine.nim.backend import MOST_SENDS
@@ -171,6 +173,36 @@ def test_of_an_endless_error_the_beginning_is_told(status: int, kind: type[Excep
         with pytest.raises(kind, match="no way no way" if status != 307 else "redirects"):
             engine.embed(["a"])
         assert server.sent < FEW_BYTES
+
+
+@pytest.mark.parametrize("encoding", ["br", "gzip", "deflate"])
+@pytest.mark.parametrize(
+    ("status", "kind", "sent"),
+    [(401, AuthenticationError, 1), (429, RateLimitError, 3), (503, ServerError, 3)],
+)
+def test_an_error_that_cannot_be_decompressed_counts_by_its_status(
+    status: int, kind: type[Exception], sent: int, encoding: str
+) -> None:
+    async def respond(request: bytes, _: int) -> AsyncIterator[bytes]:
+        encoded = f"Content-Encoding: {encoding}"
+        yield whole(b"what?", status, encoded, "Retry-After: 0") if body_of(request) else MODELS
+
+    with RawServer(respond) as server:
+        with engine_for(server, max_retries=2) as engine, pytest.raises(kind):
+            engine.embed(["a"])
+        assert server.requests == 1 + sent
+
+
+@pytest.mark.parametrize("value", ["0.5", True, "NaN", None, [0.5], {}, 1e39, -1e300, 10**400])
+def test_a_vector_of_anything_but_numbers_is_no_vector(value: object) -> None:
+    def answer(request: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
+        if request.method == "GET":
+            return None
+        content = json.dumps({"data": [{"index": 0, "embedding": [value, value]}]})
+        return httpx.Response(200, content=content)
+
+    with Nim(answer).embedder() as engine, pytest.raises(MalformedResponseError):
+        engine.embed(["a"])
 
 
 def test_what_is_compressed_all_the_same_is_read() -> None:
