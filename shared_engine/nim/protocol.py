@@ -349,8 +349,7 @@ def _shorten(text: str) -> str:
 
 
 _BY_STATUS: Mapping[int, tuple[type[RemoteError], str]] = {
-    401: (AuthenticationError, "the server does not accept the key; give api_key=, or set "
-          "NVIDIA_API_KEY"),
+    401: (AuthenticationError, "the server wants a key that it knows: api_key= or NVIDIA_API_KEY"),
     403: (PermissionDeniedError, "the key may not use this model"),
     404: (ModelNotFoundError, "the server has no such model or path; see GET /v1/models"),
     407: (AuthenticationError, "the proxy wants another user name or password"),
