@@ -22,7 +22,8 @@ from httpx import URL
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _SECONDS, _REDIRECTS = 10.0, 3
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+"""Of IPv6, all that the internet routes (RFC 4291); the rest is local, or a translator's."""
 
 
 class _Timed(httpcore.NetworkStream):
@@ -107,13 +108,9 @@ def is_public(address: Address) -> bool:
     >>> [is_public(ipaddress.ip_address(a)) for a in ("8.8.8.8", "10.0.0.1", "64:ff9b::a00:1")]
     [True, False, False]
     """
-    return (
-        address.is_global
-        and not address.is_multicast
-        and not address.is_reserved
-        and getattr(address, "sixtofour", None) is None
-        and address not in _NAT64
-    )
+    if address.version == 6 and (address not in _GLOBAL_UNICAST or address.sixtofour is not None):
+        return False
+    return address.is_global and not address.is_multicast
 
 
 def fetch(

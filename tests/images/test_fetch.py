@@ -139,6 +139,7 @@ def test_what_is_fetched_must_be_an_image(server):
         *("224.0.0.1", "240.0.0.1", "255.255.255.255", "192.0.2.1", "198.18.0.1", "localhost"),
         *("[::1]", "[::]", "[fe80::1]", "[fd00::1]", "[ff02::1]", "[::ffff:127.0.0.1]"),
         *("[::ffff:10.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[::127.0.0.1]"),
+        *("[fec0::1]", "[64:ff9b:1::a00:1]", "[ff0e::1]", "[::ffff:0:a00:1]", "[2001:0:a00:1::]"),
     ],
 )
 def test_private_addresses_are_never_connected_to(host, monkeypatch):
