@@ -185,7 +185,7 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
     @dispatcher.span
     def _embed(self, documents: list[Document]) -> list[Embedding]:
         with self._announced(documents) as embeddings:
-            if limiter := self._limiter:
+            if (limiter := self._limiter) is not None:
                 limiter.acquire()
             embeddings.extend(self.embedder.embed_lists(documents, "document"))
         return embeddings
@@ -193,7 +193,7 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
     @dispatcher.span
     async def _aembed(self, documents: list[Document]) -> list[Embedding]:
         with self._announced(documents) as embeddings:
-            if limiter := self._limiter:
+            if (limiter := self._limiter) is not None:
                 await limiter.async_acquire()
             embeddings.extend(await self.embedder.aembed_lists(documents, "document"))
         return embeddings

@@ -56,10 +56,10 @@ def run_in_own_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.k
 
     try:
         threading.Thread(target=run, args=(future,), daemon=False).start()
-    except RuntimeError as exc:
+    except RuntimeError:
         if threading.main_thread().is_alive():  # the system gives no more of them
             raise
-        raise EngineClosedError("the interpreter is ending") from exc
+        raise_closed("the interpreter is ending")
     try:
         return future.result()
     finally:

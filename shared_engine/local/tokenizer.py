@@ -165,11 +165,12 @@ class TextTokenizer:
         some: list[str] = []
         room = CHARACTERS_AT_ONCE
         for text in texts:
-            if some and (len(some) == TEXTS_AT_ONCE or room < min(len(text), most)):
+            length = min(len(text), most)
+            if some and (len(some) == TEXTS_AT_ONCE or room < length):
                 yield some
                 some, room = [], CHARACTERS_AT_ONCE
             some.append(text)
-            room -= min(len(text), most)
+            room -= length
         if some:
             yield some
 

@@ -33,7 +33,7 @@ TOO_MANY = frozenset({429, 503, 529})
 DOWN = frozenset({502, 503, 504})
 """Statuses of an address that cannot serve now, or of a gateway that cannot reach it."""
 _NEVER_BETTER = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
-_NO_TLS = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
+_UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 """What OpenSSL says of a certificate that it does not trust, and of a server without TLS."""
 _CLOSED = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.CloseError)
 
@@ -58,7 +58,7 @@ def may_pass(error: Exception) -> bool:
     if not isinstance(error, (httpx.TransportError, TimeoutError)):
         return False
     is_refused = isinstance(error, httpx.ProxyError) and str(error).startswith("4")  # its status
-    is_untrusted = any(words in str(error) for words in _NO_TLS)
+    is_untrusted = any(words in str(error) for words in _UNTRUSTED)
     return not (isinstance(error, _NEVER_BETTER) or is_refused or is_untrusted)
 
 

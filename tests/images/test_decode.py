@@ -248,7 +248,8 @@ def test_threads_share_a_lazy_pil_image(name):
 def test_pillow_calls_the_private_methods_that_are_overridden():
     """Where a later one does not, `formats.Jpeg` and `formats.Tiff` have no effect any more."""
     file = encoded(PICTURE, "JPEG", exif=corrupt_exif(1))
-    with pytest.warns(UserWarning, match="Tag data larger|Truncated File Read"):
+    words = "Tag data larger" if PIL.__version__ >= "13" else "Truncated File Read"
+    with pytest.warns(UserWarning, match=words):
         JpegImageFile(BytesIO(file))
     assert formats.Jpeg(BytesIO(file)).size == PICTURE.size
 
