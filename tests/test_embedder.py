@@ -239,13 +239,14 @@ async def test_a_cancelled_caller_leaves_the_queue(embedder):
 def test_a_fork_rebuilds_the_engine(checkpoint, dtype):
     """In a process of its own: pytest's threads make a fork here a warning."""
     program = f"""
-import os, numpy as np
+import os, signal, numpy as np
 from shared_engine import Embedder, Options
 embedder = Embedder(Options(model={str(checkpoint)!r}, device="cpu", dtype={dtype!r}))
 texts = ["some", "texts", "here"] * 50
 before = embedder.embed(texts)
 child = os.fork()
 if child == 0:
+    signal.alarm(100)  # its pipe would keep the test for ever
     after = embedder.embed(texts)
     os._exit(int(np.abs(before - after).max() > 1e-6))
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -258,7 +259,7 @@ print("ok")
 
 def test_a_stream_goes_on_on_both_sides_of_a_fork(checkpoint):
     program = f"""
-import os, numpy as np
+import os, signal, numpy as np
 from shared_engine import Embedder, Options
 embedder = Embedder(Options(model={str(checkpoint)!r}, device="cpu", tokens_per_step=8))
 texts = [f"text {{i}}" for i in range(60)]
@@ -266,6 +267,7 @@ before = embedder.embed(texts)
 stream, let_go = (embedder.stream(texts, batch_size=4) for _ in range(2))
 first, _ = next(stream), next(let_go)
 child = os.fork()
+signal.alarm(100)  # of both: the pipe of one that waits would keep the test for ever
 rest = np.concatenate([first, *stream])
 del let_go
 wrong = rest.shape != before.shape or np.abs(before - rest).max() > 1e-6

@@ -176,12 +176,13 @@ def test_who_gives_up_waiting_is_not_waited_for() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_child_of_a_fork_waits_for_no_thread_of_its_parent(python: Callable[[str], str]) -> None:
     code = """
-import os
+import os, signal
 from shared_engine.images import decode, tiles
 from tests.support.image_files import PICTURE
 
 with decode._IN_FLIGHT.hold(2**40), decode._LOADING:
     if (child := os.fork()) == 0:
+        signal.alarm(100)  # its pipe would keep the test for ever
         tiles.cut_tiles(PICTURE, 2)
         os._exit(7)
     print(os.waitpid(child, 0)[1] >> 8)

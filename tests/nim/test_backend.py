@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -660,6 +661,7 @@ def test_a_forked_child_opens_its_own_connections() -> None:
         before = {request.connection for request in nim.seen}
         child = os.fork()
         if child == 0:
+            signal.alarm(100)
             good = np.allclose(engine.embed(TEXTS), expected, atol=1e-6)
             os._exit(0 if good else 1)
         assert os.waitpid(child, 0)[1] == 0
