@@ -29,7 +29,7 @@ test: .venv/dev  ## run the tests but for the slow ones; ARGS='-k name'
 	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-all: test  ## run them all; ARGS='--data=folder' adds those of public data sets
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 check: .venv/dev  ## lint, formatting and types
 	$(BIN)/ruff check .

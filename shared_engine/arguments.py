@@ -74,7 +74,7 @@ def read_key(asked: argparse.Namespace) -> str | None:
     """
     if asked.api_key_env is None:
         return None
-    key = os.environ.get(asked.api_key_env)
+    key = os.environ.get(asked.api_key_env, "").strip()
     if not key:
         raise ConfigurationError(f"--api-key-env: {asked.api_key_env} is not set, or empty")
     return key

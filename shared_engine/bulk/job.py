@@ -121,6 +121,7 @@ def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
 
 def _find_sources(job: Job) -> Iterator[tuple[str, str]]:
     """Yield tables and PDFs, and folders with pictures, each with what its title begins after."""
+    _check_overlap(job.inputs)
     root = os.path.commonpath(job.inputs)
     root = root if os.path.isdir(root) else os.path.dirname(root)
     kinds: dict[str, str] = {}
@@ -136,6 +137,10 @@ def _find_sources(job: Job) -> Iterator[tuple[str, str]]:
                 raise ConfigurationError(f"{given} is of no kind that can be read: {expected}")
             if kind is None or path.startswith(job.out + os.sep):
                 continue
+            if os.fsencode(path).decode("utf-8", "replace") != path:
+                raise ConfigurationError(
+                    f"{path!a}: an id cannot hold this name, which is no UTF-8"
+                )
             kinds.setdefault(kind, path)
             if kind != "picture":
                 yield path, root
@@ -151,6 +156,20 @@ def _find_sources(job: Job) -> Iterator[tuple[str, str]]:
         raise ConfigurationError(f"nothing to embed in {', '.join(job.inputs)}")
 
 
+def _check_overlap(inputs: tuple[str, ...]) -> None:
+    """Refuse inputs of which one is in another, as its rows would be there twice."""
+    given: set[str] = set()
+    for path in map(os.path.normpath, inputs):
+        if path in given:
+            raise ConfigurationError(f"{path} is given twice")
+        given.add(path)
+    for path in given:
+        folder = path
+        while folder != (folder := os.path.dirname(folder)):
+            if folder in given:
+                raise ConfigurationError(f"{path} is in {folder}, which is given too")
+
+
 def _find_kind(path: str) -> str | None:
     suffix = os.path.splitext(path)[1].lower()
     if suffix in tables.FORMATS:
@@ -163,7 +182,7 @@ def _cut_source(job: Job, path: str, root: str) -> Iterator[Fragment]:
     kind = _find_kind(path) or "picture"
     has_images = kind != "table" or job.image_column is not None
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
-    stem = f"{Path(path).stem[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
+    stem = f"{Path(path).stem[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
     if kind == "picture":
         if os.path.isdir(path):
             folder, found = path, pages.find_pictures(path)

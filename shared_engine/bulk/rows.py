@@ -165,6 +165,11 @@ def _require(names: list[str], found: Any, fragment: Fragment) -> None:
             raise ConfigurationError(
                 f"{fragment.title} has no column {name!r}; it has {', '.join(found.names)}"
             )
+        if found.names.count(name) > 1:
+            raise ConfigurationError(
+                f"{fragment.title} has {found.names.count(name)} columns {name!r}, so it is not "
+                "clear which is meant; rename them"
+            )
 
 
 def _is_text(kind: Any) -> bool:

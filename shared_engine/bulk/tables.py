@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -23,6 +24,12 @@ _BUFFER = 1 << 20
 """Bytes of a Parquet column that are read at once: a row group may not fit into memory."""
 _LONGEST = 1 << 26
 """Bytes of a CSV's record: with one quote too many, all that follows would be of its row."""
+_OPEN = re.compile(
+    rb'(?:(?:"(?:[^"]++|"")*+"[^,]*+|[^",][^,]*+|),)*+'  # fields, of which quoted ones are closed
+    rb'"(?:[^"]++|"")*+\Z'
+)
+"""A line of a CSV that ends within quotes; a quote is a letter but where a field begins with it."""
+_LONE_CR = re.compile(rb"\r(?!\n)")
 _HEAD = 1 << 22
 """Bytes at the head of a JSON file from which the types of its columns are told."""
 
@@ -106,21 +113,23 @@ def _read_arrow(path: str, part: Range, schema: pa.Schema) -> Iterator[pa.Record
 def _records(file: Any, quoted: bool) -> Iterator[bytes]:
     """Yield lines that are not blank; of a CSV records, which may have line ends in quotes."""
     lines: list[bytes] = []
-    size = quotes = rows = 0
+    size = rows = 0
+    is_open = False
     for line in file:
         lines.append(line)
         size += len(line)
-        quotes += line.count(b'"') if quoted else 0
-        if quotes % 2:
+        if quoted and (is_open or b'"' in line):  # an open field goes on as one that begins does
+            is_open = _OPEN.match(b'"' + line if is_open else line) is not None
+        if is_open:
             if size > _LONGEST:
-                raise ValueError(f"row {rows} has a quote that is not closed")
+                break
             continue
         record = b"".join(lines)
         yield b"" if record.isspace() else record  # an empty one counts for the position alone
         rows += not record.isspace()
-        lines, size, quotes = [], 0, 0
+        lines, size = [], 0
     if lines:
-        yield b"".join(lines)
+        raise ValueError(f"row {rows} has a quote that is not closed")
 
 
 def _split_text(path: str, rows: int, quoted: bool) -> Iterator[Range]:
@@ -158,13 +167,22 @@ class _Counted:
 
 def _skip_head(file: Any, quoted: bool) -> int:
     """Return where the rows begin: after the names of a CSV's columns."""
-    return len(next(_records(file, quoted), b"")) if quoted else 0
+    if not quoted:
+        return 0
+    counted = _Counted(file, 0)
+    if _LONE_CR.search(_read_head(counted)):
+        raise ValueError("its lines end with CR alone; expected LF, or CR and LF")
+    return counted.at
+
+
+def _read_head(lines: Iterable[bytes]) -> bytes:
+    return next(filter(None, _records(lines, quoted=True)), b"")
 
 
 def _read_text(path: str, part: Range, quoted: bool) -> Iterator[bytes]:
     """Yield the bytes of some rows at a time, those of a CSV with their head."""
     with open(path, "rb") as file:
-        head = next(_records(file, quoted), b"") if quoted else b""
+        head = _read_head(file) if quoted else b""
         records = _records(_Counted(file, part.begin, part.end), quoted)
         kept = (
             record if record.endswith(b"\n") else record + b"\n" for record in records if record
@@ -202,6 +220,12 @@ def _read_json_schema(path: str) -> pa.Schema:
     with open(path, "rb") as file:
         lines = file.readlines(_HEAD)  # whole ones
     head = b"".join(line for line in lines if _is_json(line))  # others are for when they are read
+    first = next(filter(None, map(bytes.strip, lines)), b"")
+    if first[:1] == b"[" or (first and not head):
+        raise ValueError(
+            "none of its first lines is a JSON object; expected JSON Lines, an object in each line "
+            "(jq -c '.[]' makes them of an array)"
+        )
     options = pyarrow.json.ReadOptions(block_size=len(head) + 1)
     return (
         pyarrow.json.read_json(io.BytesIO(head), options).schema if head.strip() else pa.schema([])

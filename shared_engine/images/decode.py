@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from shared_engine.images.budget import MemoryBudget
-from shared_engine.images.formats import Jpeg, find_format
+from shared_engine.images.formats import Jpeg, Tiff, find_format
 from shared_engine.images.sources import TooLargeError
 
 LONG_SIDE, SHORT_SIDE = 16_384, 8_192
@@ -57,6 +57,11 @@ _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2}
 _BAND = 2**18
 """Pixels that are converted at once, so that what comes between takes no memory to speak of."""
 
+_DIRECTORIES = 16
+"""Pictures of a TIFF that are looked at: a file of 25 MB can hold millions that are no page."""
+_SUBFILE, _NO_PAGE = 254, 0b101
+"""What a TIFF says of a picture, and its bits for a smaller copy and a mask (TIFF 6.0, p. 36)."""
+
 _IN_FLIGHT = MemoryBudget(2**30)
 _LOADING = threading.Lock()
 
@@ -88,6 +93,13 @@ class OpenedImage:
         """Width and height as a person sees it."""
         width, height = self.picture.size
         return (width, height) if self.orientation <= 4 else (height, width)
+
+    @property
+    def has_more_pages(self) -> bool:
+        """Whether its file is a TIFF of several pages, of which this is the first."""
+        if self.content is None or not isinstance(self.picture, Tiff):
+            return False
+        return self.picture.is_animated and _has_second_page(self.content)
 
     @property
     def is_plain(self) -> bool:
@@ -166,6 +178,20 @@ def open_image(content: bytes | Image.Image) -> OpenedImage:
             f"{SHORT_SIDE:,}, either way round"
         )
     return OpenedImage(picture, _find_orientation(picture), width * height, file)
+
+
+def _has_second_page(tiff: bytes) -> bool:
+    """Tell whether a page follows the first one; a smaller copy of it, or a mask, is none."""
+    picture = Tiff(BytesIO(tiff))
+    for number in range(1, _DIRECTORIES):
+        try:
+            picture.seek(number)
+        except Exception:  # there is none, or what Pillow raises of one that is broken
+            return False
+        kind = picture.tag_v2.get(_SUBFILE, 0)
+        if not (isinstance(kind, int) and kind & _NO_PAGE):
+            return True
+    return False
 
 
 def _find_orientation(picture: Image.Image) -> int:

@@ -14,6 +14,7 @@ all of it may run in several threads at once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,16 +26,19 @@ import pybase64
 from numpy.typing import NDArray
 from PIL import Image
 
-from shared_engine.images.decode import encode, open_image
+from shared_engine.images.decode import OpenedImage, encode, open_image
 from shared_engine.images.formats import Jpeg
 from shared_engine.images.sources import (
     MAX_BYTES,
     AcceptedImage,
     TooLargeError,
     check_size,
+    describe,
     image_errors,
     read,
 )
+
+_log = logging.getLogger("shared_engine")
 
 # fmt: off
 _GRIDS_OF_4_TO_7 = (
@@ -99,7 +103,7 @@ def cut_tiles(
         ImageTooLargeError: over MAX_BYTES, or over LONG_SIDE x SHORT_SIDE; nothing was decoded.
         ImageError: not found, not fetched, or not an image that can be decoded to the end.
     """
-    with image_errors(source), _fit(source, max_tiles, size, urls) as fitted:
+    with image_errors(source), _fit(_open(source, urls), max_tiles, size) as fitted:
         return fitted.cut(size)
 
 
@@ -111,7 +115,7 @@ def decode_picture(
     Raises:
         As `cut_tiles`.
     """
-    with image_errors(source), _fit(source, max_tiles, size, urls) as fitted:
+    with image_errors(source), _fit(_open(source, urls), max_tiles, size) as fitted:
         image = fitted.image
         if image.width * image.height > _LARGEST_PICTURE:
             return fitted.cut(size)
@@ -169,16 +173,27 @@ def encode_data_url(
         JPEG fits.
     """
     with image_errors(source):
-        content = read(source, urls)
-        url = _encode_whole(content, most_characters)
+        opened = _open(source, urls)
+        url = _encode_whole(opened, most_characters)
         if most_characters is None or len(url) <= most_characters:
             return url
-        with _fit(content, max_tiles, size, urls) as fitted:
+        opened = open_image(opened.picture if opened.content is None else opened.content)
+        with _fit(opened, max_tiles, size) as fitted:
             return fitted.shrink(size, most_characters)
 
 
-def _encode_whole(content: bytes | Image.Image, most_characters: int | None) -> str:
-    opened = open_image(content)
+def _open(source: AcceptedImage, urls: bool) -> OpenedImage:
+    opened = open_image(read(source, urls))
+    if opened.has_more_pages:
+        _log.warning(
+            "a TIFF of several pages, %s: only the first is embedded; pass each as an image, by "
+            "[page.copy() for page in PIL.ImageSequence.Iterator(PIL.Image.open(...))]",
+            describe(source),
+        )
+    return opened
+
+
+def _encode_whole(opened: OpenedImage, most_characters: int | None) -> str:
     if opened.is_plain and opened.content is not None:
         opened.picture.draft(None, (1, 1))
         with opened.load():
@@ -241,8 +256,7 @@ def _encode_ever_smaller(sheet: Image.Image) -> Iterator[tuple[str, bytes]]:
 
 
 @contextmanager
-def _fit(source: AcceptedImage, max_tiles: int, size: int, urls: bool) -> Iterator[_FittedImage]:
-    opened = open_image(read(source, urls))
+def _fit(opened: OpenedImage, max_tiles: int, size: int) -> Iterator[_FittedImage]:
     cols, rows = choose_grid(*opened.upright_size, max_tiles, size)
     drafted = None
     if opened.is_plain:  # else a PNG of every pixel is what a NIM would get

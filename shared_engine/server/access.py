@@ -12,13 +12,30 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shared_engine.errors import ConfigurationError
 from shared_engine.server.errors import HTTPRefusal, shorten
 from shared_engine.server.responses import refuse
 
 _OPEN = ("/v1/health/live", "/v1/health/ready")
 _LOOPBACK = ("localhost", "*.localhost")
+
+
+def control_access(key: str | None, hosts: Sequence[str]) -> Middleware:
+    """Return what lets through who has the key or, without one, who names the server rightly.
+
+    Raises:
+        ConfigurationError: the key is blank, which would be none; the hosts are one text.
+    """
+    if isinstance(hosts, str):
+        raise ConfigurationError(f"allowed_hosts is {hosts!r}; expected a list: [{hosts!r}]")
+    if key is None:
+        return Middleware(RequireHost, hosts=hosts)
+    if not (key := key.strip()):  # a line end of the file that it was read from
+        raise ConfigurationError("the server's key is blank; leave it out to serve without one")
+    return Middleware(RequireKey, key=key)
 
 
 class RequireKey:

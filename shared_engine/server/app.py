@@ -30,7 +30,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -45,7 +44,7 @@ from shared_engine.errors import ConfigurationError, NeMoRetrieverError
 from shared_engine.options import Options
 from shared_engine.registry import Lease
 from shared_engine.routing import select_backend
-from shared_engine.server.access import RequireHost, RequireKey
+from shared_engine.server.access import control_access
 from shared_engine.server.errors import (
     HTTPRefusal,
     refuse_for,
@@ -96,9 +95,11 @@ def create_app(
     ("*.example.com" and "*" are patterns).
 
     Raises:
-        ConfigurationError: the options, or NVIDIA_BASE_URL, mean a NIM, which serves itself.
+        ConfigurationError: the options, or NVIDIA_BASE_URL, mean a NIM, which serves itself; the
+            key is blank; `allowed_hosts` is one text.
     """
     options = options or Options()
+    middleware = control_access(api_key, allowed_hosts)
     if (elsewhere := select_backend(options)).base_url is not None:
         raise ConfigurationError(
             f"a server runs its model in its own process, but {elsewhere.reason}; leave that out"
@@ -115,11 +116,7 @@ def create_app(
     ]
     app = Starlette(
         routes=routes,
-        middleware=[
-            Middleware(RequireKey, key=api_key)
-            if api_key
-            else Middleware(RequireHost, hosts=allowed_hosts)
-        ],
+        middleware=[middleware],
         exception_handlers={HTTPException: refuse_route},
         lifespan=server.lifespan,
     )

@@ -420,7 +420,7 @@ def test_a_sentence_finds_its_page_first(
             for hit, (page, _) in zip(first, asked, strict=True)
         ]
     )
-    record_property("sentence_first", right)
+    record_property("sentence_first", float(right))
     print(f"{right:.3f} of {len(asked)} sentences find their page first")
     assert right >= 0.9
 

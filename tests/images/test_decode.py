@@ -6,20 +6,22 @@ import threading
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
 import pytest
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps, ImageSequence
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import AppendingTiffWriter, TiffImageFile
 
 from shared_engine import ImageError, ImageTooLargeError, InputError
 from shared_engine.images import formats
 from shared_engine.images.sources import decode_data_url
-from shared_engine.images.tiles import choose_grid, cut_tiles, encode_data_url
+from shared_engine.images.tiles import choose_grid, cut_tiles, decode_picture, encode_data_url
 from tests.support.image_files import (
     FORMATS,
     GIF,
@@ -225,6 +227,50 @@ def test_large_sides_are_used_in_silence_and_no_setting_changes():
         ImageFile.LOAD_TRUNCATED_IMAGES,
         list(warnings.filters),
     )
+
+
+def write_tiff(*kinds: int) -> bytes:
+    """A TIFF of as many pictures, which say what they are: 0 and 2 pages, 1 smaller, 4 a mask."""
+    buffer = BytesIO()
+    with AppendingTiffWriter(buffer, new=True) as file:
+        for kind in kinds:
+            Image.new("L", (9, 9), 60).save(file, "TIFF", tiffinfo={254: kind} if kind else {})
+            file.newFrame()
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kinds", [(0, 0), (2, 2, 2), (0, 1, 2), (0, 4, 1, 0)])
+def test_a_tiff_of_several_pages_does_not_lose_all_but_one_in_silence(
+    kinds, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    scan = Path("scan.tif")
+    scan.write_bytes(write_tiff(*kinds))
+    for use in (partial(cut_tiles, max_tiles=6), partial(decode_picture, max_tiles=6),
+                encode_data_url, partial(encode_data_url, most_characters=600)):  # fmt: skip
+        caplog.clear()
+        use(scan)
+        (said,) = caplog.messages
+        assert "pages, 'scan.tif'" in said
+        with Image.open(scan) as opened:  # as it says
+            pages = [page.copy() for page in ImageSequence.Iterator(opened)]
+        assert len([use(page) for page in pages]) == len(kinds)
+        assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("kinds", [(0,), (2,), (0, 1), (0, 1, 1, 4), (0, *[1] * 40, 0)])
+def test_smaller_copies_and_masks_of_a_tiff_are_no_pages(kinds, caplog):
+    """Nor is what follows a great many of them, which nobody should have to look at."""
+    assert cut_tiles(write_tiff(*kinds), 6).shape == (1, 512, 512, 3)
+    assert not caplog.messages
+
+
+def test_a_broken_second_picture_of_a_tiff_is_none(caplog):
+    file = write_tiff(0, 0)
+    begin = TiffImageFile(BytesIO(file)).tag_v2.next
+    for broken in (file[: begin + 2], file[:begin] + bytes(len(file) - begin)):
+        assert cut_tiles(broken, 6).shape == (1, 512, 512, 3)
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("name", ["png palette, half transparent", "jpeg", "webp", "tiff"])

@@ -329,6 +329,28 @@ def test_a_catalogue_name_answers_to_its_aliases(tmp_path: Path) -> None:
             assert response.json()["model"] == name
 
 
+def test_a_key_with_the_line_end_of_its_file_is_the_key(options: Options) -> None:
+    with running(options, api_key=" a secret\n") as here:
+        for key, status in (("a secret", 200), ("a secre", 401)):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert here.client.get("/models", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"api_key": ""}, "key is blank"),
+        ({"api_key": " \n"}, "key is blank"),
+        ({"allowed_hosts": "gpu-box"}, r"\['gpu-box'\]"),
+    ],
+)
+def test_what_would_open_or_close_a_server_unseen_is_refused(
+    options: Options, wrong: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        create_app(options, **wrong)
+
+
 def test_the_key(options: Options) -> None:
     body = {"model": NAME, "input": "a", "input_type": "query"}
     with running(options, api_key="a secret") as here:
@@ -780,6 +802,8 @@ def test_serve_stops_where_the_model_cannot_load(
     assert "/nowhere" in capfd.readouterr().err
     assert main(["serve", "--max-tokens", "0", "--port", "0"]) == 2
     assert main(["serve", "--api-key-env", "NOT_SET_ANYWHERE"]) == 2
+    monkeypatch.setenv("A_BLANK_KEY", " \n")
+    assert main(["serve", "--api-key-env", "A_BLANK_KEY"]) == 2
     assert os.environ["NVIDIA_BASE_URL"] == "http://127.0.0.1:9"
 
 
