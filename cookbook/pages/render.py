@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import pypdfium2
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 from pypdfium2 import raw
 
 PIXELS = 1_754  # of a page's longer side: A4 at 150 dpi
@@ -18,6 +19,8 @@ THUMB = 480  # the same of the small picture in lists
 MAX_PAGES = 500  # of one file
 MAX_PICTURE = 80_000_000  # pixels
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
+
+_SUBFILE, _NO_PAGE = 254, 0b101  # what a TIFF says of a picture: a smaller copy, or a mask
 
 _PDFIUM = threading.Lock()  # PDFium is not made for threads
 _HYPHEN = re.compile("[\x02\ufffe]\n?")  # as PDFium writes it where a word goes on in the next line
@@ -64,11 +67,12 @@ def open_source(path: Path, name: str, max_pages: int = MAX_PAGES) -> Iterator[S
         head = file.read(1024)
     if not head:
         raise UnusableFileError(f"{name} is empty. Was it copied to its end? Send it again.")
-    with _open_pdf(path, name) if b"%PDF-" in head else _open_picture(path, name) as source:
+    is_pdf = b"%PDF-" in head
+    with _open_pdf(path, name) if is_pdf else _open_picture(path, name, max_pages) as source:
         if len(source) > max_pages:
             raise UnusableFileError(
-                f"{name} has {len(source):,} pages, and {max_pages:,} are the most for one file. "
-                "Split it and send the parts."
+                f"{name} has over {max_pages:,} pages, the most for one file. Split it and send "
+                "the parts."
             )
         yield source
 
@@ -135,7 +139,7 @@ def _clean(text: str) -> str:
 
 
 @contextmanager
-def _open_picture(path: Path, name: str) -> Iterator[Source]:
+def _open_picture(path: Path, name: str, max_pages: int) -> Iterator[Source]:
     too_large = UnusableFileError(
         f"{name} has more than {MAX_PICTURE // 1_000_000} million pixels. Make it smaller and "
         "send it again."
@@ -152,22 +156,39 @@ def _open_picture(path: Path, name: str) -> Iterator[Source]:
     with picture:
         if picture.width * picture.height > MAX_PICTURE:
             raise too_large
-        yield _Picture(picture, name)
+        yield _Picture(picture, name, list(_find_frames(picture, max_pages)))
+
+
+def _find_frames(picture: Image.Image, max_pages: int) -> Iterator[int]:
+    """Yield which pictures of a file are pages: the first and, of a TIFF, those that say no other.
+
+    Not all are counted where there are too many: Pillow needs minutes for a hundred thousand.
+    """
+    yield 0
+    for number in range(1, 2 * max_pages + 1 if isinstance(picture, TiffImageFile) else 1):
+        try:
+            picture.seek(number)
+        except Exception:  # there is none, or what Pillow raises of one that is broken
+            return
+        kind = picture.tag_v2.get(_SUBFILE, 0)
+        if not (isinstance(kind, int) and kind & _NO_PAGE):
+            yield number
 
 
 class _Picture:
     """A picture of one page, or a TIFF of several."""
 
-    def __init__(self, picture: Image.Image, name: str) -> None:
+    def __init__(self, picture: Image.Image, name: str, frames: list[int]) -> None:
         self._picture = picture
         self._name = name
+        self._frames = frames
 
     def __len__(self) -> int:
-        return getattr(self._picture, "n_frames", 1) if self._picture.format == "TIFF" else 1
+        return len(self._frames)
 
     def draw(self, index: int) -> Drawn:
         try:
-            self._picture.seek(index)
+            self._picture.seek(self._frames[index])
             if self._picture.width * self._picture.height > MAX_PICTURE:
                 raise ValueError("a page of a TIFF is larger than its first")
             upright = _opaque(ImageOps.exif_transpose(self._picture))

@@ -28,6 +28,7 @@ from starlette.testclient import TestClient
 
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from tests.support import pdfs
+from tests.support.image_files import write_tiff
 from tests.support.vl_checkpoints import VLShape, build_vl_checkpoint
 
 ORIGIN = "http://localhost"
@@ -243,7 +244,8 @@ def unusable() -> dict[str, tuple[bytes, str]]:
         "broken.pdf": (b"%PDF-1.7\n" + b"?" * 4096, "is a broken PDF"),
         "half.pdf": (good[: len(good) // 3], "is a broken PDF"),
         "none.pdf": (pdfs.without_pages(), "one without pages"),
-        "long.pdf": (pdfs.scan(*"abcdefghijklmnopqrstu"), "20 are the most"),
+        "long.pdf": (pdfs.scan(*"abcdefghijklmnopqrstu"), "over 20 pages, the most"),
+        "long.tiff": (write_tiff(*[0] * 100_000), "pages, the most for one file"),
         "text.pdf": (b"Dear Sir or Madam", "neither a PDF nor a picture"),
         "half.png": (picture(size=(900, 900))[:-200], "only part of a picture"),
         "half.jpg": (picture("JPEG", (900, 900))[:200], "broken"),
@@ -279,6 +281,7 @@ def test_an_unusable_file_says_what_is_wrong_and_leaves_nothing(
         ("a.bmp", picture("BMP"), 1),
         ("a.gif", picture("GIF", save_all=True, append_images=[Image.new("RGB", (40, 60))]), 1),
         ("a.tiff", picture("TIFF", save_all=True, append_images=[Image.new("L", (9, 9))]), 2),
+        ("copies.tiff", write_tiff(0, 1, 4, 1), 1),
         ("line.png", picture(size=(3_000, 1)), 1),
         ("wrong.pdf", picture(), 1),
         ("wrong.png", pdfs.scan("one", "two"), 2),

@@ -277,3 +277,19 @@ def assert_refused(use: str, source: Any, kind: type[InputError], words: str) ->
     assert "secret" not in str(caught.value)
     if kind is not InputTypeError:
         assert caught.value.__cause__ is not None
+
+
+def write_tiff(*kinds: int) -> bytes:
+    """A TIFF of as many grey pictures of 9 x 9, which say what they are (tag 254).
+
+    0 and 2 are pages, 1 is a smaller copy, 4 a mask. All show the same 81 bytes.
+    """
+    begin, size = 8 + 82, 2 + 12 * 9 + 4
+    file = bytearray(struct.pack("<2sHI", b"II", 42, begin) + b"\x60" * 82)
+    for number, kind in enumerate(kinds, 1):
+        tags = ((254, kind), (256, 9), (257, 9), (258, 8), (259, 1), (262, 1), (273, 8), (278, 9),
+                (279, 81))  # fmt: skip
+        file += struct.pack("<H", len(tags))
+        file += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+        file += struct.pack("<I", begin + size * number if number < len(kinds) else 0)
+    return bytes(file)
