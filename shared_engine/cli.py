@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NeMoRetrieverError as exc:
         print(f"nemoretriever: {exc}", file=sys.stderr)
         return 2 if isinstance(exc, (ConfigurationError, MissingExtraError)) else 1
+    except OSError as exc:  # a disk that is full, a folder that may not be written
+        print(f"nemoretriever: {exc}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

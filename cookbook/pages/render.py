@@ -14,13 +14,13 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 from pypdfium2 import raw
 
+from shared_engine.images.formats import find_pages
+
 PIXELS = 1_754  # of a page's longer side: A4 at 150 dpi
 THUMB = 480  # the same of the small picture in lists
 MAX_PAGES = 500  # of one file
 MAX_PICTURE = 80_000_000  # pixels
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
-
-_SUBFILE, _NO_PAGE = 254, 0b101  # what a TIFF says of a picture: a smaller copy, or a mask
 
 _PDFIUM = threading.Lock()  # PDFium is not made for threads
 _HYPHEN = re.compile("[\x02\ufffe]\n?")  # as PDFium writes it where a word goes on in the next line
@@ -156,23 +156,10 @@ def _open_picture(path: Path, name: str, max_pages: int) -> Iterator[Source]:
     with picture:
         if picture.width * picture.height > MAX_PICTURE:
             raise too_large
-        yield _Picture(picture, name, list(_find_frames(picture, max_pages)))
-
-
-def _find_frames(picture: Image.Image, max_pages: int) -> Iterator[int]:
-    """Yield which pictures of a file are pages: the first and, of a TIFF, those that say no other.
-
-    Not all are counted where there are too many: Pillow needs minutes for a hundred thousand.
-    """
-    yield 0
-    for number in range(1, 2 * max_pages + 1 if isinstance(picture, TiffImageFile) else 1):
-        try:
-            picture.seek(number)
-        except Exception:  # there is none, or what Pillow raises of one that is broken
-            return
-        kind = picture.tag_v2.get(_SUBFILE, 0)
-        if not (isinstance(kind, int) and kind & _NO_PAGE):
-            yield number
+        frames = [0]
+        if isinstance(picture, TiffImageFile):
+            frames = list(find_pages(picture, 2 * max_pages + 1))
+        yield _Picture(picture, name, frames)
 
 
 class _Picture:

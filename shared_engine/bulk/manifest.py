@@ -14,6 +14,7 @@ There is no other list: the files are the manifest, so that a million of them ne
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import logging
 import os
@@ -47,6 +48,9 @@ _OF_JOB = (
     "inputs", "role", "text_column", "image_column", "id_column", "columns", "rows_per_file", "pdf",
 )  # fmt: skip
 _TEMPORARY = ".tmp"
+_NO_SYNC = (errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL)
+"""What Windows says of a folder that is opened, and some file systems of one that is synced; as
+PostgreSQL's `fsync_fname_ext` has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,13 +243,21 @@ def write_beside(path: str) -> Iterator[str]:
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or the name may be lost with the power
-        finally:
-            os.close(folder)
+        _sync_folder(os.path.dirname(path))  # or the name may be lost with the power
     finally:
         Path(beside).unlink(missing_ok=True)
+
+
+def _sync_folder(path: str) -> None:
+    try:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as exc:
+        if exc.errno not in _NO_SYNC:
+            raise
 
 
 def _name_beside(path: str) -> str:

@@ -223,8 +223,8 @@ def _read_json_schema(path: str) -> pa.Schema:
     first = next(filter(None, map(bytes.strip, lines)), b"")
     if first[:1] == b"[" or (first and not head):
         raise ValueError(
-            "none of its first lines is a JSON object; expected JSON Lines, an object in each line "
-            "(jq -c '.[]' makes them of an array)"
+            "expected JSON Lines: an object in each line, and none over several "
+            "(jq -c . makes them of objects, jq -c '.[]' of an array)"
         )
     options = pyarrow.json.ReadOptions(block_size=len(head) + 1)
     return (

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from shared_engine.images.budget import MemoryBudget
-from shared_engine.images.formats import Jpeg, Tiff, find_format
+from shared_engine.images.formats import Jpeg, Tiff, find_format, find_pages
 from shared_engine.images.sources import TooLargeError
 
 LONG_SIDE, SHORT_SIDE = 16_384, 8_192
@@ -59,8 +60,6 @@ _BAND = 2**18
 
 _DIRECTORIES = 16
 """Pictures of a TIFF that are looked at: a file of 25 MB can hold millions that are no page."""
-_SUBFILE, _NO_PAGE = 254, 0b101
-"""What a TIFF says of a picture, and its bits for a smaller copy and a mask (TIFF 6.0, p. 36)."""
 
 _IN_FLIGHT = MemoryBudget(2**30)
 _LOADING = threading.Lock()
@@ -97,9 +96,10 @@ class OpenedImage:
     @property
     def has_more_pages(self) -> bool:
         """Whether its file is a TIFF of several pages, of which this is the first."""
-        if self.content is None or not isinstance(self.picture, Tiff):
+        if not (self.content and isinstance(self.picture, Tiff) and self.picture.is_animated):
             return False
-        return self.picture.is_animated and _has_second_page(self.content)
+        pages = find_pages(Tiff(BytesIO(self.content)), _DIRECTORIES)
+        return len(list(islice(pages, 2))) > 1
 
     @property
     def is_plain(self) -> bool:
@@ -178,20 +178,6 @@ def open_image(content: bytes | Image.Image) -> OpenedImage:
             f"{SHORT_SIDE:,}, either way round"
         )
     return OpenedImage(picture, _find_orientation(picture), width * height, file)
-
-
-def _has_second_page(tiff: bytes) -> bool:
-    """Tell whether a page follows the first one; a smaller copy of it, or a mask, is none."""
-    picture = Tiff(BytesIO(tiff))
-    for number in range(1, _DIRECTORIES):
-        try:
-            picture.seek(number)
-        except Exception:  # there is none, or what Pillow raises of one that is broken
-            return False
-        kind = picture.tag_v2.get(_SUBFILE, 0)
-        if not (isinstance(kind, int) and kind & _NO_PAGE):
-            return True
-    return False
 
 
 def _find_orientation(picture: Image.Image) -> int:

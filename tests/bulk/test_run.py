@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import resource
 import subprocess
 from pathlib import Path
+from stat import S_ISDIR
+from typing import Any
 
 import httpx
 import numpy as np
@@ -433,6 +436,29 @@ def test_a_folder_that_knows_no_links_will_do(make_job, monkeypatch):
     assert run(make_job()).rows == 100
     with pytest.raises(ConfigurationError, match="was begun with dimensions"):
         run(make_job(options={"dimensions": 8}))
+
+
+@pytest.mark.parametrize(
+    ("function", "number", "is_fine"),
+    [("open", errno.EACCES, True), ("fsync", errno.EINVAL, True), ("fsync", errno.EIO, False)],
+)
+def test_a_folder_that_cannot_be_synced_will_do(function, number, is_fine, make_job, monkeypatch):
+    """As on Windows, and on some file systems on a network; a disk that fails will not."""
+    real = getattr(os, function)
+
+    def refuse(what: str | int, *more: Any, **named: Any) -> Any:
+        is_folder = isinstance(what, int) and S_ISDIR(os.fstat(what).st_mode)
+        if is_folder or str(what).endswith("vectors"):
+            raise OSError(number, os.strerror(number))
+        return real(what, *more, **named)
+
+    job = make_job()
+    monkeypatch.setattr(manifest.os, function, refuse)
+    if is_fine:
+        assert run(job).rows == 100
+    else:
+        with pytest.raises(OutputError, match="Input/output error"):
+            run(job)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".feather"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -345,15 +346,38 @@ def test_the_command_prints_writes_and_draws(folder, checkpoint, tmp_path, capsy
     [
         [],
         ["--plot", "chart.pdf"],
+        ["--json", "nowhere/all.json"],
+        ["--json", "."],
+        ["--plot", "nowhere/chart.svg"],
         ["--data", "folder"],
         *(["--dimensions", n] for n in (17, 0, -1)),
     ],
-    ids=["no folder", "plot", "data", "not offered", "zero", "negative"],
+    ids=[
+        "no folder",
+        "plot",
+        "json",
+        "json is a folder",
+        "chart",
+        "data",
+        "not offered",
+        "zero",
+        "negative",
+    ],
 )
 def test_what_makes_no_sense_is_said(folder, checkpoint, tmp_path, capsys, wrong):
-    given = ["--model", checkpoint, "--device", "cpu", "--cache", tmp_path, *wrong]
+    given = ["--model", checkpoint, "--device", "cpu", "--cache", tmp_path / "cache", *wrong]
     assert run(*([folder] if wrong else []), *given) == 2
     assert "nemoretriever: " in capsys.readouterr().err
+    assert not list(tmp_path.glob("cache/*"))  # before anything is embedded
+
+
+def test_a_cache_that_cannot_be_written_is_said_without_a_traceback(
+    folder, checkpoint, tmp_path, capsys
+):
+    (tmp_path / "file").touch()
+    given = ("--model", checkpoint, "--device", "cpu", "--cache", tmp_path / "file" / "cache")
+    assert run(folder, *given) == 1
+    assert re.search(r"nemoretriever: .*Not a directory: .*cache", capsys.readouterr().err)
 
 
 def test_a_missing_extra_has_its_pip_line(python):
