@@ -136,18 +136,14 @@ def _split_text(path: str, rows: int, quoted: bool) -> Iterator[Range]:
     with open(path, "rb") as file:
         begin = _skip_head(file, quoted)
         first = count = 0
-        file.seek(begin)
-        at = begin
-        counted = _Counted(file, begin)
-        for record in _records(counted, quoted):
-            at = counted.at
-            if record:
-                count += 1
+        lines = _Counted(file, begin)
+        for record in _records(lines, quoted):
+            count += bool(record)
             if count == rows:
-                yield Range(first, count, begin, at)
-                first, count, begin = first + count, 0, at
+                yield Range(first, count, begin, lines.at)
+                first, count, begin = first + count, 0, lines.at
         if count:
-            yield Range(first, count, begin, at)
+            yield Range(first, count, begin, lines.at)
 
 
 class _Counted:
@@ -169,10 +165,10 @@ def _skip_head(file: Any, quoted: bool) -> int:
     """Return where the rows begin: after the names of a CSV's columns."""
     if not quoted:
         return 0
-    counted = _Counted(file, 0)
-    if _LONE_CR.search(_read_head(counted)):
+    lines = _Counted(file, 0)
+    if _LONE_CR.search(_read_head(lines)):
         raise ValueError("its lines end with CR alone; expected LF, or CR and LF")
-    return counted.at
+    return lines.at
 
 
 def _read_head(lines: Iterable[bytes]) -> bytes:

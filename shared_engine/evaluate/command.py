@@ -91,7 +91,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _evaluate(asked: argparse.Namespace) -> int:
     for path in filter(None, (asked.json, asked.plot)):  # not when all is computed
         if path.is_dir() or not path.parent.is_dir():
-            raise ConfigurationError(f"{path} cannot be written: expected a file in a folder")
+            raise ConfigurationError(
+                f"{path} cannot be written: expected a file in a folder that is there"
+            )
     options = read_options(asked, (*HERE, *THERE, "truncate"), **_read_key(asked))
     if asked.mteb:
         return _run_tasks(asked, options)

@@ -103,7 +103,7 @@ def cut_tiles(
         ImageTooLargeError: over MAX_BYTES, or over LONG_SIDE x SHORT_SIDE; nothing was decoded.
         ImageError: not found, not fetched, or not an image that can be decoded to the end.
     """
-    with image_errors(source), _fit(_open(source, urls), max_tiles, size) as fitted:
+    with image_errors(source), _fit(_open(read(source, urls), source), max_tiles, size) as fitted:
         return fitted.cut(size)
 
 
@@ -115,7 +115,7 @@ def decode_picture(
     Raises:
         As `cut_tiles`.
     """
-    with image_errors(source), _fit(_open(source, urls), max_tiles, size) as fitted:
+    with image_errors(source), _fit(_open(read(source, urls), source), max_tiles, size) as fitted:
         image = fitted.image
         if image.width * image.height > _LARGEST_PICTURE:
             return fitted.cut(size)
@@ -173,17 +173,17 @@ def encode_data_url(
         JPEG fits.
     """
     with image_errors(source):
-        opened = _open(source, urls)
-        url = _encode_whole(opened, most_characters)
+        content = read(source, urls)
+        url = _encode_whole(_open(content, source), most_characters)
         if most_characters is None or len(url) <= most_characters:
             return url
-        opened = open_image(opened.picture if opened.content is None else opened.content)
-        with _fit(opened, max_tiles, size) as fitted:
+        with _fit(open_image(content), max_tiles, size) as fitted:
             return fitted.shrink(size, most_characters)
 
 
-def _open(source: AcceptedImage, urls: bool) -> OpenedImage:
-    opened = open_image(read(source, urls))
+def _open(content: bytes | Image.Image, source: AcceptedImage) -> OpenedImage:
+    """Do as `open_image` does; say of which source only a part is seen."""
+    opened = open_image(content)
     if opened.has_more_pages:
         _log.warning(
             "a TIFF of several pages, %s: only the first is embedded; pass each as an image, by "

@@ -29,13 +29,23 @@ def control_access(key: str | None, hosts: Sequence[str]) -> Middleware:
     Raises:
         ConfigurationError: the key is blank, which would be none; the hosts are one text.
     """
-    if isinstance(hosts, str):
-        raise ConfigurationError(f"allowed_hosts is {hosts!r}; expected a list: [{hosts!r}]")
+    hosts = require_hosts(hosts)
     if key is None:
         return Middleware(RequireHost, hosts=hosts)
     if not (key := key.strip()):  # a line end of the file that it was read from
         raise ConfigurationError("the server's key is blank; leave it out to serve without one")
     return Middleware(RequireKey, key=key)
+
+
+def require_hosts(hosts: Sequence[str]) -> Sequence[str]:
+    """Return the names of hosts, unless they are one text, whose letters would be names.
+
+    Raises:
+        ConfigurationError: they are.
+    """
+    if isinstance(hosts, str):
+        raise ConfigurationError(f"allowed_hosts is {hosts!r}; expected a list: [{hosts!r}]")
+    return hosts
 
 
 class RequireKey:

@@ -10,6 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from shared_engine.options import Options
+from shared_engine.server.access import require_hosts
 from shared_engine.server.app import create_app
 from shared_engine.server.connections import bound_connections
 from shared_engine.server.limits import ServerLimits
@@ -32,6 +33,9 @@ def serve(
     """Serve a model until a signal comes, then finish what was accepted.
 
     Returns False where the model could not be loaded, which the log has.
+
+    Raises:
+        ConfigurationError: as `create_app` does.
     """
     failures: list[Exception] = []
 
@@ -50,7 +54,7 @@ def serve(
         served_name=served_name,
         api_key=api_key,
         limits=limits,
-        allowed_hosts=(host, *allowed_hosts),
+        allowed_hosts=(host, *require_hosts(allowed_hosts)),
         on_failure=stop,
     )
     server = build_server(

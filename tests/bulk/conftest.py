@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shared_engine import Embedder
 from shared_engine.bulk.job import Job
+from shared_engine.bulk.run import Summary, run_local
 from tests.support.nim import Nim
 
 
@@ -19,6 +21,10 @@ def passages(count: int) -> pa.Table:
     texts = [f'passage {n}, "quoted"\nline {n % 7}' for n in range(count)]
     langs = ["de" if n % 2 else "en" for n in range(count)]
     return pa.table({"key": range(count), "text": texts, "lang": langs})
+
+
+def run(job: Job) -> Summary:
+    return run_local(job, Embedder(job.options), show_progress=False)
 
 
 @pytest.fixture

@@ -32,12 +32,8 @@ from shared_engine.errors import (
     OutputError,
     ServerError,
 )
-from tests.bulk.conftest import passages
+from tests.bulk.conftest import passages, run
 from tests.support.nim import Nim, vectors
-
-
-def run(job: Job):
-    return run_local(job, Embedder(job.options), show_progress=False)
 
 
 def read(job: Job) -> pa.Table:

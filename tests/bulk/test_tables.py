@@ -12,23 +12,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared_engine import Embedder
 from shared_engine.bulk import tables
-from shared_engine.bulk.job import Job
-from shared_engine.bulk.run import run_local
 from shared_engine.errors import ConfigurationError, InputError
-from tests.bulk.conftest import passages
-
-
-def run(job: Job):
-    return run_local(job, Embedder(job.options), show_progress=False)
+from tests.bulk.conftest import passages, run
 
 
 def write(path: Path) -> None:
     pyarrow.csv.write_csv(passages(3), path)
 
 
-@given(text=st.text(alphabet='a",\n', max_size=60))
+_bare = st.text('a"', max_size=4)
+_quoted = st.builds(
+    lambda inner, tail: '"' + inner.replace('"', '""') + '"' + tail,
+    st.text('a",\n', max_size=9),
+    _bare,
+)
+_field = _bare.filter(lambda field: not field.startswith('"')) | _quoted
+_record = st.builds("{},{}\n".format, _field, _field)
+
+
+@given(text=st.lists(_record, max_size=9).map("".join) | st.text('a",\n', max_size=60))
 @settings(max_examples=300, deadline=None)
 def test_a_csv_is_cut_between_the_records_that_arrow_sees(text, tmp_path_factory):
     """A quote in the middle of a field is a letter, and one at its start goes on over line ends."""

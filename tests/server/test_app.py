@@ -38,7 +38,7 @@ from shared_engine.server.app import create_app
 from shared_engine.server.errors import HTTPRefusal
 from shared_engine.server.limits import ServerLimits
 from shared_engine.server.protocol import parse_request
-from shared_engine.server.run import build_server
+from shared_engine.server.run import build_server, serve
 from tests.support.checkpoints import SHAPES, build_checkpoint
 
 NAME = "nvidia/tiny"
@@ -345,10 +345,12 @@ def test_a_key_with_the_line_end_of_its_file_is_the_key(options: Options) -> Non
     ],
 )
 def test_what_would_open_or_close_a_server_unseen_is_refused(
-    options: Options, wrong: dict[str, Any], said: str
+    options: Options, wrong: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigurationError, match=said):
-        create_app(options, **wrong)
+    monkeypatch.delattr("shared_engine.server.run.build_server")  # it must not come so far
+    for use in (create_app, serve):
+        with pytest.raises(ConfigurationError, match=said):
+            use(options, **wrong)
 
 
 def test_the_key(options: Options) -> None:
