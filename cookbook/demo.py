@@ -35,7 +35,7 @@ from tqdm import tqdm
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import Embedder, NeMoRetrieverError
-from shared_engine.catalogue import DEFAULT_MODEL, find
+from shared_engine.catalogue import DEFAULT_MODEL, lookup
 
 if TYPE_CHECKING:
     from chromadb import Collection
@@ -112,7 +112,7 @@ def _public_checkpoint(name: str) -> tuple[dict[str, str] | None, str]:
     """Return its options and where it comes from, or None and why it is not to be had."""
     import huggingface_hub as hub
 
-    spec = find(name)
+    spec = lookup(name)
     assert spec
     assert spec.checkpoint
     try:

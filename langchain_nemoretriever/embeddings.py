@@ -7,7 +7,7 @@ from typing import Any
 
 from shared_engine.adapter import Adapter
 from shared_engine.documents import (
-    Document,
+    EmbeddingInput,
     is_data_url,
     pair_with_images,
     require_list,
@@ -46,50 +46,50 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
         A text that is a data URL of an image from its first character to its last is taken for that
         image, as in NVIDIA's sample, where the model takes images.
         """
-        return self.embedder.embed_lists(self._documents(texts), "document")
+        return self.embedder._embed_lists(self._documents(texts), "document")
 
     def embed_query(self, text: str) -> list[float]:
         """Return the vector of a query."""
-        return self.embedder.embed_lists([text], "query")[0]
+        return self.embedder._embed_lists([text], "query")[0]
 
     def embed_image(self, uris: Sequence[Any]) -> list[list[float]]:
         """Return one vector per image, in order; the vector stores call it so."""
-        return self.embedder.embed_lists(wrap_images(uris), "document")
+        return self.embedder._embed_lists(wrap_images(uris), "document")
 
     def embed_text_image(self, texts: Sequence[str], images: Sequence[Any]) -> list[list[float]]:
         """Return one vector for each text together with its image, in order."""
-        return self.embedder.embed_lists(pair_with_images(texts, images), "document")
+        return self.embedder._embed_lists(pair_with_images(texts, images), "document")
 
-    def embed_mixed(self, documents: Sequence[str | Document]) -> list[list[float]]:
-        """Return one vector for each text, image, or both as one `shared_engine.Document`."""
-        return self.embedder.embed_lists(documents, "document")
+    def embed_mixed(self, documents: Sequence[str | EmbeddingInput]) -> list[list[float]]:
+        """Return one vector for each text, image, or both as one `shared_engine.EmbeddingInput`."""
+        return self.embedder._embed_lists(documents, "document")
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """Do as `embed_documents` does."""
-        return await self.embedder.aembed_lists(self._documents(texts), "document")
+        return await self.embedder._aembed_lists(self._documents(texts), "document")
 
     async def aembed_query(self, text: str) -> list[float]:
         """Return the vector of a query."""
-        return (await self.embedder.aembed_lists([text], "query"))[0]
+        return (await self.embedder._aembed_lists([text], "query"))[0]
 
     async def aembed_image(self, uris: Sequence[Any]) -> list[list[float]]:
         """Do as `embed_image` does."""
-        return await self.embedder.aembed_lists(wrap_images(uris), "document")
+        return await self.embedder._aembed_lists(wrap_images(uris), "document")
 
     async def aembed_text_image(
         self, texts: Sequence[str], images: Sequence[Any]
     ) -> list[list[float]]:
         """Do as `embed_text_image` does."""
-        return await self.embedder.aembed_lists(pair_with_images(texts, images), "document")
+        return await self.embedder._aembed_lists(pair_with_images(texts, images), "document")
 
-    async def aembed_mixed(self, documents: Sequence[str | Document]) -> list[list[float]]:
+    async def aembed_mixed(self, documents: Sequence[str | EmbeddingInput]) -> list[list[float]]:
         """Do as `embed_mixed` does."""
-        return await self.embedder.aembed_lists(documents, "document")
+        return await self.embedder._aembed_lists(documents, "document")
 
-    def _documents(self, texts: Iterable[str]) -> Iterator[str | Document]:
+    def _documents(self, texts: Iterable[str]) -> Iterator[str | EmbeddingInput]:
         """Give texts and, for data URLs, images; run by the engine where it may take its time."""
         for text in require_list(texts):
             if is_data_url(text) and "image" in self.embedder.modalities:
-                yield Document(image=text)
+                yield EmbeddingInput(image=text)
             else:
                 yield text

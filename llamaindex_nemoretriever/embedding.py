@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from shared_engine import images
 from shared_engine.adapter import Adapter
-from shared_engine.documents import Document, wrap_images
+from shared_engine.documents import EmbeddingInput, wrap_images
 from shared_engine.errors import MissingExtraError
 from shared_engine.threads import run_off_loop
 
@@ -107,10 +107,10 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
         return self.model_copy(update={"embeddings_cache": None})
 
     def _get_query_embedding(self, query: str) -> Embedding:
-        return self.embedder.embed_lists([query], "query")[0]
+        return self.embedder._embed_lists([query], "query")[0]
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
-        return (await self.embedder.aembed_lists([query], "query"))[0]
+        return (await self.embedder._aembed_lists([query], "query"))[0]
 
     def _get_text_embedding(self, text: str) -> Embedding:
         return self._get_text_embeddings([text])[0]
@@ -119,18 +119,18 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
         return (await self._aget_text_embeddings([text]))[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return self.embedder.embed_lists(texts, "document")
+        return self.embedder._embed_lists(texts, "document")
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return await self.embedder.aembed_lists(texts, "document")
+        return await self.embedder._aembed_lists(texts, "document")
 
     def get_image_embedding(self, img_file_path: ImageType) -> Embedding:
         """Return the vector of an image."""
-        return self._embed([Document(image=img_file_path)])[0]
+        return self._embed([EmbeddingInput(image=img_file_path)])[0]
 
     async def aget_image_embedding(self, img_file_path: ImageType) -> Embedding:
         """Return the vector of an image."""
-        return (await self._aembed([Document(image=img_file_path)]))[0]
+        return (await self._aembed([EmbeddingInput(image=img_file_path)]))[0]
 
     def get_image_embedding_batch(
         self, img_file_paths: list[ImageType], show_progress: bool = False
@@ -166,7 +166,7 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
             return await super().acall(nodes, **kwargs)
         return _with_vectors(nodes, await self._aembed(documents))
 
-    def _documents(self, nodes: Sequence[BaseNode]) -> list[Document]:
+    def _documents(self, nodes: Sequence[BaseNode]) -> list[EmbeddingInput]:
         """Return what nodes hold, or nothing if none of them has an image."""
         images = [_image(node) for node in nodes]
         if all(image is None for image in images):
@@ -176,26 +176,26 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
         for node, image in zip(nodes, images, strict=True):
             caption = node.get_content(metadata_mode=MetadataMode.NONE).strip()
             if image is not None and not caption:  # metadata alone would be no caption
-                documents.append(Document(image=image))
+                documents.append(EmbeddingInput(image=image))
             else:
                 text = node.get_content(metadata_mode=MetadataMode.EMBED)
-                documents.append(Document(text, image if takes_images else None))
+                documents.append(EmbeddingInput(text, image if takes_images else None))
         return documents
 
     @dispatcher.span
-    def _embed(self, documents: list[Document]) -> list[Embedding]:
+    def _embed(self, documents: list[EmbeddingInput]) -> list[Embedding]:
         with self._announced(documents) as embeddings:
             if (limiter := self._limiter) is not None:
                 limiter.acquire()
-            embeddings.extend(self.embedder.embed_lists(documents, "document"))
+            embeddings.extend(self.embedder._embed_lists(documents, "document"))
         return embeddings
 
     @dispatcher.span
-    async def _aembed(self, documents: list[Document]) -> list[Embedding]:
+    async def _aembed(self, documents: list[EmbeddingInput]) -> list[Embedding]:
         with self._announced(documents) as embeddings:
             if (limiter := self._limiter) is not None:
                 await limiter.async_acquire()
-            embeddings.extend(await self.embedder.aembed_lists(documents, "document"))
+            embeddings.extend(await self.embedder._aembed_lists(documents, "document"))
         return embeddings
 
     @property
@@ -203,7 +203,7 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
         return getattr(self, "rate_limiter", None)  # LlamaIndex has them since 0.14.16
 
     @contextmanager
-    def _announced(self, documents: list[Document]) -> Iterator[list[Embedding]]:
+    def _announced(self, documents: list[EmbeddingInput]) -> Iterator[list[Embedding]]:
         """Send the events that LlamaIndex sends around texts; an image is named, never held."""
         model = self.to_payload()
         dispatcher.event(EmbeddingStartEvent(model_dict=model))
@@ -230,7 +230,7 @@ def _one_model(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "model": name}
 
 
-def _images(paths: list[ImageType], show_progress: bool) -> list[Document]:
+def _images(paths: list[ImageType], show_progress: bool) -> list[EmbeddingInput]:
     return wrap_images(get_tqdm_iterable(paths, show_progress, "Generating image embeddings"))
 
 

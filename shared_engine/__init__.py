@@ -3,7 +3,7 @@
 from shared_engine._version import __version__ as __version__
 from shared_engine.backend import Backend, Request
 from shared_engine.catalogue import CATALOGUE, ModelSpec
-from shared_engine.documents import Document, Modality, Role
+from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import (
     AuthenticationError,
@@ -37,7 +37,7 @@ from shared_engine.errors import (
 )
 from shared_engine.options import Options
 from shared_engine.stream import AsyncStream, Stream
-from shared_engine.usage import TokenCount, count_tokens
+from shared_engine.usage import TokenCount, track_usage
 from shared_engine.vectors import EmbeddingType, quantize
 
 __all__ = [
@@ -49,8 +49,8 @@ __all__ = [
     "ConfigurationError",
     "ConnectionFailedError",
     "DeviceMemoryError",
-    "Document",
     "Embedder",
+    "EmbeddingInput",
     "EmbeddingType",
     "EngineClosedError",
     "EngineError",
@@ -82,6 +82,6 @@ __all__ = [
     "TokenCount",
     "UnsupportedDimensionsError",
     "UnsupportedModalityError",
-    "count_tokens",
     "quantize",
+    "track_usage",
 ]

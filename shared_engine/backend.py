@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from shared_engine.catalogue import AvailableModel
-from shared_engine.documents import Document, Modality, Role
+from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.options import Truncate
 
 if TYPE_CHECKING:  # numpy takes longer to import than all of this package
@@ -29,7 +29,7 @@ class Flow:
 class Request:
     """One caller's list of documents, already checked, and how to embed it."""
 
-    documents: list[Document]
+    documents: list[EmbeddingInput]
     role: Role
     dimensions: int | None = None
     """Length of the vectors; None is the model's full size."""
@@ -63,8 +63,8 @@ class StepStats(NamedTuple):
 
     steps: int
     tokens: int
-    """Cost of all those steps in tokens; `steps * tokens_per_step` would have been full ones."""
-    tokens_per_step: int
+    """Cost of all those steps in tokens; `steps * max_batch_tokens` would have been full ones."""
+    max_batch_tokens: int
     """The most tokens in one step."""
 
 

@@ -102,12 +102,12 @@ CATALOGUE: tuple[ModelSpec, ...] = (
 _BY_NAME = {name.removeprefix("nvidia/"): spec for spec in CATALOGUE for name in spec.names}
 
 
-def find(model: str) -> ModelSpec | None:
+def lookup(model: str) -> ModelSpec | None:
     """Return the row of a model name or alias, with or without `nvidia/`, or None.
 
-    >>> find("llama-nemotron-embed-300m-v2").name
+    >>> lookup("llama-nemotron-embed-300m-v2").name
     'nvidia/llama-3.2-nemoretriever-300m-embed-v2'
-    >>> find("intfloat/e5-small") is None
+    >>> lookup("intfloat/e5-small") is None
     True
     """
     return _BY_NAME.get(model.lower().removeprefix("nvidia/"))

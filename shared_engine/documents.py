@@ -20,8 +20,8 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
-    """A text, an image, or both as one. A plain `str` anywhere means `Document(text=...)`."""
+class EmbeddingInput:
+    """A text, an image, or both as one. A plain `str` anywhere means `EmbeddingInput(text=...)`."""
 
     text: str | None = None
     image: Any = None
@@ -69,16 +69,16 @@ def is_data_url(text: object) -> bool:
     return not head[0].lower().endswith(";base64,") and bool(_ESCAPED.fullmatch(text, head.end()))
 
 
-def wrap_images(images: Iterable[Any]) -> list[Document]:
+def wrap_images(images: Iterable[Any]) -> list[EmbeddingInput]:
     """Return a document for each image.
 
     Raises:
         InputTypeError: one image instead of several, or nothing that holds images.
     """
-    return [Document(image=image) for image in require_list(images, "images")]
+    return [EmbeddingInput(image=image) for image in require_list(images, "images")]
 
 
-def pair_with_images(texts: Iterable[str], images: Iterable[Any]) -> list[Document]:
+def pair_with_images(texts: Iterable[str], images: Iterable[Any]) -> list[EmbeddingInput]:
     """Return a document for each text with the image beside it.
 
     Raises:
@@ -90,19 +90,21 @@ def pair_with_images(texts: Iterable[str], images: Iterable[Any]) -> list[Docume
             f"has no partner: got {len(texts)} texts and {len(pictured)} images",
             index=min(len(texts), len(pictured)),
         )
-    return [Document(text, beside.image) for text, beside in zip(texts, pictured, strict=True)]
+    return [
+        EmbeddingInput(text, beside.image) for text, beside in zip(texts, pictured, strict=True)
+    ]
 
 
 def validate(
-    documents: Iterable[str | Document], role: Role, modalities: frozenset[Modality]
-) -> list[Document]:
+    documents: Iterable[str | EmbeddingInput], role: Role, modalities: frozenset[Modality]
+) -> list[EmbeddingInput]:
     """Return the inputs as documents, or raise the error of the first that cannot be embedded.
 
     Images are not opened yet, but an open file is read.
 
     Raises:
-        InputTypeError: not a `str` or `Document`, a text that no UTF-8 can carry, or an image of a
-            type that none comes in.
+        InputTypeError: not a `str` or `EmbeddingInput`, a text that is not valid Unicode, or an
+            image of an unsupported type.
         UnsupportedModalityError: a kind of input that is not among `modalities`, or an image as a
             query.
         ImageError: an open file cannot be read, or is too large.
@@ -123,7 +125,7 @@ def require_list(items: _T, kind: Literal["documents", "images"] = "documents") 
         InputTypeError: a string would be a list of its characters, a dict or a table of its keys.
     """
     is_one = (
-        isinstance(items, (Document, bytes, bytearray, memoryview))
+        isinstance(items, (EmbeddingInput, bytes, bytearray, memoryview))
         or _read_text(items) is not None
         or _find_hint(items) != ""
         or (kind == "images" and hasattr(items, "read"))
@@ -164,9 +166,11 @@ def _find_hint(item: object) -> str:
     return ""
 
 
-def validate_document(item: object, role: Role, modalities: frozenset[Modality]) -> Document:
+def validate_document(item: object, role: Role, modalities: frozenset[Modality]) -> EmbeddingInput:
     """Do as `validate` does with one input."""
-    document = item if isinstance(item, Document) else Document(text=_require_text(item))
+    document = (
+        item if isinstance(item, EmbeddingInput) else EmbeddingInput(text=_require_text(item))
+    )
     text, image = document.text, document.image
     if text is not None and (text := _read_text(text)) is None:
         raise InputTypeError(f"has a text of type {_name_type(document.text)}; expected a str")
@@ -182,7 +186,7 @@ def validate_document(item: object, role: Role, modalities: frozenset[Modality])
     if image is not None:
         image = _accept(image, role)
         text = None if document.modality == "image" else text  # a blank one
-    return Document(text, image)
+    return EmbeddingInput(text, image)
 
 
 def _require_text(item: object) -> str:
@@ -190,11 +194,11 @@ def _require_text(item: object) -> str:
         return text
     hint = _find_hint(item)
     if isinstance(item, (bytes, bytearray, memoryview)):
-        hint = "; decode it if it is a text, or use Document(image=...)"
+        hint = "; decode it if it is a text, or use EmbeddingInput(image=...)"
     elif _is_missing(item):
         hint = "; leave out what is missing"
     raise InputTypeError(
-        f"is of type {_name_type(item)}; expected a str or a shared_engine.Document{hint}"
+        f"is of type {_name_type(item)}; expected a str or a shared_engine.EmbeddingInput{hint}"
     )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared_engine.backend import Backend, Remote
 from shared_engine.catalogue import CATALOGUE, AvailableModel
-from shared_engine.documents import Document, Modality, Role, require_list
+from shared_engine.documents import EmbeddingInput, Modality, Role, require_list
 from shared_engine.errors import ConfigurationError
 from shared_engine.options import Options
 from shared_engine.pipeline import SMALL, Documents, Pipeline
@@ -80,14 +80,14 @@ class Embedder:
         """Do as `embed` does without blocking the event loop; cancelling drops what waits."""
         return await self._afinish(documents, role, self._pipeline.finish)
 
-    def embed_lists(self, documents: Documents, role: Role = "document") -> list[list[float]]:
+    def _embed_lists(self, documents: Documents, role: Role = "document") -> list[list[float]]:
         """Return what `embed` does as plain lists, which the frameworks want."""
         return _to_lists(self.embed(documents, role))
 
-    async def aembed_lists(
+    async def _aembed_lists(
         self, documents: Documents, role: Role = "document"
     ) -> list[list[float]]:
-        """Do as `embed_lists` does without blocking the event loop."""
+        """Do as `_embed_lists` does without blocking the event loop."""
         return await self._afinish(
             documents, role, lambda future: _to_lists(self._pipeline.finish(future))
         )
@@ -138,7 +138,7 @@ class Embedder:
 
     def astream(
         self,
-        documents: Documents | AsyncIterable[str | Document],
+        documents: Documents | AsyncIterable[str | EmbeddingInput],
         role: Role = "document",
         batch_size: int = 1024,
     ) -> AsyncStream:

@@ -259,3 +259,17 @@ def check_header(name: str, value: str, source: str) -> None:
             f"{source} holds a character that no header can carry, such as the end of a line, or a "
             "space at its beginning or end"
         )
+
+
+def read_key(variable: str | None) -> str | None:
+    """Return the API key in an environment variable; None if no variable is named.
+
+    Raises:
+        ConfigurationError: the variable is unset or empty.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigurationError(f"--api-key-env: {variable} is not set, or empty")
+    return key

@@ -31,7 +31,7 @@ Scope = Literal["routing", "engine", "local", "nim", "request"]
 here; a NIM's client; or each request alone, so that engines are shared whatever its value."""
 
 _HINTS = {
-    "async_http_client": "give http_client=, a function that makes an httpx.AsyncClient",
+    "async_http_client": "give http_client_factory=, a function that makes an httpx.AsyncClient",
     "batch_size": "max_batch_size= bounds a request to a NIM; here steps are formed by tokens",
     "infer_path": "give base_url=, the root of the server or its /v1",
     "input_type": "the method says it: a query, or a document",
@@ -123,12 +123,12 @@ class Options(BaseModel):
         description="Tiles that an image is cut into at most, beside a thumbnail of the whole; "
         "None is what the checkpoint says. More show more detail and take longer.",
     )
-    image_urls: bool = _option(
+    allow_image_urls: bool = _option(
         "engine",
         default=False,
         description="Fetch images from http and https addresses on the public internet.",
     )
-    tokens_per_step: int | None = _option(
+    max_batch_tokens: int | None = _option(
         "local",
         default=None,
         gt=0,
@@ -211,7 +211,7 @@ class Options(BaseModel):
     user: str | None = _option(
         "nim", default=None, description="Sent along as the request's `user`."
     )
-    http_client: Callable[[], Any] | None = _secret(
+    http_client_factory: Callable[[], Any] | None = _secret(
         "nim",
         default=None,
         description="Makes the httpx.AsyncClient to send with, for what the options above cannot "
@@ -301,7 +301,7 @@ class Options(BaseModel):
             check_header(name, text, "default_headers=")
         return headers
 
-    @field_validator("http_client", mode="before")
+    @field_validator("http_client_factory", mode="before")
     @classmethod
     def _function(cls, value: Any) -> Any:
         if value is not None and (hasattr(value, "send") or not callable(value)):

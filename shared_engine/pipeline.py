@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shared_engine import vectors
 from shared_engine.backend import Backend, Flow, Remote, Request
-from shared_engine.documents import Document, Role, validate
+from shared_engine.documents import EmbeddingInput, Role, validate
 from shared_engine.errors import (
     EngineClosedError,
     NeMoRetrieverError,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Documents = Iterable[str | Document]
+Documents = Iterable[str | EmbeddingInput]
 
 SMALL = 64 * 2048
 """Values that an event loop may finish by itself, in well under a millisecond."""
@@ -82,7 +82,7 @@ class Pipeline:
 
     def submit_valid(
         self,
-        documents: list[Document],
+        documents: list[EmbeddingInput],
         role: Role,
         flow: Flow | None = None,
         on_progress: Callable[[int], object] | None = None,

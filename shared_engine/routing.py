@@ -103,7 +103,7 @@ def _find_key(options: Options, base_url: str) -> SecretStr | None:
     if not value and is_hosted(base_url):
         raise ConfigurationError("NVIDIA's catalogue needs a key: give api_key=, or NVIDIA_API_KEY")
     if value and given is None and not options.allow_insecure_key:
-        way = find_exposure(base_url, options.proxy, bool(options.http_client))
+        way = find_exposure(base_url, options.proxy, bool(options.http_client_factory))
         if way is not None:
             _log.warning("NVIDIA_API_KEY is not sent: it would travel unencrypted %s", way)
             return None

@@ -19,7 +19,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from shared_engine.backend import Flow
-from shared_engine.documents import Document, Role, validate_document
+from shared_engine.documents import EmbeddingInput, Role, validate_document
 from shared_engine.errors import (
     ConfigurationError,
     EngineError,
@@ -46,7 +46,7 @@ class Window:
 
     start: int
     """Position of the first in the stream."""
-    documents: list[str | Document]
+    documents: list[str | EmbeddingInput]
     refused: dict[int, NeMoRetrieverError] = field(default_factory=dict)
     """Errors of documents that were not submitted, by row."""
     rows: list[int] = field(default_factory=list)
@@ -71,7 +71,7 @@ class _Windows:
         self._flow = Flow()
         self._pending: deque[Window] = deque()
         self._pid = os.getpid()
-        self._read: list[str | Document] = []
+        self._read: list[str | EmbeddingInput] = []
         self._next = 0
         self._ended = self._closed = False
         self._error: Exception | None = None
@@ -88,7 +88,7 @@ class _Windows:
         done = self._ended or self._closed or self._error is not None
         return not done and len(self._pending) < WINDOWS_AHEAD
 
-    def _read_from(self, source: Iterator[str | Document]) -> None:
+    def _read_from(self, source: Iterator[str | EmbeddingInput]) -> None:
         try:
             self._read.extend(islice(source, self._batch_size - len(self._read)))
         except Exception as exc:  # comes after the vectors of what was read before it
@@ -124,7 +124,7 @@ class _Windows:
 
     def _submit_window(self, window: Window) -> Future[NDArray[np.float32]]:
         modalities = self._pipeline.backend.modalities
-        valid: list[Document] = []
+        valid: list[EmbeddingInput] = []
         window.rows = []
         for row, document in enumerate(window.documents):
             if row in window.refused:  # when it was submitted before
@@ -222,7 +222,11 @@ class Stream(_Windows, Iterator["NDArray[Any]"]):
     """Arrays of vectors, in order; made by `Embedder.stream`. For one consumer at a time."""
 
     def __init__(
-        self, pipeline: Pipeline, documents: Iterable[str | Document], role: Role, batch_size: int
+        self,
+        pipeline: Pipeline,
+        documents: Iterable[str | EmbeddingInput],
+        role: Role,
+        batch_size: int,
     ) -> None:
         super().__init__(pipeline, role, batch_size)
         self._source = iter(documents)
@@ -246,7 +250,7 @@ class AsyncStream(_Windows, AsyncIterator["NDArray[Any]"]):
     def __init__(
         self,
         pipeline: Pipeline,
-        documents: Iterable[str | Document] | AsyncIterable[str | Document],
+        documents: Iterable[str | EmbeddingInput] | AsyncIterable[str | EmbeddingInput],
         role: Role,
         batch_size: int,
     ) -> None:

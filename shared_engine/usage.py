@@ -35,10 +35,10 @@ _counting: ContextVar[tuple[TokenCount, ...]] = ContextVar("counting", default=(
 
 
 @contextmanager
-def count_tokens() -> Iterator[TokenCount]:
+def track_usage() -> Iterator[TokenCount]:
     """Count the tokens of every call inside the `with`, through any adapter, sync or async.
 
-        with count_tokens() as used:
+        with track_usage() as used:
             vectors = embeddings.embed_documents(texts)
         print(used.tokens)
 

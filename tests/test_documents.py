@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shared_engine import InputTypeError
-from shared_engine.documents import Document, Modality, is_data_url, validate, wrap_images
+from shared_engine.documents import EmbeddingInput, Modality, is_data_url, validate, wrap_images
 from tests.support.image_files import PNG, PNG64
 
 
@@ -99,7 +99,7 @@ def test_a_data_url_may_have_escapes_and_lines(text):
     assert is_data_url(text)
 
 
-@pytest.mark.parametrize("one", [None, 1, b"a", [], Document("data:image/png;base64,iVBO")])
+@pytest.mark.parametrize("one", [None, 1, b"a", [], EmbeddingInput("data:image/png;base64,iVBO")])
 def test_only_a_text_is_a_data_url(one):
     assert not is_data_url(one)
 
@@ -149,11 +149,11 @@ EVERY: frozenset[Modality] = frozenset({"text", "image", "text_image"})
     "item", ["red", np.str_("red"), Scalar("red"), Color.RED, np.array(["red"], object)[0]]
 )
 def test_whatever_is_a_string_is_a_text(item):
-    for given_ in (item, Document(item)):
+    for given_ in (item, EmbeddingInput(item)):
         (document,) = validate([given_], "query", TEXT)
-        assert (document, type(document.text)) == (Document("red"), str)
-    (document,) = validate([Document(item, PNG)], "document", EVERY)
-    assert (document, type(document.text)) == (Document("red", PNG), str)
+        assert (document, type(document.text)) == (EmbeddingInput("red"), str)
+    (document,) = validate([EmbeddingInput(item, PNG)], "document", EVERY)
+    assert (document, type(document.text)) == (EmbeddingInput("red", PNG), str)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ LLAMAINDEX = SimpleNamespace(get_content=lambda: "a")
         ("a text", "got one str"),
         (np.str_("a text"), "got one numpy.str_"),
         (Scalar("a text"), "got one .*Scalar; wrap"),
-        (Document("a"), "got one shared_engine.documents.Document"),
+        (EmbeddingInput("a"), "got one shared_engine.documents.EmbeddingInput"),
         (b"a text", "got one bytes"),
         (bytearray(b"a text"), "got one bytearray"),
         (Path("a.txt"), r"got one pathlib\.PosixPath"),
@@ -216,22 +216,25 @@ def test_one_image_is_no_list(one):
 @pytest.mark.parametrize(
     ("item", "words"),
     [
-        (1, "input 1 is of type int; expected a str or a shared_engine.Document"),
-        (None, "NoneType; expected a str or a shared_engine.Document; leave out what is missing"),
+        (1, "input 1 is of type int; expected a str or a shared_engine.EmbeddingInput"),
+        (
+            None,
+            "NoneType; expected a str or a shared_engine.EmbeddingInput; leave out what is missing",
+        ),
         (float("nan"), "type float; .*; leave out what is missing"),
         (Scalar(None), "Scalar; expected a str.*; leave out what is missing"),
         (type("NAType", (), {})(), "NAType; .*; leave out what is missing"),  # of pandas
-        (b"a", "bytes; .*; decode it if it is a text, or use Document"),
+        (b"a", "bytes; .*; decode it if it is a text, or use EmbeddingInput"),
         (["a"], "type list"),
         ({"text": "a"}, "type dict"),
         (Path("a.txt"), r"type pathlib\.PosixPath"),
         (np.array(["a", "b"]), r"type numpy\.ndarray"),
         (LANGCHAIN, r"types\.SimpleNamespace; .*; embed its `page_content`"),
         (LLAMAINDEX, r"; embed its `get_content\(\)`"),
-        (Document(1), "has a text of type int; expected a str"),
-        (Document(b"a"), "has a text of type bytes"),
-        (Document(Scalar(1)), "has a text of type .*Scalar"),
-        (Document(), "has neither text nor image"),
+        (EmbeddingInput(1), "has a text of type int; expected a str"),
+        (EmbeddingInput(b"a"), "has a text of type bytes"),
+        (EmbeddingInput(Scalar(1)), "has a text of type .*Scalar"),
+        (EmbeddingInput(), "has neither text nor image"),
     ],
 )
 def test_what_is_no_document_is_refused_with_words(item, words):
@@ -255,7 +258,7 @@ def test_documents_of_the_frameworks_are_named_in_full():
 def test_one_thing_is_read_once():
     """An open file, whose owner may close it."""
     file = BytesIO(PNG)
-    (document,) = validate([Document(image=file)], "document", EVERY)
+    (document,) = validate([EmbeddingInput(image=file)], "document", EVERY)
     file.close()
     assert document.image == PNG
     (again,) = validate([document], "document", EVERY)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from shared_engine.catalogue import ModelSpec, find
+from shared_engine.catalogue import ModelSpec, lookup
 from tests.conftest import ROOT
 from tests.support.checkpoints import PROMPTS, build_checkpoint
 from tests.support.faulty_nim import FaultyNim
@@ -79,7 +79,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub")
 
     def snapshot(name: str) -> Path:
-        revision = find(name).revision
+        revision = lookup(name).revision
         return folder / f"models--{name.replace('/', '--')}" / "snapshots" / revision
 
     sizes = {"hidden_size": 2048, "num_hidden_layers": 1}
@@ -91,7 +91,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def find_small(name: str) -> ModelSpec | None:
     """Return the catalogue's row with the size that the models of `hub` have."""
-    spec = find(name)
+    spec = lookup(name)
     if spec is None:
         return None
     hidden, layers = (VL.hidden_size, VL.num_hidden_layers) if spec.is_multimodal else (2048, 1)
@@ -120,7 +120,7 @@ def scope(tmp_path: Path) -> dict[str, Any]:
 
     from langchain_nemoretriever import NeMoRetrieverEmbeddings
     from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-    from shared_engine import Document, Embedder, Options, count_tokens
+    from shared_engine import Embedder, EmbeddingInput, Options, track_usage
     from shared_engine.bulk import EmbedBatch
 
     for seed, name in enumerate(("page.png", "scan.tiff", "chart.jpeg")):
@@ -132,7 +132,7 @@ def scope(tmp_path: Path) -> dict[str, Any]:
             kind.__name__: kind
             for kind in (
                 Chroma,
-                Document,
+                EmbeddingInput,
                 EmbedBatch,
                 ImageNode,
                 IngestionPipeline,
@@ -146,7 +146,7 @@ def scope(tmp_path: Path) -> dict[str, Any]:
         "Settings": Settings,
         "dataset": Dataset(),
         "Options": Options,
-        "count_tokens": count_tokens,
+        "track_usage": track_usage,
         "itertools": itertools,
         "photo_bytes": photo.getvalue(),
         "texts": ["a text", "and another one"],
@@ -170,7 +170,7 @@ def test_it_runs(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     # A model of a public name must have that model's size; these have all else of it.
-    monkeypatch.setattr("shared_engine.local.checkpoint.find", find_small)
+    monkeypatch.setattr("shared_engine.local.checkpoint.lookup", find_small)
     monkeypatch.setattr("llama_index.core.Settings._embed_model", None)
     monkeypatch.chdir(tmp_path)
     with FaultyNim() as nim:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared_engine import Document, Embedder, Options
+from shared_engine import Embedder, EmbeddingInput, Options
 from shared_engine.local import attention, elementwise
 from shared_engine.local.attention import Layout
 from shared_engine.local.device import select_devices
@@ -88,7 +88,7 @@ def test_memory_is_given_back_at_the_last_close(checkpoint):
 
 def test_memory_that_runs_out_halves_the_step(checkpoint, on_cpu):
     """True exhaustion: the process may have only a little more than it holds."""
-    options = Options(model=checkpoint, device="cuda", dtype="float32", tokens_per_step=65_536)
+    options = Options(model=checkpoint, device="cuda", dtype="float32", max_batch_tokens=65_536)
     with Embedder(options) as embedder:
         embedder.embed(TEXTS[:4])
         torch.cuda.empty_cache()
@@ -184,7 +184,7 @@ def test_no_number_of_tiles_makes_the_device_stall(tmp_path):
     folder = build_vl_checkpoint(tmp_path / "vl", image_size=512, patch_size=16)
     options = Options(model=folder, device="cuda", dtype="bfloat16", max_tiles=1)
     with Embedder(options) as embedder:
-        documents = [Document(image=page(seed, 512, 512)) for seed in range(32)]
+        documents = [EmbeddingInput(image=page(seed, 512, 512)) for seed in range(32)]
 
         def seconds(count: int) -> float:
             start = time.perf_counter()

@@ -28,8 +28,8 @@ OTHER = {  # than the default
     "truncate": "END",
     "max_tokens": 7,
     "max_tiles": 3,
-    "image_urls": True,
-    "tokens_per_step": 99,
+    "allow_image_urls": True,
+    "max_batch_tokens": 99,
     "show_progress": True,
     "backend": "local",
     "base_url": "http://nim/v1",
@@ -45,7 +45,7 @@ OTHER = {  # than the default
     "verify_ssl": False,
     "proxy": "http://proxy:3128",
     "user": "me",
-    "http_client": dict,
+    "http_client_factory": dict,
 }
 LOCAL = Options.names_of("local")
 

@@ -20,8 +20,8 @@ import pytest
 
 from shared_engine import (
     ConfigurationError,
-    Document,
     Embedder,
+    EmbeddingInput,
     EngineClosedError,
     InputTooLongError,
     InputTypeError,
@@ -30,7 +30,7 @@ from shared_engine import (
     PartialResultError,
     Request,
     ServerError,
-    count_tokens,
+    track_usage,
 )
 from shared_engine.errors import combine_errors
 from shared_engine.pipeline import Pipeline
@@ -161,16 +161,16 @@ def everything(stream: Iterator[np.ndarray]) -> tuple[np.ndarray, dict[int, Exce
 
 @pytest.fixture
 def embedder(checkpoint):
-    with Embedder(Options(model=checkpoint, tokens_per_step=128, max_tokens=120)) as made:
+    with Embedder(Options(model=checkpoint, max_batch_tokens=128, max_tokens=120)) as made:
         yield made
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 25, 1024])
 @pytest.mark.parametrize("role", ["document", "query"])
 def test_a_stream_gives_what_embed_does(embedder, role, batch_size):
-    with count_tokens() as used:
+    with track_usage() as used:
         at_once = embedder.embed(TEXTS, role)
-    with count_tokens() as streamed:
+    with track_usage() as streamed:
         parts = list(embedder.stream(iter(TEXTS), role, batch_size))
     assert [len(part) for part in parts[:-1]] == [batch_size] * (len(parts) - 1)
     assert 0 < len(parts[-1]) <= batch_size
@@ -181,7 +181,7 @@ def test_a_stream_gives_what_embed_does(embedder, role, batch_size):
 async def test_the_async_twin_gives_it_too(embedder):
     at_once = await embedder.aembed(TEXTS)
     for source in (TEXTS, iter(TEXTS), slowly(TEXTS)):
-        with count_tokens() as used:
+        with track_usage() as used:
             parts = [part async for part in embedder.astream(source, batch_size=7)]
         assert [len(part) for part in parts] == [7] * 7 + [1]
         assert np.abs(np.concatenate(parts) - at_once).max() <= 1e-6
@@ -210,7 +210,7 @@ async def test_nothing_in_nothing_out_async():
 
 
 def test_what_is_no_stream_is_refused_at_once():
-    for wrong in ("text", Document("text")):
+    for wrong in ("text", EmbeddingInput("text")):
         with pytest.raises(InputTypeError, match="wrap it in a list"):
             Faked().stream(wrong)
         with pytest.raises(InputTypeError, match="wrap it in a list"):
@@ -332,7 +332,7 @@ async def test_cancelling_cancels_what_has_not_started():
 
 
 def test_closing_the_embedder_lets_the_stream_have_what_was_accepted(checkpoint):
-    embedder = Embedder(Options(model=checkpoint, tokens_per_step=128, max_tokens=119))
+    embedder = Embedder(Options(model=checkpoint, max_batch_tokens=128, max_tokens=119))
     stream = embedder.stream(iter(TEXTS * 10), batch_size=50)
     parts = [next(stream)]
     embedder.close()
@@ -393,12 +393,16 @@ def test_a_batch_of_nothing_but_refused_documents_keeps_its_place():
 
 def test_open_files_are_read_once_in_the_batch_that_is_submitted():
     embedder = Faked(at_once=False)
-    texts = [Document("a picture", io.BytesIO(b"bytes")), "text", LONG]
+    texts = [EmbeddingInput("a picture", io.BytesIO(b"bytes")), "text", LONG]
     stream = embedder.stream(texts, batch_size=3)
     stream._read_from(stream._source)
     stream._submit()
     sent = [document for request, _ in embedder.fake.waiting for document in request.documents]
-    assert sent == [Document("a picture", b"bytes"), Document("text"), Document(LONG)]
+    assert sent == [
+        EmbeddingInput("a picture", b"bytes"),
+        EmbeddingInput("text"),
+        EmbeddingInput(LONG),
+    ]
 
 
 def test_after_an_outage_the_same_batch_is_tried_again():

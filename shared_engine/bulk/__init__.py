@@ -6,11 +6,7 @@ rows.py       either of them as documents                 ids.py     those that 
 fragment.py   one fragment to one file, in any process .. embed_fragment
 manifest.py   what a folder holds, and what is missing
 run.py        a job on this machine ..................... run_local
-plan.py       rows, tokens, time and bytes beforehand     command.py `nemoretriever embed`
-
-nodes.py      a Ray cluster and what its nodes can hold
-cluster.py    a job on it ............................... run_ray
-serving.py    the server on it, for `serve --replicas`
+plan.py       rows, tokens, time and bytes beforehand
 batch.py      for a Ray pipeline of one's own ........... EmbedBatch
 """
 
@@ -25,7 +21,6 @@ from shared_engine.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from shared_engine.bulk.batch import EmbedBatch as EmbedBatch
-    from shared_engine.bulk.cluster import run_ray as run_ray
     from shared_engine.bulk.fragment import embed_fragment as embed_fragment
     from shared_engine.bulk.job import Fragment as Fragment
     from shared_engine.bulk.job import Job as Job
@@ -35,7 +30,6 @@ if TYPE_CHECKING:
 else:
     _FILES = {
         "batch": ("EmbedBatch",),
-        "cluster": ("run_ray",),
         "fragment": ("embed_fragment",),
         "job": ("Fragment", "Job", "list_fragments"),
         "manifest": ("Done",),

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shared_engine import vectors
-from shared_engine.documents import Document, Role
+from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import (
     ConfigurationError,
@@ -109,9 +109,9 @@ class EmbedBatch:
             )
         documents: list[Any] = read(wanted[0])
         if self._text_column is None:
-            documents = [Document(image=image) for image in documents]
+            documents = [EmbeddingInput(image=image) for image in documents]
         elif self._image_column is not None:
-            documents = list(map(Document, documents, read(self._image_column)))
+            documents = list(map(EmbeddingInput, documents, read(self._image_column)))
         kind = self._embedder.options.embedding_type
         try:
             stream = self._embedder.stream(documents, self._role, max(1, len(documents)))

@@ -17,7 +17,7 @@ from shared_engine.bulk import manifest
 from shared_engine.bulk.job import Fragment, Job, take_fingerprint
 from shared_engine.bulk.manifest import Done
 from shared_engine.bulk.rows import Rows, read_rows
-from shared_engine.documents import Document
+from shared_engine.documents import EmbeddingInput
 from shared_engine.embedder import Embedder
 from shared_engine.errors import (
     InputError,
@@ -133,12 +133,12 @@ def embed_windows(
     first = next(windows, None)
     held: deque[Rows] = deque()
 
-    def read() -> Iterator[str | Document]:
+    def read() -> Iterator[str | EmbeddingInput]:
         window = first
         while window is not None:
             held.append(window)
             for row, document in enumerate(window.documents):
-                yield Document() if row in window.refused else document
+                yield EmbeddingInput() if row in window.refused else document
             window = next(windows, None)
         if on_read is not None:
             on_read()

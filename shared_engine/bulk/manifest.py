@@ -115,7 +115,7 @@ def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
         ConfigurationError: the folder holds vectors of another model, dtype or the like.
     """
     options = job.options
-    spec = catalogue.find(options.model)
+    spec = catalogue.lookup(options.model)
     facts = {
         "model": options.model,
         "revision": options.revision or (not options.checkpoint and spec and spec.revision) or "",

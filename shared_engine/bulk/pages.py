@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pypdfium2
 
-from shared_engine.documents import Document
+from shared_engine.documents import EmbeddingInput
 
 Layer = Literal["picture", "text", "both"]
 """What of a page of a PDF is embedded: how it looks, its text layer, or the two as one."""
@@ -33,7 +33,7 @@ def count_pages(path: str) -> int:
         return 1
 
 
-def read_page(path: str, number: int, layer: Layer) -> Document | str:
+def read_page(path: str, number: int, layer: Layer) -> EmbeddingInput | str:
     """Return a page, from 0, or why there is none."""
     try:
         with _pdfium, pypdfium2.PdfDocument(path) as document:
@@ -46,7 +46,7 @@ def read_page(path: str, number: int, layer: Layer) -> Document | str:
         return f"has a page that cannot be used: {exc}"
     if picture is None and not (text and text.strip()):
         return "has no text: its layer of text is empty"
-    return Document(text, picture)
+    return EmbeddingInput(text, picture)
 
 
 def find_pictures(folder: str) -> list[str]:

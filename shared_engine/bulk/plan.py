@@ -17,8 +17,8 @@ from shared_engine.bulk import fragment as fragments_
 from shared_engine.bulk.job import Fragment, Job
 from shared_engine.bulk.rows import Rows, find_schema, read_rows
 from shared_engine.bulk.run import Work
-from shared_engine.catalogue import find
-from shared_engine.documents import Document
+from shared_engine.catalogue import lookup
+from shared_engine.documents import EmbeddingInput
 from shared_engine.embedder import Embedder
 
 _SAMPLE, _IMAGE_SAMPLE = 2_048, 32
@@ -105,7 +105,7 @@ def plan(  # noqa: PLR0917
     count = sum(fragment.rows for fragment in work.fragments)
     missing = sum(fragment.rows for fragment in work.missing)
     full = embedder.with_options(dimensions=None).dimensions
-    spec = find(job.options.model)
+    spec = lookup(job.options.model)
     shorter = (width for width in (spec.dimensions if spec else ()) if width < full)
     widths = tuple(sorted({*shorter, full, embedder.dimensions}))
     if not missing:
@@ -128,7 +128,7 @@ def _draw(job: Job, fragments: list[Fragment], schema: Any, dice: random.Random)
         else [0]
     )
     tables: list[Any] = []
-    documents: list[str | Document] = []
+    documents: list[str | EmbeddingInput] = []
     refused: dict[int, str] = {}
     share = wanted / chosen.total()
     for number, times in sorted(chosen.items()):
@@ -177,7 +177,9 @@ def _measure(  # noqa: PLR0917
     that size are measured until the time is over.
     """
     largest = fragments_.WINDOW
-    if any(isinstance(each, Document) and each.image is not None for each in sample.documents):
+    if any(
+        isinstance(each, EmbeddingInput) and each.image is not None for each in sample.documents
+    ):
         largest = fragments_.IMAGE_WINDOW
     own = embedder.with_options(show_progress=False, embedding_type="float")
     own.embed(["warm up"], job.role)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from shared_engine.bulk import pages, tables
 from shared_engine.bulk.job import Fragment, Job, is_paged
-from shared_engine.documents import Document
+from shared_engine.documents import EmbeddingInput
 from shared_engine.errors import ConfigurationError
 
 _PAGES = pa.schema([("path", pa.string()), ("page", pa.int32())])
@@ -24,7 +24,7 @@ class Rows:
 
     kept: Any
     """A table of the ids, as `id`, and the columns to keep."""
-    documents: list[str | Document]
+    documents: list[str | EmbeddingInput]
     refused: dict[int, str] = field(default_factory=dict)
     """Why some of them cannot be embedded, by row."""
 
@@ -107,7 +107,7 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
     nothing = [None] * count
     texts = nothing if text is None else table[text].to_pylist()
     images = nothing if image is None else table[image].to_pylist()
-    documents: list[str | Document] = []
+    documents: list[str | EmbeddingInput] = []
     folder = os.path.dirname(fragment.source)
     for row, (given, picture) in enumerate(zip(texts, images, strict=True)):
         words = given if given and not given.isspace() else None
@@ -118,33 +118,33 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
     return Rows(pa.table(kept, schema=schema), documents, refused)
 
 
-def _make_document(text: str | None, image: Any, folder: str) -> str | Document:
+def _make_document(text: str | None, image: Any, folder: str) -> str | EmbeddingInput:
     if image is None:
-        return Document() if text is None else text
+        return EmbeddingInput() if text is None else text
     if isinstance(image, dict):  # as Hugging Face's datasets hold it
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str) and ":" not in image[:8]:
         image = os.path.join(folder, image)
-    return Document(text, image)
+    return EmbeddingInput(text, image)
 
 
 def _read_pages(job: Job, fragment: Fragment, schema: Any, numbers: range) -> Rows:
     ids: list[str] = []
     paths: list[str] = []
-    documents: list[str | Document] = []
+    documents: list[str | EmbeddingInput] = []
     refused: dict[int, str] = {}
     for row, number in enumerate(numbers):
         if fragment.names:
             name = fragment.names[number]
             paths.append(os.path.join(fragment.source, name))
             ids.append(os.path.normpath(os.path.join(fragment.title, name)))
-            page: Document | str = Document(image=paths[-1])
+            page: EmbeddingInput | str = EmbeddingInput(image=paths[-1])
         else:
             paths.append(fragment.source)
             ids.append(f"{fragment.title}#page={fragment.first + number + 1}")
             page = pages.read_page(fragment.source, fragment.first + number, job.pdf)
         if isinstance(page, str):
-            refused[row], page = page, Document()
+            refused[row], page = page, EmbeddingInput()
         documents.append(page)
     columns = {
         "id": ids, "path": paths, "page": [fragment.first + n + 1 for n in numbers],

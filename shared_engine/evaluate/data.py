@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from shared_engine.documents import Document, Role
+from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.errors import ConfigurationError, InputError
 
 Qrels = dict[str, dict[str, int]]
@@ -58,7 +58,7 @@ class Collection:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def documents(self, start: int = 0) -> Iterator[Document]:
+    def documents(self, start: int = 0) -> Iterator[EmbeddingInput]:
         """Yield the documents from position `start` on."""
         for line, _, row in islice(self._rows(), start, None):
             yield self._read(line, row)
@@ -79,7 +79,7 @@ class Collection:
             if self._only is None or str(name) in self._only:
                 yield line, str(name), row
 
-    def _read(self, line: int, row: dict[str, Any]) -> Document:
+    def _read(self, line: int, row: dict[str, Any]) -> EmbeddingInput:
         for key in ("title", "text", "image"):
             if not isinstance(row.get(key), (str, type(None))):
                 raise InputError(f"{_place(self.path, line)}: {key!r} is no string")
@@ -89,8 +89,8 @@ class Collection:
         if self.path.stem == "corpus":
             text = f"{row.get('title') or ''} {text}".strip()
         if image := row.get("image"):
-            return Document(text or None, self.path.parent / image)
-        return Document(text)
+            return EmbeddingInput(text or None, self.path.parent / image)
+        return EmbeddingInput(text)
 
     def _content(self, line: int, part: str | Path | None) -> bytes:
         if isinstance(part, Path):

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_engine.catalogue import find
-from shared_engine.documents import Document, Modality, Role
+from shared_engine.catalogue import lookup
+from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import (
     ConfigurationError,
@@ -57,7 +57,9 @@ class Model(Protocol):
     def check_dimensions(self, dimensions: int) -> None:
         """Raise UnsupportedDimensionsError, or another, if vectors cannot be cut to this length."""
 
-    def stream(self, documents: Iterator[Document], role: Role) -> Iterator[NDArray[np.float32]]:
+    def stream(
+        self, documents: Iterator[EmbeddingInput], role: Role
+    ) -> Iterator[NDArray[np.float32]]:
         """Yield full vectors (<= WINDOW, d) of unit length, in order."""
 
 
@@ -75,7 +77,7 @@ class EngineModel:
     def facts(self) -> dict[str, Any]:
         """Its name, revision, description and cache keys."""
         options = self._embedder.options
-        spec = None if options.checkpoint or options.base_url else find(options.model)
+        spec = None if options.checkpoint or options.base_url else lookup(options.model)
         return {
             "model": self.name,
             "revision": options.revision or (spec and spec.revision),
@@ -112,7 +114,9 @@ class EngineModel:
                 "values of its full ones; evaluate each size by itself"
             )
 
-    def stream(self, documents: Iterator[Document], role: Role) -> Iterator[NDArray[np.float32]]:
+    def stream(
+        self, documents: Iterator[EmbeddingInput], role: Role
+    ) -> Iterator[NDArray[np.float32]]:
         """Yield what `Embedder.stream` does."""
         return self._embedder.stream(documents, role, batch_size=WINDOW)
 
@@ -166,7 +170,9 @@ class SentenceTransformersModel:
                 f"dimensions={dimensions}, but {self.name} has {self.dimensions}"
             )
 
-    def stream(self, documents: Iterator[Document], role: Role) -> Iterator[NDArray[np.float32]]:
+    def stream(
+        self, documents: Iterator[EmbeddingInput], role: Role
+    ) -> Iterator[NDArray[np.float32]]:
         """Yield vectors of texts."""
         encode = self._model.encode_query if role == "query" else self._model.encode_document
         while window := list(islice(documents, WINDOW)):

@@ -17,7 +17,7 @@ from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 from numpy.typing import NDArray
 
-from shared_engine.documents import Document, Role
+from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError
 from shared_engine.evaluate.data import Collection, RetrievalData, read_folder
@@ -109,10 +109,10 @@ class MTEBModel(AbsEncoder):
         return decode(vectors, self.embedder.dimensions, options.embedding_type)
 
 
-def _documents(batch: dict[str, Any]) -> Iterator[Document]:
+def _documents(batch: dict[str, Any]) -> Iterator[EmbeddingInput]:
     texts, images = batch.get("text"), batch.get("image")
     for row in range(len(texts if texts is not None else images or ())):
-        yield Document(
+        yield EmbeddingInput(
             texts[row] if texts is not None else None, images[row] if images is not None else None
         )
 

@@ -170,7 +170,7 @@ def _from_text(text: str, urls: bool) -> bytes:
             return _from_file_url(text)
         case "http" | "https":
             if not urls:
-                raise ValueError("it is an address; image_urls=True lets images be fetched")
+                raise ValueError("it is an address; allow_image_urls=True lets images be fetched")
             from shared_engine.images.fetch import fetch
 
             return _join(fetch(text))

@@ -35,16 +35,17 @@ from shared_engine.errors import (
     NeMoRetrieverError,
     first_line,
 )
-from shared_engine.local.checkpoint import digest_files, list_files, resolve
+from shared_engine.local.checkpoint import resolve
 from shared_engine.local.device import Placement, select_devices
-from shared_engine.local.jobs import Job, Sequence
+from shared_engine.local.fingerprint import digest_files, list_files
+from shared_engine.local.jobs import Job, TokenSequence
 from shared_engine.local.llama import Encoder, PooledOutput
 from shared_engine.local.scheduler import Scheduler
 from shared_engine.local.tokenizer import TextTokenizer
 from shared_engine.options import Options
 from shared_engine.threads import run_in_own_thread
 
-Running: TypeAlias = tuple[list[Sequence], PooledOutput | Exception]
+Running: TypeAlias = tuple[list[TokenSequence], PooledOutput | Exception]
 """A step that was started, or could not be."""
 
 _MOST_PREPARING = 16
@@ -66,7 +67,7 @@ class LocalBackend:
         self._checkpoint = resolve(options)
         self._files = list_files(self._checkpoint.folder)
         self._vision = self._checkpoint.vision
-        self._image_urls = options.image_urls
+        self._image_urls = options.allow_image_urls
         kinds: tuple[Modality, ...] = ("text", "image", "text_image")
         self.modalities = frozenset(kinds if self._vision else kinds[:1])
         self._tokenizer = TextTokenizer(self._checkpoint)
@@ -74,7 +75,7 @@ class LocalBackend:
         # and a caller who forks later would wait for workers that stayed with the parent.
         placements, self._encoders = run_in_own_thread(self._load, options, load)
         self._failure: Exception | None = None
-        self._scheduler = Scheduler(placements[0].tokens_per_step)
+        self._scheduler = Scheduler(placements[0].max_batch_tokens)
         self._dtype = placements[0].dtype
         self._cuts_on_device = placements[0].device.type == "cuda"
         self.dimensions = self._checkpoint.dimensions
@@ -98,7 +99,7 @@ class LocalBackend:
         self, options: Options, load: Callable[..., Encoder]
     ) -> tuple[list[Placement], dict[int, Encoder]]:
         placements = select_devices(
-            options.device, options.dtype, options.tokens_per_step, self._checkpoint.config
+            options.device, options.dtype, options.max_batch_tokens, self._checkpoint.config
         )
         encoders = {
             number: load(self._checkpoint, placement, self._tokenizer.size)
@@ -126,7 +127,7 @@ class LocalBackend:
     def step_stats(self) -> StepStats:
         """How many steps and tokens the device has computed."""
         scheduler = self._scheduler
-        return StepStats(scheduler.steps, scheduler.tokens, scheduler.tokens_per_step)
+        return StepStats(scheduler.steps, scheduler.tokens, scheduler.max_batch_tokens)
 
     @property
     def failure(self) -> Exception | None:
@@ -166,9 +167,9 @@ class LocalBackend:
             self._scheduler.add(self._prepare_chunk(chunk))
             del chunk  # else a thread that waits would keep the last documents in memory
 
-    def _prepare_chunk(self, chunk: list[tuple[Job, int]]) -> list[Sequence]:
+    def _prepare_chunk(self, chunk: list[tuple[Job, int]]) -> list[TokenSequence]:
         """Return the sequences of some documents, each a job and its row there."""
-        sequences: list[Sequence] = []
+        sequences: list[TokenSequence] = []
         for job, pairs in groupby(chunk, key=lambda pair: pair[0]):
             rows: dict[bool, list[int]] = {False: [], True: []}
             for _, row in pairs:
@@ -179,7 +180,7 @@ class LocalBackend:
                     sequences += self._prepare_image(job, row)
         return sequences
 
-    def _tokenize(self, job: Job, rows: list[int]) -> list[Sequence]:
+    def _tokenize(self, job: Job, rows: list[int]) -> list[TokenSequence]:
         """Return the sequences of texts, without those that failed."""
         request = job.request
         texts = [request.documents[row].text or "" for row in rows]
@@ -193,10 +194,10 @@ class LocalBackend:
             if isinstance(given, InputTooLongError):
                 job.fail(row, given)
             else:
-                sequences.append(Sequence(job, row, given))
+                sequences.append(TokenSequence(job, row, given))
         return sequences
 
-    def _prepare_image(self, job: Job, row: int) -> list[Sequence]:
+    def _prepare_image(self, job: Job, row: int) -> list[TokenSequence]:
         """Return the sequence of an image, with its text if it has one; none where it failed."""
         assert self._vision is not None
         document, vision = job.request.documents[row], self._vision
@@ -212,7 +213,7 @@ class LocalBackend:
         except Exception as exc:
             _fail(job, [row], EngineError(f"preparing it failed: {exc}"), exc)
             return []
-        return [Sequence(job, row, ids, tiles, len(tiles) * vision.patches_per_tile)]
+        return [TokenSequence(job, row, ids, tiles, len(tiles) * vision.patches_per_tile)]
 
     def _compute(self, device: int) -> None:
         """Work of a device's thread: one step after another.
@@ -239,7 +240,7 @@ class LocalBackend:
             del step  # as in `_prepare`
 
     def _start(
-        self, step: list[Sequence], encoder: Encoder, is_retry: bool = False
+        self, step: list[TokenSequence], encoder: Encoder, is_retry: bool = False
     ) -> list[Running]:
         """Start a step; where memory runs out, its halves, and a lone sequence once more."""
         if not step:
@@ -261,7 +262,7 @@ class LocalBackend:
         half = len(step) // 2
         return [*self._start(step[:half], encoder), *self._start(step[half:], encoder)]
 
-    def _collect(self, step: list[Sequence], pooled: PooledOutput | Exception) -> None:
+    def _collect(self, step: list[TokenSequence], pooled: PooledOutput | Exception) -> None:
         """Wait for a step and deliver its rows, or what went wrong."""
         error = None
         try:
@@ -288,7 +289,7 @@ class LocalBackend:
             start += len(rows)
 
 
-def _cost(step: list[Sequence]) -> int:
+def _cost(step: list[TokenSequence]) -> int:
     return sum(sequence.cost for sequence in step)
 
 

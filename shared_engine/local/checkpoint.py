@@ -5,15 +5,12 @@ No remote code runs: `config.json` is parsed as data and its `auto_map` is ignor
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from shared_engine.catalogue import DEFAULT_MODEL, ModelSpec, find
+from shared_engine.catalogue import DEFAULT_MODEL, ModelSpec, lookup
 from shared_engine.documents import Role
 from shared_engine.errors import CheckpointError, first_line
 from shared_engine.local.config import (
@@ -34,17 +31,6 @@ from shared_engine.local.config import (
 from shared_engine.options import Options
 
 _PATTERNS = ["*.json", "*.safetensors", "1_Pooling/*.json"]
-_SMALL_FILES = (
-    "config.json",
-    "config_sentence_transformers.json",
-    "model.safetensors.index.json",
-    "processor_config.json",
-    "sentence_bert_config.json",
-    "tokenizer.json",
-)
-"""What is read beside the weights."""
-_BLOCK, _PIECE = 2**26, 2**20
-"""Bytes that a thread digests, and reads at once."""
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SECONDS_FOR_HUB = 5.0
 _MAX_TOKENS_WITH_IMAGE = 10_240
@@ -83,7 +69,7 @@ def resolve(options: Options) -> Checkpoint:
         CheckpointError: nothing there, or not what the engine computes; the message says which
             field or file, what was expected, and the ways out.
     """
-    spec = find(options.model)
+    spec = lookup(options.model)
     folder = _locate(options, spec)
     path = folder / "config.json"
     file = read_config(path)
@@ -201,50 +187,3 @@ def weight_files(folder: Path) -> list[str]:
 def _is_complete(folder: Path) -> bool:
     names = ("config.json", "tokenizer.json", *weight_files(folder))
     return all(os.path.isfile(folder / name) for name in names)
-
-
-FileState = tuple[str, int, int, int, int]
-
-
-def list_files(folder: Path) -> list[FileState]:
-    """Return the files that shape a vector: name, size, times of change, and which file it is."""
-    names = [*_SMALL_FILES, *weight_files(folder)]
-    stats = [(name, (folder / name).stat()) for name in names if os.path.isfile(folder / name)]
-    return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
-
-
-def digest_files(folder: Path, files: list[FileState]) -> str:
-    """Return a digest of every byte of these files, with their names.
-
-    A file is read once, and remembered by its path, size, times and number.
-
-    Raises:
-        CheckpointError: one was changed since it was listed.
-    """
-    if list_files(folder) != files:
-        raise CheckpointError(
-            f"the files of {folder} were changed after they were loaded, and do not say any more "
-            "what the vectors are of; close every Embedder of them, and make a new one"
-        )
-    digests = [(name, _digest_file(folder / name, *state)) for name, *state in files]
-    return hashlib.sha256(repr(digests).encode()).hexdigest()
-
-
-@lru_cache(maxsize=256)
-def _digest_file(path: Path, size: int, *_: int) -> bytes:
-    def digest_block(start: int) -> bytes:
-        with path.open("rb") as file:
-            file.seek(start)
-            digest = hashlib.sha256()
-            for _ in range(_BLOCK // _PIECE):
-                digest.update(file.read(_PIECE))
-            return digest.digest()
-
-    starts = range(0, size, _BLOCK)
-    # hashlib lets other threads run meanwhile.
-    with ThreadPoolExecutor(os.cpu_count(), "nemoretriever-digest") as pool:
-        try:
-            blocks = pool.map(digest_block, starts)
-        except RuntimeError:  # the main thread has ended: executors take nothing any more
-            blocks = map(digest_block, starts)
-        return hashlib.sha256(b"".join(blocks)).digest()

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import platform
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from shared_engine.errors import ConfigurationError
 from shared_engine.local import attention, elementwise, packed
@@ -33,18 +28,18 @@ class Placement:
     kernel: attention.Attention
     elementwise: elementwise.Elementwise
     packs_weights: bool
-    tokens_per_step: int
+    max_batch_tokens: int
     reasons: str
 
     @property
     def description(self) -> str:
         """One line for a log or a person."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.device}, {dtype}, {self.tokens_per_step} tokens per step ({self.reasons})"
+        return f"{self.device}, {dtype}, {self.max_batch_tokens} tokens per step ({self.reasons})"
 
 
 def select_devices(
-    devices: str, dtype: DType, tokens_per_step: int | None, config: ModelConfig
+    devices: str, dtype: DType, max_batch_tokens: int | None, config: ModelConfig
 ) -> list[Placement]:
     """Decide how each device, with commas between, computes such a model.
 
@@ -54,25 +49,25 @@ def select_devices(
         ConfigurationError: a device that torch does not know or that is not there, devices that
             would compute in different number types, or a GPU in the fork of a process that used it.
     """
-    placements = [_place(device, dtype, tokens_per_step, config) for device in devices.split(",")]
+    placements = [_place(device, dtype, max_batch_tokens, config) for device in devices.split(",")]
     if len({placement.dtype for placement in placements}) > 1:
         raise ConfigurationError(
             f"device={devices!r} are of different kinds, so a vector would depend on where it "
             "is computed; give dtype=, or devices of one kind"
         )
-    step = min(placement.tokens_per_step for placement in placements)
-    return [replace(placement, tokens_per_step=step) for placement in placements]
+    step = min(placement.max_batch_tokens for placement in placements)
+    return [replace(placement, max_batch_tokens=step) for placement in placements]
 
 
-def _place(name: str, dtype: DType, tokens_per_step: int | None, config: ModelConfig) -> Placement:
+def _place(name: str, dtype: DType, max_batch_tokens: int | None, config: ModelConfig) -> Placement:
     device, why_device = _select_device(name.strip())
     number, why_dtype = _select_dtype(device, dtype)
     kernel, why_kernel = attention.select_kernel(device, number, config)
     operators, why_operators = elementwise.select(device, number, config)
     packs_weights, why_weights = packed.select(device, number)
     step, why_step = _select_step(device, config)
-    if tokens_per_step:
-        step, why_step = tokens_per_step, "asked for"
+    if max_batch_tokens:
+        step, why_step = max_batch_tokens, "asked for"
     reasons = (
         f"device: {why_device}; dtype: {why_dtype}; attention: {why_kernel}; "
         f"elementwise: {why_operators}; weights: {why_weights}; step: {why_step}"
@@ -146,51 +141,3 @@ def _select_step(device: torch.device, config: ModelConfig) -> tuple[int, str]:
     quick = int(_STEP_FLOP / (2 * weights)) // 128 * 128
     step = max(1_024, min(_MOST_TOKENS, quick, free))
     return step, f"about 25 ms of a data-centre GPU at most; {free:,} MB are free"
-
-
-class Buffer:
-    """Memory for an intermediate of a layer, written again in the next layer and the next step.
-
-    Fresh memory would be cleared by the system page by page: 8 % of a step on a CPU.
-    """
-
-    def __init__(self, placement: Placement) -> None:
-        """Take none yet."""
-        self._empty = torch.empty(0, dtype=placement.dtype, device=placement.device)
-        self._memory = self._empty
-
-    def __call__(self, *shape: int) -> torch.Tensor:
-        """Return an uninitialised tensor; the one before is overwritten."""
-        size = math.prod(shape)
-        if size > len(self._memory):
-            self._memory = self._empty  # never the old and the new at once
-            self._memory = self._empty.new_empty(size)
-        return self._memory[:size].view(shape)
-
-    def reserve(self, *shape: int) -> None:
-        """Take the memory of such a tensor now, if there is enough.
-
-        Else it grows with the largest step so far, and leaves holes too small for the next.
-        """
-        with contextlib.suppress(torch.OutOfMemoryError):
-            self(*shape)
-
-
-class Buffers:
-    """The memory of a model's intermediates, on a device."""
-
-    def __init__(self, placement: Placement) -> None:
-        """Take none yet."""
-        self.narrow, self.wide = Buffer(placement), Buffer(placement)
-        self.exact = Buffer(replace(placement, dtype=torch.float32))
-
-
-def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Copy an array to the device, without waiting for it where that is a GPU."""
-    return pin(array, device).to(device, non_blocking=device.type == "cuda")
-
-
-def pin(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Return an array as a tensor in memory that a copy to this device does not wait for."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -19,7 +19,7 @@ _CLOSE = 0.02
 """How far a fused kernel may be from torch's operators, whose steps round one by one."""
 
 
-Room = Callable[..., Tensor]
+Allocate = Callable[..., Tensor]
 """(*shape) -> a tensor to write to, whose memory is used again. Fresh memory would cost a CPU more
 than the work, as the system clears it page by page."""
 
@@ -27,16 +27,16 @@ than the work, as the system clears it page by page."""
 class Elementwise(NamedTuple):
     """The two places in a layer where a fused kernel pays. What is given may be written over."""
 
-    rotate: Callable[[Tensor, Tensor, Tensor, Room], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor, Allocate], Tensor]
     gate: Callable[[Tensor], Tensor]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, room: Room) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, allocate: Allocate) -> Tensor:
     """Return x (T, heads, d), whose halves are two components, turned by rotary embedding.
 
     `cos` and `sin` are (T, d / 2).
     """
-    out = room(*x.shape)
+    out = allocate(*x.shape)
     cos, sin = cos[:, None], sin[:, None]
     (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
@@ -50,18 +50,20 @@ def gate(gate_up: Tensor) -> Tensor:
     return F.silu(first, inplace=True).mul_(second)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, room: Room, room_in_float32: Room) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, allocate: Allocate, allocate_float32: Allocate
+) -> Tensor:
     """Return the root mean square norm of each row of x (T, hidden), computed in float32."""
     if x.is_cuda:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     # torch has no fused kernel for a CPU: what its operators would do in fresh memory. Whole
     # matrices, as each operator costs a rendezvous of the cores, long where they are busy.
-    exact = x if x.dtype == torch.float32 else room_in_float32(*x.shape).copy_(x)
+    exact = x if x.dtype == torch.float32 else allocate_float32(*x.shape).copy_(x)
     norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)  # (T, 1)
     scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
     if exact is x:
-        return torch.mul(x, scale, out=room(*x.shape)).mul_(weight)
-    return room(*x.shape).copy_(exact.mul_(scale).mul_(weight))
+        return torch.mul(x, scale, out=allocate(*x.shape)).mul_(weight)
+    return allocate(*x.shape).copy_(exact.mul_(scale).mul_(weight))
 
 
 EAGER = Elementwise(rotate, gate)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared_engine.local.attention import Layout
-from shared_engine.local.device import pin
+from shared_engine.local.memory import pin
 
 SIZES = (16, 32, 64, 128)
 """Tokens of the buckets."""

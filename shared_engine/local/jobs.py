@@ -68,7 +68,7 @@ class Job:
                 self.future.set_result(self.vectors)
 
 
-class Sequence(NamedTuple):
+class TokenSequence(NamedTuple):
     """One document, ready to compute: which job and row it belongs to."""
 
     job: Job

@@ -26,9 +26,10 @@ from shared_engine.errors import first_line
 from shared_engine.local.attention import Attention, Layout, varlen, varlen_repeated
 from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.config import Llama3Rope, ModelConfig, Rope
-from shared_engine.local.device import Buffers, Placement, to_device
+from shared_engine.local.device import Placement
 from shared_engine.local.elementwise import EAGER, rms_norm
 from shared_engine.local.graphs import SIZES, QueryGraphs, check_graphs
+from shared_engine.local.memory import Buffers, to_device
 from shared_engine.local.packed import PackedGate, pack
 from shared_engine.local.siglip import VisionTower
 from shared_engine.local.weights import Weights
@@ -104,7 +105,7 @@ class Encoder:
         self._cos, self._sin = _rotary_tables(
             config.rope, self._head_dim, checkpoint.longest, placement
         )
-        self._tokens_per_step = placement.tokens_per_step
+        self._max_batch_tokens = placement.max_batch_tokens
         self._rotate, self._gate = placement.elementwise
         self._buffers = Buffers(placement)
         self._has_kernels_by_rows = self.device.type == "cpu" and placement.dtype != torch.float32
@@ -113,13 +114,13 @@ class Encoder:
         """What it computes with and why, in one line."""
         if placement.device.type == "cuda":
             layer = self._layers[0]
-            self._buffers.wide.reserve(
-                self._tokens_per_step, max(len(layer.qkv), 2 * config.intermediate_size)
+            self._buffers.mlp.reserve(
+                self._max_batch_tokens, max(len(layer.qkv), 2 * config.intermediate_size)
             )
             if placement.elementwise == EAGER:  # which rotates from one place to another
                 rotated = (self._heads + self._kv_heads) * self._head_dim
-                self._buffers.narrow.reserve(
-                    max(self._tokens_per_step, checkpoint.longest), rotated
+                self._buffers.hidden.reserve(
+                    max(self._max_batch_tokens, checkpoint.longest), rotated
                 )
             self._graphs, why = self._record_graphs(placement)
             placement = replace(placement, reasons=f"{placement.reasons}; queries: {why}")
@@ -197,10 +198,10 @@ class Encoder:
         return 16 if tokens <= _FEW_ROWS else 64
 
     def _forward(self, x: Tensor, positions: Tensor, layout: Layout, buffers: Buffers) -> Tensor:
-        narrow, wide = buffers.narrow, buffers.wide
+        narrow, wide = buffers.hidden, buffers.mlp
 
         def normalize(x: Tensor, weight: Tensor) -> Tensor:
-            return rms_norm(x, weight, self._eps, narrow, buffers.exact)
+            return rms_norm(x, weight, self._eps, narrow, buffers.float32)
 
         cos, sin = self._cos[positions], self._sin[positions]  # (T, d / 2)
         heads, rotated = self._heads, self._heads + self._kv_heads  # values are not rotated
@@ -212,7 +213,9 @@ class Encoder:
             q, k, v = turned[:, :heads], turned[:, heads:], qkv[:, rotated:]
             attended = self._attend(q, k, v, layout)  # (T, heads, d)
             x.addmm_(attended.flatten(1), layer.o.T)
-            for rows in torch.split(x, self._tokens_per_step):  # a longer text takes no more memory
+            for rows in torch.split(
+                x, self._max_batch_tokens
+            ):  # a longer text takes no more memory
                 normed = normalize(rows, layer.mlp_norm)
                 if isinstance(layer.gate_up, PackedGate):
                     inner = layer.gate_up(normed)  # (T, intermediate)

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from shared_engine.backend import Flow
-from shared_engine.documents import Document, Role
+from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.errors import EngineClosedError
-from shared_engine.local.jobs import Job, Sequence
+from shared_engine.local.jobs import Job, TokenSequence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,12 +41,12 @@ MOST_PATIENCE = 1024
 
 
 @dataclass(eq=False)
-class Turn:
+class FlowQueue:
     """Where a flow stands: its jobs to prepare, and its sequences to run."""
 
     jobs: deque[Job] = field(default_factory=deque)
     """With documents that nobody has taken to prepare."""
-    ready: deque[Sequence] = field(default_factory=deque)
+    ready: deque[TokenSequence] = field(default_factory=deque)
     """Prepared, waiting for a step."""
     ready_cost: int = 0
     """Of the sequences in `ready`, in tokens."""
@@ -64,17 +64,17 @@ class Turn:
 class Scheduler:
     """The queue of one model's devices. Any thread may `put`; worker threads take from it."""
 
-    def __init__(self, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, max_batch_tokens: int) -> None:
+        self.max_batch_tokens = max_batch_tokens
         self._changed = Condition()
         self._jobs: dict[Future[NDArray[np.float32]], Job] = {}
-        self._turns: WeakKeyDictionary[Flow | Job, Turn] = WeakKeyDictionary()
+        self._turns: WeakKeyDictionary[Flow | Job, FlowQueue] = WeakKeyDictionary()
         self._cancelled: deque[Job] = deque()
-        self._to_prepare: deque[Turn] = deque()
+        self._to_prepare: deque[FlowQueue] = deque()
         self._preparing = 0
-        self._to_run: dict[Role, deque[Turn]] = {"query": deque(), "document": deque()}
+        self._to_run: dict[Role, deque[FlowQueue]] = {"query": deque(), "document": deque()}
         self._query_steps = 0
-        self._tokens_at_first = tokens_per_step
+        self._tokens_at_first = max_batch_tokens
         self._full_steps = 0
         self._patience = PATIENCE
         self._has_grown = False
@@ -84,7 +84,7 @@ class Scheduler:
         self.tokens = 0
         """What those steps cost, in tokens."""
 
-    def put(self, job: Job, sequences: list[Sequence] | None = None) -> None:
+    def put(self, job: Job, sequences: list[TokenSequence] | None = None) -> None:
         """Accept a job, with its sequences where they are prepared already.
 
         Raises:
@@ -104,14 +104,14 @@ class Scheduler:
                 turn.jobs.append(job)
             self._changed.notify_all()
 
-    def find_turn(self, job: Job) -> Turn:
+    def find_turn(self, job: Job) -> FlowQueue:
         """Return where a job's flow stands; a job without one is a flow of its own."""
-        return self._turns.setdefault(job.request.flow or job, Turn())
+        return self._turns.setdefault(job.request.flow or job, FlowQueue())
 
     def shrink(self, tokens: int) -> None:
         """Let steps have at most so many tokens from now on, and never more than before."""
         with self._changed:
-            self.tokens_per_step = max(1, min(self.tokens_per_step, tokens))
+            self.max_batch_tokens = max(1, min(self.max_batch_tokens, tokens))
             self._full_steps = 0
             if self._has_grown:  # and that was too early
                 self._has_grown = False
@@ -120,12 +120,12 @@ class Scheduler:
     def grow(self, tokens: int) -> None:
         """Note a step of so many tokens that fitted; many full ones double what was shrunk."""
         with self._changed:
-            is_full = 2 * tokens >= self.tokens_per_step
-            if not is_full or self.tokens_per_step == self._tokens_at_first:
+            is_full = 2 * tokens >= self.max_batch_tokens
+            if not is_full or self.max_batch_tokens == self._tokens_at_first:
                 return
             self._full_steps += 1
             if self._full_steps == self._patience:
-                self.tokens_per_step = min(2 * self.tokens_per_step, self._tokens_at_first)
+                self.max_batch_tokens = min(2 * self.max_batch_tokens, self._tokens_at_first)
                 self._full_steps, self._has_grown = 0, True
 
     def _forget(self, future: Future[NDArray[np.float32]]) -> None:
@@ -167,7 +167,7 @@ class Scheduler:
             chunk: list[tuple[Job, int]] = []
             room = TEXTS_PER_CHUNK
             waiting = len(self._to_prepare)
-            ahead = self.tokens_per_step * max(1, STEPS_AHEAD // max(1, waiting))
+            ahead = self.max_batch_tokens * max(1, STEPS_AHEAD // max(1, waiting))
             for _ in range(waiting):
                 turn = self._to_prepare.popleft()
                 while turn.jobs and turn.ready_cost < ahead and room > 0:
@@ -185,14 +185,14 @@ class Scheduler:
                 self._preparing += 1
             return chunk
 
-    def add(self, sequences: list[Sequence]) -> None:
+    def add(self, sequences: list[TokenSequence]) -> None:
         """Take what `next_chunk` gave out, now prepared; rows that failed are left out."""
         with self._changed:
             self._preparing -= 1
             self._enqueue(sequences)
             self._changed.notify_all()
 
-    def _enqueue(self, sequences: list[Sequence]) -> None:
+    def _enqueue(self, sequences: list[TokenSequence]) -> None:
         for job, group in groupby(sequences, key=lambda sequence: sequence.job):
             if job.is_cancelled:
                 continue
@@ -203,10 +203,10 @@ class Scheduler:
                 turn.ready.append(sequence)
                 turn.ready_cost += sequence.cost
 
-    def next_step(self) -> list[Sequence] | None:
+    def next_step(self) -> list[TokenSequence] | None:
         """Return the sequences of the next step, all of one role; None after the last.
 
-        Their cost is at most `tokens_per_step`, but a longer sequence runs alone. Waits while
+        Their cost is at most `max_batch_tokens`, but a longer sequence runs alone. Waits while
         nothing is prepared.
         """
         with self._changed:
@@ -216,7 +216,7 @@ class Scheduler:
                 self._changed.wait()
             return step
 
-    def take_step(self) -> list[Sequence]:
+    def take_step(self) -> list[TokenSequence]:
         """Do as `next_step` does, but return [] instead of waiting."""
         with self._changed:
             self._forget_cancelled()
@@ -231,10 +231,10 @@ class Scheduler:
             self._changed.notify_all()  # there is room to prepare ahead
             return step
 
-    def _fill_step(self, turns: deque[Turn]) -> list[Sequence]:
-        step: list[Sequence] = []
-        quantum = room = self.tokens_per_step
-        passed: list[Turn] = []
+    def _fill_step(self, turns: deque[FlowQueue]) -> list[TokenSequence]:
+        step: list[TokenSequence] = []
+        quantum = room = self.max_batch_tokens
+        passed: list[FlowQueue] = []
         while turns:
             turn = turns.popleft()
             while turn.ready and turn.deficit < quantum:
@@ -265,6 +265,6 @@ class Scheduler:
             self._changed.notify_all()
 
 
-def _weigh(document: Document) -> int:
+def _weigh(document: EmbeddingInput) -> int:
     # An image is work for a core, and a long text is more work than a short one.
     return TEXTS_PER_CHUNK if document.image is not None else 1 + len(document.text or "") // 1000

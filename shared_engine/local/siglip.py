@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared_engine.local.checkpoint import Checkpoint
-from shared_engine.local.device import Buffer, Placement, to_device
+from shared_engine.local.device import Placement
+from shared_engine.local.memory import Buffer, to_device
+from shared_engine.local.resize import cut_on_device
 from shared_engine.local.weights import Weights
 
 if TYPE_CHECKING:
-    from shared_engine.images.tiles import Picture, Tiles
+    from shared_engine.images.tiles import Tiles
 
 _CONNECTOR_EPS = 1e-5
 
@@ -68,7 +70,7 @@ class VisionTower:
         self._heads, self._eps = tower.heads, tower.layer_norm_eps
         self._wide = Buffer(placement)
         # A patch costs about half of what a token does.
-        self._tiles_at_once = max(1, 2 * placement.tokens_per_step // vision.patches_per_tile)
+        self._tiles_at_once = max(1, 2 * placement.max_batch_tokens // vision.patches_per_tile)
         if placement.device.type == "cuda":
             patches = vision.patches_per_tile * self._tiles_at_once
             self._wide.reserve(patches, max(3 * tower.hidden_size, tower.intermediate_size))
@@ -147,55 +149,6 @@ class VisionTower:
 
     def _normed(self, x: Tensor, norm: Affine) -> Tensor:
         return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, self._eps)
-
-
-def cut_on_device(picture: Picture, size: int, device: torch.device) -> Tensor:
-    """Return the tiles of a picture, the thumbnail last: (n, size, size, 3) uint8 on the device.
-
-    They are those of `images.cut_tiles`, but for a level of 255 in a few values per thousand, where
-    a sum in float32 falls on the other side of a rounding.
-    """
-    from shared_engine.images.tiles import arrange_tiles
-
-    pixels = to_device(picture.pixels, device)  # (H, W) or (H, W, 3)
-    planes = pixels.view(*pixels.shape[:2], -1).permute(2, 0, 1)[None].float()  # (1, C, H, W)
-
-    def resize(width: int, height: int) -> Tensor:
-        small = _resize(planes, picture.box, width, height)[0].permute(1, 2, 0)
-        return small.to(torch.uint8).expand(height, width, 3)  # grey has one channel up to here
-
-    cut: Tensor = arrange_tiles(resize(picture.cols * size, picture.rows * size), size)
-    return cut if len(cut) == 1 else torch.cat([cut, resize(size, size)[None]])
-
-
-def _resize(
-    planes: Tensor, box: tuple[float, float, float, float], width: int, height: int
-) -> Tensor:
-    """Resize what the box shows of planes (1, C, H, W) from 0 to 255 to (1, C, height, width).
-
-    As Pillow does for 8 bits: one axis after the other, and whole numbers in between. The box
-    begins in the upper left corner.
-    """
-    from shared_engine.images.tiles import takes_height_first
-
-    rows, columns = planes.shape[2:]
-    shown_width, shown_height = box[2:]
-
-    def resize_axis(x: Tensor, size: list[int], scales: tuple[float, float]) -> Tensor:
-        if list(x.shape[2:]) == size:
-            return x
-        x = torch.ops.aten._upsample_bicubic2d_aa(x, size, False, *scales)
-        return x.round_().clamp_(0, 255)
-
-    def narrow(x: Tensor) -> Tensor:
-        return resize_axis(x, [x.shape[2], width], (1.0, width / shown_width))
-
-    def shorten(x: Tensor) -> Tensor:
-        return resize_axis(x, [height, x.shape[3]], (height / shown_height, 1.0))
-
-    if takes_height_first(columns, rows, width, height):
-        return narrow(shorten(planes))
-    return shorten(narrow(planes))
 
 
 def _portions(tiles: int, most: int) -> list[int]:

@@ -41,7 +41,7 @@ class Address(httpx.AsyncBaseTransport):
         client: httpx.AsyncClient | None = None,
         connect_timeout: float | None = None,
     ) -> None:
-        """Make the httpx client, or take the one that `http_client` made; nothing is sent yet.
+        """Create the httpx client, with `http_client_factory` if given; nothing is sent yet.
 
         Raises:
             ConfigurationError: a key would travel in the clear, or TLS or proxy options that
@@ -108,12 +108,12 @@ def take_client(options: Options) -> httpx.AsyncClient | None:
     Raises:
         ConfigurationError: it is none.
     """
-    if options.http_client is None:
+    if options.http_client_factory is None:
         return None
-    client = options.http_client()
+    client = options.http_client_factory()
     if not isinstance(client, httpx.AsyncClient):
         raise ConfigurationError(
-            f"http_client made a {type(client).__name__}; expected an httpx.AsyncClient"
+            f"http_client_factory made a {type(client).__name__}; expected an httpx.AsyncClient"
         )
     return client
 

@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 from pydantic import SecretStr
 
 from shared_engine.backend import Request
-from shared_engine.catalogue import AvailableModel, ModelSpec, find
-from shared_engine.documents import Document, Modality
+from shared_engine.catalogue import AvailableModel, ModelSpec, lookup
+from shared_engine.documents import EmbeddingInput, Modality
 from shared_engine.endpoints import MOST_HOSTED_CHARACTERS, is_hosted
 from shared_engine.errors import (
     ConfigurationError,
@@ -78,7 +78,7 @@ class NimBackend:
         self._options = options
         self._base_url = base_url
         self._name, self._fixed_role = split_role_suffix(options.model)
-        self._spec: ModelSpec | None = find(self._name)
+        self._spec: ModelSpec | None = lookup(self._name)
         self._served: str | None = self._name if is_hosted(base_url) else None
         self._client = NimClient(options, base_url, api_key)
         self._most_characters = options.max_image_characters
@@ -138,7 +138,7 @@ class NimBackend:
             RemoteError, EngineClosedError: as `submit`.
         """
         if self._width is None:
-            request = Request([Document("?")], self._fixed_role or "query")
+            request = Request([EmbeddingInput("?")], self._fixed_role or "query")
             self._width = int(self.submit(request).result().shape[1])
         return self._width
 
@@ -221,8 +221,8 @@ class NimBackend:
             call.close()
         return call.result()
 
-    def _encode(self, document: Document) -> asyncio.Future[bytes]:
-        urls, most = self._options.image_urls, self._most_characters
+    def _encode(self, document: EmbeddingInput) -> asyncio.Future[bytes]:
+        urls, most = self._options.allow_image_urls, self._most_characters
         if most is not None and not self._told_of_limit:
             self._told_of_limit = True
             _log.info("images of over %d base64 characters are made smaller", most)
@@ -403,7 +403,7 @@ class NimBackend:
         if len(listed) == 1 and not self._options.is_model_given:
             (only,) = listed
             _log.info("no model= was given; using the only one of %s: %r", self._base_url, only)
-            self._spec = find(only)
+            self._spec = lookup(only)
             self._name = only
             return only
         some = ", ".join(protocol.make_printable(name[:100]) for name in list(listed)[:20])

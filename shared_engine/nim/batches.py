@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared_engine.backend import Request
-from shared_engine.documents import Document, Modality
+from shared_engine.documents import EmbeddingInput, Modality
 from shared_engine.errors import (
     EngineError,
     InputError,
@@ -31,7 +31,7 @@ IMAGES_AHEAD = 8
 """Images of one call that are encoded before there is a batch for them."""
 MOST_HELD = 128 * 2**20
 """Bytes of a call's batches without a reply, from which on no further batch is made."""
-Encode = Callable[[Document], "asyncio.Future[bytes]"]
+Encode = Callable[[EmbeddingInput], "asyncio.Future[bytes]"]
 
 
 @dataclass

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pybase64 import b64decode
 
 from shared_engine import images
-from shared_engine.documents import Document, Modality
+from shared_engine.documents import EmbeddingInput, Modality
 from shared_engine.errors import (
     AuthenticationError,
     ImageTooLargeError,
@@ -76,23 +76,23 @@ _TOO_LARGE = re.compile(
 
 
 def encode_input(
-    document: Document, image_urls: bool = False, most_characters: int | None = None
+    document: EmbeddingInput, allow_image_urls: bool = False, most_characters: int | None = None
 ) -> bytes:
     r"""Return a document as one item of `input`, in JSON: a text, a data URL, or both.
 
     An image is opened and may be converted, which takes up to seconds. One whose data URL has more
     than `most_characters` is made smaller.
 
-    >>> encode_input(Document(text="a\n"))
+    >>> encode_input(EmbeddingInput(text="a\n"))
     b'"a\\n"'
 
     Raises:
-        InputError: the image cannot be opened; `image_urls` says whether it may be fetched.
+        InputError: the image cannot be opened; `allow_image_urls` says whether it may be fetched.
     """
     text = json.dumps(document.text or "", ensure_ascii=False).encode()
     if document.image is None:
         return text
-    url = images.encode_data_url(document.image, image_urls, most_characters).encode()
+    url = images.encode_data_url(document.image, allow_image_urls, most_characters).encode()
     if document.modality == "image":
         return b'"%b"' % url
     return b'%b\\n%b"' % (text[:-1], url)  # the separator of NVIDIA's own client

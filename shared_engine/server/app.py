@@ -37,8 +37,8 @@ from starlette.routing import Route
 from shared_engine import images
 from shared_engine._version import __version__
 from shared_engine.backend import Backend, HasHealth, HasStepStats, StepStats
-from shared_engine.catalogue import find
-from shared_engine.documents import Document, Role
+from shared_engine.catalogue import lookup
+from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError, NeMoRetrieverError
 from shared_engine.options import Options
@@ -138,7 +138,7 @@ class _Server:
         self._embedder = Embedder(options)
         self._limits = limits
         self._on_failure = on_failure
-        self._spec = spec = find(options.model)
+        self._spec = spec = lookup(options.model)
         folder = Path(options.model)
         own_name = spec.name if spec else folder.name if folder.is_dir() else options.model
         self._name = served_name or own_name
@@ -169,7 +169,7 @@ class _Server:
             backend = await asyncio.to_thread(lambda: self._lease.backend)
             await self._embedder.aembed(["ready"], "query")  # the first call of a kernel is slow
             if "image" in backend.modalities:
-                await self._embedder.aembed([Document(image=images.draw_sample(512, 512))])
+                await self._embedder.aembed([EmbeddingInput(image=images.draw_sample(512, 512))])
         except Exception as exc:
             self._failure = exc
             _log.error("the model cannot be served: %s", exc)
@@ -244,7 +244,7 @@ class _Server:
         self,
         request: Request,
         asked: EmbeddingsRequest,
-        documents: list[Document],
+        documents: list[EmbeddingInput],
         role: Role,
         large: bool,
     ) -> tuple[NDArray[Any], int]:

@@ -71,10 +71,10 @@ class _Steps(Collector):
             "nemoretriever_step_tokens", "Tokens of all steps.", value=stats.tokens
         )
         yield GaugeMetricFamily(
-            "nemoretriever_step_tokens_max", "Tokens in a full step.", value=stats.tokens_per_step
+            "nemoretriever_step_tokens_max", "Tokens in a full step.", value=stats.max_batch_tokens
         )
         yield GaugeMetricFamily(
             "nemoretriever_batch_fill_ratio",
             "Mean of tokens in a step over tokens in a full one, since the start.",
-            value=stats.tokens / max(1, stats.steps * stats.tokens_per_step),
+            value=stats.tokens / max(1, stats.steps * stats.max_batch_tokens),
         )

@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Va
 from pydantic_core import from_json
 
 from shared_engine import images
-from shared_engine.documents import Document, Modality, Role, is_data_url
+from shared_engine.documents import EmbeddingInput, Modality, Role, is_data_url
 from shared_engine.errors import ImageError
 from shared_engine.options import Truncate
 from shared_engine.server.errors import (
@@ -85,7 +85,7 @@ class EmbeddingsRequest(BaseModel):
             raise refuse_field("value_error", ("input_type",), message, self.input_type)
         return role
 
-    def read_inputs(self, modalities: frozenset[Modality]) -> list[Document]:
+    def read_inputs(self, modalities: frozenset[Modality]) -> list[EmbeddingInput]:
         """Return the inputs as documents; an image is still the data URL that the client sent.
 
         Their modalities are those said or, for a model that takes images, those seen.
@@ -95,7 +95,7 @@ class EmbeddingsRequest(BaseModel):
         """
         if "modality" not in self.model_fields_set:
             if "image" not in modalities:
-                return [Document(given) for given in self.input]
+                return [EmbeddingInput(given) for given in self.input]
             return [_infer_document(given) for given in self.input]
         kinds = self.modality * len(self.input) if len(self.modality) == 1 else self.modality
         if len(kinds) != len(self.input):
@@ -125,7 +125,7 @@ class EmbeddingsRequest(BaseModel):
         raise refuse_field("literal_error", ("dimensions",), message, self.dimensions)
 
 
-def require_role(role: Role | None, documents: list[Document]) -> Role:
+def require_role(role: Role | None, documents: list[EmbeddingInput]) -> Role:
     """Return the role of some documents; an image, which has no other, is a document unsaid.
 
     Raises:
@@ -141,7 +141,7 @@ def require_role(role: Role | None, documents: list[Document]) -> Role:
     return role or "document"
 
 
-def decode_images(documents: list[Document], max_image_bytes: int) -> list[Document]:
+def decode_images(documents: list[EmbeddingInput], max_image_bytes: int) -> list[EmbeddingInput]:
     """Return documents with the bytes of their images: nothing that a client names is opened.
 
     Raises:
@@ -153,23 +153,23 @@ def decode_images(documents: list[Document], max_image_bytes: int) -> list[Docum
     ]
 
 
-def _decode_image(document: Document, index: int, max_image_bytes: int) -> Document:
+def _decode_image(document: EmbeddingInput, index: int, max_image_bytes: int) -> EmbeddingInput:
     try:
         return replace(document, image=images.decode_data_url(document.image, max_image_bytes))
     except ImageError as exc:
         raise exc.at(index) from exc.__cause__
 
 
-def _infer_document(given: str) -> Document:
+def _infer_document(given: str) -> EmbeddingInput:
     if (parts := split_data_url(given)) is None:
-        return Document(given)
+        return EmbeddingInput(given)
     text, url = parts
-    return Document(text if text.strip() else None, url)
+    return EmbeddingInput(text if text.strip() else None, url)
 
 
-def _read_document(given: str, kind: str, index: int) -> Document:
+def _read_document(given: str, kind: str, index: int) -> EmbeddingInput:
     if kind == "text":
-        return Document(given)
+        return EmbeddingInput(given)
     parts = split_data_url(given)
     if parts is None or (kind == "image" and parts[0].strip()):
         wanted = "a data URL" if kind == "image" else "a text, a space or newline, and a data URL"
@@ -178,7 +178,7 @@ def _read_document(given: str, kind: str, index: int) -> Document:
     text, url = parts
     if kind == "text_image" and not text.strip():
         raise refuse_input(index, "Text part must be non-empty for text_image modality")
-    return Document(text if kind == "text_image" else None, url)
+    return EmbeddingInput(text if kind == "text_image" else None, url)
 
 
 def split_data_url(given: str) -> tuple[str, str] | None:

@@ -203,7 +203,7 @@ def test_a_copy_with_other_dimensions(
         model.model_copy(update={"dimensions": 17}).embed_query("one")
 
 
-SECRETS = {"api_key", "default_headers", "proxy", "http_client"}
+SECRETS = {"api_key", "default_headers", "proxy", "http_client_factory"}
 
 
 def test_options_show_and_dump(checkpoint: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from shared_engine import (
-    Document,
+    EmbeddingInput,
     ImageError,
     InputTypeError,
     PartialResultError,
@@ -81,7 +81,7 @@ async def test_every_kind_of_image_gives_the_oracles_vector(
         "one by one": [either.embed_image([source])[0] for source in sources],
         "async": await either.aembed_image(uris=sources),
         "a generator": either.embed_image(source for source in sources),
-        "mixed": either.embed_mixed([Document(image=source) for source in sources]),
+        "mixed": either.embed_mixed([EmbeddingInput(image=source) for source in sources]),
     }
     for path, vectors in paths.items():
         same(vectors, expected, path)
@@ -95,11 +95,11 @@ async def test_texts_with_images_and_mixtures(
     pairs = oracle(*zip(CAPTIONS, PNGS[:3], strict=True))
     same(either.embed_text_image(CAPTIONS, files[:3]), pairs)
     same(await either.aembed_text_image(texts=CAPTIONS, images=files[:3]), pairs)
-    mixture: list[str | Document] = [
+    mixture: list[str | EmbeddingInput] = [
         CAPTIONS[0],
-        Document(image=files[0]),
-        Document(CAPTIONS[1], files[1]),
-        Document(CAPTIONS[2]),
+        EmbeddingInput(image=files[0]),
+        EmbeddingInput(CAPTIONS[1], files[1]),
+        EmbeddingInput(CAPTIONS[2]),
         URLS[0][:90],
     ]
     mixed = oracle(
@@ -267,6 +267,6 @@ async def test_the_loop_goes_on_while_the_model_loads_and_an_image_is_decoded(
         "images": lambda: model.aembed_image(URLS[:1]),
         "texts": lambda: model.aembed_documents(URLS[:1]),
         "pairs": lambda: model.aembed_text_image(CAPTIONS[:1], URLS[:1]),
-        "mixed": lambda: model.aembed_mixed([Document(image=URLS[0])]),
+        "mixed": lambda: model.aembed_mixed([EmbeddingInput(image=URLS[0])]),
     }
     await check_that_the_loop_goes_on(monkeypatch, calls[way])

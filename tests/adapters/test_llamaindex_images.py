@@ -282,8 +282,14 @@ async def test_a_model_of_texts_goes_by_the_caption(
     [
         (lambda: ImageNode(image_path="no-such.png"), "no-such.png"),
         (lambda: ImageNode(image=BASE64[0][:400]), "cannot be used"),
-        (lambda: ImageNode(image_url="https://example.com/a.png?key=hush"), "image_urls=True"),
-        (lambda: ImageDocument(image_resource=MediaResource(url="https://a.b/c")), "image_urls="),
+        (
+            lambda: ImageNode(image_url="https://example.com/a.png?key=hush"),
+            "allow_image_urls=True",
+        ),
+        (
+            lambda: ImageDocument(image_resource=MediaResource(url="https://a.b/c")),
+            "allow_image_urls=",
+        ),
         # LlamaIndex drops the bytes here, and again when such a node is dumped
         (lambda: ImageNode(image_resource=MediaResource(data=PNGS[0]), text="a text"), "empty"),
         (ImageNode, "empty"),
@@ -305,7 +311,7 @@ async def test_a_node_without_a_usable_image_is_named(
 
 
 def test_addresses_are_fetched_where_that_is_allowed(options: dict[str, Any]) -> None:
-    model = NeMoRetrieverEmbedding(**options, image_urls=True)
+    model = NeMoRetrieverEmbedding(**options, allow_image_urls=True)
     with pytest.raises(ImageError, match="not on the public internet"):
         model([ImageNode(image_url="http://127.0.0.1:9/a.png")])
 

@@ -14,7 +14,7 @@ from tests.server.test_app import NAME, running
 
 OURS = [Options, NeMoRetrieverEmbeddings, NeMoRetrieverEmbedding]
 THEIRS = {
-    "async_http_client": "http_client=",
+    "async_http_client": "http_client_factory=",
     "batch_size": "max_batch_size=",
     "dimension": "dimensions=",
     "infer_path": "base_url=",

@@ -50,7 +50,7 @@ def run(rows: int) -> dict[str, float]:
         options = Options(
             base_url="http://nim:8000",
             dimensions=16,
-            http_client=lambda: httpx.AsyncClient(transport=httpx.MockTransport(reply)),
+            http_client_factory=lambda: httpx.AsyncClient(transport=httpx.MockTransport(reply)),
         )
         job = Job((str(path),), f"{folder}/out", options, id_column="key")
         start = time.monotonic()

@@ -28,7 +28,7 @@ os.environ["PYTHONPATH"] = str(ROOT)  # of the actors
 
 from shared_engine import Options  # noqa: E402
 from shared_engine.bulk import Job, run_local, run_ray  # noqa: E402
-from shared_engine.bulk.nodes import connect  # noqa: E402
+from shared_engine.distributed.nodes import connect  # noqa: E402
 from tests.benchmarks.measuring import words  # noqa: E402
 from tests.benchmarks.remote import MODEL, serve  # noqa: E402
 

@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from shared_engine import Document, Embedder, Options, images
+from shared_engine import Embedder, EmbeddingInput, Options, images
 from tests.benchmarks.measuring import (
     LEAST_COSINE,
     Setting,
@@ -78,7 +78,7 @@ def one_round(embedder: Embedder, paths: dict[str, list[Path]], max_tiles: int) 
     encoder._vision = kept
     for kind, files in paths.items():
         start = time.perf_counter()
-        embedder.embed([Document(image=path) for path in files])
+        embedder.embed([EmbeddingInput(image=path) for path in files])
         out[f"whole {kind}"] = (time.perf_counter() - start) / len(files)
     return out
 
@@ -104,7 +104,7 @@ def measure(
             tiles = images.cut_tiles(paths["png"][0], max_tiles)
             peaks, spans = [], []
             with Embedder(options) as embedder:
-                vector = embedder.embed([Document(image=paths["png"][0])])[0]
+                vector = embedder.embed([EmbeddingInput(image=paths["png"][0])])[0]
                 backend: Any = embedder._backend
                 place = backend._encoders[0].device
                 setting = Setting(config["llm_config"], place, backend._dtype)

@@ -269,7 +269,7 @@ def variants(options: Options, embedder: Embedder, steps: Sequence[int]) -> list
     """
     made = [ours(embedder)]
     for step in steps:
-        other = Embedder(options.model_copy(update={"tokens_per_step": step}))
+        other = Embedder(options.model_copy(update={"max_batch_tokens": step}))
         made.append(ours(other, f"steps of {step:,} tokens"))
     encoder: Any = embedder._backend._encoders[0]  # type: ignore[attr-defined]
     if encoder.device.type != "cuda":

@@ -91,7 +91,7 @@ def ours(url: str) -> dict[str, Run]:
     from shared_engine import Embedder, Options
 
     engine = Embedder(Options(model=MODEL, base_url=url))
-    return {"ours, arrays": engine.embed, "ours, lists": engine.embed_lists}
+    return {"ours, arrays": engine.embed, "ours, lists": engine._embed_lists}
 
 
 def langchain(url: str) -> dict[str, Run]:

@@ -120,7 +120,7 @@ def _latency(latency: dict[str, Any]) -> list[str]:
     step = latency["step_seconds"]
     out = [
         f"A query of {latency['query_tokens']} tokens, in ms, {latency['queries']} of them; a full "
-        f"step of {latency['tokens_per_step']:,} tokens takes {_shorten(1000 * step)} ms:",
+        f"step of {latency['max_batch_tokens']:,} tokens takes {_shorten(1000 * step)} ms:",
         "",
         "| | alone p50, p95, p99 | during an ingest p50, p95, p99 | p99 in steps "
         "| the ingest keeps |",

@@ -125,7 +125,7 @@ class Bench:
         backend: Any = self.embedder._backend
         self.encoders = backend._encoders
         self.device, self.dtype = self.encoders[0].device, backend._dtype
-        self.tokens_per_step = backend.step_stats.tokens_per_step
+        self.max_batch_tokens = backend.step_stats.max_batch_tokens
         self.peer_folder = measuring.peer_folder(folder, scratch / "peer")
         self.theirs = measuring.sentence_transformer(self.peer_folder, str(self.device), self.dtype)
         self.source = measuring.Source(folder)
@@ -199,7 +199,7 @@ class Bench:
             "query_tokens": QUERY_TOKENS,
             "queries": len(queries),
             "step_seconds": step,
-            "tokens_per_step": self.tokens_per_step,
+            "max_batch_tokens": self.max_batch_tokens,
             measuring.OURS: contend(
                 lambda query: self.embedder.embed([query], role="query"), ours, queries, step
             ),

@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--tokens-per-step", type=int, nargs="*", default=[None])
+    parser.add_argument("--max-batch-tokens", type=int, nargs="*", default=[None])
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=(4, 8, 16, 32, 64, 128))
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
@@ -55,8 +55,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Return the race of the engine at each step size with the peers."""
     options = Options(model=args.checkpoint, device=args.device, dtype=args.dtype)
     contenders = []
-    for size in args.tokens_per_step:
-        embedder = Embedder(options.model_copy(update={"tokens_per_step": size}))
+    for size in args.max_batch_tokens:
+        embedder = Embedder(options.model_copy(update={"max_batch_tokens": size}))
         step = f"{measuring.OURS}, {size or 'default'} tokens per step"
         contenders.append(measuring.ours(embedder, step))
     print(embedder.description)

@@ -23,10 +23,10 @@ import pytest
 
 from shared_engine import Embedder, EngineError, Options
 from shared_engine.bulk.batch import EmbedBatch
-from shared_engine.bulk.cluster import embed_fragments
 from shared_engine.bulk.job import Job, list_fragments
-from shared_engine.bulk.nodes import Share, connect
-from shared_engine.cli import main
+from shared_engine.cli.main import main
+from shared_engine.distributed.bulk import embed_fragments
+from shared_engine.distributed.nodes import Share, connect
 from tests.conftest import ROOT
 
 pytestmark = [
@@ -78,7 +78,7 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 def embed(source: Path, out: Path, checkpoint: Path) -> list[str]:
     return [
         *("embed", str(source), "--out", str(out), "--model", str(checkpoint), *HERE),
-        *("--id-column", "id", "--rows-per-file", str(ROWS_PER_FILE), "--tokens-per-step", "512"),
+        *("--id-column", "id", "--rows-per-file", str(ROWS_PER_FILE), "--max-batch-tokens", "512"),
     ]
 
 
@@ -253,7 +253,7 @@ def test_replicas_are_added_for_the_load_and_finish_what_they_have_when_stopped(
     serve: Serve,
 ) -> None:
     process, url = serve(
-        *("--served-name", "checkpoint", "--tokens-per-step", "256"),
+        *("--served-name", "checkpoint", "--max-batch-tokens", "256"),
         *("--replicas", "1", "--max-replicas", "2"),
     )
     assert len(find_processes(b"ray::ServeReplica")) == 1

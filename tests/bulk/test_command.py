@@ -14,7 +14,7 @@ from shared_engine import Embedder, Options
 from shared_engine.bulk.job import Job
 from shared_engine.bulk.plan import plan
 from shared_engine.bulk.run import find_work, run_local
-from shared_engine.cli import main
+from shared_engine.cli.main import main
 from tests.bulk.conftest import passages
 from tests.support.nim import Nim
 
@@ -63,7 +63,7 @@ def test_other_options_make_no_sense_in_the_same_folder(command, capsys):
 
 
 def test_a_plan_writes_nothing_and_tells_every_choice(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("shared_engine.bulk.command._PLAN_SECONDS", 0.5)
+    monkeypatch.setattr("shared_engine.cli.embed._PLAN_SECONDS", 0.5)
     (tmp_path / "in.jsonl").write_text(
         "\n".join(json.dumps({"text": f"passage {n}"}) for n in range(2000))
     )
@@ -80,7 +80,7 @@ def test_without_an_extra_the_command_says_the_pip_line(missing, ray, python):
     said = python(f"""if True:
         import contextlib, io, sys
         sys.modules[{missing!r}] = None
-        from shared_engine.cli import main
+        from shared_engine.cli.main import main
         with contextlib.redirect_stderr(io.StringIO()) as said:
             assert main(["embed", "/tmp", "--out", "/tmp/out"]) == 2
         print(said.getvalue())
@@ -124,7 +124,7 @@ def test_a_plan_is_within_a_quarter_of_the_run(tmp_path):
 
     options = Options(
         base_url="http://nim:8000",
-        http_client=lambda: httpx.AsyncClient(transport=httpx.MockTransport(answer)),
+        http_client_factory=lambda: httpx.AsyncClient(transport=httpx.MockTransport(answer)),
         concurrency=2,
     )
     with Embedder(options) as embedder:

@@ -42,7 +42,9 @@ async def answer(request):
     return nim(request)
 
 make = lambda: httpx.AsyncClient(transport=httpx.MockTransport(answer))
-options = Options(base_url="http://nim:8000", http_client=make, concurrency=5, dimensions=16)
+options = Options(
+    base_url="http://nim:8000", http_client_factory=make, concurrency=5, dimensions=16
+)
 job = Job((source,), out, options, id_column="key", rows_per_file=int(rows_per_file))
 with Embedder(options) as embedder:
     print(run_local(job, embedder, show_progress=False))

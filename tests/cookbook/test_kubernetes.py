@@ -15,7 +15,7 @@ import yaml
 from kubernetes.client import ApiClient
 
 from shared_engine import Options
-from shared_engine.cli import _parser, _serve
+from shared_engine.cli import main, serve
 from shared_engine.server.app import create_app
 from shared_engine.server.limits import ServerLimits
 from shared_engine.server.metrics import Metrics
@@ -65,9 +65,9 @@ def test_there_is_nothing_else():
 
 def test_the_command_is_one_of_ours():
     program, *arguments = SERVER["command"] + SERVER["args"]
-    asked = _parser().parse_args(arguments)
+    asked = main.build_parser().parse_args(arguments)
     assert program == "nemoretriever"
-    assert asked.run is _serve
+    assert asked.run is serve.run
     assert asked.host == "0.0.0.0"  # else no probe arrives
     assert [asked.port] == [port["containerPort"] for port in SERVER["ports"]]
     assert asked.api_key_env in [variable["name"] for variable in SERVER["env"]]

@@ -21,7 +21,7 @@ from llama_index.vector_stores.chroma import ChromaVectorStore
 from cookbook.handbook import write
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-from shared_engine import Document, Embedder, Options
+from shared_engine import Embedder, EmbeddingInput, Options
 from tests.support.vl_checkpoints import VLShape, build_vl_checkpoint
 
 ONE_PAGE = {f"multimodal_test.{kind}" for kind in ("pdf-1.png", "png", "jpeg", "tiff")}
@@ -82,7 +82,7 @@ def test_a_page_is_nearest_to_itself_in_other_formats(
 ) -> None:
     """And by far: no other page is within four times the distance of its farthest format."""
     with Embedder(Options(**options, max_tiles=max_tiles)) as embedder:
-        vectors = embedder.embed([Document(image=path) for path in pages])
+        vectors = embedder.embed([EmbeddingInput(image=path) for path in pages])
     cosines = vectors @ vectors.T
     one = np.array([path.name in ONE_PAGE for path in pages])
     farthest, nearest_other = cosines[one][:, one].min(), cosines[one][:, ~one].max()

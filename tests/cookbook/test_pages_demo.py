@@ -17,7 +17,7 @@ from pages.__main__ import main
 from safetensors import safe_open
 
 from cookbook.standin import build_multimodal
-from shared_engine import Document, Embedder, Options
+from shared_engine import Embedder, EmbeddingInput, Options
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +147,10 @@ def test_the_standin_finds_every_page_by_an_altered_picture_of_it(
         alter[row % len(alter)](page.render(terminal.PIXELS_SENT)) for row, page in enumerate(found)
     ]
     with Embedder(Options(model=str(multimodal), device="cpu")) as embedder:
-        stored = embedder.embed([Document(image=page.render(terminal.PIXELS)) for page in found])
-        scores = embedder.embed([Document(image=picture) for picture in altered]) @ stored.T
+        stored = embedder.embed(
+            [EmbeddingInput(image=page.render(terminal.PIXELS)) for page in found]
+        )
+        scores = embedder.embed([EmbeddingInput(image=picture) for picture in altered]) @ stored.T
     own = scores.diagonal().copy()
     np.fill_diagonal(scores, -1)
     assert (own - scores.max(axis=1)).min() > 0.005

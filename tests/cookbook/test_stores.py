@@ -155,7 +155,7 @@ def write_as_the_command_does(folder: Path, ids: pa.Array) -> None:
 
 
 def run_the_command(nim: FaultyNim, folder: Path, ids: pa.Array) -> None:
-    from shared_engine.cli import main
+    from shared_engine.cli.main import main
 
     source = folder.with_suffix(".parquet")
     pq.write_table(pa.table({"id": ids, "text": TEXTS, "topic": TOPICS}), source)
@@ -173,7 +173,7 @@ def test_every_row_is_there_once_and_the_nearest_are_numpys(
     folder = tmp_path / "out"
     with FaultyNim() as nim:
         if kind == "command":
-            if importlib.util.find_spec("shared_engine.bulk.command") is None:
+            if importlib.util.find_spec("shared_engine.cli.embed") is None:
                 pytest.skip("there is no such command yet")
             run_the_command(nim, folder, ids)
         else:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from shared_engine import Embedder, InputError, Options, UnsupportedDimensionsError
-from shared_engine.cli import main
-from shared_engine.documents import Document, Role
+from shared_engine.cli.main import main
+from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.errors import ConfigurationError, MissingExtraError
 from shared_engine.evaluate import EngineModel, evaluate, find_model
 from shared_engine.evaluate import models as models_module
@@ -212,7 +212,7 @@ class Counting(EngineModel):
     embedded = 0
     breaks_at = 10**9
 
-    def stream(self, documents: Iterator[Document], role: Role) -> Iterator[np.ndarray]:
+    def stream(self, documents: Iterator[EmbeddingInput], role: Role) -> Iterator[np.ndarray]:
         for vectors in super().stream(documents, role):
             if self.embedded >= self.breaks_at:
                 raise KeyboardInterrupt
@@ -394,7 +394,7 @@ def test_a_missing_extra_has_its_pip_line(python):
     lines = python(code).splitlines()
     assert "pip install 'nemoretriever-embeddings[evaluate]'" in lines[0]
     assert lines[1] == "[]"
-    said = python("import shared_engine.evaluate.command, sys; print('numpy' in sys.modules)")
+    said = python("import shared_engine.cli.evaluate, sys; print('numpy' in sys.modules)")
     assert said.split() == ["False"]
 
 
@@ -486,7 +486,7 @@ def test_a_corpus_of_pictures(tmp_path):
     report = evaluate(folder, [EngineModel(options)], embedding_types=["float"], cache=tmp_path)
     assert report.rows[0].figures["Recall@5"].value == 1
     kept = embed(EngineModel(options), read_folder(folder).corpus, "document", tmp_path)
-    documents = [Document(row.get("text"), folder / row["image"]) for row in corpus]
+    documents = [EmbeddingInput(row.get("text"), folder / row["image"]) for row in corpus]
     np.testing.assert_allclose(kept, Embedder(options).embed(documents), rtol=0, atol=1e-5)
     page(9, 60, 50).save(folder / "images" / "1.png")  # another picture of the same name
     other = embed(EngineModel(options), read_folder(folder).corpus, "document", tmp_path)

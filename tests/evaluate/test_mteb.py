@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shared_engine import Embedder, Options
-from shared_engine.cli import main
+from shared_engine.cli.main import main
 from shared_engine.errors import ConfigurationError
 from shared_engine.evaluate import EngineModel, MTEBModel, evaluate, run_tasks, write_tasks
 from shared_engine.evaluate.mteb import CARDS

@@ -13,7 +13,7 @@ import httpcore
 import pytest
 
 from shared_engine import ImageError
-from shared_engine.images import fetch as image_urls
+from shared_engine.images import fetch as allow_image_urls
 from shared_engine.images import sources
 from shared_engine.images.tiles import cut_tiles, encode_data_url
 from tests.support.image_files import HTML, PNG
@@ -80,10 +80,10 @@ def server() -> Iterator[str]:
 def fetched(url: str, seconds: float = 10.0) -> bytes:
     """Fetch as `cut_tiles(urls=True)` does, but from this machine's own 127.0.0.1 as well."""
 
-    def allowed(address: image_urls.Address) -> bool:
-        return image_urls.is_public(address) or str(address) == "127.0.0.1"
+    def allowed(address: allow_image_urls.Address) -> bool:
+        return allow_image_urls.is_public(address) or str(address) == "127.0.0.1"
 
-    return sources._join(image_urls.fetch(url, allowed, seconds))
+    return sources._join(allow_image_urls.fetch(url, allowed, seconds))
 
 
 def test_an_address_is_fetched(server):

@@ -20,7 +20,7 @@ import torch
 
 from shared_engine import (
     DeviceMemoryError,
-    Document,
+    EmbeddingInput,
     EngineClosedError,
     EngineError,
     InputTooLongError,
@@ -37,7 +37,7 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
 
 def request(texts: list[str], role: str = "document", **given: Any) -> Request:
-    return Request([Document(text) for text in texts], role, **given)
+    return Request([EmbeddingInput(text) for text in texts], role, **given)
 
 
 @pytest.fixture
@@ -150,10 +150,10 @@ def test_a_tokenizer_that_fails_is_an_error_of_its_texts(open_backend, monkeypat
 )
 def test_out_of_memory_halves_the_step_and_loses_nothing(open_backend, expected, error, caplog):
     faulty = Faulty(holds=100, error=error)
-    backend = open_backend(faulty.load, tokens_per_step=512)
+    backend = open_backend(faulty.load, max_batch_tokens=512)
     assert np.abs(backend.submit(request(TEXTS)).result() - expected).max() <= 1e-6
     assert max(faulty.steps) <= 100
-    assert backend.step_stats.tokens_per_step <= 100  # and it remembers
+    assert backend.step_stats.max_batch_tokens <= 100  # and it remembers
     assert "going on with half" in caplog.text
 
 
@@ -225,15 +225,15 @@ def test_two_devices_that_run_out_of_memory_agree_on_the_smaller_step(open_backe
     def load(*given: Any) -> Faulty:
         return Device(holds=30 * next(numbers), error=OUT_OF_MEMORY).load(*given)
 
-    backend = open_backend(load, device="cpu,cpu", tokens_per_step=512)
+    backend = open_backend(load, device="cpu,cpu", max_batch_tokens=512)
     vectors = backend.submit(request(["fifteen tokens in this one text"] * 52)).result(60)
     assert np.abs(vectors - vectors[0]).max() <= 1e-6
     assert backend.step_stats.steps == 2
-    assert backend.step_stats.tokens_per_step < 100  # and not half of the second's, 247
+    assert backend.step_stats.max_batch_tokens < 100  # and not half of the second's, 247
 
 
 def test_a_text_that_does_not_fit_alone_is_named_and_the_others_kept(open_backend, expected):
-    backend = open_backend(Faulty(holds=100, error=OUT_OF_MEMORY).load, tokens_per_step=512)
+    backend = open_backend(Faulty(holds=100, error=OUT_OF_MEMORY).load, max_batch_tokens=512)
     texts = [*TEXTS[:20], "much too long " * 50, *TEXTS[20:]]
     with pytest.raises(PartialResultError, match="1 of 41 inputs failed") as failed:
         backend.submit(request(texts)).result()
@@ -254,13 +254,13 @@ def test_memory_that_is_short_for_a_while_costs_nothing_for_good(open_backend, e
             return self.encoder(sequences, tiles)
 
     short = Short(holds=4, error=OUT_OF_MEMORY)
-    backend = open_backend(short.load, tokens_per_step=512)
+    backend = open_backend(short.load, max_batch_tokens=512)
     assert np.abs(backend.submit(request(TEXTS)).result() - expected).max() <= 1e-6
     assert not short.holds
-    assert backend.step_stats.tokens_per_step < 512
+    assert backend.step_stats.max_batch_tokens < 512
     for _ in range(20):
         backend.submit(request(TEXTS * 5)).result()
-    assert backend.step_stats.tokens_per_step == 512
+    assert backend.step_stats.max_batch_tokens == 512
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -276,7 +276,7 @@ def test_a_lone_sequence_is_tried_once_more(open_backend, times):
     future = backend.submit(request(["alone"]))
     if times == 1:
         assert np.isfinite(future.result()).all()
-        assert backend.step_stats.tokens_per_step == 2048  # it was not the step that was too large
+        assert backend.step_stats.max_batch_tokens == 2048  # it was not the step that was too large
     else:
         with pytest.raises(DeviceMemoryError, match="input 0 does not fit"):
             future.result()
@@ -284,7 +284,7 @@ def test_a_lone_sequence_is_tried_once_more(open_backend, times):
 
 def test_a_failing_forward_fails_its_rows_only_and_the_backend_goes_on(open_backend):
     faulty = Faulty(holds=100, error=RuntimeError("cublas has a bad day"))
-    backend = open_backend(faulty.load, tokens_per_step=64)
+    backend = open_backend(faulty.load, max_batch_tokens=64)
     with pytest.raises(PartialResultError) as failed:
         backend.submit(request(["fine", "much too long " * 50, "fine too"])).result()
     assert list(failed.value.errors) == [1]
@@ -338,7 +338,7 @@ def test_a_gpu_has_its_next_step_before_the_last_is_collected(open_backend):
     texts = [f"text {i} " + "word " * (i * 37 % 60) for i in range(200)]
     expected = open_backend().submit(request(texts)).result()
     ahead = Ahead()
-    backend = open_backend(ahead.load, tokens_per_step=200)
+    backend = open_backend(ahead.load, max_batch_tokens=200)
     assert np.abs(backend.submit(request(texts)).result() - expected).max() <= 1e-6
     assert (ahead.most, ahead.running) == (3, 0)  # of a step and the halves of another
     ahead.error = RuntimeError("an illegal memory access was encountered")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from shared_engine import Document, Embedder, Options, PartialResultError, images
+from shared_engine import Embedder, EmbeddingInput, Options, PartialResultError, images
 from shared_engine.images import tiles as image_tiles
-from shared_engine.local import siglip
+from shared_engine.local import resize, siglip
 from tests.support.vl_checkpoints import build_vl_checkpoint, page
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_a_resize_is_pillows(sides, wanted):
         boxes.append((0.0, 0.0, sides[0] - 0.3, sides[1] - 0.7))
     for box in boxes:
         expected = np.asarray(picture.resize(wanted, Image.Resampling.BICUBIC, box))
-        ours = siglip._resize(planes, box, *wanted)[0].permute(1, 2, 0).to(torch.uint8)
+        ours = resize._resize(planes, box, *wanted)[0].permute(1, 2, 0).to(torch.uint8)
         check_levels(ours.numpy(), expected, share=5e-3)
 
 
@@ -88,7 +88,7 @@ def test_the_tiles_of_a_picture_are_those_that_pillow_cuts(source, max_tiles):
     picture = images.decode_picture(source, max_tiles, 64)
     assert isinstance(picture, images.Picture)
     assert len(picture) == len(expected)
-    check_levels(siglip.cut_on_device(picture, 64, CPU).numpy(), expected)
+    check_levels(resize.cut_on_device(picture, 64, CPU).numpy(), expected)
 
 
 def test_a_very_large_picture_does_not_wait_for_a_device(monkeypatch):
@@ -104,8 +104,8 @@ def test_vectors_of_pages_do_not_tell_who_cut_the_tiles(tmp_path: Path, monkeypa
     folder = build_vl_checkpoint(tmp_path / "vl", image_size=512, patch_size=32)
     pages = [page(seed, 1275, 1650) for seed in range(3)]
     pages += [file(page(3, 2550, 3300), "JPEG"), page(4, 300, 2900).convert("L")]
-    documents = [Document(image=each) for each in pages]
-    documents += [Document("hello"), Document("a caption", page(9, 1000, 1000))]
+    documents = [EmbeddingInput(image=each) for each in pages]
+    documents += [EmbeddingInput("hello"), EmbeddingInput("a caption", page(9, 1000, 1000))]
     with Embedder(Options(model=folder, device="cpu", dtype="float32", max_tiles=6)) as embedder:
         expected = embedder.embed(documents)
         monkeypatch.setattr(embedder._backend, "_cuts_on_device", True)
@@ -116,7 +116,7 @@ def test_vectors_of_pages_do_not_tell_who_cut_the_tiles(tmp_path: Path, monkeypa
         assert np.abs(embedder.embed(documents) - expected).max() <= 1e-4
         assert len(cut) == 5  # the largest came as tiles
         with pytest.raises(PartialResultError) as failed:
-            embedder.embed([documents[0], Document(image=b"no image"), documents[4]])
+            embedder.embed([documents[0], EmbeddingInput(image=b"no image"), documents[4]])
         assert list(failed.value.errors) == [1]
         assert np.abs(failed.value.vectors[[0, 2]] - expected[[0, 4]]).max() <= 1e-4
 
@@ -136,10 +136,10 @@ def test_a_tower_sees_a_few_numbers_of_tiles_only(most):
 
 def test_vectors_do_not_depend_on_the_portions(tmp_path: Path):
     folder = build_vl_checkpoint(tmp_path / "vl")
-    documents = [Document(image=page(seed, 90, 40 + 30 * seed)) for seed in range(5)]
+    documents = [EmbeddingInput(image=page(seed, 90, 40 + 30 * seed)) for seed in range(5)]
     expected = None
-    for tokens_per_step in (8, 24, 64, 8192):
-        options = Options(model=folder, max_tiles=6, tokens_per_step=tokens_per_step)
+    for max_batch_tokens in (8, 24, 64, 8192):
+        options = Options(model=folder, max_tiles=6, max_batch_tokens=max_batch_tokens)
         with Embedder(options) as embedder:
             got = embedder.embed(documents)
         expected = got if expected is None else expected
@@ -153,5 +153,5 @@ def test_a_gpu_cuts_the_tiles_that_pillow_cuts(max_tiles):
     for sides in ((1275, 1650), (60, 100), (400, 2000)):
         image = noise(*sides)
         picture = images.decode_picture(image, max_tiles)
-        cut = siglip.cut_on_device(picture, 512, torch.device("cuda")).cpu()
+        cut = resize.cut_on_device(picture, 512, torch.device("cuda")).cpu()
         check_levels(cut.numpy(), images.cut_tiles(image, max_tiles))

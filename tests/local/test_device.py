@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shared_engine.errors import ConfigurationError
-from shared_engine.local import device
+from shared_engine.local import device, memory
 from shared_engine.local.config import ModelConfig
 
 CUDA = torch.device("cuda", 0)
@@ -55,7 +55,7 @@ def test_devices_share_the_smallest_step(monkeypatch):
     steps = iter([(16_384, "much is free"), (4_000, "little is free")])
     monkeypatch.setattr(device, "_select_step", lambda *_: next(steps))
     placements = device.select_devices("cpu,cpu", "float32", None, config("tiny"))
-    assert [placement.tokens_per_step for placement in placements] == [4_000, 4_000]
+    assert [placement.max_batch_tokens for placement in placements] == [4_000, 4_000]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_fork_of_a_process_that_used_the_gpu_is_told_to_spawn(monkeypatch):
 
 def test_a_step_that_is_asked_for_is_taken():
     (placement,) = device.select_devices("cpu", "float32", 77, config("tiny"))
-    assert placement.tokens_per_step == 77
+    assert placement.max_batch_tokens == 77
     assert "step: asked for" in placement.description
 
 
@@ -103,10 +103,10 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, name, said):
 
 
 def test_memory_that_is_not_there_is_not_reserved():
-    buffer = device.Buffer(device.select_devices("cpu", "float32", None, config("tiny"))[0])
+    buffer = memory.Buffer(device.select_devices("cpu", "float32", None, config("tiny"))[0])
     buffer.reserve(4, 100)
-    memory = buffer(1).data_ptr()
-    assert buffer(4, 100).data_ptr() == memory  # nothing grew
+    address = buffer(1).data_ptr()
+    assert buffer(4, 100).data_ptr() == address  # nothing grew
     exhausted = torch.OutOfMemoryError("CUDA out of memory")
 
     class Full:

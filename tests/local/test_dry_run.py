@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shared_engine.images.tiles import Picture
-from shared_engine.local import attention, device, siglip
+from shared_engine.local import attention, device, resize, siglip
 from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.config import TowerConfig, VisionConfig
 from shared_engine.local.llama import Encoder
@@ -88,7 +88,7 @@ def test_a_step_of_texts(new_varlen, lengths, name, step):
     with fake_gpu(new_varlen=new_varlen):
         log, placement = run(checkpoint(name), lengths, step=step)
     assert placement.kernel is (attention.varlen if new_varlen else attention.varlen_repeated)
-    pieces = -(-sum(lengths) // placement.tokens_per_step)  # of the MLP, of a longer text
+    pieces = -(-sum(lengths) // placement.max_batch_tokens)  # of the MLP, of a longer text
     assert log.kernels["attend"] == log.kernels["rotate_"] == layers
     assert log.kernels["gate_"] == layers * pieces
     assert log.kernels["mm"] == log.kernels["addmm_"] == layers * (1 + pieces)
@@ -132,7 +132,7 @@ def test_a_step_of_pages(new_varlen, cols, rows, tiles):
         log, placement = run(
             checkpoint("1B", with_images=True), [256 * tiles + 8] * 3, [picture, None, picture]
         )
-    passes = len(siglip._portions(2 * tiles, 2 * placement.tokens_per_step // 1024))
+    passes = len(siglip._portions(2 * tiles, 2 * placement.max_batch_tokens // 1024))
     assert log.kernels["attend"] == LAYERS * (1 + passes)
     pixels = 2 * PAGE.nbytes
     texts = 4 * (2 * 3 * (256 * tiles + 8) + 4)
@@ -144,7 +144,7 @@ def test_a_step_of_pages(new_varlen, cols, rows, tiles):
 
 def test_a_page_is_cut_on_the_device():
     with fake_gpu(), Log() as log:
-        cut = siglip.cut_on_device(Picture(PAGE, (0, 0, 1275, 1650), 2, 3), 512, CUDA)
+        cut = resize.cut_on_device(Picture(PAGE, (0, 0, 1275, 1650), 2, 3), 512, CUDA)
     assert (cut.shape, cut.dtype, cut.device) == ((7, 512, 512, 3), torch.uint8, CUDA)
     assert log.findings == []
     assert log.to_device == [PAGE.nbytes]
@@ -159,7 +159,7 @@ def test_a_gpus_buffers_never_grow(new_varlen, fused):
         model = checkpoint("1B", with_images=True)
         (placement,) = device.select_devices("cuda", "auto", None, model.config)
         encoder = Encoder(model, placement)
-        buffers = [encoder._buffers.wide, encoder._buffers.narrow, encoder._vision._wide]
+        buffers = [encoder._buffers.mlp, encoder._buffers.hidden, encoder._vision._wide]
         before = [buffer._memory for buffer in buffers]
         picture = Picture(PAGE, (0, 0, 1275, 1650), 2, 3)
         for lengths in ([5], [2048] * 3, [8192]):

@@ -74,8 +74,8 @@ def test_a_vector_does_not_depend_on_neighbours(checkpoint):
     """Alone, first, last, among copies, among long ones, in steps of any size: the same vector."""
     text = TEXTS[3]
     alone = Embedder(Options(model=checkpoint)).embed([text])[0]
-    for tokens_per_step in (1, 64, 700, 8192):
-        embedder = Embedder(Options(model=checkpoint, tokens_per_step=tokens_per_step))
+    for max_batch_tokens in (1, 64, 700, 8192):
+        embedder = Embedder(Options(model=checkpoint, max_batch_tokens=max_batch_tokens))
         for batch in ([text, *TEXTS], [*TEXTS, text], [text] * 9, [*TEXTS[::-1], text, *TEXTS]):
             rows = embedder.embed(batch)[[i for i, other in enumerate(batch) if other == text]]
             assert np.abs(rows - alone).max() <= 1e-6
@@ -83,7 +83,7 @@ def test_a_vector_does_not_depend_on_neighbours(checkpoint):
 
 def test_rows_come_in_the_callers_order(checkpoint):
     texts = [f"text {i} " + "word " * (i * 37 % 101) for i in range(600)]
-    vectors = Embedder(Options(model=checkpoint, tokens_per_step=500)).embed(texts)
+    vectors = Embedder(Options(model=checkpoint, max_batch_tokens=500)).embed(texts)
     some = np.random.default_rng(0).permutation(600)[:12]
     expected = oracles.numpy_float64(checkpoint, [texts[i] for i in some], "passage: ")
     assert np.abs(vectors[some] - expected).max() <= 2e-6

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from shared_engine import (
     CheckpointError,
-    Document,
+    EmbeddingInput,
     ImageTooLargeError,
     Options,
     PartialResultError,
@@ -70,9 +70,13 @@ def embed(folder: Path) -> list[str]:
         backend = LocalBackend(Options(model=folder, device="cpu", dtype="float32"))
     except CheckpointError as exc:
         return [str(exc)]
-    documents = [Document("a text"), Document(""), Document("a longer text, " * 30)]
+    documents = [
+        EmbeddingInput("a text"),
+        EmbeddingInput(""),
+        EmbeddingInput("a longer text, " * 30),
+    ]
     if "image" in backend.modalities:
-        documents += [Document("a caption", page(0, 90, 40))]
+        documents += [EmbeddingInput("a caption", page(0, 90, 40))]
     future = backend.submit(Request(documents, "document", truncate="END"))
     error = future.exception(60)
     backend.close()

@@ -17,9 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared_engine import Document, EngineClosedError, EngineError, PartialResultError, Request
+from shared_engine import (
+    EmbeddingInput,
+    EngineClosedError,
+    EngineError,
+    PartialResultError,
+    Request,
+)
 from shared_engine.backend import Flow
-from shared_engine.local.jobs import Job, Sequence
+from shared_engine.local.jobs import Job, TokenSequence
 from shared_engine.local.scheduler import (
     PATIENCE,
     QUERY_STEPS_IN_A_ROW,
@@ -32,15 +38,18 @@ IMAGE = object()
 
 
 def job(
-    count: int, role: str = "document", flow: Flow | None = None, document: Document | None = None
+    count: int,
+    role: str = "document",
+    flow: Flow | None = None,
+    document: EmbeddingInput | None = None,
 ) -> Job:
-    documents = [document or Document("x")] * count
+    documents = [document or EmbeddingInput("x")] * count
     return Job(Request(documents, role, flow=flow), np.zeros((count, 2), np.float32))
 
 
 def put(scheduler: Scheduler, each: Job, lengths: Iterable[int]) -> None:
     """Put a job whose texts are tokenised already, to so many tokens."""
-    scheduler.put(each, [Sequence(each, row, ids(n)) for row, n in enumerate(lengths)])
+    scheduler.put(each, [TokenSequence(each, row, ids(n)) for row, n in enumerate(lengths)])
 
 
 def ids(tokens: int) -> np.ndarray:
@@ -50,15 +59,15 @@ def ids(tokens: int) -> np.ndarray:
 def tokenise(scheduler: Scheduler, tokens: int = 10) -> list[tuple[Job, int]]:
     chunk = scheduler.take_chunk()
     if chunk:
-        scheduler.add([Sequence(owner, row, ids(tokens)) for owner, row in chunk])
+        scheduler.add([TokenSequence(owner, row, ids(tokens)) for owner, row in chunk])
     return chunk
 
 
-def owners(step: list[Sequence]) -> list[Job]:
+def owners(step: list[TokenSequence]) -> list[Job]:
     return list(dict.fromkeys(sequence.job for sequence in step))
 
 
-def cost(step: list[Sequence]) -> int:
+def cost(step: list[TokenSequence]) -> int:
     return sum(sequence.cost for sequence in step)
 
 
@@ -86,7 +95,7 @@ def test_a_sequence_over_the_budget_runs_alone():
 def test_an_image_costs_its_patches_too():
     scheduler, one = Scheduler(100), job(3)
     scheduler.put(one)
-    scheduler.add([Sequence(*pair, ids(20), patches=60) for pair in scheduler.next_chunk()])
+    scheduler.add([TokenSequence(*pair, ids(20), patches=60) for pair in scheduler.next_chunk()])
     assert [[s.row for s in scheduler.next_step()] for _ in range(2)] == [[0, 1], [2]]
     assert (scheduler.steps, scheduler.tokens) == (2, 150)
 
@@ -173,9 +182,9 @@ def test_a_step_that_was_shrunk_is_not_raised_by_another_device(asked):
     scheduler = Scheduler(1000)
     for tokens in asked:
         scheduler.shrink(tokens)
-    assert scheduler.tokens_per_step == 400
+    assert scheduler.max_batch_tokens == 400
     scheduler.shrink(0)
-    assert scheduler.tokens_per_step == 1
+    assert scheduler.max_batch_tokens == 1
 
 
 def simulate_memory(scheduler: Scheduler, holds: Callable[[int], int], steps: int) -> list[int]:
@@ -185,7 +194,7 @@ def simulate_memory(scheduler: Scheduler, holds: Callable[[int], int], steps: in
     """
     failed = []
     for step in range(steps):
-        tokens = scheduler.tokens_per_step
+        tokens = scheduler.max_batch_tokens
         while tokens > holds(step):
             failed.append(step)
             tokens //= 2
@@ -198,9 +207,9 @@ def test_a_step_grows_back_after_memory_was_short_for_a_while():
     scheduler = Scheduler(2048)
     failed = simulate_memory(scheduler, lambda step: 100 if step == 5 else 10**6, 30)
     assert set(failed) == {5}
-    assert scheduler.tokens_per_step <= 128
+    assert scheduler.max_batch_tokens <= 128
     simulate_memory(scheduler, lambda _: 10**6, 10 * PATIENCE)
-    assert scheduler.tokens_per_step == 2048
+    assert scheduler.max_batch_tokens == 2048
 
 
 def test_a_step_that_is_too_large_for_ever_is_tried_less_and_less():
@@ -208,7 +217,7 @@ def test_a_step_that_is_too_large_for_ever_is_tried_less_and_less():
     failed = simulate_memory(scheduler, lambda _: 1500, 30_000)
     assert 10 < len(failed) < 50
     assert np.diff(failed).max() >= 1000
-    assert scheduler.tokens_per_step in (1024, 2048)
+    assert scheduler.max_batch_tokens in (1024, 2048)
 
 
 def test_steps_that_are_not_full_prove_nothing():
@@ -216,11 +225,11 @@ def test_steps_that_are_not_full_prove_nothing():
     scheduler.shrink(1000)
     for _ in range(10 * PATIENCE):
         scheduler.grow(499)
-    assert scheduler.tokens_per_step == 1000
+    assert scheduler.max_batch_tokens == 1000
     scheduler.shrink(10**6)
     for _ in range(PATIENCE):
         scheduler.grow(500)
-    assert scheduler.tokens_per_step == 2000
+    assert scheduler.max_batch_tokens == 2000
 
 
 # Ahead of the device
@@ -258,7 +267,11 @@ def test_small_jobs_share_a_chunk():
 
 @pytest.mark.parametrize(
     ("document", "most"),
-    [(Document(image=IMAGE), 1), (Document("x" * 10_000), 24), (Document("x"), TEXTS_PER_CHUNK)],
+    [
+        (EmbeddingInput(image=IMAGE), 1),
+        (EmbeddingInput("x" * 10_000), 24),
+        (EmbeddingInput("x"), TEXTS_PER_CHUNK),
+    ],
 )
 def test_a_chunk_is_about_as_much_work_whatever_is_in_it(document, most):
     scheduler = Scheduler(10**6)
@@ -292,7 +305,7 @@ def test_cancelling_while_its_rows_are_tokenised_drops_them():
     chunk = scheduler.next_chunk()
     gone.future.cancel()
     assert not scheduler.take_step()
-    scheduler.add([Sequence(*pair, ids(10)) for pair in chunk])
+    scheduler.add([TokenSequence(*pair, ids(10)) for pair in chunk])
     assert not scheduler.take_step()
     assert not scheduler.find_turn(gone).ready
 
@@ -375,16 +388,16 @@ class Simulation:
     """A device, a tokeniser that is ten times as fast, and a clock."""
 
     seed: int = 0
-    tokens_per_step: int = STEP
+    max_batch_tokens: int = STEP
     now: float = 0.0
-    steps: list[tuple[float, list[Sequence]]] = field(default_factory=list)
+    steps: list[tuple[float, list[TokenSequence]]] = field(default_factory=list)
     """When each began, and what was in it."""
     done: dict[Job, float] = field(default_factory=dict)
     """When each job was."""
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
-        self.scheduler = Scheduler(self.tokens_per_step)
+        self.scheduler = Scheduler(self.max_batch_tokens)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._computing = self._tokenising = False
@@ -395,7 +408,7 @@ class Simulation:
 
     def arrive(self, time: float, lengths: np.ndarray, role: str, flow: Flow | None = None) -> Job:
         """A job whose documents have so many tokens; queries are tokenised by their caller."""
-        documents = [Document("four" * n) for n in lengths.tolist()]
+        documents = [EmbeddingInput("four" * n) for n in lengths.tolist()]
         new = Job(Request(documents, role, flow=flow), np.zeros((len(lengths), 2), np.float32))
         self._lengths[new] = lengths
         new.future.add_done_callback(lambda _: self.done.setdefault(new, self.now))
@@ -414,7 +427,7 @@ class Simulation:
             event()
             if not self._tokenising and (chunk := self.scheduler.take_chunk()):
                 self._tokenising = True
-                made = [Sequence(c, row, ids(self._lengths[c][row])) for c, row in chunk]
+                made = [TokenSequence(c, row, ids(self._lengths[c][row])) for c, row in chunk]
                 self.at(self.now + cost(made) / (10 * STEP), lambda made=made: self._add(made))
             if not self._computing and (step := self.scheduler.take_step()):
                 self._computing = True
@@ -422,11 +435,11 @@ class Simulation:
                 duration = 0.02 + cost(step) / STEP
                 self.at(self.now + duration, lambda step=step: self._deliver(step))
 
-    def _add(self, made: list[Sequence]) -> None:
+    def _add(self, made: list[TokenSequence]) -> None:
         self._tokenising = False
         self.scheduler.add(made)
 
-    def _deliver(self, step: list[Sequence]) -> None:
+    def _deliver(self, step: list[TokenSequence]) -> None:
         self._computing = False
         for sequence in step:
             sequence.job.deliver([sequence.row], np.full((1, 2), sequence.row), sequence.cost)
@@ -603,7 +616,7 @@ class Driven:
             if row % 4 == self.failing:
                 owner.fail(row, EngineError("no luck"))
             else:
-                made.append(Sequence(owner, row, ids(self.lengths[owner][row])))
+                made.append(TokenSequence(owner, row, ids(self.lengths[owner][row])))
         self.scheduler.add(made)
         return True
 

@@ -16,8 +16,8 @@ import torch
 
 from shared_engine import (
     CheckpointError,
-    Document,
     Embedder,
+    EmbeddingInput,
     ImageTooLargeError,
     InputTooLongError,
     InputTypeError,
@@ -58,13 +58,13 @@ def vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_vl_checkpoint(tmp_path_factory.mktemp("vl") / "vl")
 
 
-def mixed(size: int, max_tiles: int) -> tuple[list[Document], list[Item]]:
+def mixed(size: int, max_tiles: int) -> tuple[list[EmbeddingInput], list[Item]]:
     """Texts, images and pairs of both, as the engine and as the oracles take them."""
-    documents, items = [Document(text) for text in TEXTS], [(text, None) for text in TEXTS]
+    documents, items = [EmbeddingInput(text) for text in TEXTS], [(text, None) for text in TEXTS]
     for seed, (width, height) in enumerate(SIZES):
         image = page(seed, width, height)
         for text in (None, TEXTS[seed % len(TEXTS)]):
-            documents.append(Document(text, image))
+            documents.append(EmbeddingInput(text, image))
             items.append((text, cut_tiles(image, max_tiles, size)))
     return documents, items
 
@@ -84,7 +84,7 @@ def test_vectors_equal_independent_implementations(embedder, folder, oracle):
 
 
 def test_layouts_of_one_model_embed_alike(tmp_path):
-    image = Document(image=page(1, 90, 40))
+    image = EmbeddingInput(image=page(1, 90, 40))
     vectors = [
         Embedder(Options(model=build_vl_checkpoint(tmp_path / name, VL_SHAPES[name]))).embed(
             [image]
@@ -99,8 +99,8 @@ def test_a_vector_does_not_depend_on_neighbours(vl):
     alone = Embedder(Options(model=vl))
     expected = np.concatenate([alone.embed([document]) for document in documents])
     order = np.random.default_rng(0).permutation(len(documents))
-    for tokens_per_step in (1, 40, 200, 8192):
-        embedder = Embedder(Options(model=vl, tokens_per_step=tokens_per_step))
+    for max_batch_tokens in (1, 40, 200, 8192):
+        embedder = Embedder(Options(model=vl, max_batch_tokens=max_batch_tokens))
         got = embedder.embed([documents[i] for i in order])
         assert np.abs(got - expected[order]).max() <= 1e-6
 
@@ -110,9 +110,9 @@ def test_max_tiles_is_an_option_and_part_of_the_cache_key(vl):
     item = [(None, cut_tiles(image, 6, 32))]
     assert item[0][1].shape == (7, 32, 32, 3)
     six, default = Embedder(Options(model=vl, max_tiles=6)), Embedder(Options(model=vl))
-    got = six.embed([Document(image=image)])
+    got = six.embed([EmbeddingInput(image=image)])
     assert np.abs(got - numpy_float64(vl, item, "document")).max() <= 1e-5
-    assert np.abs(got - default.embed([Document(image=image)])).max() > 1e-3
+    assert np.abs(got - default.embed([EmbeddingInput(image=image)])).max() > 1e-3
     assert six.cache_key("document") != default.cache_key("document")
 
 
@@ -128,12 +128,12 @@ def test_an_image_token_in_a_text_is_a_word(vl, name):
     image, text = page(0, 64, 64), f"see {name} here"
     vectors = embedder.embed(
         [
-            Document(image=image),
-            Document(text),
-            Document(text, image),
-            Document("see  here", image),
-            Document(image=image),
-            Document("see  here"),
+            EmbeddingInput(image=image),
+            EmbeddingInput(text),
+            EmbeddingInput(text, image),
+            EmbeddingInput("see  here", image),
+            EmbeddingInput(image=image),
+            EmbeddingInput("see  here"),
         ]
     )
     assert np.abs(vectors[0] - vectors[4]).max() <= 1e-6
@@ -147,7 +147,7 @@ def test_an_image_token_in_a_text_is_a_word(vl, name):
 
 def test_a_special_token_beside_an_image_is_what_it_is_in_a_text(vl):
     item: Item = ("a literal <|end_of_text|> inside", cut_tiles(page(0, 64, 64), 2, 32))
-    got = Embedder(Options(model=vl)).embed([Document(item[0], page(0, 64, 64))])
+    got = Embedder(Options(model=vl)).embed([EmbeddingInput(item[0], page(0, 64, 64))])
     assert np.abs(got - numpy_float64(vl, [item], "document")).max() <= 1e-5
 
 
@@ -155,13 +155,13 @@ def test_a_special_token_beside_an_image_is_what_it_is_in_a_text(vl):
 def test_only_the_text_of_a_pair_is_cut(vl, truncate):
     """What is left is an image with a part of the text: no token of the image is lost."""
     words = [f"word{i}" for i in range(60)]
-    image = Document(image=page(0, 200, 100))
+    image = EmbeddingInput(image=page(0, 200, 100))
     limited = Embedder(Options(model=vl, max_tokens=40, truncate=truncate))
     both, alone, other = limited.embed(
         [
-            Document(" ".join(words), image.image),
+            EmbeddingInput(" ".join(words), image.image),
             image,
-            Document(" ".join(words), page(3, 200, 100)),
+            EmbeddingInput(" ".join(words), page(3, 200, 100)),
         ]
     )
     assert np.abs(both - alone).max() > 1e-3
@@ -169,23 +169,30 @@ def test_only_the_text_of_a_pair_is_cut(vl, truncate):
     kept = {"END": slice(None, 20), "START": slice(-20, None)}[truncate]
     changed = words.copy()
     changed[{"END": -1, "START": 0}[truncate]] = "another"
-    cut = limited.embed([Document(" ".join(words), image.image)])  # alone, as the other
-    assert np.array_equal(limited.embed([Document(" ".join(changed), image.image)]), cut)
+    cut = limited.embed([EmbeddingInput(" ".join(words), image.image)])  # alone, as the other
+    assert np.array_equal(limited.embed([EmbeddingInput(" ".join(changed), image.image)]), cut)
     changed = words[kept] and [*words]
     changed[{"END": 0, "START": -1}[truncate]] = "another"
-    assert np.abs(limited.embed([Document(" ".join(changed), image.image)])[0] - both).max() > 1e-4
+    assert (
+        np.abs(limited.embed([EmbeddingInput(" ".join(changed), image.image)])[0] - both).max()
+        > 1e-4
+    )
 
 
 def test_tokens_of_an_image_are_never_cut(vl):
     embedder = Embedder(Options(model=vl, max_tokens=20, max_tiles=6, truncate="END"))
     with pytest.raises(ImageTooLargeError, match=r"input 0 has an image of .* limit is 20"):
-        embedder.embed([Document(image=page(0, 640, 480))])
+        embedder.embed([EmbeddingInput(image=page(0, 640, 480))])
 
 
 def test_a_pair_over_the_limit_names_itself_and_leaves_the_others(vl):
     embedder = Embedder(Options(model=vl, max_tokens=60))
     image = page(0, 32, 32)
-    documents = [Document(image=image), Document("word " * 80, image), Document("short")]
+    documents = [
+        EmbeddingInput(image=image),
+        EmbeddingInput("word " * 80, image),
+        EmbeddingInput("short"),
+    ]
     with pytest.raises(PartialResultError) as caught:
         embedder.embed(documents)
     error = caught.value.errors[1]
@@ -198,7 +205,11 @@ def test_a_pair_over_the_limit_names_itself_and_leaves_the_others(vl):
 
 def test_a_broken_image_leaves_the_others(vl):
     embedder = Embedder(Options(model=vl))
-    documents = [Document(image=page(0, 50, 50)), Document(image=b"no image"), Document("text")]
+    documents = [
+        EmbeddingInput(image=page(0, 50, 50)),
+        EmbeddingInput(image=b"no image"),
+        EmbeddingInput("text"),
+    ]
     with pytest.raises(PartialResultError, match=r"1 of 3 inputs failed.*input 1") as caught:
         embedder.embed(documents)
     assert list(caught.value.errors) == [1]
@@ -207,21 +218,21 @@ def test_a_broken_image_leaves_the_others(vl):
 
 
 def test_many_images_come_in_the_callers_order(vl):
-    documents = [Document(image=page(i % 7, 40 + i, 90 - i)) for i in range(60)]
-    embedder = Embedder(Options(model=vl, tokens_per_step=300))
+    documents = [EmbeddingInput(image=page(i % 7, 40 + i, 90 - i)) for i in range(60)]
+    embedder = Embedder(Options(model=vl, max_batch_tokens=300))
     got = embedder.embed(documents)
     for row in (0, 13, 31, 59):
         assert np.abs(got[row] - embedder.embed([documents[row]])[0]).max() <= 1e-6
 
 
 def test_an_image_is_no_query(vl, checkpoint):
-    image = Document(image=page(0, 32, 32))
+    image = EmbeddingInput(image=page(0, 32, 32))
     with pytest.raises(UnsupportedModalityError, match=r'input 1 has an image.*role="document"'):
-        Embedder(Options(model=vl)).embed([Document("text"), image], "query")
+        Embedder(Options(model=vl)).embed([EmbeddingInput("text"), image], "query")
     with pytest.raises(UnsupportedModalityError, match=r"input 0 .*'image'.*only text"):
         Embedder(Options(model=checkpoint)).embed([image])
     with pytest.raises(InputTypeError, match="input 1"):
-        Embedder(Options(model=vl)).embed(["text", Document(image=42)])
+        Embedder(Options(model=vl)).embed(["text", EmbeddingInput(image=42)])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from shared_engine import (
     RequestTimeoutError,
     ServerError,
 )
-from shared_engine.check import check
+from shared_engine.cli.check import check
 from shared_engine.endpoints import HOSTED, find_exposure, is_hosted
 from shared_engine.nim import transport
 from shared_engine.routing import select_backend
@@ -312,7 +312,7 @@ def test_a_key_is_sent_nowhere_where_one_of_the_ways_is_open(
     for one, other in (("https://nim", "http://nim.example.com"), ("http://a", "http://8.8.8.8")):
         server = Nim()
         for urls in ([one, other], [other, one]):
-            options = {"base_url": urls, "http_client": server.client}
+            options = {"base_url": urls, "http_client_factory": server.client}
             refused = pytest.raises(ConfigurationError, match=f"unencrypted to {other}/v1;")
             with Embedder(Options(api_key=KEY, **options)) as engine, refused:
                 engine.embed(["a"])

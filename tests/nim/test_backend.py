@@ -29,8 +29,8 @@ from shared_engine import (
     AuthenticationError,
     ConfigurationError,
     ConnectionFailedError,
-    Document,
     Embedder,
+    EmbeddingInput,
     EngineClosedError,
     InputTooLongError,
     InvalidRequestError,
@@ -44,7 +44,7 @@ from shared_engine import (
     Request,
     RequestTimeoutError,
     UnsupportedDimensionsError,
-    count_tokens,
+    track_usage,
 )
 from shared_engine.endpoints import HOSTED
 from shared_engine.nim import NimBackend
@@ -206,7 +206,9 @@ def test_the_served_name_is_found_at_first_use(
 ) -> None:
     nim = Nim(models=(*listed, *listed))  # the catalogue lists some twice
     given = {} if model is None else {"model": model}
-    with Embedder(Options(base_url="http://nim", http_client=nim.client, **given)) as engine:
+    with Embedder(
+        Options(base_url="http://nim", http_client_factory=nim.client, **given)
+    ) as engine:
         engine.embed(["a"])
         engine.embed(["a"])
     assert [body["model"] for body in nim.bodies] == [sent, sent]
@@ -226,7 +228,7 @@ def test_the_served_name_is_found_at_first_use(
 def test_a_model_that_is_not_served_is_not_replaced(model: str | None, listed: list[str]) -> None:
     nim = Nim(models=tuple(listed))
     given = {} if model is None else {"model": model}
-    engine = Embedder(Options(base_url="http://nim", http_client=nim.client, **given))
+    engine = Embedder(Options(base_url="http://nim", http_client_factory=nim.client, **given))
     with engine, pytest.raises(ModelNotFoundError, match=", ".join(listed)):
         engine.embed(["a"])
     assert nim.bodies == []
@@ -237,7 +239,7 @@ def test_a_model_that_nobody_named_is_known_once_the_server_named_it() -> None:
     keys = []
     for models in ((served,), ("prod-embed",), (MODEL,)):
         nim = Nim(models=models)
-        options = Options(base_url="http://nim", http_client=nim.client, dimensions=WIDTH)
+        options = Options(base_url="http://nim", http_client_factory=nim.client, dimensions=WIDTH)
         with Embedder(options) as engine:
             assert "image" in engine.modalities
             keys.append(engine.cache_key("document"))
@@ -250,14 +252,14 @@ def test_a_model_that_nobody_named_is_known_once_the_server_named_it() -> None:
 
 def test_the_server_lists_its_models() -> None:
     nim = Nim(models=(MODEL, "other"))
-    backend = NimBackend(Options(http_client=nim.client), "http://nim/v1")
+    backend = NimBackend(Options(http_client_factory=nim.client), "http://nim/v1")
     assert [model.id for model in backend.list_models()] == [MODEL, "other"]
     backend.close()
     backend.close()
     with pytest.raises(EngineClosedError):
         backend.list_models()
     refusing = Nim(lambda r, _: httpx.Response(403, json={"detail": "not you"}))
-    backend = NimBackend(Options(http_client=refusing.client), "http://nim/v1")
+    backend = NimBackend(Options(http_client_factory=refusing.client), "http://nim/v1")
     with pytest.raises(PermissionDeniedError, match="not you"):
         backend.list_models()
     backend.close(wait=False)
@@ -568,7 +570,7 @@ def test_no_redirect_is_followed_with_the_key(target: str) -> None:
     following = Options(
         base_url="https://nim",
         api_key=KEY,
-        http_client=lambda: httpx.AsyncClient(
+        http_client_factory=lambda: httpx.AsyncClient(
             transport=httpx.MockTransport(nim), follow_redirects=True
         ),
     )
@@ -605,9 +607,9 @@ def test_the_catalogue_is_polled_for_what_it_owes() -> None:
 
 def test_tokens_are_counted_by_object_and_by_call() -> None:
     with Nim().embedder() as engine:
-        with count_tokens() as outer:
+        with track_usage() as outer:
             engine.embed(["a", "b"])
-            with count_tokens() as inner:
+            with track_usage() as inner:
                 asyncio.run(engine.aembed(["c"]))
         engine.embed(["d"])
         assert (outer.tokens, inner.tokens, engine.usage) == (3, 1, 4)
@@ -616,7 +618,7 @@ def test_tokens_are_counted_by_object_and_by_call() -> None:
 @pytest.mark.parametrize("kind", [NeMoRetrieverEmbeddings, NeMoRetrieverEmbedding])
 def test_the_adapters_change_nothing_but_their_arguments(kind: type[Any]) -> None:
     nim = Nim()
-    made = kind(model=MODEL, base_url="http://nim:8000", http_client=nim.client)
+    made = kind(model=MODEL, base_url="http://nim:8000", http_client_factory=nim.client)
     is_langchain = kind is NeMoRetrieverEmbeddings
     embed = made.embed_documents if is_langchain else made.get_text_embedding_batch
     query = made.embed_query if is_langchain else made.get_query_embedding
@@ -730,8 +732,8 @@ except ConnectionFailedError:
 
 def test_a_client_must_be_made_in_the_engines_own_loop() -> None:
     with pytest.raises(ValueError, match="a function that makes the client"):
-        Options(http_client=httpx.AsyncClient())
-    engine = Embedder(Options(base_url="http://nim", http_client=dict))
+        Options(http_client_factory=httpx.AsyncClient())
+    engine = Embedder(Options(base_url="http://nim", http_client_factory=dict))
     with engine, pytest.raises(ConfigurationError, match="made a dict"):
         engine.embed(["a"])
 
@@ -808,7 +810,7 @@ def test_what_a_callback_raises_is_logged_and_loses_no_vector(caplog, name):
 
     with Nim().embedder() as embedder:
         expected = embedder.embed(TEXTS)
-        request = Request([Document(text) for text in TEXTS], "document", **{name: fail})
+        request = Request([EmbeddingInput(text) for text in TEXTS], "document", **{name: fail})
         got = embedder._backend.submit(request).result(30)
     assert np.abs(got - expected).max() <= 1e-6
     assert "standard error is closed" in caplog.text

@@ -120,7 +120,7 @@ def test_a_key_of_the_environment_that_no_header_can_carry_is_not_shown(
         {"default_headers": KEY},
         {"default_headers": {"x": [KEY]}},
         {"base_url": f"https://user:{KEY}@nim"},
-        {"http_client": KEY},
+        {"http_client_factory": KEY},
         {"verify_ssl": [KEY]},
     ],
 )
@@ -173,7 +173,7 @@ def test_the_headers_of_a_ready_client_are_not_told_either() -> None:
         refuse = httpx.MockTransport(lambda r: httpx.Response(401, json={"error": f"not {KEY}"}))
         return httpx.AsyncClient(transport=refuse, headers={"x-api-key": KEY})
 
-    engine = Embedder(Options(base_url="https://nim", http_client=client))
+    engine = Embedder(Options(base_url="https://nim", http_client_factory=client))
     with engine, pytest.raises(AuthenticationError, match=r"not \*\*\*"):
         engine.embed(["a"])
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shared_engine import (
-    Document,
     Embedder,
+    EmbeddingInput,
     EngineError,
     ImageError,
     ImageTooLargeError,
@@ -73,23 +73,23 @@ def url(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-def documents(n: int, side: int = 8) -> list[Document]:
+def documents(n: int, side: int = 8) -> list[EmbeddingInput]:
     """Return texts, images and pairs in turn."""
-    makers: list[Callable[[int], Document]] = [
-        lambda i: Document(f"text {i}"),
-        lambda i: Document(image=png(i, side)),
-        lambda i: Document(f"page {i}", png(i, side)),
+    makers: list[Callable[[int], EmbeddingInput]] = [
+        lambda i: EmbeddingInput(f"text {i}"),
+        lambda i: EmbeddingInput(image=png(i, side)),
+        lambda i: EmbeddingInput(f"page {i}", png(i, side)),
     ]
     return [makers[i % 3](i) for i in range(n)]
 
 
-def wire(document: Document) -> str:
+def wire(document: EmbeddingInput) -> str:
     """Return what a document of `documents` is on the wire."""
     parts = [document.text, document.image and url(document.image)]
     return "\n".join(part for part in parts if part)
 
 
-def expected(items: list[Document]) -> NDArray[np.float32]:
+def expected(items: list[EmbeddingInput]) -> NDArray[np.float32]:
     return np.stack([vector(wire(item)) for item in items])
 
 
@@ -132,7 +132,7 @@ def test_each_kind_goes_in_its_form_with_its_modality_and_all_as_passages(model:
 @pytest.mark.parametrize("text", [None, "", " ", "\n\t "])
 def test_a_blank_text_with_an_image_is_an_image(text: str | None) -> None:
     with connected() as (nim, engine):
-        engine.embed([Document(text, png())])
+        engine.embed([EmbeddingInput(text, png())])
         assert (nim.embedded[0].body["modality"], nim.embedded[0].body["input"]) == (
             "image",
             [url(png())],
@@ -162,7 +162,7 @@ def test_a_model_for_text_alone_is_asked_without_modality_and_takes_no_image() -
         engine.embed(["a"])
         assert "modality" not in nim.embedded[0].body
         with pytest.raises(UnsupportedModalityError) as caught:
-            engine.embed(["a", Document(image=png())])
+            engine.embed(["a", EmbeddingInput(image=png())])
         assert caught.value.index == 1
         assert len(nim.embedded) == 1
 
@@ -177,13 +177,13 @@ def test_modality_is_left_out_with_texts_where_the_server_forbids_it() -> None:
             np.testing.assert_allclose(engine.embed(["a"]), [vector("a")], atol=1e-6)
         assert ["modality" in seen.body for seen in nim.embedded] == [True, False, False]
         with pytest.raises(InvalidRequestError, match="Not permitted"):
-            engine.embed([Document(image=png())])
+            engine.embed([EmbeddingInput(image=png())])
 
 
 def test_an_image_is_no_query() -> None:
     with connected() as (nim, engine):
         with pytest.raises(UnsupportedModalityError) as caught:
-            engine.embed(["a", Document(image=png())], "query")
+            engine.embed(["a", EmbeddingInput(image=png())], "query")
         assert caught.value.index == 1
         assert nim.embedded == []
 
@@ -194,7 +194,7 @@ def test_any_source_becomes_a_data_url_and_no_file_name_is_sent(tmp_path: Path) 
     sources = [path, str(path), path.as_uri(), path.open("rb"), png(), url(png())]
     sources += [picture(), saved(picture(), "WEBP"), saved(picture().convert("L"), "GIF")]
     with connected() as (nim, engine):
-        engine.embed([Document(image=source) for source in sources])
+        engine.embed([EmbeddingInput(image=source) for source in sources])
         sources[3].close()
         (body,) = [seen.body for seen in nim.embedded]
         assert set(body["input"][:6]) == {url(png())}
@@ -204,9 +204,9 @@ def test_any_source_becomes_a_data_url_and_no_file_name_is_sent(tmp_path: Path) 
         assert str(tmp_path) not in str(body)
 
 
-@pytest.mark.parametrize("image_urls", [False, True])
+@pytest.mark.parametrize("allow_image_urls", [False, True])
 def test_images_are_fetched_only_where_that_was_asked_for(
-    image_urls: bool, monkeypatch: pytest.MonkeyPatch
+    allow_image_urls: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
 
@@ -214,13 +214,13 @@ def test_images_are_fetched_only_where_that_was_asked_for(
         seen.append(urls)
         return url(png())
 
-    with connected(image_urls=image_urls) as (nim, engine):
+    with connected(allow_image_urls=allow_image_urls) as (nim, engine):
         with pytest.raises(ImageError):  # a loopback address is not the public internet
-            engine.embed([Document(image=f"{nim.url}/cat.png")])
+            engine.embed([EmbeddingInput(image=f"{nim.url}/cat.png")])
         assert [request.path for request in nim.seen] == ["/v1/models"]
         monkeypatch.setattr(images, "encode_data_url", fetched)
-        engine.embed([Document(image="https://example.org/cat.png")])
-    assert seen == [image_urls]
+        engine.embed([EmbeddingInput(image="https://example.org/cat.png")])
+    assert seen == [allow_image_urls]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,11 @@ def test_images_are_made_as_small_as_the_server_takes_them(
     small, large = png(0), png(1, 700)  # 2 MB in base64
     server = Nim(models=(VL,))
     options = {"model": VL, "base_url": base_url, "api_key": "k"}
-    items = [Document(image=small), Document(image=large), Document("page", large)]
+    items = [
+        EmbeddingInput(image=small),
+        EmbeddingInput(image=large),
+        EmbeddingInput("page", large),
+    ]
     with server.embedder(**options, **given) as engine:
         engine.embed(items)
         engine.embed(items)
@@ -258,9 +262,9 @@ def test_images_are_made_as_small_as_the_server_takes_them(
 
 
 def test_batches_are_bounded_by_bytes_and_by_count() -> None:
-    items = [Document(image=png(i, 256)) for i in range(20)]  # 263 kB in base64 each
-    items.append(Document(image=png(20, 1000)))  # 4 MB: alone, as no batch can be smaller
-    items += [Document(image=png(i)) for i in range(30)]
+    items = [EmbeddingInput(image=png(i, 256)) for i in range(20)]  # 263 kB in base64 each
+    items.append(EmbeddingInput(image=png(20, 1000)))  # 4 MB: alone, as no batch can be smaller
+    items += [EmbeddingInput(image=png(i)) for i in range(30)]
     with connected(max_batch_size=10) as (nim, engine):
         np.testing.assert_allclose(engine.embed(items), expected(items), atol=1e-6)
         batches = [seen.body["input"] for seen in nim.embedded]
@@ -270,7 +274,7 @@ def test_batches_are_bounded_by_bytes_and_by_count() -> None:
 
 
 def test_images_of_fewer_inputs_than_a_batch_holds_are_sent_at_once() -> None:
-    items = [Document(image=png(i, 512)) for i in range(20)]  # a megabyte each
+    items = [EmbeddingInput(image=png(i, 512)) for i in range(20)]  # a megabyte each
     with connected(latency=0.2) as (nim, engine):
         engine.embed(items)
         assert nim.most_in_flight > 5
@@ -307,7 +311,7 @@ def test_images_that_are_too_large_alone_fail_alone_and_leave_the_batches_full(
                 return refused(413, "reduce the payload or image size", **more)
         return None
 
-    items = [Document(image=png(i, 32)) for i in range(300)]
+    items = [EmbeddingInput(image=png(i, 32)) for i in range(300)]
     many_pixels = {wire(item) for item in items[17::50]}  # and no more bytes than the others
     with connected(answer, concurrency=1, max_batch_size=20) as (nim, engine):
         with pytest.raises(PartialResultError) as caught:
@@ -342,7 +346,7 @@ def test_only_so_many_encoded_images_are_held(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(images, "encode_data_url", counted)
     content = [png(i) for i in range(2000)]
     with connected(latency=0.01, concurrency=4, max_batch_size=10) as (nim, engine):
-        engine.embed([Document(image=one) for one in content])
+        engine.embed([EmbeddingInput(image=one) for one in content])
         assert encoded == 2000
         # 2 x 4 workers, the batch that is built, and what is ahead of it; answers are counted late.
         assert most <= 13 * 10 + nim_batches.IMAGES_AHEAD
@@ -350,7 +354,7 @@ def test_only_so_many_encoded_images_are_held(monkeypatch: pytest.MonkeyPatch) -
         nim.answered.clear()
         nim.latency = 0.1
         encoded = most = 0
-        engine.embed([Document(image=one) for one in content[:300]])
+        engine.embed([EmbeddingInput(image=one) for one in content[:300]])
         assert encoded == 300
         assert most <= 40 + nim_batches.IMAGES_AHEAD
 
@@ -366,7 +370,9 @@ def test_a_slow_image_keeps_nobody_else_waiting(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(images, "encode_data_url", slow)
     with connected() as (_, engine):
         result: list[Any] = []
-        work = threading.Thread(target=lambda: result.append(engine.embed([Document(image=png())])))
+        work = threading.Thread(
+            target=lambda: result.append(engine.embed([EmbeddingInput(image=png())]))
+        )
         work.start()
         assert started.wait(10)
         begun = time.monotonic()
@@ -396,7 +402,7 @@ def test_nothing_more_is_encoded_for_a_call_that_ended(
     monkeypatch.setattr(images, "encode_data_url", counted)
     content = [png(i) for i in range(3)]
     broken = {content[2]}
-    items = [Document(image=content[i % 3]) for i in range(3000)]
+    items = [EmbeddingInput(image=content[i % 3]) for i in range(3000)]
     answer = (lambda _: refused(401, "no")) if how == "refusal" else None
 
     async def cancelled() -> None:
@@ -440,7 +446,7 @@ def test_an_image_that_failed_for_nobody_is_no_noise_in_the_log(
     go_on, first = threading.Event(), png(0)
     with connected(deadline=0.2) as (_, engine):
         with pytest.raises(RequestTimeoutError):
-            engine.embed([Document(image=png(i)) for i in range(9)])
+            engine.embed([EmbeddingInput(image=png(i)) for i in range(9)])
         go_on.set()
     gc.collect()
     assert caplog.text == ""
@@ -452,10 +458,10 @@ def test_an_image_that_failed_for_nobody_is_no_noise_in_the_log(
 def test_an_image_that_cannot_be_read_fails_alone() -> None:
     items = documents(120)
     broken = {
-        7: Document(image=b"no image"),
-        50: Document("a caption", png(50)[:-30]),
-        51: Document(image="/no/such/file.png"),
-        118: Document(image="data:image/png;base64,AAAA"),
+        7: EmbeddingInput(image=b"no image"),
+        50: EmbeddingInput("a caption", png(50)[:-30]),
+        51: EmbeddingInput(image="/no/such/file.png"),
+        118: EmbeddingInput(image="data:image/png;base64,AAAA"),
     }
     given = [broken.get(i, item) for i, item in enumerate(items)]
     with connected(max_batch_size=10) as (nim, engine):
@@ -474,7 +480,7 @@ def test_an_image_that_cannot_be_read_fails_alone() -> None:
             engine.embed([broken[7], broken[118]])
         assert sorted(caught.value.errors) == [0, 1]
         with pytest.raises(InputTypeError) as wrong:
-            engine.embed([*items, Document(image=object())])
+            engine.embed([*items, EmbeddingInput(image=object())])
         assert wrong.value.index == 120
         assert len(nim.embedded) == before
 
@@ -488,7 +494,7 @@ def test_a_failure_of_ours_in_one_image_is_an_engine_error(monkeypatch: pytest.M
         return encode_data_url(image, urls, limit)
 
     monkeypatch.setattr(images, "encode_data_url", failing)
-    items = [Document(image=png(i)) for i in range(9)]
+    items = [EmbeddingInput(image=png(i)) for i in range(9)]
     with connected() as (_, engine), pytest.raises(PartialResultError) as caught:
         engine.embed(items)
     assert {row: type(error) for row, error in caught.value.errors.items()} == {3: EngineError}
@@ -502,7 +508,7 @@ def test_an_input_over_the_token_limit_is_named() -> None:
         return None
 
     items = documents(60)
-    items[20] = Document("long " * 100, png(20))
+    items[20] = EmbeddingInput("long " * 100, png(20))
     with connected(answer) as (_, engine), pytest.raises(PartialResultError) as caught:
         engine.embed(items)
     ((row, error),) = caught.value.errors.items()
@@ -518,7 +524,7 @@ def test_an_image_that_the_server_cannot_read_fails_alone_whatever_it_says() -> 
             return refused(400, "cannot identify image file")
         return None
 
-    items = [Document(image=png(i)) for i in range(60)]
+    items = [EmbeddingInput(image=png(i)) for i in range(60)]
     with connected(answer, max_batch_size=16) as (nim, engine):
         with pytest.raises(PartialResultError) as caught:
             engine.embed(items)
@@ -537,7 +543,7 @@ def test_an_image_that_the_server_cannot_read_fails_alone_whatever_it_says() -> 
     ],
 )
 def test_what_is_true_of_all_images_ends_the_call(words: str, kind: type[Exception]) -> None:
-    items = [Document(image=png(i)) for i in range(500)]
+    items = [EmbeddingInput(image=png(i)) for i in range(500)]
     with connected(lambda _: refused(400, words), concurrency=2) as (nim, engine):
         with pytest.raises(kind):
             engine.embed(items)
@@ -553,7 +559,7 @@ def test_a_server_that_names_the_input_is_asked_about_it_once_more_and_not_of_it
                 return refused(400, "the image is broken", index=index)
         return None
 
-    items = [Document(image=png(i)) for i in range(50)]
+    items = [EmbeddingInput(image=png(i)) for i in range(50)]
     with connected(answer) as (nim, engine):
         with pytest.raises(PartialResultError) as caught:
             engine.embed(items)

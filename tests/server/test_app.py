@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-from shared_engine import ConfigurationError, Document, Embedder, Options
-from shared_engine.cli import main
+from shared_engine import ConfigurationError, Embedder, EmbeddingInput, Options
+from shared_engine.cli.main import main
 from shared_engine.local import LocalBackend
 from shared_engine.server.app import create_app
 from shared_engine.server.errors import HTTPRefusal
@@ -505,7 +505,7 @@ def test_a_huge_text_is_let_go_of_once_it_is_answered(served: Running, truncate:
         wait_for(lambda: bool(collected), seconds=10)
     finally:
         gc.callbacks.remove(note)
-    texts = [item.text for item in gc.get_objects() if type(item) is Document]
+    texts = [item.text for item in gc.get_objects() if type(item) is EmbeddingInput]
     assert not [text for text in texts if isinstance(text, str) and len(text) > 5_000_000]
 
 

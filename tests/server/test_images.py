@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shared_engine import (
-    Document,
     Embedder,
+    EmbeddingInput,
     ImageTooLargeError,
     InputTooLongError,
     InvalidRequestError,
     Options,
     PartialResultError,
 )
-from shared_engine.cli import main
+from shared_engine.cli.main import main
 from shared_engine.images import sources
 from shared_engine.server.limits import ServerLimits
 from shared_engine.server.protocol import split_data_url
@@ -83,7 +83,7 @@ def assert_close(got: Any, wanted: Any) -> None:
     np.testing.assert_allclose(got, wanted, atol=TOLERANCE, rtol=0)
 
 
-def here(served: Running, *items: str | Document, role: Any = "document") -> NDArray[Any]:
+def here(served: Running, *items: str | EmbeddingInput, role: Any = "document") -> NDArray[Any]:
     """Return what the engine gives without HTTP."""
     with Embedder(served.options) as embedder:
         return embedder.embed(items, role)
@@ -98,27 +98,35 @@ def violated(response: httpx.Response) -> list[Any]:
 
 # --- here and there ------------------------------------------------------------------------------
 
-KINDS: dict[str, list[str | Document]] = {
+KINDS: dict[str, list[str | EmbeddingInput]] = {
     "text": [TEXT, "", "Der Versand kostet 4,90 €."],
-    "image": [Document(image=PNG), Document(image=JPEG), Document(image=page(3, 40, 40))],
-    "pair": [Document("a page", PNG), Document("zwei\nZeilen ", JPEG), Document(" lead", PNG)],
-    "blank": [Document("", PNG), Document(" \n", PNG), Document(image=PNG)],
+    "image": [
+        EmbeddingInput(image=PNG),
+        EmbeddingInput(image=JPEG),
+        EmbeddingInput(image=page(3, 40, 40)),
+    ],
+    "pair": [
+        EmbeddingInput("a page", PNG),
+        EmbeddingInput("zwei\nZeilen ", JPEG),
+        EmbeddingInput(" lead", PNG),
+    ],
+    "blank": [EmbeddingInput("", PNG), EmbeddingInput(" \n", PNG), EmbeddingInput(image=PNG)],
     "formats": [
-        Document(image=saved(page(4, 70, 80), "WEBP", lossless=True)),
-        Document(image=page(5, 30, 30).convert("L")),
-        Document(image=saved(page(6, 64, 32).convert("P"), "GIF")),
-        Document(image=saved(page(7, 64, 32).convert("RGBA"), "TIFF")),
-        Document(image=url(JPEG, "jpeg")),
+        EmbeddingInput(image=saved(page(4, 70, 80), "WEBP", lossless=True)),
+        EmbeddingInput(image=page(5, 30, 30).convert("L")),
+        EmbeddingInput(image=saved(page(6, 64, 32).convert("P"), "GIF")),
+        EmbeddingInput(image=saved(page(7, 64, 32).convert("RGBA"), "TIFF")),
+        EmbeddingInput(image=url(JPEG, "jpeg")),
     ],
     "traps": [
         SHORT,
         f"a cat\n{SHORT}",
         f"<img src='{SHORT}'/>",
-        Document(f"the URL {SHORT}", JPEG),
-        Document(f"a line\n{SHORT}", JPEG),
-        Document("<img src='", PNG),
-        Document("a tag <img src='x'/>", PNG),
-        Document("file:///etc/passwd", PNG),
+        EmbeddingInput(f"the URL {SHORT}", JPEG),
+        EmbeddingInput(f"a line\n{SHORT}", JPEG),
+        EmbeddingInput("<img src='", PNG),
+        EmbeddingInput("a tag <img src='x'/>", PNG),
+        EmbeddingInput("file:///etc/passwd", PNG),
     ],
 }
 KINDS["mixed"] = [KINDS[name][i] for i in range(3) for name in ("pair", "text", "image", "traps")]
@@ -165,7 +173,9 @@ def test_check_compares_images_too(
 @pytest.mark.parametrize("input_type", ["passage", "", ...])
 def test_images_alone(served: Running, modality: Any, input_type: Any) -> None:
     response = served.post(input=[URL, url(JPEG)], modality=modality, input_type=input_type)
-    assert_close(vectors(response), here(served, Document(image=PNG), Document(image=JPEG)))
+    assert_close(
+        vectors(response), here(served, EmbeddingInput(image=PNG), EmbeddingInput(image=JPEG))
+    )
 
 
 @pytest.mark.parametrize("modality", ["text_image", ["text_image"], ...])
@@ -184,19 +194,19 @@ def test_images_alone(served: Running, modality: Any, input_type: Any) -> None:
 def test_forms_of_a_text_with_an_image(served: Running, form: str, modality: Any) -> None:
     given = form.format(text="a page", url=URL)
     got = vectors(served.post(input=given, modality=modality))
-    assert_close(got, here(served, Document("a page", PNG)))
+    assert_close(got, here(served, EmbeddingInput("a page", PNG)))
 
 
 @pytest.mark.parametrize("form", ["<img src='{}'/>", '<img src="{}">', "\n{}", " <img src='{}'/>"])
 def test_forms_of_an_image(served: Running, form: str) -> None:
     for modality in ("image", ...):
         got = vectors(served.post(input=form.format(URL), modality=modality))
-        assert_close(got, here(served, Document(image=PNG)))
+        assert_close(got, here(served, EmbeddingInput(image=PNG)))
 
 
 def test_a_batch_of_all_kinds_said_or_inferred(served: Running) -> None:
     given = [TEXT, URL, f"a page\n{URL}", "file:///etc/passwd"]
-    wanted = here(served, TEXT, Document(image=PNG), Document("a page", PNG), given[3])
+    wanted = here(served, TEXT, EmbeddingInput(image=PNG), EmbeddingInput("a page", PNG), given[3])
     kinds = ["text", "image", "text_image", "text"]
     for modality in (kinds, ...):
         assert_close(vectors(served.post(input=given, modality=modality)), wanted)
@@ -210,7 +220,7 @@ def test_a_batch_of_all_kinds_said_or_inferred(served: Running) -> None:
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "x-whatever", "svg+xml"])
 def test_the_format_is_told_by_the_bytes(served: Running, kind: str) -> None:
     got = vectors(served.post(input=url(JPEG, kind), modality="image"))
-    assert_close(got, here(served, Document(image=JPEG)))
+    assert_close(got, here(served, EmbeddingInput(image=JPEG)))
 
 
 def test_a_text_stays_a_text_where_that_is_said(served: Running) -> None:
@@ -255,7 +265,7 @@ def test_a_model_for_text_alone_takes_every_input_for_a_text(tmp_path: Path) -> 
         with Embedder(Options(model=NAME, base_url=text_only.url)) as there:
             assert_close(there.embed(given), text_only.expected(given))
             with pytest.raises(InvalidRequestError, match="Input should be 'text'"):
-                there.embed([Document(image=PNG)] * 3)
+                there.embed([EmbeddingInput(image=PNG)] * 3)
 
 
 # --- what it refuses -----------------------------------------------------------------------------
@@ -267,7 +277,7 @@ def test_nothing_that_a_client_names_is_opened(
 ) -> None:
     path = tmp_path / "there.png"
     path.write_bytes(PNG)
-    fetching = options.model_copy(update={"image_urls": True})
+    fetching = options.model_copy(update={"allow_image_urls": True})
     with FaultyNim() as outside, running(fetching) as here:
         for given in (
             "file:///etc/passwd",
@@ -312,7 +322,7 @@ def test_a_query_has_no_image(served: Running) -> None:
     response = served.post(input=[TEXT, URL], input_type=...)
     assert "'input_type' parameter is required" in response.json()["error"]
     got = vectors(served.post(model=NAME + "-passage", input=[TEXT, URL], input_type=...))
-    assert_close(got, here(served, TEXT, Document(image=PNG)))
+    assert_close(got, here(served, TEXT, EmbeddingInput(image=PNG)))
 
 
 @pytest.mark.parametrize("modality", ["video", ["image", "video"], ["image"] * 3, [], [1]])
@@ -369,7 +379,7 @@ def test_limits_of_images(options: Options) -> None:
     assert ServerLimits().max_image_bytes == sources.MAX_BYTES
     assert 4 * ServerLimits().max_image_bytes // 3 + 100_000 < ServerLimits().max_body_bytes
     limits = ServerLimits(max_image_bytes=len(PNG), max_images=3)
-    large = Document(image=saved(page(8, 300, 300)))
+    large = EmbeddingInput(image=saved(page(8, 300, 300)))
     with running(options, limits=limits) as here:
         assert here.post(input=[TEXT] * 5 + [URL] * 3).status_code == 200
         response = here.post(input=[URL] * 4)
@@ -377,7 +387,7 @@ def test_limits_of_images(options: Options) -> None:
         assert "4 in one request" in response.json()["error"]
         response = here.post(input=[URL, url(large.image)], modality="image")
         assert (response.status_code, response.json()["index"]) == (413, 1)
-        items = [large if i == 5 else Document(f"page {i}", PNG) for i in range(12)]
+        items = [large if i == 5 else EmbeddingInput(f"page {i}", PNG) for i in range(12)]
         with Embedder(Options(model=NAME, base_url=here.url)) as there:
             with pytest.raises(PartialResultError) as caught:
                 there.embed(items)
@@ -393,7 +403,7 @@ def test_limits_of_images(options: Options) -> None:
 
 
 def test_our_own_client_finds_the_size_that_a_server_takes(options: Options) -> None:
-    items = [Document(image=saved(page(i, 100, 100))) for i in range(40)]
+    items = [EmbeddingInput(image=saved(page(i, 100, 100))) for i in range(40)]
     most = 12 * len(items[0].image)
     with (
         running(options, limits=ServerLimits(max_body_bytes=most)) as here,
@@ -414,7 +424,7 @@ def test_too_many_tokens(served: Running) -> None:
     words = r"Input length \d+ exceeds maximum allowed token size \d+"
     assert re.fullmatch(words, response.json()["error"])
     assert response.json()["index"] == 1
-    items = [TEXT, Document(long, PNG), Document(image=PNG)]
+    items = [TEXT, EmbeddingInput(long, PNG), EmbeddingInput(image=PNG)]
     there = Embedder(Options(model=NAME, base_url=served.url))
     with there, pytest.raises(PartialResultError) as caught:
         there.embed(items)
@@ -423,7 +433,7 @@ def test_too_many_tokens(served: Running) -> None:
     }
     cut = served.post(input=f"{long}\n{URL}", modality="text_image", truncate="END")
     with Embedder(served.options.model_copy(update={"truncate": "END"})) as embedder:
-        assert_close(vectors(cut), embedder.embed([Document(long, PNG)]))
+        assert_close(vectors(cut), embedder.embed([EmbeddingInput(long, PNG)]))
 
 
 # --- many at once --------------------------------------------------------------------------------
@@ -482,16 +492,16 @@ def test_openai_client_sends_the_cards_sample(served: Running, input_type: str) 
             encoding_format="float",
             extra_body=more,
         )
-        assert_close([response.data[0].embedding], here(served, Document(image=PNG)))
+        assert_close([response.data[0].embedding], here(served, EmbeddingInput(image=PNG)))
         inferred = client.embeddings.create(input=[TEXT, URL], model=NAME + "-passage")
         got = [item.embedding for item in inferred.data]
-        assert_close(got, here(served, TEXT, Document(image=PNG)))
+        assert_close(got, here(served, TEXT, EmbeddingInput(image=PNG)))
 
 
 def test_langchain_nvidia_sends_the_cards_sample(served: Running) -> None:
     module = pytest.importorskip("langchain_nvidia_ai_endpoints")
     client = module.NVIDIAEmbeddings(base_url=served.url, model=NAME, truncate="NONE")
-    assert_close(client.embed_documents([URL]), here(served, Document(image=PNG)))
+    assert_close(client.embed_documents([URL]), here(served, EmbeddingInput(image=PNG)))
 
 
 # --- anything at all -----------------------------------------------------------------------------

@@ -110,4 +110,4 @@ class Nim:
 
     def embedder(self, **options: Any) -> Embedder:
         options = {"base_url": "http://nim:8000", "model": MODEL, **options}
-        return Embedder(Options(http_client=self.client, max_retries=0, **options))
+        return Embedder(Options(http_client_factory=self.client, max_retries=0, **options))

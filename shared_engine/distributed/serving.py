@@ -16,14 +16,13 @@ import asyncio
 import logging
 import signal
 import threading
-from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from shared_engine.arguments import read_key
-from shared_engine.bulk.nodes import Share, connect, find_share, import_ray
+from shared_engine.distributed.nodes import Share, connect, find_share, import_ray
+from shared_engine.endpoints import read_key
 from shared_engine.errors import ConfigurationError, EngineError
 from shared_engine.options import Options
 from shared_engine.server.limits import ServerLimits
@@ -112,7 +111,7 @@ def _create_app(settings: Replicas) -> Any:
     app = create_app(
         settings.options,
         served_name=settings.served_name,
-        api_key=read_key(Namespace(api_key_env=settings.api_key_env)),
+        api_key=read_key(settings.api_key_env),
         limits=settings.limits,
         allowed_hosts=settings.allowed_hosts,
         on_failure=failures.append,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import get_args
 
-from shared_engine.arguments import HERE, THERE, add_key, add_options, read_key, read_options
+from shared_engine.cli.options import LOCAL, REMOTE, add_key, add_options, read_options
+from shared_engine.endpoints import read_key
 from shared_engine.errors import ConfigurationError
 from shared_engine.options import Options
 from shared_engine.vectors import EmbeddingType
@@ -28,7 +30,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="Data in BEIR's form.")
-    add_options(verb, (*HERE, *THERE, "truncate"))
+    add_options(verb, (*LOCAL, *REMOTE, "truncate"))
     add_key(verb)
     verb.add_argument(
         "--dimensions",
@@ -85,59 +87,58 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--data", type=Path, metavar="FOLDER", help="With --mteb: a local copy, in BEIR's form."
     )
     # What a retrieval benchmark does with texts over a model's limit.
-    verb.set_defaults(run=_evaluate, truncate="END", log_level="warning")
+    verb.set_defaults(run=run, truncate="END", log_level="warning")
 
 
-def _evaluate(asked: argparse.Namespace) -> int:
-    for path in filter(None, (asked.json, asked.plot)):  # not when all is computed
+def run(args: argparse.Namespace) -> int:
+    """Evaluate on a folder, or run tasks of MTEB."""
+    for path in filter(None, (args.json, args.plot)):  # not when all is computed
         if path.is_dir() or not path.parent.is_dir():
             raise ConfigurationError(
                 f"{path} cannot be written: expected a file in a folder that is there"
             )
-    options = read_options(asked, (*HERE, *THERE, "truncate"), **_read_key(asked))
-    if asked.mteb:
-        return _run_tasks(asked, options)
-    if asked.folder is None or asked.data is not None:
+    options = read_options(args, (*LOCAL, *REMOTE, "truncate"), **_read_key(args))
+    if args.mteb:
+        return _run_tasks(args, options)
+    if args.folder is None or args.data is not None:
         raise ConfigurationError("give a FOLDER to evaluate on, or --mteb TASK and its --data")
     from shared_engine.evaluate import EngineModel, evaluate, find_model
     from shared_engine.evaluate.report import check_plot, draw_plot, write_json, write_table
 
-    if asked.plot is not None:
-        check_plot(asked.plot)
+    if args.plot is not None:
+        check_plot(args.plot)
     report = evaluate(
-        asked.folder,
-        [EngineModel(options), *(find_model(name, options) for name in asked.against)],
-        dimensions=asked.dimensions,
-        embedding_types=asked.embedding_types,
-        split=asked.split,
-        cache=asked.cache,
-        bm25=not asked.no_bm25,
-        ignore_identical_ids=asked.ignore_identical_ids,
+        args.folder,
+        [EngineModel(options), *(find_model(name, options) for name in args.against)],
+        dimensions=args.dimensions,
+        embedding_types=args.embedding_types,
+        split=args.split,
+        cache=args.cache,
+        bm25=not args.no_bm25,
+        ignore_identical_ids=args.ignore_identical_ids,
         say=lambda line: print(line, file=sys.stderr),
     )
     print(write_table(report))
-    if asked.json is not None:
-        write_json(report, asked.json)
-    if asked.plot is not None:
-        draw_plot(report, asked.plot)
+    if args.json is not None:
+        write_json(report, args.json)
+    if args.plot is not None:
+        draw_plot(report, args.plot)
     return 0
 
 
-def _run_tasks(asked: argparse.Namespace, options: Options) -> int:
-    import orjson
-
+def _run_tasks(args: argparse.Namespace, options: Options) -> int:
     from shared_engine.evaluate import run_tasks, write_tasks
 
     options = options.replace(
-        dimensions=next(iter(asked.dimensions), None), embedding_type=asked.embedding_types[0]
+        dimensions=next(iter(args.dimensions), None), embedding_type=args.embedding_types[0]
     )
-    rows = run_tasks(asked.mteb, options, asked.data)
+    rows = run_tasks(args.mteb, options, args.data)
     print(write_tasks(rows))
-    if asked.json is not None:
-        asked.json.write_bytes(orjson.dumps(rows, option=orjson.OPT_INDENT_2) + b"\n")
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def _read_key(asked: argparse.Namespace) -> dict[str, str]:
-    key = read_key(asked)
+def _read_key(args: argparse.Namespace) -> dict[str, str]:
+    key = read_key(args.api_key_env)
     return {} if key is None else {"api_key": key}

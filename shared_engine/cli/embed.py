@@ -6,16 +6,17 @@ import argparse
 import os
 import sys
 
-from shared_engine.arguments import (
-    HERE,
-    THERE,
+from shared_engine.bulk import needs_extra
+from shared_engine.cli.options import (
+    LOCAL,
+    REMOTE,
     VECTORS,
     add_key,
+    add_log_level,
     add_options,
-    read_key,
     read_options,
 )
-from shared_engine.bulk import needs_extra
+from shared_engine.endpoints import read_key
 
 _HEADING_SECONDS, _PLAN_SECONDS = 2.0, 10.0
 """How long the engine is measured before a run, and for a plan."""
@@ -70,52 +71,45 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     verb.add_argument("--workers", type=int, metavar="N", help="Engines on the cluster.")
     verb.add_argument("--gpus-per-worker", type=float, metavar="G")
-    add_options(verb, (*HERE, *VECTORS, *THERE))
+    add_options(verb, (*LOCAL, *VECTORS, *REMOTE))
     add_key(verb)
-    verb.add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="warning",
-        help="Default: %(default)s.",
-    )
-    verb.set_defaults(run=_embed)
+    add_log_level(verb, "warning")
+    verb.set_defaults(run=run)
 
 
-def _embed(asked: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Embed, or plan to; say at the end what was done."""
-    key = read_key(asked)
+    key = read_key(args.api_key_env)
     options = read_options(
-        asked, (*HERE, *VECTORS, *THERE), **({} if key is None else {"api_key": key})
+        args, (*LOCAL, *VECTORS, *REMOTE), **({} if key is None else {"api_key": key})
     )
     with needs_extra("bulk"):
         from shared_engine.bulk.job import Job
         from shared_engine.bulk.plan import plan
         from shared_engine.bulk.run import begin, find_work, run_local
     job = Job(
-        inputs=tuple(os.path.abspath(path) for path in asked.inputs),
-        out=os.path.abspath(asked.out),
+        inputs=tuple(os.path.abspath(path) for path in args.inputs),
+        out=os.path.abspath(args.out),
         options=options,
-        role=asked.role,
-        text_column=asked.text_column,
-        image_column=asked.image_column,
-        id_column=asked.id_column,
-        columns=asked.columns,
-        rows_per_file=asked.rows_per_file,
-        pdf=asked.pdf,
-        strict=asked.strict,
+        role=args.role,
+        text_column=args.text_column,
+        image_column=args.image_column,
+        id_column=args.id_column,
+        columns=args.columns,
+        rows_per_file=args.rows_per_file,
+        pdf=args.pdf,
+        strict=args.strict,
     )
-    if asked.ray is not None and not asked.plan:
+    if args.ray is not None and not args.plan:
         with needs_extra("ray"):
-            from shared_engine.bulk.cluster import run_ray
-        address = None if asked.ray == "auto" else asked.ray
-        summary = run_ray(
-            job, address, workers=asked.workers, gpus_per_worker=asked.gpus_per_worker
-        )
+            from shared_engine.distributed.bulk import run_ray
+        address = None if args.ray == "auto" else args.ray
+        summary = run_ray(job, address, workers=args.workers, gpus_per_worker=args.gpus_per_worker)
     else:
         from shared_engine.embedder import Embedder
 
         with Embedder(options) as embedder:
-            if asked.plan:
+            if args.plan:
                 print(plan(job, embedder, find_work(job), seconds=_PLAN_SECONDS))
                 return 0
             work = begin(job)

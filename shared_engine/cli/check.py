@@ -1,7 +1,9 @@
-"""What runs here, what a server gives, and whether the two are interchangeable."""
+"""`nemoretriever check`: test a local model or a server, and compare their vectors."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import platform
 import statistics
 import time
@@ -14,10 +16,18 @@ from pydantic import SecretStr
 
 from shared_engine import images
 from shared_engine._version import __version__
-from shared_engine.catalogue import find
-from shared_engine.documents import Document, Role
+from shared_engine.catalogue import lookup
+from shared_engine.cli.options import (
+    LOCAL,
+    add_key,
+    add_log_level,
+    add_options,
+    add_served_name,
+    read_options,
+)
+from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
-from shared_engine.endpoints import normalize_urls, split_urls
+from shared_engine.endpoints import normalize_urls, read_key, split_urls
 from shared_engine.errors import NeMoRetrieverError
 from shared_engine.options import Options
 
@@ -40,6 +50,37 @@ _SAMPLES: dict[Role, list[str]] = {
         "def mean(values: list[float]) -> float:\n    return sum(values) / len(values)\n",
     ],
 }
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `check` to the command line."""
+    verb = commands.add_parser(
+        "check", help="test a local model or a server, and compare their vectors"
+    )
+    add_options(verb, LOCAL)
+    add_served_name(verb)
+    add_key(verb)
+    verb.add_argument(
+        "--base-url",
+        metavar="URL",
+        help="Server to check. With --model or --checkpoint its vectors are compared with the "
+        "local model's. Default: NVIDIA_BASE_URL.",
+    )
+    add_log_level(verb, "warning")
+    verb.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the local model, the server, or both."""
+    base_url = args.base_url or os.environ.get("NVIDIA_BASE_URL")
+    is_local = not base_url or args.model or args.checkpoint
+    same = check(
+        read_options(args, LOCAL, backend="local") if is_local else None,
+        base_url,
+        served_name=args.served_name,
+        api_key=read_key(args.api_key_env),
+    )
+    return 0 if same else 1
 
 
 def check(
@@ -67,7 +108,7 @@ def check(
         if name := served_name or _find_name(here, options):
             options = options.replace(model=name)
         # A server under a name of its own may do text alone; the model here tells.
-        has_images = "image" in (found[0] or ()) if found else find(options.model) is not None
+        has_images = "image" in (found[0] or ()) if found else lookup(options.model) is not None
         found.append(_measure("there", options, has_images))
     working = [vectors for vectors in found if vectors is not None]
     if len(working) < len(found):
@@ -87,8 +128,8 @@ def _measure(
             }
             if has_images and "image" in embedder.modalities:
                 disc = images.draw_sample()
-                both = Document("A disc that fades to its rim.", disc)
-                found["image"] = embedder.embed([Document(image=disc), both])
+                both = EmbeddingInput("A disc that fades to its rim.", disc)
+                found["image"] = embedder.embed([EmbeddingInput(image=disc), both])
             first = time.perf_counter() - started
             seconds = [_time_query(embedder) for _ in range(9)]
             print(f"{place}: {embedder.description}")
@@ -148,7 +189,7 @@ def _probe(base_url: str) -> None:
 def _find_name(here: Options | None, there: Options) -> str | None:
     """Return the name to ask a server for; None leaves it to the options' default."""
     said = here.model if here is not None and here.is_model_given else None
-    if said and find(said):
+    if said and lookup(said):
         return said
     try:
         with Embedder(there) as embedder:

@@ -29,8 +29,8 @@ import pyarrow as pa
 from shared_engine.bulk.fragment import embed_fragment
 from shared_engine.bulk.job import Fragment, Job
 from shared_engine.bulk.manifest import Done
-from shared_engine.bulk.nodes import Share, connect, count_room, find_share, import_ray
 from shared_engine.bulk.run import Summary, begin, finish
+from shared_engine.distributed.nodes import Share, connect, count_room, find_share, import_ray
 from shared_engine.embedder import Embedder
 from shared_engine.errors import EngineError, InputError, NeMoRetrieverError
 

@@ -1,0 +1,1 @@
+"""The command line: `nemoretriever serve`, `check`, `embed` and `evaluate`."""

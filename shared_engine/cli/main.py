@@ -1,0 +1,77 @@
+"""Parse the command line, run a command, and turn errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from pydantic import ValidationError
+
+from shared_engine._version import __version__
+from shared_engine.cli import check, embed, evaluate, serve
+from shared_engine.errors import ConfigurationError, MissingExtraError, NeMoRetrieverError
+
+_EPILOG = """\
+exit codes:
+  0  success
+  1  the command ran and failed, at some inputs or at all of them
+  2  invalid usage or configuration
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        arguments: The command line without the program's name; None reads `sys.argv`.
+    """
+    args = build_parser().parse_args(arguments)
+    try:
+        with _log_to_stderr(args.log_level):
+            return int(args.run(args))
+    except ValidationError as exc:
+        error = exc.errors()[0]
+        option = "".join(f"--{part}: ".replace("_", "-") for part in error["loc"][:1])
+        print(f"nemoretriever: {option}{error['msg']}", file=sys.stderr)
+        return 2
+    except NeMoRetrieverError as exc:
+        print(f"nemoretriever: {exc}", file=sys.stderr)
+        return 2 if isinstance(exc, (ConfigurationError, MissingExtraError)) else 1
+    except OSError as exc:  # a full disk, a folder without write permission
+        print(f"nemoretriever: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; each sets `run`, called with the parsed arguments."""
+    parser = argparse.ArgumentParser(
+        prog="nemoretriever",
+        description="NVIDIA NeMo Retriever embeddings.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for command in (serve, check, embed, evaluate):
+        command.add_command(commands)
+    return parser
+
+
+@contextmanager
+def _log_to_stderr(level: str) -> Iterator[None]:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log = logging.getLogger("shared_engine")
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(level.upper())
+    try:
+        yield
+    finally:  # a program that calls `main` keeps its own logging
+        log.removeHandler(handler)
+        log.setLevel(before)

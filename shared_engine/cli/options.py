@@ -1,0 +1,79 @@
+"""The engine's options as command-line arguments, made from `Options`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from shared_engine.catalogue import DEFAULT_MODEL
+from shared_engine.options import Options
+
+LOCAL = (
+    "model", "checkpoint", "revision", "device", "dtype", "max_tokens", "max_tiles",
+    "max_batch_tokens",
+)  # fmt: skip
+"""Options of a model in this process."""
+VECTORS = ("dimensions", "embedding_type", "truncate")
+"""Options of the returned vectors."""
+REMOTE = ("base_url", "timeout", "max_retries", "max_batch_size", "concurrency")
+"""Options of the client of a NIM."""
+
+
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Add arguments for some of the engine's options, with the type and help that they have."""
+    for name in names:
+        field = Options.model_fields[name]
+        default = f" Default: {DEFAULT_MODEL}." if name == "model" else ""
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            help=((field.description or "") + default).replace("%", "%%"),
+            **_argument(field.annotation),
+        )
+
+
+def _argument(annotation: Any) -> dict[str, Any]:
+    """Return argparse's settings for an option of this type.
+
+    >>> _argument(int | None), _argument(Literal["a", "b"]), _argument(str)
+    ({'type': <class 'int'>, 'metavar': 'N'}, {'choices': ('a', 'b')}, {})
+    """
+    if get_origin(annotation) is Literal:
+        return {"choices": get_args(annotation)}
+    kinds = {annotation, *get_args(annotation)} - {NoneType}
+    for kind, metavar in ((int, "N"), (float, "SECONDS")):
+        if kind in kinds:
+            return {"type": kind, "metavar": metavar}
+    return {}
+
+
+def add_key(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names the environment variable with the API key."""
+    parser.add_argument(
+        "--api-key-env", metavar="VARIABLE", help="Environment variable that holds the API key."
+    )
+
+
+def add_served_name(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for the name under which a server serves the model."""
+    parser.add_argument(
+        "--served-name", metavar="NAME", help="Model name on the server. Default: that of --model."
+    )
+
+
+def add_log_level(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the argument for the log level of the command."""
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default=default,
+        help="Default: %(default)s.",
+    )
+
+
+def read_options(args: argparse.Namespace, names: Iterable[str], **more: Any) -> Options:
+    """Return the options of these names that were given, with `more` added."""
+    values = {name: getattr(args, name) for name in names}
+    given = {name: value for name, value in values.items() if value is not None}
+    return Options(**given, **more)

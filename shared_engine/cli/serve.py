@@ -1,0 +1,105 @@
+"""`nemoretriever serve`: serve a model over HTTP with the API of a NIM."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from shared_engine.cli.options import (
+    LOCAL,
+    add_key,
+    add_log_level,
+    add_options,
+    add_served_name,
+    read_options,
+)
+from shared_engine.endpoints import read_key
+from shared_engine.server.limits import ServerLimits
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `serve` to the command line."""
+    verb = commands.add_parser("serve", help="serve a model over HTTP with the API of a NIM")
+    add_options(verb, LOCAL)
+    add_served_name(verb)
+    add_key(verb)
+    verb.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="Interface to bind. Default: %(default)s (loopback only).",
+    )
+    verb.add_argument("--port", type=int, default=8000, help="Default: %(default)s.")
+    verb.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Host name accepted without a key, besides localhost and the server's addresses. "
+        "Repeatable; may be a pattern: *.example.com.",
+    )
+    for limit in fields(ServerLimits):
+        verb.add_argument(
+            "--" + limit.name.replace("_", "-"),
+            type=type(limit.default),
+            default=limit.default,
+            metavar="N",
+            help=f"{limit.metadata['help']} Default: %(default)s.",
+        )
+    verb.add_argument("--access-log", action="store_true", help="Log each request.")
+    for name, kind, text in (
+        ("replicas", int, "Number of replicas behind one address, with Ray Serve."),
+        ("max-replicas", int, "Upper bound for autoscaling; --replicas is the lower bound."),
+        ("cpus-per-replica", float, "CPUs per replica. Default: divided evenly."),
+        (
+            "gpus-per-replica",
+            float,
+            "GPUs per replica, may be a fraction. Default: 1 if available.",
+        ),
+    ):
+        verb.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    verb.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="Ray cluster for the replicas. Default: RAY_ADDRESS, or a new one on this machine.",
+    )
+    add_log_level(verb, "info")
+    verb.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve a model until a signal comes, then finish the accepted requests."""
+    options = read_options(args, LOCAL, backend="local")
+    limits = ServerLimits(
+        **{limit.name: getattr(args, limit.name) for limit in fields(ServerLimits)}
+    )
+    key = read_key(args.api_key_env)  # for replicas, checked here rather than by each of them
+    if args.replicas or args.max_replicas:
+        from shared_engine.distributed.serving import Replicas, serve_replicas
+
+        settings = Replicas(
+            options=options,
+            served_name=args.served_name,
+            allowed_hosts=tuple(args.allowed_host),
+            limits=limits,
+            api_key_env=args.api_key_env,
+            replicas=args.replicas or 1,
+            max_replicas=args.max_replicas,
+            cpus_per_replica=args.cpus_per_replica,
+            gpus_per_replica=args.gpus_per_replica,
+        )
+        serve_replicas(settings, address=args.ray, host=args.host, port=args.port)
+        return 0
+    from shared_engine.server import serve
+
+    is_loaded = serve(
+        options,
+        host=args.host,
+        port=args.port,
+        served_name=args.served_name,
+        api_key=key,
+        limits=limits,
+        allowed_hosts=args.allowed_host,
+        log_level=args.log_level,
+        access_log=args.access_log,
+    )
+    return 0 if is_loaded else 1  # the reason is logged
