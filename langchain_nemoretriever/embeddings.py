@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from shared_engine.adapter import Adapter
-from shared_engine.documents import (
-    EmbeddingInput,
-    is_data_url,
-    pair_with_images,
-    require_list,
-    wrap_images,
-)
+from shared_engine.documents import EmbeddingInput, pair_with_images, wrap_images
 from shared_engine.errors import MissingExtraError
 
 try:
@@ -46,7 +40,7 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
         A text that is a data URL of an image from its first character to its last is taken for that
         image, as in NVIDIA's sample, where the model takes images.
         """
-        return self.embedder._embed_lists(self._documents(texts), "document")
+        return self.embedder._embed_lists(texts, "document", data_urls=True)
 
     def embed_query(self, text: str) -> list[float]:
         """Return the vector of a query."""
@@ -66,7 +60,7 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
         """Do as `embed_documents` does."""
-        return await self.embedder._aembed_lists(self._documents(texts), "document")
+        return await self.embedder._aembed_lists(texts, "document", data_urls=True)
 
     async def aembed_query(self, text: str) -> list[float]:
         """Return the vector of a query."""
@@ -85,11 +79,3 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings):
     async def aembed_mixed(self, documents: Sequence[str | EmbeddingInput]) -> list[list[float]]:
         """Do as `embed_mixed` does."""
         return await self.embedder._aembed_lists(documents, "document")
-
-    def _documents(self, texts: Iterable[str]) -> Iterator[str | EmbeddingInput]:
-        """Give texts and, for data URLs, images; run by the engine where it may take its time."""
-        for text in require_list(texts):
-            if is_data_url(text) and "image" in self.embedder.modalities:
-                yield EmbeddingInput(image=text)
-            else:
-                yield text

@@ -1,33 +1,34 @@
-"""The contract between the `Embedder` and whatever computes: one method, a few facts."""
+"""The contract between the `Embedder` and a backend: a request in, a future of `Rows` out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared_engine.catalogue import AvailableModel
 from shared_engine.documents import EmbeddingInput, Modality, Role
+from shared_engine.errors import InputError, NeMoRetrieverError, PartialResultError
 from shared_engine.options import Truncate
 
 if TYPE_CHECKING:  # numpy takes longer to import than all of this package
-    import numpy as np
     from numpy.typing import NDArray
 
 _log = logging.getLogger("shared_engine")
 
 
 class Flow:
-    """Requests of one flow run in order and take turns with others as one. It holds nothing."""
+    """Identity of a stream, for fair queueing: its requests share one place. Carries no state."""
 
     __slots__ = ("__weakref__",)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One caller's list of documents, already checked, and how to embed it."""
+    """A list of validated documents, and how to embed them."""
 
     documents: list[EmbeddingInput]
     role: Role
@@ -39,14 +40,14 @@ class Request:
     on_usage: Callable[[int], object] | None = None
     """Called from another thread with the number of tokens that were just embedded."""
     flow: Flow | None = None
-    """What the batches of one stream share; None is a flow of its own."""
+    """Shared by the requests of one stream; None is a flow of its own."""
 
     def report_progress(self, documents: int) -> None:
-        """Call `on_progress`; what it raises is logged, as the thread works for other callers."""
+        """Call `on_progress`; log what it raises, as the calling thread serves others too."""
         _call(self.on_progress, documents)
 
     def report_usage(self, tokens: int) -> None:
-        """Call `on_usage`, as `report_progress` does."""
+        """Call `on_usage`; see `report_progress`."""
         _call(self.on_usage, tokens)
 
 
@@ -58,84 +59,127 @@ def _call(callback: Callable[[int], object] | None, count: int) -> None:
         _log.exception("a callback of a request raised; its vectors are not lost")
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The outcome of some consecutive inputs: a vector or an error for each."""
+
+    vectors: NDArray[Any]
+    """(n, d): float32, or integers after quantization. Failed rows are NaN, or 0 in integers."""
+    errors: Mapping[int, NeMoRetrieverError] = field(default_factory=dict)
+    """Errors of the failed rows, by row of `vectors`."""
+    offset: int = 0
+    """Position of the first row in the caller's list or stream."""
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def unwrap(self) -> NDArray[Any]:
+        """Return the vectors if every row has one.
+
+        Raises:
+            PartialResultError: rows failed; it holds the other vectors, and the errors by position
+                in the caller's list or stream.
+        """
+        if not self.errors:
+            return self.vectors
+        errors = {self.offset + row: self.errors[row] for row in sorted(self.errors)}
+        position, first = next(iter(errors.items()))
+        reason = str(first) if isinstance(first, InputError) else f"input {position}: {first}"
+        raise PartialResultError(
+            f"{len(errors)} of {len(self)} inputs failed, the first: {reason}; this error has the "
+            "other vectors in `vectors` and every error in `errors`",
+            vectors=self.vectors,
+            errors=errors,
+            offset=self.offset,
+        )
+
+
 class StepStats(NamedTuple):
     """What a device has computed since it started."""
 
     steps: int
     tokens: int
-    """Cost of all those steps in tokens; `steps * max_batch_tokens` would have been full ones."""
+    """Cost of those steps in tokens; full steps would cost `steps * max_batch_tokens`."""
     max_batch_tokens: int
     """The most tokens in one step."""
 
 
-@runtime_checkable
-class HasStepStats(Protocol):
-    """A backend that computes in steps and counts them, which a remote one cannot."""
+class Backend(ABC):
+    """Turns documents into vectors, in this process or at a server.
 
-    @property
-    def step_stats(self) -> StepStats:
-        """The counts so far."""
-
-
-@runtime_checkable
-class Remote(Protocol):
-    """A backend of which only its server knows some facts; each is asked for when needed."""
-
-    def list_models(self) -> list[AvailableModel]:
-        """Return the models that the server serves; RemoteError where it does not say."""
-
-    def probe_width(self) -> int:
-        """Return the length of a full vector; RemoteError where it cannot be had."""
-
-
-@runtime_checkable
-class HasHealth(Protocol):
-    """A backend whose device can fail for good while the process lives on."""
-
-    @property
-    def failure(self) -> Exception | None:
-        """What it failed with, after which each `submit` is an EngineError; None while it works."""
-
-
-class Backend(Protocol):
-    """Something that turns documents into vectors, here or elsewhere."""
+    `submit` is all that a backend must implement; the other members state facts, with a default.
+    """
 
     @property
     def modalities(self) -> frozenset[Modality]:
-        """Kinds of input it takes."""
+        """Kinds of input that it takes."""
+        return frozenset({"text"})
 
     @property
     def dimensions(self) -> tuple[int, ...]:
-        """Vector sizes it offers, ascending; the last is the model's full size.
+        """Vector sizes, ascending; the last is the full size. Empty if only a server knows."""
+        return ()
 
-        Empty where only the server knows; it then judges what it is asked for.
-        """
+    @property
+    def step_stats(self) -> StepStats | None:
+        """Counts of the device; None if the backend does not compute in steps."""
+        return None
+
+    @property
+    def failure(self) -> Exception | None:
+        """The error that broke the device for good; None while it works."""
+        return None
 
     @property
     def description(self) -> str:
         """What runs where, and why, in one line."""
+        return type(self).__name__
 
     @property
     def fingerprint(self) -> str:
-        """The same for two backends only if their vectors are."""
+        """Identity of the vectors: equal for two backends only if their vectors are equal."""
+        return self.description
 
-    def submit(self, request: Request) -> Future[NDArray[np.float32]]:
-        """Accept a request and return at once; the future gives (n, dimensions) float32.
+    @abstractmethod
+    def submit(self, request: Request) -> Future[Rows]:
+        """Accept a request and return immediately.
 
-        Row i belongs to document i. Rows are cut to size but not yet of unit length. Cancelling the
-        future drops what has not started. Safe to call from many threads.
-
-        What fails for one document (a text over the limit with `truncate="NONE"`, an image that
-        cannot be decoded) fails alone: the future raises PartialResultError with the others'
-        vectors, or, where the request has one document only, that document's own error. See
-        `errors.combine_errors`, which puts the index on errors that are made without one.
+        Row i of the result belongs to document i. Vectors are float32, cut to size and not yet of
+        unit length. A row's own failure (a text over the limit, an image that cannot be decoded)
+        is in `Rows.errors`; the future fails only for a reason that is true of all rows.
+        Cancelling the future drops what has not started. Thread-safe.
 
         Raises:
             EngineClosedError: the backend was closed.
         """
 
-    def wait_until_ready(self, timeout: float) -> None:
-        """Return when it can compute; RequestTimeoutError after `timeout` seconds."""
+    def probe_width(self) -> int:
+        """Return the length of a full vector; asks the server if only that knows.
 
-    def close(self, cancel: bool = False, wait: bool = True) -> None:
-        """Finish what was accepted, or `cancel` what has not started; `wait` until that is done."""
+        Raises:
+            RemoteError: the server does not answer with a vector.
+        """
+        return self.dimensions[-1]
+
+    def list_models(self) -> list[AvailableModel]:
+        """Return the models that a server serves; none in this process.
+
+        Raises:
+            RemoteError: the server does not list them.
+        """
+        return []
+
+    def wait_until_ready(self, timeout: float) -> None:  # noqa: B027 - an optional method
+        """Return when the backend can compute.
+
+        Raises:
+            RequestTimeoutError: it could not within `timeout` seconds.
+        """
+
+    def close(self, cancel: bool = False, wait: bool = True) -> None:  # noqa: B027 - as above
+        """Stop.
+
+        Args:
+            cancel: Drop what has not started, instead of finishing what was accepted.
+            wait: Return when it has stopped.
+        """

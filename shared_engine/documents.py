@@ -96,11 +96,18 @@ def pair_with_images(texts: Iterable[str], images: Iterable[Any]) -> list[Embedd
 
 
 def validate(
-    documents: Iterable[str | EmbeddingInput], role: Role, modalities: frozenset[Modality]
+    documents: Iterable[str | EmbeddingInput],
+    role: Role,
+    modalities: frozenset[Modality],
+    data_urls: bool = False,
 ) -> list[EmbeddingInput]:
-    """Return the inputs as documents, or raise the error of the first that cannot be embedded.
+    """Return the inputs as documents, or raise the error of the first invalid one.
 
     Images are not opened yet, but an open file is read.
+
+    Args:
+        data_urls: Take a text that is the data URL of an image for that image, if the model takes
+            images.
 
     Raises:
         InputTypeError: not a `str` or `EmbeddingInput`, a text that is not valid Unicode, or an
@@ -109,10 +116,13 @@ def validate(
             query.
         ImageError: an open file cannot be read, or is too large.
     """
-    accepted = []
+    accepted: list[EmbeddingInput] = []
+    data_urls = data_urls and "image" in modalities
     for index, item in enumerate(require_list(documents)):
+        is_image = data_urls and is_data_url(item)
+        document = EmbeddingInput(image=item) if is_image else item
         try:
-            accepted.append(validate_document(item, role, modalities))
+            accepted.append(validate_document(document, role, modalities))
         except InputError as exc:
             raise exc.at(index) from exc.__cause__
     return accepted

@@ -35,11 +35,9 @@ Errors pickle with their attributes, so they cross process pools unchanged.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -199,20 +197,21 @@ class MalformedResponseError(RemoteError):
 
 
 class PartialResultError(NeMoRetrieverError, RuntimeError):
-    """Some inputs failed after work had begun; the vectors of the others are kept here."""
+    """Some inputs failed; the vectors of the others are on the error."""
 
-    vectors: NDArray[np.float32]
-    """(n, d) float32, unit length; the rows of failed inputs are NaN."""
+    vectors: NDArray[Any]
+    """(n, d), as `Embedder.embed` returns them; the rows of failed inputs are NaN, or 0 in an
+    integer type."""
     errors: dict[int, NeMoRetrieverError]
-    """What went wrong, by position in the list or stream that the caller passed."""
+    """The error of each failed input, by position in the caller's list or stream."""
     offset: int
-    """Position of the first of `vectors`: 0, but from a stream."""
+    """Position of the first row of `vectors`; 0 except in a stream."""
 
     def __init__(
         self,
         message: str,
         *,
-        vectors: NDArray[np.float32] | None = None,
+        vectors: NDArray[Any] | None = None,
         errors: dict[int, NeMoRetrieverError] | None = None,
         offset: int = 0,
     ) -> None:
@@ -229,26 +228,6 @@ class EngineClosedError(NeMoRetrieverError, RuntimeError):
 
 class OutputError(NeMoRetrieverError, OSError):
     """Results cannot be written; what was finished before stays as it is."""
-
-
-def combine_errors(
-    vectors: NDArray[np.float32], errors: Mapping[int, NeMoRetrieverError], start: int = 0
-) -> NeMoRetrieverError:
-    """Return the error that a caller sees for failed rows: the only input's own, or a summary.
-
-    `start` is the position of the first row in what the caller passed.
-    """
-    placed = {start + row: place_error(errors[row], start + row) for row in sorted(errors)}
-    position, first = next(iter(placed.items()))
-    if len(vectors) == 1 and not start:
-        return first
-    told = first if isinstance(first, InputError) else f"input {position}: {first}"
-    return PartialResultError(
-        f"{len(errors)} of {len(vectors)} inputs failed, the first: {told}. The others are in "
-        "`vectors` of this error, what went wrong in `errors`",
-        vectors=vectors,
-        errors=placed,
-    )
 
 
 def first_line(error: BaseException) -> str:

@@ -1,216 +1,144 @@
-"""Documents too many for memory, to arrays of vectors.
+"""Embed more documents than fit in memory: a stream of documents in, arrays of vectors out.
 
-    read a window ──► submit it, a few ahead ──► wait for the oldest ──► its vectors, or an error
+    read a window ──► submit it, a few ahead ──► wait for the oldest ──► its vectors and errors
 
-What is handed out, in arrays and on PartialResultErrors, is always the beginning of the stream
-without a gap. `Stream` and `AsyncStream` differ only in how they wait.
+`Stream` and `AsyncStream` differ only in how they wait.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import os
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from shared_engine.backend import Flow
+from shared_engine.backend import Flow, Rows
 from shared_engine.documents import EmbeddingInput, Role, validate_document
-from shared_engine.errors import (
-    ConfigurationError,
-    EngineError,
-    InputError,
-    NeMoRetrieverError,
-    PartialResultError,
-    place_error,
-)
+from shared_engine.errors import ConfigurationError, EngineClosedError, InputError
 from shared_engine.pipeline import Pipeline
-from shared_engine.threads import run_off_loop, wait_until_done
+from shared_engine.threads import result_of, run_off_loop, wait_until_done
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from tqdm import tqdm
+
+_T = TypeVar("_T")
 
 WINDOWS_AHEAD = 3
-"""Windows that are read and not yet handed out, at most: one to wait for, and the next of which the
-device goes on while the caller stores it."""
+"""Windows that are read and not yet returned, at most. The caller stores one while the device
+computes the next and a third waits in its queue."""
 
 
 @dataclass(eq=False)
-class Window:
-    """Some consecutive documents of a stream."""
+class _Window:
+    """Consecutive documents of a stream, submitted as one request."""
 
     start: int
-    """Position of the first in the stream."""
-    documents: list[str | EmbeddingInput]
-    refused: dict[int, NeMoRetrieverError] = field(default_factory=dict)
-    """Errors of documents that were not submitted, by row."""
-    rows: list[int] = field(default_factory=list)
-    """Those that were submitted."""
-    future: Future[NDArray[np.float32]] | None = None
-    """Their vectors; None is not submitted yet."""
-
-    def withdraw(self) -> None:
-        """Cancel what has not started; it may be submitted again."""
-        if self.future is not None:
-            self.future.cancel()
-        self.future = None
+    """Position of the first document in the stream."""
+    rows: list[int]
+    """Rows of the window that were submitted."""
+    refused: dict[int, InputError]
+    """Errors of the other rows."""
+    future: Future[Rows]
 
 
-class _Windows:
+class _Windows(Generic[_T]):
     """What both kinds of stream do between their waits."""
 
-    def __init__(self, pipeline: Pipeline, role: Role, batch_size: int) -> None:
+    def __init__(
+        self, pipeline: Pipeline, role: Role, batch_size: int, convert: Callable[[Rows], _T]
+    ) -> None:
         self._pipeline = pipeline
         self._role = role
         self._batch_size = batch_size
+        self._convert = convert
         self._flow = Flow()
-        self._pending: deque[Window] = deque()
         self._pid = os.getpid()
-        self._read: list[str | EmbeddingInput] = []
-        self._next = 0
+        self._pending: deque[_Window] = deque()
+        self._position = 0
         self._ended = self._closed = False
         self._error: Exception | None = None
-        self._bar: Any = None
+        """Raised by the source; raised to the caller after the vectors of the documents before."""
+        self._bar: tqdm[Any] | None = None
         if batch_size < 1:
-            raise ConfigurationError(f"batch_size is {batch_size}; expected 1 or more")
+            raise ConfigurationError(f"batch_size={batch_size}: must be 1 or more")
         if pipeline.options.show_progress:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(unit="doc")
+            self._bar = pipeline.open_bar()
 
     @property
-    def _wants_more(self) -> bool:
-        done = self._ended or self._closed or self._error is not None
-        return not done and len(self._pending) < WINDOWS_AHEAD
+    def _can_read(self) -> bool:
+        return not (self._ended or self._closed) and len(self._pending) < WINDOWS_AHEAD
 
-    def _read_from(self, source: Iterator[str | EmbeddingInput]) -> None:
+    def _read_window(self, source: Iterator[str | EmbeddingInput]) -> None:
+        """Read a window from an iterator and submit it."""
+        documents: list[str | EmbeddingInput] = []
         try:
-            self._read.extend(islice(source, self._batch_size - len(self._read)))
-        except Exception as exc:  # comes after the vectors of what was read before it
+            documents.extend(islice(source, self._batch_size))
+        except Exception as exc:
             self._error = exc
-        self._put_together()
+        self._submit(documents)
 
-    def _put_together(self) -> None:
-        self._ended = self._error is None and len(self._read) < self._batch_size
-        if self._read:
-            self._pending.append(Window(self._next, self._read))
-            self._next += len(self._read)
-            self._read = []
+    def _submit(self, documents: list[str | EmbeddingInput]) -> None:
+        """Submit a window; one that is not full is the last."""
+        self._ended = self._error is not None or len(documents) < self._batch_size
+        if not documents:
+            return
+        window = _Window(self._position, [], {}, Future())
+        self._position += len(documents)
+        try:
+            window.future = self._start(window, documents)
+        except Exception as exc:  # raised when it is this window's turn
+            window.future.set_exception(exc)
+        self._pending.append(window)
+        if self._closed:  # by another thread
+            window.future.cancel()
 
-    def _leave_parent(self) -> None:
-        """Submit anew in the child of a fork, where what the parent submitted is never done."""
-        if self._pid != os.getpid():
-            self._pid = os.getpid()
-            for window in self._pending:
-                window.future = None  # not to be cancelled: the parent may have held its lock
-
-    def _submit(self) -> None:
-        """Submit the windows that are not, new ones and those to be tried again."""
-        self._leave_parent()
-        for window in list(self._pending):
-            if window.future is None:
-                try:
-                    window.future = self._submit_window(window)
-                except Exception as exc:
-                    window.future = Future()
-                    window.future.set_exception(exc)
-            if self._closed:  # meanwhile
-                window.withdraw()
-
-    def _submit_window(self, window: Window) -> Future[NDArray[np.float32]]:
-        modalities = self._pipeline.backend.modalities
+    def _start(self, window: _Window, documents: list[str | EmbeddingInput]) -> Future[Rows]:
+        modalities = self._pipeline.lease.acquire().modalities
         valid: list[EmbeddingInput] = []
-        window.rows = []
-        for row, document in enumerate(window.documents):
-            if row in window.refused:  # when it was submitted before
-                continue
+        for row, document in enumerate(documents):
             try:
-                window.documents[row] = accepted = validate_document(
-                    document, self._role, modalities
-                )
+                valid.append(validate_document(document, self._role, modalities))
+                window.rows.append(row)
             except InputError as exc:
                 window.refused[row] = exc
-            else:
-                window.documents[row] = accepted  # an open file is read only once
-                valid.append(accepted)
-                window.rows.append(row)
         progress = None if self._bar is None else self._bar.update
         return self._pipeline.submit_valid(valid, self._role, self._flow, progress)
 
-    def _oldest(self) -> Window | None:
-        """Return the window whose turn it is; at the end, the error of the source or None."""
-        if self._pending:
-            return self._pending[0]
+    def _take(self, window: _Window) -> _T:
+        """Wait for the oldest window, and return what the caller gets for it."""
+        if self._pid != os.getpid():  # the threads that compute it stayed with the parent
+            raise EngineClosedError("a stream cannot continue in a fork; create a new one")
+        rows = result_of(window.future)
+        if self._pending and self._pending[0] is window:
+            self._pending.popleft()
+        return self._convert(self._pipeline.finish(self._place(rows, window)))
+
+    def _place(self, rows: Rows, window: _Window) -> Rows:
+        """Return the rows that were submitted among all rows of their window."""
+        import numpy as np
+
+        if not window.refused:
+            return Rows(rows.vectors, rows.errors, window.start)
+        width = rows.vectors.shape[1] or self._pipeline.find_width()
+        vectors = np.full((len(window.rows) + len(window.refused), width), np.nan, np.float32)
+        if rows.vectors.shape[1]:
+            vectors[window.rows] = rows.vectors
+        errors = {window.rows[row]: error for row, error in rows.errors.items()}
+        return Rows(vectors, {**window.refused, **errors}, window.start)
+
+    def _raise_source_error(self) -> None:
         error, self._error = self._error, None
         if error is not None:
             raise error
-        self.close()
-        return None
-
-    def _take(self, window: Window) -> NDArray[Any]:
-        """Return the vectors of a window that is done, or raise what went wrong."""
-        assert window.future is not None
-        try:
-            vectors, failed = self._finish(window.future, len(window.rows))
-        except BaseException:
-            for each in self._pending:
-                each.withdraw()
-            raise
-        self._pending.popleft()
-        errors = window.refused | {window.rows[row]: error for row, error in failed.items()}
-        if not errors:
-            return vectors
-        placed = {
-            window.start + row: place_error(errors[row], window.start + row)
-            for row in sorted(errors)
-        }
-        raise PartialResultError(
-            f"{len(errors)} of the documents {window.start} to "
-            f"{window.start + len(window.documents) - 1} of the stream failed, the first: "
-            f"{next(iter(placed.values()))}. The others are in `vectors` of this error, which "
-            "begin at `offset`, what went wrong in `errors`; iterate on for the documents after "
-            "them",
-            vectors=self._spread(vectors, window),
-            errors=placed,
-            offset=window.start,
-        )
-
-    def _finish(
-        self, future: Future[NDArray[np.float32]], count: int
-    ) -> tuple[NDArray[Any], dict[int, NeMoRetrieverError]]:
-        """Return vectors and the errors of rows; raise what is the error of all."""
-        import numpy as np
-
-        try:
-            return self._pipeline.finish(future), {}
-        except PartialResultError as exc:
-            return exc.vectors, dict(exc.errors)
-        except (InputError, EngineError) as exc:
-            if count > 1:
-                raise
-            return np.full((count, 0), np.nan, np.float32), {0: exc}
-
-    def _spread(self, vectors: NDArray[Any], window: Window) -> NDArray[np.float32]:
-        """Return vectors of the submitted rows as those of all rows, NaN for the others."""
-        import numpy as np
-
-        width = vectors.shape[1] or self._pipeline.find_width()
-        out = np.full((len(window.documents), width), np.nan, np.float32)
-        if vectors.shape[1]:
-            out[window.rows] = vectors
-        return out
 
     def close(self) -> None:
-        """End the stream: nothing more is read, and what has not started is cancelled."""
+        """End the stream: read nothing more, and cancel what has not started."""
         self._closed = True
-        self._leave_parent()
         for window in list(self._pending):
-            window.withdraw()
+            window.future.cancel()
         self._pending.clear()
         if self._bar is not None:
             self._bar.close()
@@ -218,8 +146,8 @@ class _Windows:
     __del__ = close
 
 
-class Stream(_Windows, Iterator["NDArray[Any]"]):
-    """Arrays of vectors, in order; made by `Embedder.stream`. For one consumer at a time."""
+class Stream(_Windows[_T], Iterator[_T]):
+    """Iterator over the vectors of a stream, made by `Embedder.stream`. For one consumer."""
 
     def __init__(
         self,
@@ -227,25 +155,26 @@ class Stream(_Windows, Iterator["NDArray[Any]"]):
         documents: Iterable[str | EmbeddingInput],
         role: Role,
         batch_size: int,
+        convert: Callable[[Rows], _T],
     ) -> None:
-        super().__init__(pipeline, role, batch_size)
+        super().__init__(pipeline, role, batch_size, convert)
         self._source = iter(documents)
 
-    def __next__(self) -> NDArray[Any]:
-        self._submit()
-        while self._wants_more:
-            self._read_from(self._source)
-            self._submit()
-        window = self._oldest()
-        if window is None:
+    def __next__(self) -> _T:
+        try:
+            while self._can_read:
+                self._read_window(self._source)
+            if self._pending:
+                return self._take(self._pending[0])
+            self._raise_source_error()
             raise StopIteration
-        if window.future is not None:
-            concurrent.futures.wait([window.future])
-        return self._take(window)
+        except BaseException:
+            self.close()
+            raise
 
 
-class AsyncStream(_Windows, AsyncIterator["NDArray[Any]"]):
-    """Arrays of vectors, in order; made by `Embedder.astream`. For one consumer at a time."""
+class AsyncStream(_Windows[_T], AsyncIterator[_T]):
+    """Asynchronous iterator over the vectors of a stream, made by `Embedder.astream`."""
 
     def __init__(
         self,
@@ -253,38 +182,38 @@ class AsyncStream(_Windows, AsyncIterator["NDArray[Any]"]):
         documents: Iterable[str | EmbeddingInput] | AsyncIterable[str | EmbeddingInput],
         role: Role,
         batch_size: int,
+        convert: Callable[[Rows], _T],
     ) -> None:
-        super().__init__(pipeline, role, batch_size)
+        super().__init__(pipeline, role, batch_size, convert)
         self._source = aiter(documents) if isinstance(documents, AsyncIterable) else iter(documents)
 
-    async def __anext__(self) -> NDArray[Any]:
+    async def __anext__(self) -> _T:
         try:
-            await run_off_loop(self._submit)
-            while self._wants_more:
-                await self._aread()
-                await run_off_loop(self._submit)
-            window = self._oldest()
-            if window is None:
-                raise StopAsyncIteration
-            if window.future is not None:
+            while self._can_read:
+                await self._aread_window()
+            if self._pending:
+                window = self._pending[0]
                 await wait_until_done(window.future)
-            return await run_off_loop(self._take, window)
-        except asyncio.CancelledError:
+                return await run_off_loop(self._take, window)
+            self._raise_source_error()
+            raise StopAsyncIteration
+        except BaseException:
             self.close()
             raise
 
-    async def _aread(self) -> None:
-        if isinstance(self._source, Iterator):  # which may read files
-            return await run_off_loop(self._read_from, self._source)
+    async def _aread_window(self) -> None:
+        if isinstance(self._source, Iterator):  # may read files
+            return await run_off_loop(self._read_window, self._source)
+        documents: list[str | EmbeddingInput] = []
         try:
-            while len(self._read) < self._batch_size:
-                self._read.append(await anext(self._source))
+            while len(documents) < self._batch_size:
+                documents.append(await anext(self._source))
         except StopAsyncIteration:
             pass
         except Exception as exc:
             self._error = exc
-        self._put_together()
+        await run_off_loop(self._submit, documents)
 
     async def aclose(self) -> None:
-        """Do as `close` does."""
+        """Close the stream; see `close`."""
         self.close()

@@ -1,21 +1,20 @@
-"""Threads: our own for what an event loop must not do itself, and the program's own at its end."""
+"""Threads for the work that must not block an event loop, and waiting for futures."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextvars import copy_context
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from shared_engine.errors import EngineClosedError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-_MOST_THREADS = 16
+_MAX_THREADS = 16
 
 
 def run_off_loop(
@@ -26,48 +25,43 @@ def run_off_loop(
 
 
 def call_in_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-    """Do as `run_off_loop` does, with a future that outlives the event loop.
+    """Call a function in a thread of ours, with the caller's context variables.
 
-    asyncio's default threads belong to the program, whose blocking jobs may hold all of them.
+    asyncio's default executor belongs to the program, whose blocking jobs may hold all its threads.
+
+    Raises:
+        EngineClosedError: the interpreter is shutting down.
     """
     context = copy_context()
     try:
         return _threads.submit(lambda: context.run(function, *args, **kwargs))
-    except RuntimeError as exc:  # no executor takes anything once the interpreter ends
-        _park_daemon()
-        raise EngineClosedError("the interpreter is ending") from exc
+    except RuntimeError as exc:
+        raise EngineClosedError("the interpreter is shutting down") from exc
 
 
 def run_in_own_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Call a function in a new thread, and wait for it.
+    """Call a function in a new thread that ends with it, and wait for the result."""
+    with ThreadPoolExecutor(1) as thread:
+        return result_of(thread.submit(function, *args, **kwargs))
 
-    An executor would start none for a thread that outlives the main one; nor does Python 3.12.
+
+def result_of(future: Future[_T]) -> _T:
+    """Wait for a future and return its result, or raise its error. An interrupt cancels it.
 
     Raises:
-        EngineClosedError: the interpreter is ending.
+        EngineClosedError: the future was cancelled.
     """
-    future: Future[_T] = Future()
-
-    def run(future: Future[_T]) -> None:
-        try:
-            future.set_result(function(*args, **kwargs))
-        except BaseException as exc:
-            future.set_exception(exc)
-
-    try:
-        threading.Thread(target=run, args=(future,), daemon=False).start()
-    except RuntimeError:
-        if threading.main_thread().is_alive():  # the system gives no more of them
-            raise
-        raise_closed("the interpreter is ending")
     try:
         return future.result()
+    except CancelledError:
+        raise EngineClosedError("the engine was closed before this work was done") from None
     finally:
-        del future  # an error's frames would hold it, and it the error
+        future.cancel()
+        del future  # an error holds this frame by its traceback, so the frame must not hold it
 
 
 async def wait_until_done(future: Future[Any]) -> None:
-    """Return when a future is done, with a result or without; being cancelled cancels it."""
+    """Return when a future is done, whatever its outcome; cancelling this cancels the future."""
     waiting = asyncio.wrap_future(future)
     try:
         await asyncio.wait([waiting])
@@ -75,28 +69,20 @@ async def wait_until_done(future: Future[Any]) -> None:
         future.cancel()
         raise
     if not waiting.cancelled():
-        waiting.exception()  # looked at, so that asyncio does not complain of it
+        waiting.exception()  # retrieved, so that asyncio does not log it as never retrieved
 
 
-def raise_closed(message: str) -> NoReturn:
-    """Raise EngineClosedError; not in a daemon thread once the interpreter ends."""
-    if not threading.main_thread().is_alive():
-        _park_daemon()
-    raise EngineClosedError(message)
+def after_fork(renew: Callable[[], object]) -> None:
+    """Call a function in the child of every fork, which lacks the threads of its parent."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew)
 
 
-def _park_daemon() -> None:
-    """Keep a daemon thread where it is: it is about to vanish, and an error would only be noise."""
-    if threading.current_thread().daemon:
-        threading.Event().wait()
-
-
-def _make_threads() -> None:
-    global _threads  # noqa: PLW0603 - after a fork the threads stayed with the parent
-    _threads = ThreadPoolExecutor(_MOST_THREADS, "nemoretriever-async")
+def _start_threads() -> None:
+    global _threads  # noqa: PLW0603 - the threads stay with the parent of a fork
+    _threads = ThreadPoolExecutor(_MAX_THREADS, "nemoretriever-async")
 
 
 _threads: ThreadPoolExecutor
-_make_threads()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_make_threads)
+_start_threads()
+after_fork(_start_threads)

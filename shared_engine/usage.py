@@ -1,30 +1,25 @@
-"""How many tokens calls have used, without a change to what they return."""
+"""Count the tokens that calls use, without a change to what the calls return."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from shared_engine.threads import after_fork
+
 
 class TokenCount:
-    """A sum of tokens that many threads may add to."""
+    """A sum of tokens; several threads may add to it."""
 
     def __init__(self) -> None:
         self.tokens = 0
         """Tokens so far, prefixes and special tokens included."""
-        self._make_lock()
-
-    def _make_lock(self) -> None:
-        self._lock, self._pid = threading.Lock(), os.getpid()
 
     def add(self, tokens: int) -> None:
         """Add the tokens of some inputs."""
-        if self._pid != os.getpid():  # after a fork: the parent's may be held for ever
-            self._make_lock()
-        with self._lock:
+        with _lock:
             self.tokens += tokens
 
     def __repr__(self) -> str:
@@ -34,16 +29,26 @@ class TokenCount:
 _counting: ContextVar[tuple[TokenCount, ...]] = ContextVar("counting", default=())
 
 
+def _renew_lock() -> None:
+    global _lock  # noqa: PLW0603 - a thread of a fork's parent may hold it
+    _lock = threading.Lock()
+
+
+_lock: threading.Lock
+_renew_lock()
+after_fork(_renew_lock)
+
+
 @contextmanager
 def track_usage() -> Iterator[TokenCount]:
-    """Count the tokens of every call inside the `with`, through any adapter, sync or async.
+    """Count the tokens of every call inside the `with` block, through any adapter, sync or async.
 
         with track_usage() as used:
             vectors = embeddings.embed_documents(texts)
         print(used.tokens)
 
-    It is a context variable: tasks and `asyncio.to_thread` inside belong to it, a thread that was
-    started otherwise does not. A NIM counts for itself; 0 where it does not say.
+    Based on a context variable: tasks and `asyncio.to_thread` calls of the block are counted,
+    threads started in any other manner are not. A NIM counts its own tokens, or sends no count.
     """
     count = TokenCount()
     token = _counting.set((*_counting.get(), count))
@@ -54,7 +59,7 @@ def track_usage() -> Iterator[TokenCount]:
 
 
 def count_for(own: TokenCount) -> Callable[[int], None]:
-    """Return what adds tokens to a count and to all that the caller is inside of now."""
+    """Return a function that adds tokens to `own` and to every enclosing `track_usage` block."""
     counts = (own, *_counting.get())
 
     def add(tokens: int) -> None:

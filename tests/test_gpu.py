@@ -139,7 +139,7 @@ def test_fused_kernels_are_torchs_operators_at_scale(dtype):
 
 
 def test_a_search_by_graph_is_a_search_without(embedder):
-    encoder: Any = embedder._backend._encoders[0]
+    encoder: Any = embedder.load()._encoders[0]
     if encoder._graphs is None:
         pytest.skip(embedder.description)
     queries = [" ".join(["word"] * n) for n in (1, 5, 12, 30, 60, 100, 120)]

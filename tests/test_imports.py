@@ -20,9 +20,9 @@ OURS = {"langchain_nemoretriever", "llamaindex_nemoretriever", "shared_engine"}
 # The rules. An import counts wherever it stands: in a module, a function or TYPE_CHECKING.
 
 LAYERS = (
-    {"_version", "errors"},
+    {"_version", "errors", "threads"},
     {"images"},
-    {"catalogue", "documents", "endpoints", "options", "threads", "usage", "vectors", "wire"},
+    {"catalogue", "documents", "endpoints", "options", "usage", "vectors", "wire"},
     {"backend"},
     {"local", "nim"},
     {"registry", "routing"},

@@ -171,13 +171,13 @@ def test_a_sibling_shares_the_engine_and_counts_for_itself(checkpoint):
         full = embedder.embed(["one", "two"])
         used = embedder.usage
         short = embedder.with_options(dimensions=16)
-        assert short._backend is embedder._backend
+        assert short.load() is embedder.load()
         cut = full[:, :16] / np.linalg.norm(full[:, :16], axis=1, keepdims=True)
         assert np.abs(short.embed(["one", "two"]) - cut).max() <= 1e-6
         assert (short.usage, embedder.usage) == (used, used)
         short.close()
         assert embedder.embed(["three"]).shape == (1, 64)
-        with pytest.raises(ConfigurationError, match="max_tokens would need an engine"):
+        with pytest.raises(ConfigurationError, match="max_tokens: would need another engine"):
             embedder.with_options(max_tokens=5)
         with pytest.raises(ValidationError):
             embedder.with_options(dimensions=-5)

@@ -32,7 +32,7 @@ from shared_engine import (
     ServerError,
     track_usage,
 )
-from shared_engine.errors import combine_errors
+from shared_engine.backend import Backend, Rows
 from shared_engine.pipeline import Pipeline
 from shared_engine.stream import WINDOWS_AHEAD
 from tests.support.faulty_nim import FaultyNim
@@ -49,7 +49,7 @@ def expected(texts: Iterable[str]) -> np.ndarray:
     return out / np.linalg.norm(out, axis=1, keepdims=True)
 
 
-class FakeBackend:
+class FakeBackend(Backend):
     """Computes when told to, or at once; refuses LONG, and has no finite vector for "nan"."""
 
     modalities = frozenset({"text", "image", "text_image"})
@@ -58,14 +58,14 @@ class FakeBackend:
 
     def __init__(self, at_once: bool) -> None:
         self.at_once = at_once
-        self.waiting: list[tuple[Request, Future[np.ndarray]]] = []
+        self.waiting: list[tuple[Request, Future[Rows]]] = []
         self.outages = 0
         """Requests that are going to fail."""
         self.seconds_to_submit = 0.0
 
-    def submit(self, request: Request) -> Future[np.ndarray]:
+    def submit(self, request: Request) -> Future[Rows]:
         time.sleep(self.seconds_to_submit)
-        future: Future[np.ndarray] = Future()
+        future: Future[Rows] = Future()
         self.waiting.append((request, future))
         if self.at_once:
             self.answer()
@@ -87,10 +87,7 @@ class FakeBackend:
             for row, document in enumerate(request.documents)
             if document.text == LONG
         }
-        if errors:
-            future.set_exception(combine_errors(out, errors))
-        else:
-            future.set_result(out)
+        future.set_result(Rows(out, errors))
 
 
 class Faked(Embedder):
@@ -99,7 +96,8 @@ class Faked(Embedder):
     def __init__(self, at_once: bool = True, **options: Any) -> None:
         super().__init__(Options(**options))
         self.fake = FakeBackend(at_once)
-        self._pipeline = Pipeline(SimpleNamespace(backend=self.fake), self.options, self._used)
+        lease: Any = SimpleNamespace(acquire=lambda: self.fake)
+        self._pipeline = Pipeline(lease, self.options, self._used)
 
 
 class Source(Iterator[str]):
@@ -139,21 +137,15 @@ async def slowly(texts: Iterable[str]) -> AsyncIterator[str]:
         yield text
 
 
-def everything(stream: Iterator[np.ndarray]) -> tuple[np.ndarray, dict[int, Exception]]:
-    """Iterate on after every PartialResultError."""
+def everything(stream: Iterator[Rows]) -> tuple[np.ndarray, dict[int, Exception]]:
+    """Return all vectors of a stream, and its errors by position."""
     parts: list[np.ndarray] = []
     errors: dict[int, Exception] = {}
-    starts: list[tuple[int, int]] = []
-    while True:
-        try:
-            parts.extend(stream)
-            break
-        except PartialResultError as exc:
-            starts.append((exc.offset, sum(map(len, parts))))
-            parts.append(exc.vectors)
-            errors |= exc.errors
-    assert all(offset == so_far for offset, so_far in starts)
-    return np.concatenate(parts), errors
+    for rows in stream:
+        assert rows.offset == sum(map(len, parts))
+        parts.append(rows.vectors)
+        errors |= {rows.offset + row: error for row, error in rows.errors.items()}
+    return np.concatenate(parts), dict(sorted(errors.items()))
 
 
 # What comes out
@@ -215,7 +207,7 @@ def test_what_is_no_stream_is_refused_at_once():
             Faked().stream(wrong)
         with pytest.raises(InputTypeError, match="wrap it in a list"):
             Faked().astream(wrong)
-    with pytest.raises(ConfigurationError, match="batch_size is 0"):
+    with pytest.raises(ConfigurationError, match="batch_size=0: must be 1 or more"):
         Faked().stream([], batch_size=0)
 
 
@@ -349,7 +341,7 @@ def test_refused_documents_are_named_by_position_and_the_others_kept(embedder):
     for position in (13, 14, 33):
         texts[position] = LONG
     texts[28] = None
-    got, errors = everything(embedder.stream(iter(texts), batch_size=10))
+    got, errors = everything(embedder.stream(iter(texts), batch_size=10, errors="return"))
     assert got.shape == (50, 64)
     assert list(errors) == [13, 14, 28, 33]
     assert [type(errors[i]).__name__ for i in (13, 28)] == ["InputTooLongError", "InputTypeError"]
@@ -361,59 +353,74 @@ def test_refused_documents_are_named_by_position_and_the_others_kept(embedder):
     assert np.abs(got[good] - embedder.embed([TEXTS[i] for i in good])).max() <= 1e-6
 
 
-def test_a_partial_result_says_where_it_begins():
+def test_a_failed_row_raises_with_its_batch_and_ends_the_stream():
     stream = Faked().stream([*TEXTS[:25], LONG, *TEXTS[25:]], batch_size=10)
     with pytest.raises(PartialResultError) as failed:
         for _ in stream:
             pass
-    said = "1 of the documents 20 to 29 of the stream failed, the first: input 25 has 200 tokens"
-    assert said in str(failed.value)
+    assert str(failed.value).startswith("1 of 10 inputs failed, the first: input 25 has 200 tokens")
     assert (failed.value.offset, list(failed.value.errors)) == (20, [25])
     assert np.abs(failed.value.vectors[:5] - expected(TEXTS[20:25])).max() <= 1e-6
-    assert np.abs(next(stream) - expected(TEXTS[29:39])).max() <= 1e-6
+    assert list(stream) == []
+
+
+def test_an_unknown_way_to_treat_errors_is_refused():
+    with pytest.raises(ConfigurationError, match=r"errors='ignore': expected \"raise\" or"):
+        Faked().stream(TEXTS, errors="ignore")
+
+
+@pytest.mark.parametrize(("kind", "failed"), [("float", np.nan), ("int8", 0), ("ubinary", 0)])
+def test_rows_have_the_number_type_that_was_chosen(kind, failed):
+    (rows,) = Faked(embedding_type=kind).stream([*TEXTS[:3], LONG], errors="return")
+    good = Faked(embedding_type=kind).embed(TEXTS[:3])
+    assert rows.vectors.dtype == good.dtype
+    assert np.array_equal(rows.vectors[:3], good)
+    assert np.array_equal(rows.vectors[3], np.full(good.shape[1], failed, good.dtype), True)
 
 
 def test_what_fails_later_is_named_by_position_too():
     for batch_size in (1, 10):
         texts = [*TEXTS[:12], "nan", LONG, *TEXTS[12:]]
-        got, errors = everything(Faked().stream(texts, batch_size=batch_size))
+        got, errors = everything(Faked().stream(texts, batch_size=batch_size, errors="return"))
         assert {i: type(error) for i, error in errors.items()} == {
             12: NonFiniteVectorError,
             13: InputTooLongError,
         }
-        assert "input 12 gave a vector with NaN" in str(errors[12])
+        assert "input 12 has a vector with NaN" in str(errors[12])
         assert np.abs(np.delete(got, [12, 13], 0) - expected(TEXTS)).max() <= 1e-6
 
 
 def test_a_batch_of_nothing_but_refused_documents_keeps_its_place():
-    got, errors = everything(Faked().stream([LONG] * 4 + TEXTS, batch_size=4))
+    got, errors = everything(Faked().stream([LONG] * 4 + TEXTS, batch_size=4, errors="return"))
     assert got.shape == (54, WIDTH)
     assert list(errors) == [0, 1, 2, 3]
 
 
-def test_open_files_are_read_once_in_the_batch_that_is_submitted():
-    embedder = Faked(at_once=False)
+def test_open_files_are_read_when_their_batch_is_submitted():
+    embedder = Faked()
     texts = [EmbeddingInput("a picture", io.BytesIO(b"bytes")), "text", LONG]
-    stream = embedder.stream(texts, batch_size=3)
-    stream._read_from(stream._source)
-    stream._submit()
-    sent = [document for request, _ in embedder.fake.waiting for document in request.documents]
-    assert sent == [
+    submitted: list[EmbeddingInput] = []
+    submit = embedder.fake.submit
+    embedder.fake.submit = lambda request: submitted.extend(request.documents) or submit(request)
+    list(embedder.stream(texts, batch_size=3, errors="return"))
+    assert submitted == [
         EmbeddingInput("a picture", b"bytes"),
         EmbeddingInput("text"),
         EmbeddingInput(LONG),
     ]
 
 
-def test_after_an_outage_the_same_batch_is_tried_again():
+@pytest.mark.parametrize("errors", ["raise", "return"])
+def test_the_error_of_a_whole_batch_comes_in_its_place_and_ends_the_stream(errors):
     embedder = Faked()
-    stream = embedder.stream(iter(TEXTS), batch_size=10)
-    parts = [next(stream) for _ in range(2)]
-    embedder.fake.outages = 1  # of the batches that are not read yet
+    stream = embedder.stream(iter(TEXTS), batch_size=10, errors=errors)
+    next(stream)
+    embedder.fake.outages = 1  # of the first batch that is not read yet
+    parts = [next(stream), next(stream)]
+    assert len(parts) == WINDOWS_AHEAD - 1
     with pytest.raises(ServerError):
-        parts.extend(stream)
-    parts.extend(stream)
-    assert np.abs(np.concatenate(parts) - expected(TEXTS)).max() <= 1e-6
+        next(stream)
+    assert list(stream) == []
 
 
 def test_an_error_of_the_source_comes_after_what_it_gave():
@@ -441,13 +448,17 @@ async def test_an_error_of_an_async_source_does_too():
     assert np.abs(np.concatenate(parts) - expected(TEXTS[:25])).max() <= 1e-6
 
 
-async def test_an_async_stream_goes_on_after_errors():
-    stream = Faked().astream(slowly([*TEXTS[:5], LONG, *TEXTS[5:]]), batch_size=10)
+async def test_an_async_stream_raises_or_returns_errors_too():
+    texts = [*TEXTS[:5], LONG, *TEXTS[5:]]
+    stream = Faked().astream(slowly(texts), batch_size=10)
     with pytest.raises(PartialResultError) as failed:
         await anext(stream)
     assert list(failed.value.errors) == [5]
-    rest = np.concatenate([part async for part in stream])
-    assert np.abs(rest - expected(TEXTS[9:])).max() <= 1e-6
+    assert [part async for part in stream] == []
+    rows = [rows async for rows in Faked().astream(slowly(texts), batch_size=10, errors="return")]
+    assert [list(each.errors) for each in rows] == [[5], [], [], [], [], []]
+    vectors = np.concatenate([each.vectors for each in rows])
+    assert np.abs(np.delete(vectors, 5, 0) - expected(TEXTS)).max() <= 1e-6
 
 
 def test_a_twin_of_the_source_goes_with_the_vectors():

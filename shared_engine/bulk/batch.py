@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shared_engine import vectors
+from shared_engine.backend import Rows
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import (
@@ -17,7 +17,6 @@ from shared_engine.errors import (
     InputError,
     InputTypeError,
     NeMoRetrieverError,
-    PartialResultError,
 )
 from shared_engine.options import Options
 
@@ -79,29 +78,26 @@ class EmbedBatch:
             RemoteError, EngineError: as with `Embedder.embed`, for whatever row.
         """
         if isinstance(batch, pa.Table):
-            found, errors = self._embed(batch.column_names, lambda name: batch[name].to_pylist())
-            lost = np.isin(np.arange(len(found)), list(errors))
-            table = _put(batch, self._vector_column, to_fixed_size_list(found, lost))
+            rows = self._embed(batch.column_names, lambda name: batch[name].to_pylist())
+            is_failed = np.isin(np.arange(len(rows)), list(rows.errors))
+            table = _put(batch, self._vector_column, to_fixed_size_list(rows.vectors, is_failed))
             if self._error_column is not None:
-                reasons = pa.array(self._explain(errors, len(found)), pa.string())
+                reasons = pa.array(_explain(rows), pa.string())
                 table = _put(table, self._error_column, reasons)
             return table
         if isinstance(batch, Mapping):
-            found, errors = self._embed(batch, lambda name: list(batch[name]))
-            added = {self._vector_column: found}
+            rows = self._embed(batch, lambda name: list(batch[name]))
+            added = {self._vector_column: rows.vectors}
             if self._error_column is not None:
-                reasons = np.array(self._explain(errors, len(found)), dtype=object)
-                added[self._error_column] = reasons
+                added[self._error_column] = np.array(_explain(rows), dtype=object)
             return {**batch, **added}
         raise InputTypeError(
             f"expected an Arrow table or a dict of arrays, got a {type(batch).__name__}; "
             'give map_batches batch_format="pyarrow" or "numpy"'
         )
 
-    def _embed(
-        self, names: Iterable[str], read: Callable[[str], list[Any]]
-    ) -> tuple[NDArray[Any], dict[int, NeMoRetrieverError]]:
-        """Return a vector per row, NaN or 0 for those that failed, and their errors by row."""
+    def _embed(self, names: Iterable[str], read: Callable[[str], list[Any]]) -> Rows:
+        """Return the vectors and errors of all rows."""
         wanted = [name for name in (self._text_column, self._image_column) if name is not None]
         if missing := set(wanted) - set(names):
             raise ConfigurationError(
@@ -112,32 +108,18 @@ class EmbedBatch:
             documents = [EmbeddingInput(image=image) for image in documents]
         elif self._image_column is not None:
             documents = list(map(EmbeddingInput, documents, read(self._image_column)))
-        kind = self._embedder.options.embedding_type
-        try:
-            stream = self._embedder.stream(documents, self._role, max(1, len(documents)))
-            for found in stream:
-                return found, {}
-            nothing = np.empty((0, self._embedder.dimensions), np.float32)
-            return vectors.quantize(nothing, kind), {}
-        except PartialResultError as exc:
-            if self._error_column is None or not _are_inputs(exc.errors):
-                raise
-            found, errors = exc.vectors, exc.errors
-        except InputError as exc:
-            if self._error_column is None:
-                raise
-            found = np.full((1, self._embedder.dimensions), np.nan, np.float32)
-            errors = {0: exc}
-        rows = [row for row in range(len(found)) if row not in errors]
-        good = vectors.quantize(found[rows], kind)
-        out = np.full((len(found), good.shape[1]), np.nan if good.dtype.kind == "f" else 0)
-        out = out.astype(good.dtype)
-        out[rows] = good
-        return out, errors
+        size = max(1, len(documents))
+        for rows in self._embedder.stream(documents, self._role, size, errors="return"):
+            if self._error_column is None or not _are_inputs(rows.errors):
+                rows.unwrap()
+            return rows
+        return Rows(self._embedder.embed([], self._role))
 
-    @staticmethod
-    def _explain(errors: Mapping[int, NeMoRetrieverError], rows: int) -> list[str | None]:
-        return [str(errors[row].args[0]) if row in errors else None for row in range(rows)]
+
+def _explain(rows: Rows) -> list[str | None]:
+    """Return the reason of each failed row, without its index, and None for the others."""
+    reasons = {row: str(error.args[0]) for row, error in rows.errors.items()}
+    return [reasons.get(row) for row in range(len(rows))]
 
 
 def to_fixed_size_list(found: NDArray[Any], lost: NDArray[np.bool_] | None = None) -> Any:

@@ -6,10 +6,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,7 +24,6 @@ from shared_engine.errors import (
     InputError,
     InvalidRequestError,
     NeMoRetrieverError,
-    PartialResultError,
     PayloadTooLargeError,
 )
 from shared_engine.vectors import EmbeddingType, quantize
@@ -126,48 +126,34 @@ def embed_windows(
     windows: Iterator[Rows],
     on_read: Callable[[], object] | None = None,
 ) -> Iterator[tuple[Rows, NDArray[Any], dict[int, NeMoRetrieverError]]]:
-    """Yield windows with the vectors (n, d) float32 of their rows, and the errors of some by row.
+    """Yield windows with the vectors (n, d) float32 of their rows, and the errors of failed rows.
 
-    Windows must be of one size, but for the last.
+    All windows but the last have the same size.
     """
     first = next(windows, None)
+    if first is None:
+        return
     held: deque[Rows] = deque()
 
     def read() -> Iterator[str | EmbeddingInput]:
-        window = first
-        while window is not None:
+        for window in chain([first], windows):
             held.append(window)
             for row, document in enumerate(window.documents):
                 yield EmbeddingInput() if row in window.refused else document
-            window = next(windows, None)
         if on_read is not None:
             on_read()
 
-    size = len(first.documents) if first is not None else 1
-    stream = embedder.stream(read(), job.role, size)
-    try:
-        while True:
-            errors: dict[int, NeMoRetrieverError] = {}
-            try:
-                vectors = next(stream)
-            except StopIteration:
-                return
-            except PartialResultError as exc:
-                errors = {index - exc.offset: error for index, error in exc.errors.items()}
-                vectors = exc.vectors
-            except (InvalidRequestError, PayloadTooLargeError) as exc:
-                if len(held[0].documents) > 1:  # not one of them, but what all of them ask for
-                    raise
-                yield held.popleft(), np.empty((1, 0), np.float32), {0: exc}  # the last
-                return
+    with closing(
+        embedder.stream(read(), job.role, len(first.documents), errors="return")
+    ) as stream:
+        for found in stream:
             window = held.popleft()
+            errors = dict(found.errors)
             errors |= {row: InputError(reason) for row, reason in window.refused.items()}
             for error in errors.values():
                 if not isinstance(error, _OF_THE_ROW):
                     raise error
-            yield window, vectors, errors
-    finally:
-        stream.close()
+            yield window, found.vectors, errors
 
 
 def open_writer(path: str, job: Job, schema: Any, width: int, facts: dict[str, str]) -> Any:

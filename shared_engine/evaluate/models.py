@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shared_engine.backend import Rows
 from shared_engine.catalogue import lookup
 from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.embedder import Embedder
@@ -21,7 +22,6 @@ from shared_engine.errors import (
     ConfigurationError,
     InputError,
     MissingExtraError,
-    PartialResultError,
     UnsupportedDimensionsError,
 )
 from shared_engine.evaluate.data import Collection
@@ -57,10 +57,8 @@ class Model(Protocol):
     def check_dimensions(self, dimensions: int) -> None:
         """Raise UnsupportedDimensionsError, or another, if vectors cannot be cut to this length."""
 
-    def stream(
-        self, documents: Iterator[EmbeddingInput], role: Role
-    ) -> Iterator[NDArray[np.float32]]:
-        """Yield full vectors (<= WINDOW, d) of unit length, in order."""
+    def stream(self, documents: Iterator[EmbeddingInput], role: Role) -> Iterator[Rows]:
+        """Yield full vectors of unit length in windows of at most WINDOW rows, in order."""
 
 
 class EngineModel:
@@ -114,11 +112,9 @@ class EngineModel:
                 "values of its full ones; evaluate each size by itself"
             )
 
-    def stream(
-        self, documents: Iterator[EmbeddingInput], role: Role
-    ) -> Iterator[NDArray[np.float32]]:
-        """Yield what `Embedder.stream` does."""
-        return self._embedder.stream(documents, role, batch_size=WINDOW)
+    def stream(self, documents: Iterator[EmbeddingInput], role: Role) -> Iterator[Rows]:
+        """Yield the rows of `Embedder.stream`."""
+        return self._embedder.stream(documents, role, batch_size=WINDOW, errors="return")
 
 
 class SentenceTransformersModel:
@@ -170,14 +166,12 @@ class SentenceTransformersModel:
                 f"dimensions={dimensions}, but {self.name} has {self.dimensions}"
             )
 
-    def stream(
-        self, documents: Iterator[EmbeddingInput], role: Role
-    ) -> Iterator[NDArray[np.float32]]:
-        """Yield vectors of texts."""
+    def stream(self, documents: Iterator[EmbeddingInput], role: Role) -> Iterator[Rows]:
+        """Yield the vectors of texts."""
         encode = self._model.encode_query if role == "query" else self._model.encode_document
         while window := list(islice(documents, WINDOW)):
             texts = [document.text or "" for document in window]
-            yield unit(np.array(encode(texts, show_progress_bar=False), np.float32))
+            yield Rows(unit(np.array(encode(texts, show_progress_bar=False), np.float32)))
 
     def _digest_model(self) -> str:
         model = self._model
@@ -253,13 +247,13 @@ def _complete(file: BinaryIO, model: Model, collection: Collection, role: Role) 
     file.seek(begin + done * bytes_per_row)
     windows = model.stream(collection.documents(start), role)
     while done < len(collection):
-        try:
-            vectors = next(windows)
-        except PartialResultError as exc:
-            row, error = next(iter(exc.errors.items()))
+        rows = next(windows)
+        for row, error in rows.errors.items():
             if not isinstance(error, InputError):
-                raise error from exc
-            raise InputError(f"{collection.place(start + row)}: {error.args[0]}") from error
+                raise error
+            place = collection.place(start + rows.offset + row)
+            raise InputError(f"{place}: {error.args[0]}") from error
+        vectors = rows.vectors
         file.write(vectors.astype("<f4").tobytes())
         file.flush()
         os.fsync(file.fileno())  # a hole after a power cut would pass for vectors

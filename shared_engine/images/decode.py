@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from shared_engine.images.budget import MemoryBudget
 from shared_engine.images.formats import Jpeg, Tiff, find_format, find_pages
 from shared_engine.images.sources import TooLargeError
+from shared_engine.threads import after_fork
 
 LONG_SIDE, SHORT_SIDE = 16_384, 8_192
 """Pixels, either way round, of the same card."""
@@ -71,8 +71,7 @@ def _renew() -> None:
     _IN_FLIGHT.renew()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
+after_fork(_renew)
 
 
 @dataclass(frozen=True, eq=False)

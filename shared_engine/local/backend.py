@@ -22,10 +22,9 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from shared_engine import images
-from shared_engine.backend import Request, StepStats
+from shared_engine.backend import Backend, Request, Rows, StepStats
 from shared_engine.documents import Modality
 from shared_engine.errors import (
     DeviceMemoryError,
@@ -52,8 +51,13 @@ _MOST_PREPARING = 16
 _log = logging.getLogger("shared_engine")
 
 
-class LocalBackend:
+class LocalBackend(Backend):
     """An embedding model on one device or several, shared by any number of callers."""
+
+    modalities: frozenset[Modality] = frozenset()
+    dimensions: tuple[int, ...] = ()
+    description = ""
+    failure: Exception | None = None
 
     def __init__(self, options: Options, load: Callable[..., Encoder] = Encoder) -> None:
         """Find the checkpoint, download it if need be, load it, and start the workers.
@@ -74,7 +78,6 @@ class LocalBackend:
         # In a thread of its own: torch's OpenMP workers belong to the thread that first computes,
         # and a caller who forks later would wait for workers that stayed with the parent.
         placements, self._encoders = run_in_own_thread(self._load, options, load)
-        self._failure: Exception | None = None
         self._scheduler = Scheduler(placements[0].max_batch_tokens)
         self._dtype = placements[0].dtype
         self._cuts_on_device = placements[0].device.type == "cuda"
@@ -125,34 +128,26 @@ class LocalBackend:
 
     @property
     def step_stats(self) -> StepStats:
-        """How many steps and tokens the device has computed."""
+        """How many steps and tokens the devices have computed."""
         scheduler = self._scheduler
         return StepStats(scheduler.steps, scheduler.tokens, scheduler.max_batch_tokens)
 
-    @property
-    def failure(self) -> Exception | None:
-        """What the device died of; None while it lives."""
-        return self._failure
-
-    def submit(self, request: Request) -> Future[NDArray[np.float32]]:
+    def submit(self, request: Request) -> Future[Rows]:
         """Accept a request; see `Backend.submit`."""
-        if self._failure is not None:
+        if self.failure is not None:
             raise EngineError(
-                f"the device failed ({first_line(self._failure)}), and this process "
+                f"the device failed ({first_line(self.failure)}), and this process "
                 "cannot use it any more; restart it"
-            ) from self._failure
+            ) from self.failure
         rows = list(range(len(request.documents)))
         width = request.dimensions or self.dimensions[-1]
         job = Job(request, np.empty((len(rows), width), np.float32))
         if not rows:
-            job.future.set_result(job.vectors)
+            job.future.set_result(Rows(job.vectors))
         else:
             is_query = request.role == "query"
             self._scheduler.put(job, self._tokenize(job, rows) if is_query else None)
         return job.future
-
-    def wait_until_ready(self, timeout: float) -> None:
-        """Return at once: what is loaded is ready."""
 
     def close(self, cancel: bool = False, wait: bool = True) -> None:
         """Finish what was accepted, or cancel what has not started, then stop the workers."""
@@ -273,7 +268,7 @@ class LocalBackend:
         except Exception as exc:
             error = exc.with_traceback(None)
             if _is_fatal(error):
-                self._failure = error
+                self.failure = error
         start = 0
         for job, group in groupby(step, key=lambda sequence: sequence.job):
             members = list(group)

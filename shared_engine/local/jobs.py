@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-from shared_engine.errors import NeMoRetrieverError, combine_errors
+from shared_engine.backend import Rows
+from shared_engine.errors import NeMoRetrieverError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,7 @@ class Job:
     request: Request
     vectors: NDArray[np.float32]
     """(n, d), filled row by row."""
-    future: Future[NDArray[np.float32]] = field(default_factory=Future)
+    future: Future[Rows] = field(default_factory=Future)
     errors: dict[int, NeMoRetrieverError] = field(default_factory=dict)
     next_row: int = 0
     """The first row that nobody has taken to prepare."""
@@ -62,10 +63,7 @@ class Job:
         if not self.is_cancelled:
             self.request.report_progress(count)
         if done and self.future.set_running_or_notify_cancel():
-            if self.errors:
-                self.future.set_exception(combine_errors(self.vectors, self.errors))
-            else:
-                self.future.set_result(self.vectors)
+            self.future.set_result(Rows(self.vectors, self.errors))
 
 
 class TokenSequence(NamedTuple):

@@ -17,18 +17,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import groupby
 from threading import Condition
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from shared_engine.backend import Flow
+from shared_engine.backend import Flow, Rows
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.errors import EngineClosedError
 from shared_engine.local.jobs import Job, TokenSequence
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 
 QUERY_STEPS_IN_A_ROW = 8
 TEXTS_PER_CHUNK = 256
@@ -67,7 +61,7 @@ class Scheduler:
     def __init__(self, max_batch_tokens: int) -> None:
         self.max_batch_tokens = max_batch_tokens
         self._changed = Condition()
-        self._jobs: dict[Future[NDArray[np.float32]], Job] = {}
+        self._jobs: dict[Future[Rows], Job] = {}
         self._turns: WeakKeyDictionary[Flow | Job, FlowQueue] = WeakKeyDictionary()
         self._cancelled: deque[Job] = deque()
         self._to_prepare: deque[FlowQueue] = deque()
@@ -128,7 +122,7 @@ class Scheduler:
                 self.max_batch_tokens = min(2 * self.max_batch_tokens, self._tokens_at_first)
                 self._full_steps, self._has_grown = 0, True
 
-    def _forget(self, future: Future[NDArray[np.float32]]) -> None:
+    def _forget(self, future: Future[Rows]) -> None:
         job = self._jobs.pop(future)
         if future.cancelled():
             # Runs wherever the garbage collector does, so it changes no queue: a worker does.

@@ -29,11 +29,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import httpx
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import SecretStr
 
-from shared_engine.backend import Request
+from shared_engine.backend import Backend, Request, Rows
 from shared_engine.catalogue import AvailableModel, ModelSpec, lookup
 from shared_engine.documents import EmbeddingInput, Modality
 from shared_engine.endpoints import MOST_HOSTED_CHARACTERS, is_hosted
@@ -51,6 +49,7 @@ from shared_engine.nim.batches import BatchLimits, Dispatch, RequestBatch
 from shared_engine.nim.client import NimClient
 from shared_engine.nim.transport import is_retried
 from shared_engine.options import Options
+from shared_engine.threads import result_of
 from shared_engine.wire import INPUT_TYPE, split_role_suffix
 
 TRIES_MALFORMED = 3
@@ -64,10 +63,8 @@ _T = TypeVar("_T")
 _log = logging.getLogger("shared_engine")
 
 
-class NimBackend:
+class NimBackend(Backend):
     """An embedding model behind `/v1/embeddings`, shared by any number of callers."""
-
-    dimensions: tuple[int, ...] = ()  # versions and models differ, so the server judges
 
     def __init__(self, options: Options, base_url: str, api_key: SecretStr | None = None) -> None:
         """Make the client and start its thread; nothing is sent yet.
@@ -103,7 +100,7 @@ class NimBackend:
 
     @property
     def modalities(self) -> frozenset[Modality]:
-        """Kinds of input of the model; all of them where only the server knows."""
+        """Kinds of input of the model; all kinds if only the server knows."""
         return self._spec.modalities if self._spec and self._is_settled else _EVERY_KIND
 
     @property
@@ -122,7 +119,7 @@ class NimBackend:
         name = self._spec.name if self._spec else self._name
         return hashlib.sha256(f"{self._base_url} {name}".encode()).hexdigest()[:16]
 
-    def submit(self, request: Request) -> Future[NDArray[np.float32]]:
+    def submit(self, request: Request) -> Future[Rows]:
         """Accept a request; see `Backend.submit`."""
         if self._fixed_role not in (None, request.role):
             raise ConfigurationError(
@@ -139,7 +136,7 @@ class NimBackend:
         """
         if self._width is None:
             request = Request([EmbeddingInput("?")], self._fixed_role or "query")
-            self._width = int(self.submit(request).result().shape[1])
+            self._width = int(result_of(self.submit(request)).unwrap().shape[1])
         return self._width
 
     def list_models(self) -> list[AvailableModel]:
@@ -207,7 +204,7 @@ class NimBackend:
             self._encoders.shutdown(wait=False, cancel_futures=True)
             self._loop.stop()
 
-    async def _embed(self, request: Request) -> NDArray[np.float32]:
+    async def _embed(self, request: Request) -> Rows:
         call = Dispatch(request, self._encode, self._spec.hidden_size if self._spec else 0)
         deadline = self._options.deadline
         try:

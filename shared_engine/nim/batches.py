@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_engine.backend import Request
+from shared_engine.backend import Request, Rows
 from shared_engine.documents import EmbeddingInput, Modality
 from shared_engine.errors import (
     EngineError,
     InputError,
+    InvalidRequestError,
     MalformedResponseError,
     NeMoRetrieverError,
-    combine_errors,
+    PayloadTooLargeError,
 )
 from shared_engine.nim.protocol import PROBES, encode_input
 
@@ -31,6 +32,8 @@ IMAGES_AHEAD = 8
 """Images of one call that are encoded before there is a batch for them."""
 MOST_HELD = 128 * 2**20
 """Bytes of a call's batches without a reply, from which on no further batch is made."""
+_OF_ONE_INPUT = (InvalidRequestError, PayloadTooLargeError)
+"""Errors of a request that are its only input's: with another input it might be accepted."""
 Encode = Callable[[EmbeddingInput], "asyncio.Future[bytes]"]
 
 
@@ -229,12 +232,11 @@ class Dispatch:
         self._unfinished.difference_update(rows)
         self.request.report_progress(len(rows))
 
-    def result(self) -> NDArray[np.float32]:
-        """Return all vectors, (n, d).
+    def result(self) -> Rows:
+        """Return the vectors and errors of all documents.
 
         Raises:
-            NeMoRetrieverError: the reason, where all inputs failed for the same one.
-            PartialResultError: some inputs failed, or each for a reason of its own.
+            NeMoRetrieverError: all documents failed for this one reason.
         """
         reason = self.stopped or EngineError("this input was not embedded")
         errors = {**self._errors, **dict.fromkeys(self._unfinished, reason)}
@@ -243,10 +245,11 @@ class Dispatch:
         if vectors is None:
             vectors = np.empty((n, self.request.dimensions or self._width), np.float32)
         if not errors:
-            return vectors
+            return Rows(vectors)
         first = errors[min(errors)]
-        same = len({type(error) for error in errors.values()}) == 1
-        if len(errors) == n and same and not isinstance(first, InputError):
+        is_same = len({type(error) for error in errors.values()}) == 1
+        is_of_a_row = isinstance(first, InputError) or (n == 1 and isinstance(first, _OF_ONE_INPUT))
+        if len(errors) == n and is_same and not is_of_a_row:
             raise first
         vectors[list(errors)] = np.nan
-        raise combine_errors(vectors, errors)
+        return Rows(vectors, errors)

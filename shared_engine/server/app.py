@@ -36,13 +36,12 @@ from starlette.routing import Route
 
 from shared_engine import images
 from shared_engine._version import __version__
-from shared_engine.backend import Backend, HasHealth, HasStepStats, StepStats
+from shared_engine.backend import Backend, StepStats
 from shared_engine.catalogue import lookup
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError, NeMoRetrieverError
 from shared_engine.options import Options
-from shared_engine.registry import Lease
 from shared_engine.routing import select_backend
 from shared_engine.server.access import control_access
 from shared_engine.server.errors import (
@@ -134,7 +133,6 @@ class _Server:
         limits: ServerLimits,
         on_failure: Callable[[Exception], object] | None,
     ) -> None:
-        self._lease = Lease(options)
         self._embedder = Embedder(options)
         self._limits = limits
         self._on_failure = on_failure
@@ -161,12 +159,11 @@ class _Server:
             yield
         finally:
             loading.cancel()
-            for closing in (self._embedder, self._lease):
-                await asyncio.to_thread(closing.close)
+            await asyncio.to_thread(self._embedder.close)
 
     async def _start(self) -> None:
         try:
-            backend = await asyncio.to_thread(lambda: self._lease.backend)
+            backend = await asyncio.to_thread(self._embedder.load)
             await self._embedder.aembed(["ready"], "query")  # the first call of a kernel is slow
             if "image" in backend.modalities:
                 await self._embedder.aembed([EmbeddingInput(image=images.draw_sample(512, 512))])
@@ -361,7 +358,7 @@ class _Server:
         backend = self._backend
         if backend is None:
             message = "failed to load" if self._failure else "loading"
-        elif isinstance(backend, HasHealth) and backend.failure is not None:
+        elif backend.failure is not None:
             message = "the device has failed; only a new process can use it"
         else:
             message = "ready"
@@ -385,7 +382,7 @@ class _Server:
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def _read_stats(self) -> StepStats | None:
-        return self._backend.step_stats if isinstance(self._backend, HasStepStats) else None
+        return None if self._backend is None else self._backend.step_stats
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

@@ -65,7 +65,7 @@ def one_round(embedder: Embedder, paths: dict[str, list[Path]], max_tiles: int) 
         for path in files:
             images.decode_picture(path, max_tiles)
         out[f"decode {kind}"] = (time.perf_counter() - start) / len(files)
-    backend: Any = embedder._backend
+    backend: Any = embedder.load()
     encoder = backend._encoders[0]
     ids = [backend._tokenizer.encode_with_image(len(tiles), "", "NONE") for tiles in cut]
     kept, encoder._vision = encoder._vision, Timed(encoder._vision, encoder.device)
@@ -105,7 +105,7 @@ def measure(
             peaks, spans = [], []
             with Embedder(options) as embedder:
                 vector = embedder.embed([EmbeddingInput(image=paths["png"][0])])[0]
-                backend: Any = embedder._backend
+                backend: Any = embedder.load()
                 place = backend._encoders[0].device
                 setting = Setting(config["llm_config"], place, backend._dtype)
                 for _ in range(rounds):

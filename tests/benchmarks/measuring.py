@@ -249,7 +249,7 @@ class Contender:
 
 def ours(embedder: Embedder, name: str = OURS) -> Contender:
     """Return the engine as a user calls it."""
-    encoder: Any = embedder._backend._encoders[0]  # type: ignore[attr-defined]
+    encoder: Any = embedder.load()._encoders[0]  # type: ignore[attr-defined]
     forward, computed = encoder._forward, 0
 
     def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -271,7 +271,7 @@ def variants(options: Options, embedder: Embedder, steps: Sequence[int]) -> list
     for step in steps:
         other = Embedder(options.model_copy(update={"max_batch_tokens": step}))
         made.append(ours(other, f"steps of {step:,} tokens"))
-    encoder: Any = embedder._backend._encoders[0]  # type: ignore[attr-defined]
+    encoder: Any = embedder.load()._encoders[0]  # type: ignore[attr-defined]
     if encoder.device.type != "cuda":
         return made
 

@@ -70,7 +70,7 @@ def outside(args: argparse.Namespace) -> list[dict[str, Any]]:
         "LangChain": lambda: langchain.embed_documents(documents),
         "LlamaIndex": lambda: llamaindex.get_text_embedding_batch(documents),
     }
-    encoders = langchain.embedder._backend._encoders
+    encoders = langchain.embedder.load()._encoders
     encoders[0] = forward = Timed(encoders[0], encoders[0].device)
     rows: dict[str, dict[str, Any]] = {}
     langchain.embed_query("warm up")

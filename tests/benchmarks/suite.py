@@ -122,7 +122,7 @@ class Bench:
         self.options, self.folder, self.scratch, self.size = options, folder, scratch, size
         self.embedder = Embedder(options)
         self.description = self.embedder.description
-        backend: Any = self.embedder._backend
+        backend: Any = self.embedder.load()
         self.encoders = backend._encoders
         self.device, self.dtype = self.encoders[0].device, backend._dtype
         self.max_batch_tokens = backend.step_stats.max_batch_tokens

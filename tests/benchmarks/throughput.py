@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         step = f"{measuring.OURS}, {size or 'default'} tokens per step"
         contenders.append(measuring.ours(embedder, step))
     print(embedder.description)
-    dtype = embedder._backend._dtype  # type: ignore[attr-defined]
+    dtype = embedder.load()._dtype  # type: ignore[attr-defined]
     folder = measuring.peer_folder(args.checkpoint, scratch / "peer")
     theirs = measuring.sentence_transformer(folder, args.device, dtype)
     config = json.loads((args.checkpoint / "config.json").read_text())

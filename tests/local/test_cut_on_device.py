@@ -108,7 +108,7 @@ def test_vectors_of_pages_do_not_tell_who_cut_the_tiles(tmp_path: Path, monkeypa
     documents += [EmbeddingInput("hello"), EmbeddingInput("a caption", page(9, 1000, 1000))]
     with Embedder(Options(model=folder, device="cpu", dtype="float32", max_tiles=6)) as embedder:
         expected = embedder.embed(documents)
-        monkeypatch.setattr(embedder._backend, "_cuts_on_device", True)
+        monkeypatch.setattr(embedder.load(), "_cuts_on_device", True)
         cut = []
         real = siglip.cut_on_device
         monkeypatch.setattr(siglip, "cut_on_device", lambda *given: cut.append(1) or real(*given))

@@ -21,7 +21,6 @@ from shared_engine import (
     EmbeddingInput,
     EngineClosedError,
     EngineError,
-    PartialResultError,
     Request,
 )
 from shared_engine.backend import Flow
@@ -359,22 +358,18 @@ def test_a_job_ends_when_its_last_row_does():
     one.deliver([2, 0], np.array([[2, 2, 9], [0, 1, 9]], np.float32), tokens=7)
     assert not one.future.done()
     one.deliver([1], np.array([[1, 1, 9]], np.float32), tokens=2)
-    assert one.future.result().tolist() == [[0, 1], [1, 1], [2, 2]]
+    assert one.future.result().vectors.tolist() == [[0, 1], [1, 1], [2, 2]]
 
 
-def test_failed_rows_are_named_and_the_others_kept():
+def test_failed_rows_keep_their_errors_and_the_others_their_vectors():
     one = job(3)
     one.deliver([0, 2], np.ones((2, 2), np.float32), tokens=4)
-    one.fail(1, EngineError("no luck"))
-    error = one.future.exception()
-    assert isinstance(error, PartialResultError)
-    assert "1 of 3 inputs failed, the first: input 1: no luck" in str(error)
-    assert list(error.errors) == [1]
-    assert np.isnan(error.vectors[1]).all()
-    assert error.vectors[[0, 2]].tolist() == [[1, 1], [1, 1]]
-    alone = job(1)
-    alone.fail(0, EngineError("no luck"))
-    assert isinstance(alone.future.exception(), EngineError)
+    error = EngineError("no luck")
+    one.fail(1, error)
+    rows = one.future.result()
+    assert rows.errors == {1: error}
+    assert np.isnan(rows.vectors[1]).all()
+    assert rows.vectors[[0, 2]].tolist() == [[1, 1], [1, 1]]
 
 
 # Under load, in simulated time
@@ -460,7 +455,7 @@ def check_everything_was_computed_once(simulation: Simulation, jobs: list[Job]) 
     assert set(computed.values()) <= {1}
     for each in jobs:
         rows = np.arange(len(each.request.documents))
-        assert np.array_equal(each.future.result(timeout=0), np.stack([rows, rows], 1))
+        assert np.array_equal(each.future.result(timeout=0).vectors, np.stack([rows, rows], 1))
     assert len(computed) == sum(len(each.request.documents) for each in jobs)
 
 
@@ -643,7 +638,7 @@ class Driven:
         is_query = each.request.role == "query"
         good = [row for row in rows if is_query or row % 4 != self.failing]
         assert [self.computed[each, row] for row in rows] == [int(row in good) for row in rows]
-        assert (each.future.exception() is None) == (len(good) == len(rows))
+        assert sorted(each.future.result().errors) == [row for row in rows if row not in good]
 
 
 PUT = st.tuples(

@@ -811,6 +811,6 @@ def test_what_a_callback_raises_is_logged_and_loses_no_vector(caplog, name):
     with Nim().embedder() as embedder:
         expected = embedder.embed(TEXTS)
         request = Request([EmbeddingInput(text) for text in TEXTS], "document", **{name: fail})
-        got = embedder._backend.submit(request).result(30)
+        got = embedder.load().submit(request).result(30).vectors
     assert np.abs(got - expected).max() <= 1e-6
     assert "standard error is closed" in caplog.text
