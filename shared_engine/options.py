@@ -27,8 +27,8 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Truncate = Literal["NONE", "START", "END"]
 
 Scope = Literal["routing", "engine", "local", "nim", "request"]
-"""What an option affects: the choice of the backend, any backend, the local backend, the client of a
-NIM, or only the request. Backends are shared by objects whose options differ in "request" alone."""
+"""What an option affects: the choice of the backend, any backend, the local one, a NIM's client, or
+the request. Objects whose options differ in "request" alone share a backend."""
 
 _HINTS = {
     "async_http_client": "use http_client_factory=, a function that returns an httpx.AsyncClient",
@@ -198,8 +198,8 @@ class Options(BaseModel):
         default=None,
         ge=4096,
         description="Maximum number of base64 characters of an image; a larger one is scaled "
-        "down to the size of the model's tiles, then compressed as JPEG. None: 180,000 for NVIDIA's "
-        "catalogue, which refuses more; no limit for other servers.",
+        "down to the size of the model's tiles, then compressed as JPEG. None: 180,000 for "
+        "NVIDIA's catalogue, which refuses more; no limit for other servers.",
     )
     verify_ssl: bool | str = _option(
         "nim",
