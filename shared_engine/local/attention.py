@@ -23,8 +23,8 @@ _LONG = 1024
 """Tokens from which copying keys and values pays on a CPU: 7 to 15 % of a step, measured."""
 _HAS_SPLITS = "num_splits" in str(torch.ops.aten._flash_attention_forward.default._schema)
 _ONE_SPLIT = {"num_splits": 1} if _HAS_SPLITS else {}
-"""So that the order of a sum, and a vector's last bits, never depend on the step. Before torch 2.12
-there was no other."""
+"""So that the order of a sum, and a vector's last bits, never depend on the step. The operator of
+torch before 2.12 has no such option, and one split."""
 _CLOSE = 0.05
 """How far a kernel's values may be from one SDPA call per sequence, for numbers of about 1."""
 

@@ -94,8 +94,8 @@ class _Bucket:
 def _make_recorder(device: torch.device) -> Record:
     """Return what records steps as CUDA graphs that share memory.
 
-    They share it through one stream. No other model records on it, as a stream has a workspace of
-    cuBLAS that the graphs write to, and that some versions of torch free with a graph.
+    A pool of memory serves one stream. Each model has a stream of its own, because the graphs write
+    to the cuBLAS workspace of their stream, where the recording of another model would interfere.
     """
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return partial(_capture, device, stream, torch.cuda.graph_pool_handle())
