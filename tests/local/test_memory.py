@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from shared_engine.local import device
+from shared_engine.local import backend, device
 from shared_engine.local.backend import LocalBackend
+from shared_engine.local.checkpoint import Checkpoint
+from shared_engine.local.config import ModelConfig
 from shared_engine.local.device import Placement
 from shared_engine.local.llama import Encoder
 from shared_engine.options import Options
@@ -33,19 +37,19 @@ def calls(monkeypatch) -> list[str]:
 def open_backend(checkpoint: Path, monkeypatch) -> Callable[[], LocalBackend]:
     """Open a backend on two GPUs; they are a CPU, and its encoder passes for one of a GPU."""
     select = device.select_devices
+    gpu = types.SimpleNamespace(type="cuda")
 
-    def select_devices(*_: Any) -> list[Placement]:
-        (placed,) = select("cpu", "float32", None, _[-1])
-        gpu = types.SimpleNamespace(type="cuda")
-        return [types.SimpleNamespace(**vars(placed) | {"device": gpu}) for _ in range(2)]
+    def select_devices(_: str, __: str, ___: None, config: ModelConfig) -> list[Placement]:
+        placements = select("cpu,cpu", "float32", None, config)
+        return [replace(placement, device=gpu) for placement in placements]
 
-    def load(found: Any, _: Any, size: int) -> Encoder:
-        encoder = Encoder(found, select("cpu", "float32", None, found.config)[0], size)
-        encoder.device = types.SimpleNamespace(type="cuda")
+    def load(found: Checkpoint, placement: Placement, size: int) -> Encoder:
+        encoder = Encoder(found, replace(placement, device=torch.device("cpu")), size)
+        encoder.device = gpu
         return encoder
 
-    monkeypatch.setattr("shared_engine.local.backend.select_devices", select_devices)
-    monkeypatch.setattr("shared_engine.local.backend.make_current", lambda _: torch.no_grad())
+    monkeypatch.setattr(backend, "select_devices", select_devices)
+    monkeypatch.setattr(backend, "make_current", lambda _: nullcontext())
     return lambda: LocalBackend(Options(model=checkpoint), load)
 
 
@@ -60,7 +64,7 @@ def test_the_last_engine_on_a_gpu_gives_back_the_workspaces_of_cublas(calls, ope
 
 def test_an_engine_on_a_cpu_keeps_no_workspace(calls, open_backend, checkpoint, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("shared_engine.local.backend.select_devices", device.select_devices)
+        patched.setattr(backend, "select_devices", device.select_devices)
         on_cpu = LocalBackend(Options(model=checkpoint, device="cpu"))
     open_backend().close()
     assert calls[-2:] == ["workspaces", "cache"]

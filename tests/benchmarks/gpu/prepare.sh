@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # For a machine with a GPU and its own torch, but without a package index. Run this where there is
 # one, in the root of a checkout: it puts the other wheels, 3 MB, into the ignored .benchmarks/wheels.
-# PYTHON_VERSION is that of the machine with the GPU. There, also in the root:
+# PYTHON_VERSION is that of the machine with the GPU. There, in the root of the same checkout, with
+# that folder:
 #     for wheel in .benchmarks/wheels/*.whl; do python3 -m zipfile -e "$wheel" /tmp/site; done
 #     PYTHONPATH=/tmp/site python3 tests/benchmarks/gpu/run.py
 set -eu

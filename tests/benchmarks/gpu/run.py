@@ -92,15 +92,22 @@ def main() -> None:
 
 def describe(asked: argparse.Namespace) -> dict[str, object]:
     """Return what was measured, and with what."""
-    packages = ("torch", "transformers", "sentence-transformers", "numpy")
-    installed = {each.metadata["Name"].lower() for each in importlib.metadata.distributions()}
+    packages = ("torch", "triton", "transformers", "sentence-transformers", "numpy")
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "is_tiny": asked.tiny,
         "python": sys.version.split()[0],
-        "versions": {n: importlib.metadata.version(n) for n in packages if n in installed},
+        "versions": {name: find_version(name) for name in packages},
         "cores": os.cpu_count(),
     }
+
+
+def find_version(package: str) -> str | None:
+    """Return the installed version of a package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def find_scratch() -> str | None:
