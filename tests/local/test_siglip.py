@@ -275,7 +275,7 @@ def test_texts_never_touch_the_tower(vl, monkeypatch):
         ({"vision_config": {"hidden_act": "gelu"}}, "vision_config.hidden_act"),
         ({"vision_config": {"num_attention_heads": 5}}, "divisor of hidden_size"),
         ({"vision_config": {"num_hidden_layers": 4}}, "has no tensor"),
-        ({"vision_config": {"num_hidden_layers": 2}}, "does not account for"),
+        ({"vision_config": {"num_hidden_layers": 2}}, "does not describe"),
     ],
 )
 def test_another_model_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
