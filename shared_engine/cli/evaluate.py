@@ -1,4 +1,4 @@
-"""`nemoretriever evaluate`: a model on a folder of your own, or on tasks of MTEB."""
+"""`nemoretriever evaluate`: measure a model on a data set in a folder, or on tasks of MTEB."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from shared_engine.options import Options
 from shared_engine.vectors import EmbeddingType
 
 _EPILOG = """\
-FOLDER has corpus.jsonl, queries.jsonl and qrels/*.tsv, as BEIR's data sets do. A document is
-{"_id": "d1", "title": "...", "text": "..."}, or has "image": "a path from the folder".
-Vectors are embedded once, at full size, and kept; every size and number type is made of them.
+FOLDER has corpus.jsonl, queries.jsonl and qrels/*.tsv, as BEIR's data sets have. A document is
+{"_id": "d1", "title": "...", "text": "..."}, or has "image": "a path relative to the folder".
+Documents are embedded once, at full size, and the vectors are kept; all sizes and number types are
+computed from them.
 """
 
 
@@ -25,11 +26,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     """Add `evaluate` to the command line."""
     verb = commands.add_parser(
         "evaluate",
-        help="measure retrieval on your own data, or on tasks of MTEB",
+        help="measure retrieval quality on your own data or on tasks of MTEB",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="Data in BEIR's form.")
+    verb.add_argument(
+        "folder", nargs="?", type=Path, metavar="FOLDER", help="Data set in BEIR's layout."
+    )
     add_options(verb, (*LOCAL, *REMOTE, "truncate"))
     add_key(verb)
     verb.add_argument(
@@ -38,7 +41,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         nargs="+",
         default=[],
         metavar="N",
-        help="Lengths of vectors, beside the full one.",
+        help="Sizes of vectors, in addition to the full size. Default: the full size only.",
     )
     verb.add_argument(
         "--embedding-types",
@@ -46,62 +49,72 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         choices=get_args(EmbeddingType),
         default=["float", "int8", "binary"],
         metavar="TYPE",
-        help="Number types of vectors: some of %(choices)s. Default: float int8 binary.",
+        help="Number types of vectors, of %(choices)s. Default: float int8 binary.",
     )
     verb.add_argument(
         "--against",
         action="append",
         default=[],
         metavar="MODEL",
-        help="Another model beside it: a name or folder, a server's URL, or st:NAME of "
-        "sentence-transformers; may be repeated.",
+        help="Another model to compare with: a name or folder, a server's URL, or st:NAME for "
+        "sentence-transformers. Repeatable. Default: none.",
     )
     verb.add_argument(
-        "--split", metavar="NAME", help="Which file of qrels. Default: test, or the only one."
+        "--split",
+        metavar="NAME",
+        help="Judgements to use: qrels/NAME.tsv. Default: test, or the only file.",
     )
-    verb.add_argument("--no-bm25", action="store_true", help="Leave the row of BM25 out.")
+    verb.add_argument("--no-bm25", action="store_true", help="Omit the row for BM25.")
     verb.add_argument(
         "--ignore-identical-ids",
         action="store_true",
-        help="Let no query find the document of its own id, as ArguAna and Quora want it.",
+        help="Exclude documents with the same id as the query (ArguAna, Quora).",
     )
     verb.add_argument(
-        "--cache", type=Path, metavar="FOLDER", help="Where vectors are kept. Default: the user's."
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="Folder that keeps the vectors. Default: ~/.cache/nemoretriever/evaluate.",
     )
-    verb.add_argument("--json", type=Path, metavar="FILE", help="Write everything to this file.")
+    verb.add_argument(
+        "--json", type=Path, metavar="FILE", help="Write the report as JSON. Default: no file."
+    )
     verb.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="Draw quality against bytes per vector: .svg or .png.",
+        help="Draw quality by bytes per vector as .svg or .png. Default: no file.",
     )
     verb.add_argument(
         "--mteb",
         nargs="+",
         default=[],
         metavar="TASK",
-        help="Run tasks of MTEB instead, or those of a row of the model cards: qa, miracl, mlqa, "
-        "mldr, vidore. With the first of --dimensions and of --embedding-types.",
+        help="Run tasks of MTEB instead, by name or as rows of the model cards: qa, miracl, mlqa, "
+        "mldr, vidore. Uses the first of --dimensions and of --embedding-types.",
     )
     verb.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="With --mteb: a local copy, in BEIR's form."
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="Data of the only --mteb task, in BEIR's layout. Default: downloaded by MTEB.",
     )
-    # What a retrieval benchmark does with texts over a model's limit.
+    # retrieval benchmarks truncate texts over the model's limit
     verb.set_defaults(run=run, truncate="END", log_level="warning")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate on a folder, or run tasks of MTEB."""
-    for path in filter(None, (args.json, args.plot)):  # not when all is computed
+    for path in filter(None, (args.json, args.plot)):  # before anything is computed
         if path.is_dir() or not path.parent.is_dir():
             raise ConfigurationError(
-                f"{path} cannot be written: expected a file in a folder that is there"
+                f"{path} cannot be written: expected a file in an existing folder"
             )
     options = read_options(args, (*LOCAL, *REMOTE, "truncate"), **_read_key(args))
     if args.mteb:
         return _run_tasks(args, options)
     if args.folder is None or args.data is not None:
-        raise ConfigurationError("give a FOLDER to evaluate on, or --mteb TASK and its --data")
+        raise ConfigurationError("expected FOLDER, or --mteb TASK with an optional --data")
     from shared_engine.evaluate import EngineModel, evaluate, find_model
     from shared_engine.evaluate.report import check_plot, draw_plot, write_json, write_table
 
@@ -116,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         cache=args.cache,
         bm25=not args.no_bm25,
         ignore_identical_ids=args.ignore_identical_ids,
-        say=lambda line: print(line, file=sys.stderr),
+        progress=lambda line: print(line, file=sys.stderr),
     )
     print(write_table(report))
     if args.json is not None:

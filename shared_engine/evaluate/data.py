@@ -1,121 +1,85 @@
-"""A folder in BEIR's layout: documents, queries, and which document answers which query.
+"""Read a retrieval data set: a folder in BEIR's layout.
 
     corpus.jsonl      {"_id": "d1", "title": "optional", "text": "...", "image": "pages/1.png"}
     queries.jsonl     {"_id": "q1", "text": "..."}
-    qrels/test.tsv    query-id  corpus-id  score, under a line with these names
+    qrels/test.tsv    query-id  corpus-id  score
 
-A document has a text, an image (a path from the folder), or both. Its title and text are embedded
-as "title text", as BEIR's and MTEB's own models do it (`sep=" "`, `_corpus_to_dict`).
+A document has a text, an image (a path relative to the folder), or both. Judgements have these
+three columns or TREC's four (query, iteration, document, score), with or without a header.
+
+Data that BEIR and MTEB accept is scored as they score it, and counted in `RetrievalData.counts`: a
+judged document that is not in the corpus is relevant and never found, a query without a relevant
+document scores 0, a judgement of an unknown query is ignored, and the last of repeated rows counts.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import json
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.errors import ConfigurationError, InputError
 
 Qrels = dict[str, dict[str, int]]
-"""Scores by query and document; a document is relevant where its score is over 0."""
+"""Scores by query and document; a document is relevant if its score is greater than 0."""
 
 
+def join_title(title: str | None, text: str | None) -> str:
+    r"""Return the text to embed for a document, joined as BEIR's and MTEB's own models join it.
+
+    >>> join_title("Paris", "The capital of France."), join_title(None, "No title.\n")
+    ('Paris The capital of France.', 'No title.')
+    """
+    return f"{title or ''} {text or ''}".strip()
+
+
+@dataclass(frozen=True)
 class Collection:
-    """The rows of a JSON Lines file, read anew at every pass: of them only the ids are kept."""
+    """The documents or the queries of a data set."""
 
-    def __init__(self, path: Path, only: Container[str] | None = None) -> None:
-        """Read the file once and check all of it; `only` are the ids to take, None is all.
-
-        Raises:
-            InputError: a line that is no row, an id that comes twice, or an image that is no file.
-        """
-        self.path = path
-        self._only = only
-        self.ids: list[str] = []
-        self.has_texts = self.has_images = False
-        digest = hashlib.sha256()
-        seen: set[str] = set()
-        for line, name, row in self._rows():
-            if name in seen:
-                raise InputError(f"{_place(path, line)}: the id {name!r} comes twice")
-            seen.add(name)
-            document = self._read(line, row)
-            for part in (document.text, document.image):
-                content = self._content(line, part)
-                digest.update(b"%d:" % len(content) + content)
-            self.has_texts |= bool(document.text)
-            self.has_images |= document.image is not None
-            self.ids.append(name)
-        self.digest = digest.hexdigest()
-        """Names what the texts and images are, in order; ids do not count."""
+    path: Path
+    inputs: dict[str, EmbeddingInput]
+    """By id, in the order of the file."""
+    repeated: int
+    """Rows that were replaced by a later one with the same id."""
+    digest: str
+    """Identifies ids, texts and images, in order."""
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.inputs)
 
-    def documents(self, start: int = 0) -> Iterator[EmbeddingInput]:
-        """Yield the documents from position `start` on."""
-        for line, _, row in islice(self._rows(), start, None):
-            yield self._read(line, row)
+    @property
+    def ids(self) -> list[str]:
+        """The ids, in the order of the file."""
+        return list(self.inputs)
 
-    def place(self, position: int) -> str:
-        """Return file and line of the document at a position."""
-        return _place(self.path, next(islice(self._rows(), position, None))[0])
+    @property
+    def texts(self) -> Iterator[str]:
+        """The texts, in the order of the file; "" for an image alone."""
+        return (document.text or "" for document in self.inputs.values())
 
-    def _rows(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        for line, text in _lines(self.path):
-            try:
-                row = orjson.loads(text)
-            except orjson.JSONDecodeError as exc:
-                raise InputError(f"{_place(self.path, line)}: is no JSON: {exc}") from None
-            name = row.get("_id") if isinstance(row, dict) else None
-            if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":
-                raise InputError(f'{_place(self.path, line)}: expected {{"_id": "...", ...}}')
-            if self._only is None or str(name) in self._only:
-                yield line, str(name), row
-
-    def _read(self, line: int, row: dict[str, Any]) -> EmbeddingInput:
-        for key in ("title", "text", "image"):
-            if not isinstance(row.get(key), (str, type(None))):
-                raise InputError(f"{_place(self.path, line)}: {key!r} is no string")
-        if row.get("text") is None and not row.get("image"):
-            raise InputError(f"{_place(self.path, line)}: has neither 'text' nor 'image'")
-        text = row.get("text") or ""
-        if self.path.stem == "corpus":
-            text = f"{row.get('title') or ''} {text}".strip()
-        if image := row.get("image"):
-            return EmbeddingInput(text or None, self.path.parent / image)
-        return EmbeddingInput(text)
-
-    def _content(self, line: int, part: str | Path | None) -> bytes:
-        if isinstance(part, Path):
-            try:
-                return hashlib.sha256(part.read_bytes()).digest()
-            except OSError as exc:
-                raise InputError(
-                    f"{_place(self.path, line)}: the image {part} cannot be read: {exc.strerror}"
-                ) from None
-        return (part or "").encode()
+    @property
+    def has_images(self) -> bool:
+        """Whether any document has an image."""
+        return any(document.image is not None for document in self.inputs.values())
 
 
 @dataclass(frozen=True)
 class RetrievalData:
-    """What is searched, what is asked, and what should be found."""
+    """A corpus, the queries of one split, and their judgements."""
 
     folder: Path
     split: str
     corpus: Collection
     queries: Collection
-    """Those with a relevant document in the split."""
     qrels: Qrels
-    """Of these queries only."""
-    unanswered: int
-    """Queries of the split that no document is relevant to: they cannot be measured."""
+    counts: dict[str, int]
+    """How many of each irregularity the data has; only those that occur."""
 
     @property
     def by_role(self) -> dict[Role, Collection]:
@@ -124,24 +88,28 @@ class RetrievalData:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a report says of the data."""
+        """Facts for a report: sizes, digests and irregularities."""
         return {
             "folder": self.folder.name,
             "split": self.split,
             "documents": len(self.corpus),
             "queries": len(self.queries),
-            "queries_without_relevant_documents": self.unanswered,
+            "irregularities": self.counts,
             "corpus_sha256": self.corpus.digest,
             "queries_sha256": self.queries.digest,
         }
 
 
 def read_folder(folder: Path, split: str | None = None) -> RetrievalData:
-    """Read and check a folder; `split` names a file of `qrels`, by default "test" or the only one.
+    """Read and check a folder.
+
+    Args:
+        folder: The data set.
+        split: A file of `qrels`; by default "test", or the only one.
 
     Raises:
-        ConfigurationError: a file is missing, or the split is not there.
-        InputError: a line is at fault (the message says file and line), or nothing can be measured.
+        ConfigurationError: a file or the split is missing.
+        InputError: a line is invalid (the message has file and line), or nothing can be measured.
     """
     for name in ("corpus.jsonl", "queries.jsonl", "qrels"):
         if not (folder / name).exists():
@@ -149,58 +117,126 @@ def read_folder(folder: Path, split: str | None = None) -> RetrievalData:
                 f"{folder / name} is missing; expected corpus.jsonl, queries.jsonl and qrels/*.tsv"
             )
     path = _find_split(folder, split)
-    qrels: Qrels = {}
-    for line, query, document, score in _judgements(path):
-        judged = qrels.setdefault(query, {})
-        if judged.setdefault(document, score) != score:
-            raise InputError(f"{_place(path, line)}: {query!r}, {document!r} has another score too")
-    queries = Collection(folder / "queries.jsonl", qrels)
-    corpus = Collection(folder / "corpus.jsonl")
-    if not len(corpus):
+    judged: Qrels = {}
+    changed = 0
+    for query, document, score in _read_qrels(path):
+        scores = judged.setdefault(query, {})
+        changed += scores.get(document, score) != score
+        scores[document] = score
+    queries = _read_collection(folder / "queries.jsonl", judged)
+    corpus = _read_collection(folder / "corpus.jsonl")
+    qrels = {query: judged[query] for query in queries.ids}
+    relevant = {query: {d for d, s in scores.items() if s > 0} for query, scores in qrels.items()}
+    if not corpus.inputs:
         raise InputError(f"{corpus.path} has no documents")
-    known, asked = set(corpus.ids), set(queries.ids)
-    for line, query, document, _ in _judgements(path):
-        for name, ids, file in ((query, asked, queries), (document, known, corpus)):
-            if name not in ids:
-                raise InputError(f"{_place(path, line)}: {name!r} is not in {file.path.name}")
-    relevant = {query: judged for query, judged in qrels.items() if max(judged.values()) > 0}
-    if not relevant:
-        raise InputError(f"{path} has no query with a relevant document")
-    if len(relevant) < len(qrels):
-        queries = Collection(folder / "queries.jsonl", relevant)
-    return RetrievalData(folder, path.stem, corpus, queries, relevant, len(qrels) - len(relevant))
+    if not any(relevant.values()):
+        raise InputError(f"{path}: no query of queries.jsonl has a relevant document")
+    is_blank = (document == EmbeddingInput("") for document in corpus.inputs.values())
+    counts = {
+        "relevant documents not in the corpus (never found)": sum(
+            len(documents - corpus.inputs.keys()) for documents in relevant.values()
+        ),
+        "queries without a relevant document (scored 0)": list(relevant.values()).count(set()),
+        "judged queries not in queries.jsonl (ignored)": len(judged) - len(qrels),
+        "judgements that change an earlier one (the last counts)": changed,
+        "rows with the id of an earlier one (the last counts)": corpus.repeated + queries.repeated,
+        "documents without text or image (embedded as blank texts)": sum(is_blank),
+    }
+    counts = {name: count for name, count in counts.items() if count}
+    return RetrievalData(folder, path.stem, corpus, queries, qrels, counts)
 
 
 def _find_split(folder: Path, split: str | None) -> Path:
     paths = {path.stem: path for path in sorted((folder / "qrels").glob("*.tsv"))}
-    wanted = split or ("test" if len(paths) != 1 else next(iter(paths)))
-    if wanted not in paths:
+    name = split or ("test" if len(paths) != 1 else next(iter(paths)))
+    if name not in paths:
         raise ConfigurationError(
-            f"{folder / 'qrels'} has no {wanted}.tsv; there is {', '.join(paths) or 'none'}"
+            f"{folder / 'qrels'} has no {name}.tsv; it has {', '.join(paths) or 'no *.tsv'}"
         )
-    return paths[wanted]
+    return paths[name]
 
 
-def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
-    for line, text in _lines(path):
+def _read_collection(path: Path, only: Container[str] | None = None) -> Collection:
+    """Read the rows with these ids; None reads all."""
+    inputs: dict[str, EmbeddingInput] = {}
+    repeated = 0
+    digest = hashlib.sha256()
+    for line, content in _read_lines(path):
         try:
-            query, document, score = text.decode().rstrip("\r\n").split("\t")
-            if line == 1 and score == "score":
+            name, document = _parse_row(content, path)
+            if only is not None and name not in only:
                 continue
-            yield line, query, document, int(score)
-        except ValueError:
+            image = b"" if document.image is None else document.image.read_bytes()
+        except ValueError as exc:
+            raise InputError(f"{path}, line {line}: {exc}") from None
+        except OSError as exc:
+            reason = f"cannot read {document.image}: {exc.strerror}"
+            raise InputError(f"{path}, line {line}: {reason}") from None
+        for part in (name, document.text or ""):
+            digest.update(hashlib.sha256(part.encode(errors="surrogatepass")).digest())
+        digest.update(hashlib.sha256(image).digest())
+        repeated += inputs.pop(name, None) is not None
+        inputs[name] = document
+    return Collection(path, inputs, repeated, digest.hexdigest())
+
+
+def _parse_row(content: bytes, path: Path) -> tuple[str, EmbeddingInput]:
+    """Return id and document of a row, or raise a ValueError that describes what is wrong."""
+    row = json.loads(content)  # as BEIR: unlike orjson it reads NaN in other fields
+    name = row.get("_id", row.get("id")) if isinstance(row, dict) else None
+    if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":
+        raise ValueError('expected {"_id": "...", "text": "..."}')
+    for key in ("title", "text", "image"):
+        if not isinstance(row.get(key), (str, type(None))):
+            raise ValueError(f"{key!r} is not a string")
+    text, image = row.get("text") or "", row.get("image")
+    if path.stem == "corpus":
+        text = join_title(row.get("title"), text)
+    return str(name), EmbeddingInput(text, path.parent / image if image else None)
+
+
+def _read_qrels(path: Path) -> Iterator[tuple[str, str, int]]:
+    """Yield query, document and score of each judgement."""
+    columns: list[int] | None = None
+    for line, content in _read_lines(path):
+        try:
+            text = content.decode("utf-8-sig").rstrip("\r\n")
+            cells = next(csv.reader([text], delimiter="\t")) if "\t" in text else text.split()
+            if columns is None:
+                columns = _find_columns(cells)
+                width = len(cells)
+                if not _is_number(cells[-1]):
+                    continue
+            query, document, score = (cells[column] for column in columns)
+            if len(cells) != width or not float(score).is_integer():
+                raise ValueError
+        except (ValueError, KeyError, csv.Error):
             raise InputError(
-                f"{_place(path, line)}: expected query-id, corpus-id and a whole number, "
-                "with tabs between"
+                f"{path}, line {line}: expected query-id, corpus-id and an integer score, "
+                "separated by tabs, or TREC's four columns"
             ) from None
+        yield query, document, int(float(score))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _find_columns(cells: list[str]) -> list[int]:
+    """Return the positions of query, document and score, given the first line."""
+    names = ["query-id", "corpus-id", "score"]
+    if set(names) <= set(cells):
+        return [cells.index(name) for name in names]
+    return {3: [0, 1, 2], 4: [0, 2, 3]}[len(cells)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield number and content of each line that is not blank."""
     with path.open("rb") as file:
-        for line, text in enumerate(file, 1):
-            if not text.isspace():
-                yield line, text
-
-
-def _place(path: Path, line: int) -> str:
-    return f"{path}, line {line}"
+        for line, content in enumerate(file, 1):
+            if not content.isspace():
+                yield line, content

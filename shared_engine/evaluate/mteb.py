@@ -1,4 +1,4 @@
-"""MTEB's tasks: a model that it takes, runs with a hub or a local copy, and the cards' figures."""
+"""MTEB: a model for `mteb.evaluate`, its tasks with data from the hub or a folder, model cards."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import mteb
 import numpy as np
 from datasets import Dataset, Image
 from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError
-from shared_engine.evaluate.data import Collection, RetrievalData, read_folder
+from shared_engine.evaluate.data import Collection, read_folder
 from shared_engine.evaluate.models import WINDOW
 from shared_engine.evaluate.search import decode
 from shared_engine.options import Options
@@ -28,14 +29,14 @@ from shared_engine.options import Options
 
 @dataclass(frozen=True)
 class CardRow:
-    """What a model card says: one Recall@5, the average of several data sets."""
+    """A figure of a model card: Recall@5, averaged over several data sets."""
 
     model: str
     tasks: tuple[str, ...]
-    """MTEB's names of those that are public."""
+    """MTEB's names of the public data sets."""
     recall_at_5: float
     of: str
-    """What the average is of, in the card's words."""
+    """The data sets, in the card's words."""
     subsets: tuple[str, ...] = ()
 
 
@@ -72,23 +73,24 @@ embed-v2 (2025-10-02) and .../llama-3_2-nemoretriever-1b-vlm-embed-v1 (2025-06-2
 
 
 class MTEBModel(AbsEncoder):
-    """A model that `mteb.evaluate` takes, with the options of an embedder.
+    """A model for `mteb.evaluate`, with the options of an embedder.
 
-    Queries are embedded as queries, and all else as documents. Integer and bit vectors are given
-    as the float32 vectors that rank as they do.
+    Queries are embedded as queries, everything else as documents. Integer and bit vectors become
+    the float32 vectors that `nemoretriever evaluate` ranks them by.
     """
 
     def __init__(self, embedder: Embedder) -> None:
         self.embedder = embedder
-        options = embedder.options
-        name = options.model.strip("/").rpartition("/")[2] or "model"
+        name = embedder.options.model
+        if name.count("/") != 1:  # MTEB requires owner/name
+            name = f"local/{name.strip('/').rpartition('/')[2] or 'model'}"
         modalities = {part for kind in embedder.modalities for part in kind.split("_")}
         self.mteb_model_meta = ModelMeta.create_empty(
             {
-                "name": options.model if options.model.count("/") == 1 else f"local/{name}",
-                "revision": embedder.cache_key("document"),  # of MTEB's own results
+                "name": name,
+                "revision": embedder.cache_key("document"),  # identifies MTEB's stored results
                 "embed_dim": embedder.dimensions,
-                "similarity_fn_name": ScoringFunction.COSINE,
+                "similarity_fn_name": ScoringFunction.DOT_PRODUCT,  # exact for bits, so ties stay
                 "modalities": sorted(modalities),
             }
         )
@@ -102,39 +104,40 @@ class MTEBModel(AbsEncoder):
     ) -> NDArray[np.float32]:
         """Return vectors (n, dimensions) of MTEB's batches of texts, images, or both."""
         role: Role = "query" if prompt_type == PromptType.query else "document"
-        options = self.embedder.options
-        documents = (each for batch in inputs for each in _documents(batch))
+        dimensions = self.embedder.dimensions
+        documents = (document for batch in inputs for document in _read_batch(batch))
         windows = list(self.embedder.stream(documents, role, batch_size=WINDOW))
-        vectors = np.concatenate(windows) if windows else np.zeros((0, self.embedder.dimensions))
-        return decode(vectors, self.embedder.dimensions, options.embedding_type)
+        vectors = np.concatenate(windows) if windows else np.zeros((0, dimensions))
+        return decode(vectors, dimensions, self.embedder.options.embedding_type)
 
 
-def _documents(batch: dict[str, Any]) -> Iterator[EmbeddingInput]:
-    texts, images = batch.get("text"), batch.get("image")
-    for row in range(len(texts if texts is not None else images or ())):
-        yield EmbeddingInput(
-            texts[row] if texts is not None else None, images[row] if images is not None else None
-        )
+def _read_batch(batch: dict[str, Any]) -> Iterator[EmbeddingInput]:
+    size = len(next(batch[name] for name in ("text", "image") if name in batch))
+    texts, images = (batch.get(name, [None] * size) for name in ("text", "image"))
+    return map(EmbeddingInput, texts, images)
 
 
 def run_tasks(
     names: Iterable[str], options: Options, folder: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Run tasks by MTEB's names, or those of rows of CARDS; return figures of each subset.
+    """Run tasks of MTEB and return the figures of each subset.
 
-    With `folder`, a local copy in BEIR's layout is measured as the only task's data, in a subfolder
-    by name of each subset where the task has several; else MTEB fetches from its hub.
+    Args:
+        names: MTEB's names of tasks, or keys of CARDS.
+        options: The model, and the size and type of its vectors.
+        folder: Data of the only task in BEIR's layout, instead of MTEB's hub. A task with subsets
+            has a subfolder for each; missing ones are skipped.
 
     Raises:
-        ConfigurationError: no such task, one that is no retrieval, or no such subset there.
+        ConfigurationError: a task is unknown or is not a retrieval task, or its data is missing.
     """
     tasks = [task for name in names for task in _find_tasks(name)]
     if folder is not None:
         if len(tasks) != 1:
-            raise ConfigurationError(f"--data holds one task; {len(tasks)} are to run")
+            raise ConfigurationError(f"--data is for one task, but {len(tasks)} are selected")
         tasks = [_use_folder(tasks[0], folder)]
     with Embedder(options) as embedder:
-        model: Any = MTEBModel(embedder)  # takes less than MTEB's protocol names
+        model: Any = MTEBModel(embedder)  # accepts any keyword, where MTEB's protocol lists them
         result = mteb.evaluate(model, tasks, cache=None, co2_tracker=False, show_progress_bar=False)
     return [
         {
@@ -151,21 +154,20 @@ def run_tasks(
 
 
 def write_tasks(rows: list[dict[str, Any]]) -> str:
-    """Return figures as a table in Markdown, with what the model cards say of these tasks."""
+    """Return figures of tasks as a Markdown table, with those of the model cards."""
     names = ("task", "subset", "split", "Recall@5", "nDCG@10")
     lines = [f"| {' | '.join(names)} |", "| --- | --- | --- | ---: | ---: |"]
+    by_task: dict[str, list[float]] = {}
     for row in rows:
         figures = (f"{row[name]:.4f}" for name in names[3:])
         lines.append(f"| {' | '.join([*(row[name] for name in names[:3]), *figures])} |")
-    by_task: dict[str, list[float]] = {}
-    for row in rows:
         by_task.setdefault(row["task"], []).append(row["Recall@5"])
     for card in CARDS.values():
         if measured := [task for task in card.tasks if task in by_task]:
             mean = np.mean([np.mean(by_task[task]) for task in measured])
             lines.append(
-                f"\nAverage Recall@5 of {', '.join(measured)}: {mean:.4f} here. The card of "
-                f"{card.model} says {card.recall_at_5:.4f}, its average on {card.of}."
+                f"\nAverage Recall@5 of {', '.join(measured)}: {mean:.4f}. Model card of "
+                f"{card.model}: {card.recall_at_5:.4f}, averaged over {card.of}."
             )
     return "\n".join(lines)
 
@@ -180,48 +182,48 @@ def _find_tasks(name: str) -> list[AbsTaskRetrieval]:
         except (KeyError, ValueError) as exc:
             raise ConfigurationError(f"--mteb {task_name}: {exc.args[0]}") from None
         if not isinstance(task, AbsTaskRetrieval):
-            raise ConfigurationError(f"--mteb {task_name}: is a {task.metadata.type} task")
+            raise ConfigurationError(
+                f"--mteb {task_name}: expected a retrieval task, not {task.metadata.type}"
+            )
         found.append(task)
     return found
 
 
 def _use_folder(task: AbsTaskRetrieval, folder: Path) -> AbsTaskRetrieval:
-    """Return a task that is the same but for where its data comes from."""
+    """Return the same task with data from a folder."""
     folders = {"default": folder}
     if task.metadata.is_multilingual:
         folders = {name: folder / name for name in task.hf_subsets if (folder / name).is_dir()}
     if not folders:
         raise ConfigurationError(
-            f"{folder} has no folder of a subset of {task.metadata.name}; expected some of "
+            f"{folder} has no subfolder for a subset of {task.metadata.name}; expected some of "
             f"{', '.join(task.hf_subsets)}"
         )
     split = task.eval_splits[0]
 
     def load_data(self: Any, **_: Any) -> None:
-        self.dataset = {
-            name: {split: _to_mteb(read_folder(path))} for name, path in folders.items()
-        }
+        self.dataset = {name: {split: _read_split(path)} for name, path in folders.items()}
         self.data_loaded = True
 
     local: AbsTaskRetrieval = type(type(task).__name__, (type(task),), {"load_data": load_data})()
-    local.hf_subsets, local._eval_splits = list(folders), [split]
-    return local
+    local.hf_subsets = list(folders)
+    return local.filter_eval_splits([split])
 
 
-def _to_mteb(data: RetrievalData) -> dict[str, Any]:
-    def rows(collection: Collection) -> Dataset:
-        columns: dict[str, list[Any]] = {"id": collection.ids}
-        documents = list(collection.documents())
-        if collection.has_texts:
-            columns["text"] = [document.text or "" for document in documents]
-        if collection.has_images:
-            columns["image"] = [str(document.image) for document in documents]
-        made = Dataset.from_dict(columns)
-        return made.cast_column("image", Image()) if collection.has_images else made
-
+def _read_split(folder: Path) -> RetrievalSplitData:
+    data = read_folder(folder)
     return {
-        "corpus": rows(data.corpus),
-        "queries": rows(data.queries),
+        "corpus": _make_dataset(data.corpus),
+        "queries": _make_dataset(data.queries),
         "relevant_docs": data.qrels,
         "top_ranked": None,
     }
+
+
+def _make_dataset(collection: Collection) -> Dataset:
+    columns = {"id": collection.ids, "text": list(collection.texts)}
+    if not collection.has_images:
+        return Dataset.from_dict(columns)
+    images = [document.image for document in collection.inputs.values()]
+    columns["image"] = [image and str(image) for image in images]
+    return Dataset.from_dict(columns).cast_column("image", Image())

@@ -1,9 +1,9 @@
-"""A report as a table, a chart and JSON."""
+"""Write a report as a table, a chart or JSON."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -13,30 +13,32 @@ if TYPE_CHECKING:
     from shared_engine.evaluate.measure import Report, Row
 
 SHOWN = "nDCG@10"
-"""The figure with its interval in the table, and the height in the chart."""
+"""The measure with its interval in the table and on the chart's vertical axis."""
 
 
 def write_table(report: Report) -> str:
-    """Return a report as lines of text: a table in Markdown between what was measured."""
+    """Return a report as text: the data, a Markdown table, and what was left out."""
     data = report.data
-    names = report.rows[0].figures
-    lines = [
-        f"{data['folder']} ({data['split']}): {data['documents']:,} documents, "
-        f"{data['queries']:,} queries",
+    size = f"{data['documents']:,} documents, {data['queries']:,} queries"
+    lines = [f"{data['folder']} ({data['split']}): {size}"]
+    if counts := data["irregularities"]:
+        lines.append("; ".join(f"{name}: {count:,}" for name, count in counts.items()))
+    measures = report.rows[0].figures
+    head = [
+        "model",
+        "dimensions",
+        "type",
+        "bytes",
+        *measures,
+        f"{SHOWN}, 95 %",
+        "against the first",
     ]
-    if data["queries_without_relevant_documents"]:
-        lines.append(
-            f"{data['queries_without_relevant_documents']:,} other queries have no relevant "
-            "document and are left out"
-        )
-    head = ["model", "dimensions", "type", "bytes", *names, f"{SHOWN}, 95 %", "against the first"]
     cells = [head, ["---", *["---:"] * (len(head) - 1)], *map(_cells, report.rows)]
-    cells[2][-1] = ""  # of the first row itself
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    cells[2][-1] = ""  # the first row against itself
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines.append("")
     for row in cells:
-        padded = [row[0].ljust(widths[0])]
-        padded += [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+        padded = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
         lines.append(f"| {' | '.join(padded)} |")
     lines += ["", *(f"Left out: {reason}" for reason in report.left_out)]
     return "\n".join(lines).rstrip()
@@ -56,19 +58,19 @@ def _cells(row: Row) -> list[str]:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Write all of a report to a file."""
+    """Write a report to a file."""
     path.write_bytes(orjson.dumps(report.to_dict(), option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def check_plot(path: Path) -> None:
-    """Check that a chart can be drawn into a file of this name, before anything is computed.
+    """Check that a chart can be drawn to a file, before anything is computed.
 
     Raises:
-        ConfigurationError: neither .svg nor .png.
+        ConfigurationError: its suffix is neither .svg nor .png.
         MissingExtraError: matplotlib is not installed.
     """
     if path.suffix.lower() not in (".svg", ".png"):
-        raise ConfigurationError(f"--plot {path}: expected a name that ends in .svg or .png")
+        raise ConfigurationError(f"--plot {path}: expected a name with suffix .svg or .png")
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as exc:
@@ -78,7 +80,7 @@ def check_plot(path: Path) -> None:
 
 
 def draw_plot(report: Report, path: Path) -> None:
-    """Draw quality against bytes per vector: a line per model and number type, BM25 across."""
+    """Draw quality by bytes per vector: a line for each model and number type, and for BM25."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import FuncFormatter
@@ -98,27 +100,15 @@ def draw_plot(report: Report, path: Path) -> None:
             heights = [figure.value for figure in figures]
             below = [max(0.0, figure.value - figure.low) for figure in figures]
             above = [max(0.0, figure.high - figure.value) for figure in figures]
-            axes.errorbar(
-                sizes,
-                heights,
-                yerr=(below, above),
-                marker="o",
-                markersize=4,
-                capsize=2,
-                label=label,
-            )
+            style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 2}
+            axes.errorbar(sizes, heights, yerr=(below, above), label=label, **style)
+            style = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
             for row, size, height in zip(rows, sizes, heights, strict=True):
-                axes.annotate(
-                    f"{row.dimensions}",
-                    (size, height),
-                    xytext=(5, 4),
-                    textcoords="offset points",
-                    fontsize=7,
-                )
+                axes.annotate(f"{row.dimensions}", (size, height), **style)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.set_xlabel("bytes per vector (the points: dimensions)")
-        axes.set_ylabel(f"{SHOWN}, with its 95 % interval")
+        axes.set_xlabel("bytes per vector (labels: dimensions)")
+        axes.set_ylabel(f"{SHOWN} and its 95 % interval")
         axes.set_title(
             f"{report.data['folder']}: {report.data['documents']:,} documents, "
             f"{report.data['queries']:,} queries",
@@ -126,8 +116,5 @@ def draw_plot(report: Report, path: Path) -> None:
         )
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-        canvas.savefig(path, dpi=150, metadata={"Date": None} if _is_svg(path) else None)
-
-
-def _is_svg(path: Path) -> bool:
-    return path.suffix.lower() == ".svg"
+        undated = {"Date": None} if path.suffix.lower() == ".svg" else None
+        canvas.savefig(path, dpi=150, metadata=undated)

@@ -1,18 +1,18 @@
-"""Exact search over vectors that need not fit in memory, and BM25 beside it.
+"""Exact search over vectors that need not fit in memory, and BM25.
 
 Every number type is searched by inner products of float32 vectors, in blocks, with BLAS:
 
 - float: cosine, as the vectors are of unit length.
-- int8, uint8: cosine of the levels, uint8's less 128. Each vector is scaled by a largest value of
-  its own, so their bare inner product would prefer vectors without a peak.
+- int8, uint8: cosine of the levels (uint8: minus 128). Each vector is scaled by its own largest
+  value, so the plain inner product would favour vectors without a peak.
 - binary, ubinary: bits as -1 and 1. The inner product is `dimensions` - 2 x Hamming distance, exact
-  in float32, and BLAS on all cores is no slower than XOR and `bitwise_count` in numpy.
+  in float32, and BLAS on all cores is as fast as XOR and `bitwise_count` in numpy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,25 +20,50 @@ from numpy.typing import NDArray
 from shared_engine.vectors import EmbeddingType, quantize, unit
 
 ROWS_PER_BLOCK = 2048
-"""Documents, and queries, of which all scores are in memory at once: 16 MB, and five times that for
-their keys."""
+"""Documents scored together."""
+SCORES_PER_BLOCK = 4_194_304
+"""Bound on the scores in memory; their sort keys take ten times the bytes."""
 _LOW = 0xFFFFFFFF
 
 
-class Hits(NamedTuple):
-    """What was found, best first: (q, k) each; equal scores are in the order of the corpus."""
+class Ranking:
+    """The best k documents of each query; equal scores rank by descending id, as in trec_eval.
 
-    rows: NDArray[np.int64]
-    scores: NDArray[np.float32]
+    A sort key is one integer: the score in its upper half, the place of the id in its lower half.
+    All keys differ, so the best k do not depend on how the corpus is cut into blocks.
+    """
+
+    def __init__(self, ids: Sequence[str], k: int) -> None:
+        self._k = k
+        self._sorted = sorted(ids)
+        places = {name: place for place, name in enumerate(self._sorted)}
+        self._places = np.array([places[name] for name in ids], np.int64)
+
+    def merge(
+        self, keys: NDArray[np.int64] | None, scores: NDArray[np.float32], start: int = 0
+    ) -> NDArray[np.int64]:
+        """Return the best keys (q, k) among earlier ones and scores (q, b) from row `start`."""
+        bits = (scores + np.float32(0)).view(np.int32)  # the sum turns -0.0 into 0.0
+        ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)  # as the floats
+        new = ordered << 32 | self._places[start : start + scores.shape[1]]
+        merged = new if keys is None else np.concatenate([keys, new], axis=1)
+        if merged.shape[1] <= self._k:
+            return merged
+        return np.partition(merged, -self._k, axis=1)[:, -self._k :]
+
+    def find_ids(self, keys: NDArray[np.int64]) -> list[list[str]]:
+        """Return the ids of the documents of each query, best first."""
+        places = (np.sort(keys, axis=1)[:, ::-1] & _LOW).tolist()
+        return [[self._sorted[place] for place in row] for row in places]
 
 
 def shorten(
     vectors: NDArray[np.float32], dimensions: int, embedding_type: EmbeddingType
 ) -> NDArray[Any]:
-    """Return full float vectors (n, d) as `Embedder` gives them with these two options."""
+    """Return full float vectors (n, d) as `Embedder` returns them with these two options."""
     cut = np.array(vectors[:, :dimensions])
-    if dimensions < vectors.shape[1]:
-        cut = unit(cut)  # else they are of unit length already
+    if dimensions < vectors.shape[1]:  # else they are of unit length already
+        cut = unit(cut)
     return quantize(cut, embedding_type)
 
 
@@ -58,33 +83,39 @@ def decode(
 def search(
     queries: NDArray[np.float32],
     corpus: NDArray[np.float32],
-    k: int,
+    ranking: Ranking,
     dimensions: int,
     embedding_type: EmbeddingType = "float",
-) -> Hits:
-    """Return the best k documents of every query; full vectors (q, d), (n, d) are shortened first.
+) -> list[list[str]]:
+    """Return the ids of the best documents of each query, best first.
 
-    Memory is a few blocks, whatever n is; `corpus` may be a memory map.
+    Args:
+        queries: Full vectors (q, d).
+        corpus: Full vectors (n, d), in the order of the ranking's ids; may be a memory map, as only
+            a block of them is in memory.
+        ranking: The ids and how many of them to return.
+        dimensions: Length to cut the vectors to.
+        embedding_type: Number type to convert them to.
     """
-    asked = decode(shorten(queries, dimensions, embedding_type), dimensions, embedding_type)
-    best = np.empty((len(queries), 0), np.int64)
-    for start in range(0, len(corpus), ROWS_PER_BLOCK):
-        block = shorten(corpus[start : start + ROWS_PER_BLOCK], dimensions, embedding_type)
-        block = decode(block, dimensions, embedding_type)
-        best = np.concatenate(
-            [
-                _keep_best(best[first : first + ROWS_PER_BLOCK], chunk @ block.T, start, k)
-                for first, chunk in _chunks(asked)
-            ]
-        )
-    return _read_keys(best)
+
+    def convert(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        return decode(shorten(vectors, dimensions, embedding_type), dimensions, embedding_type)
+
+    converted, keys = convert(queries), None
+    step = max(1, min(ROWS_PER_BLOCK, SCORES_PER_BLOCK // len(queries)))
+    for start in range(0, len(corpus), step):
+        keys = ranking.merge(keys, converted @ convert(corpus[start : start + step]).T, start)
+    assert keys is not None  # a corpus has documents
+    return ranking.find_ids(keys)
 
 
-def search_bm25(texts: Iterable[str], queries: Iterable[str], k: int) -> Hits | None:
-    """Return what BM25 finds, row -1 where no word of a query is in a document; None: no words.
+def search_bm25(
+    texts: Iterable[str], queries: Iterable[str], ranking: Ranking
+) -> list[list[str]] | None:
+    """Return the ids of documents that share words with each query; None if no text has words.
 
-    As `bm25s` is by default (Lucene's formula, k1 1.5, b 0.75, words of two letters or more), but
-    without a list of stop words, since those are of one language.
+    The defaults of `bm25s` (Lucene's formula, k1 1.5, b 0.75, words of at least two letters), but
+    without stop words, as a list of them is for one language.
     """
     import bm25s
     from bm25s.tokenization import Tokenizer
@@ -96,37 +127,10 @@ def search_bm25(texts: Iterable[str], queries: Iterable[str], k: int) -> Hits | 
         return None
     index = bm25s.BM25()
     index.index((tokens, vocabulary), show_progress=False)
-    best = []
-    for asked in tokenizer.streaming_tokenize(queries, update_vocab=False, allow_empty=False):
-        known = [token for token in asked if token < len(vocabulary)]
-        scores = np.asarray(index.get_scores_from_ids(known), np.float32)[None]
-        best.append(_keep_best(np.empty((1, 0), np.int64), scores, 0, k))
-    rows, scores = _read_keys(np.concatenate(best))
-    return Hits(np.where(scores > 0, rows, -1), scores)
-
-
-def _chunks(asked: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    for first in range(0, len(asked), ROWS_PER_BLOCK):
-        yield first, asked[first : first + ROWS_PER_BLOCK]
-
-
-# A score and its row are one whole number, the score in its upper half: all numbers differ, so
-# that the best k are the same however the corpus is cut into blocks.
-
-
-def _keep_best(
-    best: NDArray[np.int64], scores: NDArray[np.float32], start: int, k: int
-) -> NDArray[np.int64]:
-    """Return the best k keys (q, k) of those before and of new scores (q, b) from row `start`."""
-    bits = (scores + np.float32(0)).view(np.int32)  # -0.0 would be below 0.0
-    ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)  # as the floats are
-    keys = ordered << 32 | (_LOW - np.arange(start, start + scores.shape[1]))
-    keys = np.concatenate([best, keys], axis=1)
-    return keys if keys.shape[1] <= k else np.partition(keys, -k, axis=1)[:, -k:]
-
-
-def _read_keys(keys: NDArray[np.int64]) -> Hits:
-    keys = np.sort(keys, axis=1)[:, ::-1]
-    ordered = (keys >> 32).astype(np.int32)
-    bits = np.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).astype(np.int32)
-    return Hits(_LOW - (keys & _LOW), bits.view(np.float32))
+    found = []
+    for words in tokenizer.streaming_tokenize(queries, update_vocab=False, allow_empty=False):
+        known = [word for word in words if word < len(vocabulary)]
+        scores = np.asarray(index.get_scores_from_ids(known), np.float32)
+        (ids,) = ranking.find_ids(ranking.merge(None, scores[None]))
+        found.append(ids[: np.count_nonzero(scores > 0)])
+    return found
