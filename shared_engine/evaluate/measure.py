@@ -126,15 +126,6 @@ def evaluate(
     ranking = Ranking(data.corpus.ids, DEPTH + ignore_identical_ids)
     measured: list[tuple[str, int | None, EmbeddingType | None, NDArray[np.float64]]] = []
     left_out: list[str] = []
-
-    def add(
-        found: list[list[str]], model: str, size: int | None, kind: EmbeddingType | None
-    ) -> None:
-        run = dict(zip(data.queries.ids, found, strict=True))
-        if ignore_identical_ids:
-            run = {query: [name for name in names if name != query] for query, names in run.items()}
-        measured.append((model, size, kind, measure(run, data.qrels)))
-
     used = []
     for model in models:
         is_first = model is models[0]
@@ -148,14 +139,16 @@ def evaluate(
             vectors[role] = embed(model, collection, role, cache or find_cache())
         for size, kind in product(offered, embedding_types):
             found = search(vectors["query"], vectors["document"], ranking, size, kind)
-            add(found, model.name, size, kind)
+            values = measure(found, data.qrels, ignore_identical_ids)
+            measured.append((model.name, size, kind, values))
         used.append(_describe(model))
     if bm25:
-        words = search_bm25(data.corpus.texts, data.queries.texts, ranking)
-        if words is None:
+        matches = search_bm25(data.corpus.texts, data.queries.texts, ranking)
+        if matches is None:
             left_out.append("BM25: the corpus has no words")
         else:
-            add(words, "BM25", None, None)
+            values = measure(matches, data.qrels, ignore_identical_ids)
+            measured.append(("BM25", None, None, values))
     baseline = measured[0][-1]
     rows = [
         Row(name, size, kind, count_bytes(size, kind), summarize(own), summarize(own - baseline))
@@ -192,21 +185,24 @@ def _describe(model: Model) -> dict[str, Any]:
     }
 
 
-def measure(found: dict[str, list[str]], qrels: Qrels) -> NDArray[np.float64]:
-    """Return the measures of each query (q, measures), in the order of `found`.
+def measure(
+    found: Sequence[Sequence[str]], qrels: Qrels, ignore_identical_ids: bool = False
+) -> NDArray[np.float64]:
+    """Return the measures of each query (q, measures).
 
     Args:
-        found: Ids of documents by query, best first.
-        qrels: The judgements of these queries.
+        found: Ids of documents, best first, for each query of `qrels`.
+        qrels: The judgements.
+        ignore_identical_ids: Exclude documents with the id of the query.
     """
-    # places as scores: trec_eval would sort equal scores
-    run = {
-        query: {document: -place for place, document in enumerate(documents[:DEPTH])}
-        for query, documents in found.items()
-    }
-    places = {query: place for place, query in enumerate(found)}
+    run: dict[str, dict[str, float]] = {}
+    for query, names in zip(qrels, found, strict=True):
+        kept = [name for name in names if not (ignore_identical_ids and name == query)]
+        # places as scores: trec_eval would sort equal scores
+        run[query] = {name: -place for place, name in enumerate(kept[:DEPTH])}
+    places = {query: place for place, query in enumerate(qrels)}
     columns = {measure: column for column, measure in enumerate(MEASURES.values())}
-    values = np.full((len(found), len(columns)), np.nan)
+    values = np.full((len(qrels), len(columns)), np.nan)
     for metric in ir_measures.iter_calc(list(columns), qrels, run):
         values[places[metric.query_id], columns[metric.measure]] = metric.value
     assert not np.isnan(values).any()

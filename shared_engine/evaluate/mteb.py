@@ -11,7 +11,6 @@ import mteb
 import numpy as np
 from datasets import Dataset, Image
 from mteb.abstasks.retrieval import AbsTaskRetrieval
-from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
@@ -210,7 +209,7 @@ def _use_folder(task: AbsTaskRetrieval, folder: Path) -> AbsTaskRetrieval:
     return local.filter_eval_splits([split])
 
 
-def _read_split(folder: Path) -> RetrievalSplitData:
+def _read_split(folder: Path) -> dict[str, Any]:
     data = read_folder(folder)
     return {
         "corpus": _make_dataset(data.corpus),

@@ -164,12 +164,15 @@ def test_bm25_finds_words_only():
 
 def test_figures_by_hand():
     qrels = {"a": {"d2": 2, "d5": 1, "d0": 0, "gone": 1}, "d1": {"d11": 1}, "none": {"d1": 0}}
-    found = {"a": ["d0", "d2", "d1", "d5"], "d1": ["d1", "d3", "d4"], "none": []}
+    found = [["d0", "d2", "d1", "d5"], ["d1", "d3", "d4"], []]
     ideal = 2 + 1 / np.log2(3) + 1 / 2
     first = [0, 2 / 3, 2 / 3, 2 / 3, (2 / np.log2(3) + 1 / np.log2(5)) / ideal, 0.5]
     np.testing.assert_allclose(measure(found, qrels), [first, [0] * 6, [0] * 6])
-    late = {"d1": [f"d{n}" for n in range(12)]}  # the relevant one is the twelfth
-    np.testing.assert_allclose(measure(late, {"d1": qrels["d1"]}), [[0, 0, 0, 1, 0, 0]])
+    one = {"d1": qrels["d1"]}
+    late = [[f"d{n}" for n in range(12)]]  # the relevant one is the twelfth
+    np.testing.assert_allclose(measure(late, one), [[0, 0, 0, 1, 0, 0]])
+    same = [["d1", "d11"]]
+    np.testing.assert_allclose(measure(same, one, ignore_identical_ids=True), [[1] * 6])
 
 
 def test_documents_with_the_id_of_the_query_can_be_excluded(folder, options, tmp_path):
@@ -306,6 +309,7 @@ def test_judgements_that_cannot_be_met_are_counted_and_scored(folder, options, t
     assert run(folder, *given, "--cache", tmp_path / "cache") == 0
     assert "not in the corpus (never found): 1; queries without" in capsys.readouterr().out
     report = json.loads((tmp_path / "all.json").read_text())
+    assert report["data"]["irregularities"] == data.counts
     assert report["rows"][-1]["figures"]["Recall@100"]["value"] == pytest.approx((1 / 2) / 3)
 
 
