@@ -135,7 +135,7 @@ def test_the_command_shows_the_figure_of_the_card(folder, checkpoint, tmp_path, 
 
 
 def test_a_task_with_local_data_needs_no_network(folder, checkpoint, python):
-    """Also where nothing tells Hugging Face's libraries that they are offline."""
+    """Nor does it need HF_HUB_OFFLINE."""
     printed = python(f"""if True:
         import os, socket, sys, warnings
         warnings.simplefilter("ignore")
