@@ -7,17 +7,23 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from shared_engine.bulk import pages, tables
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared_engine.bulk import convert, pages, tables
 from shared_engine.documents import Role
-from shared_engine.errors import ConfigurationError, InputError
+from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError
 from shared_engine.options import Options
 
 ROWS_PER_FILE = 10_000
 """Rows of text in a fragment: 80 MB of float32 vectors of 2,048 values."""
 IMAGES_PER_FILE = 500
-"""The same of rows with images, each of which takes as long as many texts."""
+"""Rows with images in a fragment: each takes as long as many texts."""
+TABLES = ".tables"
+"""Folder of the converted tables, in the folder of results."""
+TABLE_SUFFIXES = frozenset({".parquet", *convert.CONVERTED})
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,27 @@ class Job:
         for path in (*self.inputs, self.out):
             if not os.path.isabs(path):
                 raise ConfigurationError(f"{path} is no absolute path")
+        if "vector" in self.columns or ("id" in self.columns and self.id_column != "id"):
+            raise ConfigurationError("columns: id and vector are made here")
         if self.rows_per_file is not None and self.rows_per_file < 1:
             raise ConfigurationError(f"rows_per_file is {self.rows_per_file}; expected 1 or more")
+
+    @property
+    def input_columns(self) -> tuple[str | None, str | None]:
+        """Columns of texts and of images, of tables."""
+        text = self.text_column or ("text" if self.image_column is None else None)
+        return text, self.image_column
+
+    @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """Columns to keep beside `id`, each once."""
+        return tuple(dict.fromkeys(name for name in self.columns if name != "id"))
+
+    @property
+    def read_columns(self) -> list[str]:
+        """Columns of a table that are read, each once."""
+        wanted = (self.id_column, *self.input_columns, *self.kept_columns)
+        return list(dict.fromkeys(name for name in wanted if name is not None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,35 +94,81 @@ class Fragment:
     rows: int
     fingerprint: str
     """Size and time of change of the source; of all its pictures, where those are it."""
-    begin: int = 0
-    """Bytes of a text file before it."""
-    end: int = 0
-    """Bytes of a text file up to its end."""
+    table: str = ""
+    """Absolute path of the Parquet file with the rows of a table: the source, or made of it."""
     names: tuple[str, ...] = ()
     """Its pictures, from the folder."""
+
+    @property
+    def kind(self) -> Literal["table", "pdf", "picture"]:
+        """Kind of its source."""
+        return "table" if self.table else "picture" if self.names else "pdf"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values for JSON; `Fragment(**values)` is it again."""
         return asdict(self)
 
 
-def list_fragments(job: Job) -> list[Fragment]:
-    """Return the fragments of a job, the same whenever the inputs are.
+class Unread(NamedTuple):
+    """A file, or a fragment of one, that cannot be read."""
 
-    Text files are read once for their line ends, of others only what they say of themselves.
+    title: str
+    first: int | None
+    """The first row of the fragment; None for the whole file."""
+    rows: int
+    error: NeMoRetrieverError
+
+
+class Inputs(NamedTuple):
+    """The inputs of a job."""
+
+    fragments: list[Fragment]
+    schema: Any
+    """Names and types of the id and the kept columns; None if no file can be read."""
+    unread: list[Unread]
+
+
+def list_fragments(job: Job) -> list[Fragment]:
+    """Return the fragments of a job, the same whenever the inputs are; see `list_inputs`."""
+    return list_inputs(job).fragments
+
+
+def list_inputs(
+    job: Job, folder: str | None = None, sources: list[tuple[str, str]] | None = None
+) -> Inputs:
+    """List what a job has to read. Tables that are not Parquet are converted once.
+
+    Args:
+        job: what to embed.
+        folder: where the converted tables are; default: hidden in the folder of results.
+        sources: the result of `find_sources`, if that was called before.
 
     Raises:
-        ConfigurationError: an input that is not there, or files of several kinds.
-        InputError: a table that cannot be read.
+        ConfigurationError: an input does not exist, files are of several kinds, or every file that
+            can be read lacks a column.
+        InputError: a file cannot be read, with `job.strict` only.
+        OutputError: a converted table cannot be written.
     """
-    return [
-        fragment for path, root in _find_sources(job) for fragment in _cut_source(job, path, root)
-    ]
-
-
-def is_paged(fragment: Fragment) -> bool:
-    """Whether it is of a PDF."""
-    return fragment.source.lower().endswith(".pdf")
+    fragments: list[Fragment] = []
+    unread: list[Unread] = []
+    schema: Any = None
+    missing: ConfigurationError | None = None
+    for path, root in sources or find_sources(job):
+        title = os.path.relpath(path, root)
+        try:
+            found, kinds = _cut_source(job, path, root, folder or os.path.join(job.out, TABLES))
+            schema = kinds if schema is None else _unify(schema, kinds)
+            fragments += found
+        except (InputError, ConfigurationError) as exc:
+            if job.strict:
+                raise
+            if isinstance(exc, ConfigurationError):
+                missing = missing or exc
+                exc = InputError(str(exc))
+            unread.append(Unread(title, None, 0, exc))
+    if schema is None and missing is not None:
+        raise missing
+    return Inputs(fragments, schema, unread)
 
 
 def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
@@ -119,8 +190,16 @@ def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
-def _find_sources(job: Job) -> Iterator[tuple[str, str]]:
-    """Yield tables and PDFs, and folders with pictures, each with what its title begins after."""
+def find_sources(job: Job) -> list[tuple[str, str]]:
+    """Return tables, PDFs and folders with pictures, each with the folder its title starts from.
+
+    Raises:
+        ConfigurationError: an input does not exist, is in another one, or of another kind.
+    """
+    return list(_walk_sources(job))
+
+
+def _walk_sources(job: Job) -> Iterator[tuple[str, str]]:
     _check_overlap(job.inputs)
     root = os.path.commonpath(job.inputs)
     root = root if os.path.isdir(root) else os.path.dirname(root)
@@ -133,7 +212,7 @@ def _find_sources(job: Job) -> Iterator[tuple[str, str]]:
         for path in files:
             kind = _find_kind(path)
             if kind is None and path == given:
-                expected = ", ".join(sorted({*tables.FORMATS, ".pdf", *pages.SUFFIXES}))
+                expected = ", ".join(sorted({*TABLE_SUFFIXES, ".pdf", *pages.SUFFIXES}))
                 raise ConfigurationError(f"{given} is of no kind that can be read: {expected}")
             if kind is None or path.startswith(job.out + os.sep):
                 continue
@@ -172,12 +251,13 @@ def _check_overlap(inputs: tuple[str, ...]) -> None:
 
 def _find_kind(path: str) -> str | None:
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in tables.FORMATS:
+    if suffix in TABLE_SUFFIXES:
         return "table"
     return "pdf" if suffix == ".pdf" else "picture" if suffix in pages.SUFFIXES else None
 
 
-def _cut_source(job: Job, path: str, root: str) -> Iterator[Fragment]:
+def _cut_source(job: Job, path: str, root: str, folder: str) -> tuple[list[Fragment], Any]:
+    """Return the fragments of a source, and names and types of its id and kept columns."""
     title = os.path.relpath(path, root)
     kind = _find_kind(path) or "picture"
     has_images = kind != "table" or job.image_column is not None
@@ -185,23 +265,63 @@ def _cut_source(job: Job, path: str, root: str) -> Iterator[Fragment]:
     stem = f"{Path(path).stem[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
     if kind == "picture":
         if os.path.isdir(path):
-            folder, found = path, pages.find_pictures(path)
+            names = pages.find_pictures(path)
         else:
-            folder, found = os.path.dirname(path), [os.path.basename(path)]
-            title = os.path.relpath(folder, root)
-        for first in range(0, len(found), rows):
-            names = tuple(found[first : first + rows])
-            mark = take_fingerprint(folder, names)
-            name = f"{stem}-{first:012d}"
-            yield Fragment(name, folder, title, first, len(names), mark, names=names)
-        return
+            path, names = os.path.dirname(path), [os.path.basename(path)]
+            title = os.path.relpath(path, root)
+        fragments = []
+        for first in range(0, len(names), rows):
+            some = tuple(names[first : first + rows])
+            name, mark = f"{stem}-{first:012d}", take_fingerprint(path, some)
+            fragments.append(Fragment(name, path, title, first, len(some), mark, names=some))
+        return fragments, _find_page_schema(job, ("path",), title)
     mark = take_fingerprint(path)
-    with tables.reading(path):
-        parts = (
-            tables.find_format(path).split(path, rows)
-            if kind == "table"
-            else tables.cut(pages.count_pages(path), rows)
+    table = ""
+    if kind == "pdf":
+        count = pages.count_pages(path)
+        schema = _find_page_schema(job, ("path", "page"), title)
+    else:
+        table, count, schema = _open_table(job, path, title, f"{folder}/{stem}.parquet", rows, mark)
+    return [
+        Fragment(
+            f"{stem}-{first:012d}", path, title, first, min(rows, count - first), mark, table=table
         )
-        for part in parts:
-            name = f"{stem}-{part.first:012d}"
-            yield Fragment(name, path, title, part.first, part.rows, mark, part.begin, part.end)
+        for first in range(0, count, rows)
+    ], schema
+
+
+def _open_table(  # noqa: PLR0917
+    job: Job, path: str, title: str, target: str, rows: int, mark: str
+) -> tuple[str, int, Any]:
+    """Return the Parquet file of a table, the number of its rows, and the schema of what is kept.
+
+    The schema has the ids, as `id`, and the kept columns.
+    """
+    wanted = job.read_columns
+    if is_converted := os.path.splitext(path)[1].lower() in convert.CONVERTED:
+        convert.convert(path, title, target, wanted, rows, mark)
+    path = target if is_converted else path
+    with tables.reading(title), pq.ParquetFile(path) as file:
+        found, count = file.schema_arrow, file.metadata.num_rows
+    tables.require_columns(wanted, found.names, title)
+    text, _ = job.input_columns
+    if text is not None:
+        tables.require_texts(found.field(text).type, text, title)
+    kind = pa.string()
+    if job.id_column is not None:
+        kind = tables.find_id_type(found.field(job.id_column).type, job.id_column, title)
+    kept = [(name, tables.simplify(found.field(name).type)) for name in job.kept_columns]
+    return path, count, pa.schema([("id", kind), *kept])
+
+
+def _find_page_schema(job: Job, there: tuple[str, ...], title: str) -> Any:
+    tables.require_columns(job.kept_columns, there, title)
+    kinds = {"path": pa.string(), "page": pa.int32()}
+    return pa.schema([("id", pa.string()), *((name, kinds[name]) for name in job.kept_columns)])
+
+
+def _unify(first: Any, second: Any) -> Any:
+    pairs = zip(first, second, strict=True)
+    return pa.schema(
+        [field.with_type(tables.unify(field.type, other.type)) for field, other in pairs]
+    )

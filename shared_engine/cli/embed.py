@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 
 from shared_engine.bulk import needs_extra
 from shared_engine.cli.options import (
@@ -110,15 +111,17 @@ def run(args: argparse.Namespace) -> int:
 
         with Embedder(options) as embedder:
             if args.plan:
-                print(plan(job, embedder, find_work(job), seconds=_PLAN_SECONDS))
+                with tempfile.TemporaryDirectory() as folder:
+                    work = find_work(job, folder)
+                    print(plan(job, embedder, work, seconds=_PLAN_SECONDS))
                 return 0
             work = begin(job)
             estimate = plan(job, embedder, work, seconds=_HEADING_SECONDS, most=0.05)
             print(estimate.heading, file=sys.stderr)
             summary = run_local(job, embedder, work=work)
-    for fragment, error in summary.unread[:10]:
-        print(f"nemoretriever: {fragment.title}: {error}", file=sys.stderr)
-    if summary.failed:
+    for each in summary.unread[:10]:
+        print(f"nemoretriever: {each.error}", file=sys.stderr)
+    if summary.failed or summary.unread:
         print(f"nemoretriever: see {os.path.join(job.out, 'errors.parquet')}", file=sys.stderr)
     print(summary)
     return 0 if summary.is_complete else 1

@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 
 from shared_engine.bulk.fragment import embed_fragment
-from shared_engine.bulk.job import Fragment, Job
+from shared_engine.bulk.job import Fragment, Job, Unread
 from shared_engine.bulk.manifest import Done
 from shared_engine.bulk.run import Summary, begin, finish
 from shared_engine.distributed.nodes import Share, connect, count_room, find_share, import_ray
@@ -70,7 +70,7 @@ def run_ray(
     started = time.perf_counter()
     work = begin(job)
     done: list[Done] = []
-    unread: list[tuple[Fragment, NeMoRetrieverError]] = []
+    unread: list[Unread] = []
     if work.missing:
         with connect(address):
             count, share = find_share(
@@ -81,7 +81,8 @@ def run_ray(
                     if isinstance(outcome, Done):
                         done.append(outcome)
                     elif isinstance(outcome, InputError) and not job.strict:
-                        unread.append((fragment, outcome))
+                        lost = Unread(fragment.title, fragment.first, fragment.rows, outcome)
+                        unread.append(lost)
                     else:
                         raise outcome
     return finish(job, work, done, unread, time.perf_counter() - started)
