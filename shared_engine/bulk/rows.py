@@ -109,15 +109,16 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
 
 
 def read_ids(column: Any, kind: Any) -> tuple[list[Any], dict[int, str]]:
-    """Return the ids of a column as integers or texts, None for missing ones; see `read_texts`."""
+    """Return the ids of a column as integers or texts, None for empty ones; see `read_texts`."""
     if pa.types.is_integer(kind):
         return column.cast(kind).to_pylist(), {}
-    return read_texts(column)
+    texts, reasons = read_texts(column)
+    return [text or None for text in texts], reasons
 
 
 def _make_document(text: str | None, image: Any, folder: str) -> str | EmbeddingInput | None:
     """Return the document of a row; None if it has neither a text nor an image."""
-    if text is not None and text.isspace():
+    if not text or text.isspace():
         text = None
     if isinstance(image, dict):  # as Hugging Face's datasets hold it
         image = image.get("bytes") or image.get("path")

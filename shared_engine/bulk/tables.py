@@ -110,21 +110,21 @@ def require_texts(kind: pa.DataType, name: str, title: str) -> None:
 
 
 def read_texts(column: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str]]:
-    """Return the texts of a column, and the reasons of rows that hold none; empty is missing.
+    """Return the texts of a column, and the reasons of rows that hold none.
 
     Numbers, decimals and UUIDs are texts too; bytes are if they are UTF-8.
     """
     if _is_uuid(column.type):
         return [None if each is None else str(each) for each in column.to_pylist()], {}
     try:
-        return [text or None for text in column.cast(pa.string()).to_pylist()], {}
+        return column.cast(pa.string()).to_pylist(), {}
     except (pa.ArrowInvalid, UnicodeDecodeError):
         pass
     texts: list[str | None] = []
     reasons: dict[int, str] = {}
     for row, data in enumerate(column.cast(pa.binary()).to_pylist()):
         try:
-            texts.append(data.decode() or None if data is not None else None)
+            texts.append(None if data is None else data.decode())
         except UnicodeDecodeError as exc:
             texts.append(None)
             reasons[row] = f"holds bytes that are not UTF-8: {exc}"
