@@ -1,4 +1,4 @@
-"""The models the engine knows by name: a new model is a row.
+"""The models that the engine knows by name, one row per model.
 
 Sources: names and renames from the release notes of the NeMo Retriever text embedding NIM
 (1.13.0), sizes and limits from NVIDIA's model cards and its support matrix, public checkpoints and
@@ -13,52 +13,52 @@ from typing import NamedTuple
 from shared_engine.documents import Modality
 
 DEFAULT_MODEL = "nvidia/llama-nemotron-embed-1b-v2"
-"""The model of the family whose weights anybody can download."""
+"""The text model of the family with public weights."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What NVIDIA publishes about one model; everything else is read from its checkpoint."""
+    """Published facts about a model; everything else is read from its checkpoint."""
 
     name: str
     """Name in NVIDIA's API."""
     aliases: tuple[str, ...] = ()
-    """Other names of the same model."""
+    """Other names of the model."""
     checkpoint: str | None = None
-    """Hugging Face id of the public weights, or None where there are none."""
+    """Hugging Face id of the public weights; None if there are none."""
     revision: str | None = None
-    """Commit of the public weights that was checked."""
+    """Pinned commit of the public weights."""
     hidden_size: int = 2048
     """Length of a full vector, and `hidden_size` in config.json."""
     num_hidden_layers: int = 16
     """Layers, and `num_hidden_layers` in config.json."""
     dimensions: tuple[int, ...] = ()
-    """Shorter vector sizes the model was trained for (Matryoshka)."""
+    """Shorter vector sizes that the model was trained for (Matryoshka)."""
     max_tokens: int = 8192
-    """The most tokens a text may have, prefix and special tokens included."""
+    """Maximum number of tokens of a text, prefix and special tokens included."""
     max_tokens_with_image: int = 0
-    """The most tokens an image may have, or an image and a text together."""
+    """Maximum number of tokens of an image, or of an image with a text."""
     modalities: frozenset[Modality] = frozenset({"text"})
-    """Kinds of input the model was trained on."""
+    """Kinds of input that the model was trained on."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name of the model, the one of NVIDIA's API first."""
+        """All names of the model, that of NVIDIA's API first."""
         return (self.name, *self.aliases)
 
     @property
     def is_multimodal(self) -> bool:
-        """Whether it takes images."""
+        """Whether the model takes images."""
         return "image" in self.modalities
 
 
 class AvailableModel(NamedTuple):
-    """A model that can be asked for."""
+    """A model that can be used as `model=`."""
 
     id: str
-    """Its name, for `model=`."""
+    """Its name."""
     base_model: str | None = None
-    """NVIDIA's name of it, where a server knows it under another."""
+    """NVIDIA's name of the model, if a server uses another name."""
 
 
 _MATRYOSHKA = (384, 512, 768, 1024)
@@ -103,7 +103,7 @@ _BY_NAME = {name.removeprefix("nvidia/"): spec for spec in CATALOGUE for name in
 
 
 def lookup(model: str) -> ModelSpec | None:
-    """Return the row of a model name or alias, with or without `nvidia/`, or None.
+    """Return the row of a model name or alias, with or without `nvidia/`; None if unknown.
 
     >>> lookup("llama-nemotron-embed-300m-v2").name
     'nvidia/llama-3.2-nemoretriever-300m-embed-v2'

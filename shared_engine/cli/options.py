@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
         parser.add_argument(
             "--" + name.replace("_", "-"),
             help=((field.description or "") + default).replace("%", "%%"),
-            **_argument(field.annotation),
+            **({"metavar": "URL"} if name == "base_url" else _argument(field.annotation)),
         )
 
 

@@ -1,6 +1,6 @@
-"""From a name to a folder of files that the engine has checked, with nothing loaded yet.
+"""Find a checkpoint, download it if needed, and validate its configuration.
 
-No remote code runs: `config.json` is parsed as data and its `auto_map` is ignored.
+No remote code runs: `config.json` is parsed as data, and its `auto_map` is ignored.
 """
 
 from __future__ import annotations
@@ -38,36 +38,36 @@ _MAX_TOKENS_WITH_IMAGE = 10_240
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint: where it lies and what its small files say."""
+    """A validated checkpoint: its folder and configuration."""
 
     folder: Path
     name: str
-    """The catalogue's name for it, or what the caller called it."""
+    """The catalogue's name, or the caller's."""
     config: ModelConfig
     """The language model."""
     vision: VisionConfig | None
-    """The images, where the model takes any."""
+    """The image input; None for a text model."""
     prompts: dict[Role, str]
-    """What goes before every text."""
+    """The prefix of a text in each role."""
     max_tokens: int
-    """The most tokens a text may have, prefix and special tokens included."""
+    """Maximum number of tokens of a text, prefix and special tokens included."""
     max_tokens_with_image: int
-    """The most tokens an image may have, or an image and a text together."""
+    """Maximum number of tokens of an image, or of an image with a text."""
     dimensions: tuple[int, ...]
     """Vector sizes offered, ascending; the last is the full size."""
 
     @property
     def longest(self) -> int:
-        """The most tokens of any input."""
+        """Maximum number of tokens of any input."""
         return max(self.max_tokens, self.max_tokens_with_image if self.vision else 0)
 
 
 def resolve(options: Options) -> Checkpoint:
-    """Find the checkpoint that the options mean, download it if need be, and check its config.
+    """Return the checkpoint of some options, validated; downloads it if needed.
 
     Raises:
-        CheckpointError: nothing there, or not what the engine computes; the message says which
-            field or file, what was expected, and the ways out.
+        CheckpointError: the checkpoint is missing or not supported; the message has the file or
+            field, the expected value, and what to do.
     """
     spec = lookup(options.model)
     folder = _locate(options, spec)
@@ -78,7 +78,7 @@ def resolve(options: Options) -> Checkpoint:
         vision = read_vision(path, file, options.max_tiles)
     else:
         config, inside, vision = file, "", None
-    if spec is None:  # of the catalogue's models it is known: mean pooling, then unit length
+    if spec is None:  # all models of the catalogue use mean pooling and unit length
         read(folder / "modules.json", Modules)
         read(folder / "1_Pooling" / "config.json", PoolingConfig)
     else:
@@ -89,7 +89,7 @@ def resolve(options: Options) -> Checkpoint:
             ("num_hidden_layers", config.layers, spec.num_hidden_layers),
         ):
             if value != expected:
-                refuse(path, f"{inside}{field}", value, f"{expected}, as {spec.name} has")
+                refuse(path, f"{inside}{field}", value, f"{expected}, the value of {spec.name}")
     limits = [
         config.max_position_embeddings,
         spec.max_tokens if spec else None,
@@ -130,16 +130,16 @@ def _locate(options: Options, spec: ModelSpec | None) -> Path:
     source = options.checkpoint or (spec.checkpoint if spec else options.model)
     if source is None:
         raise CheckpointError(
-            f"{options.model!r} has no public weights to run in this process. Ways out: "
-            "checkpoint='/path/to/folder' with the weights from NGC, or the public "
-            f"model={DEFAULT_MODEL!r}, which offers the same vector sizes"
+            f"{options.model!r} has no public weights; pass checkpoint='/path/to/folder' with the "
+            f"weights from NGC, or use model={DEFAULT_MODEL!r}, which is public and has the same "
+            "vector sizes"
         )
-    folder = Path(os.path.expanduser(source))  # which leaves alone what pathlib raises for
+    folder = Path(os.path.expanduser(source))  # pathlib raises for an unknown user
     if os.path.isdir(folder):
         return folder
     if source.count("/") != 1 or source.startswith((".", "~", "/")):
         raise CheckpointError(
-            f"{source!r} is not a folder here, a model of the catalogue, or a Hugging Face id "
+            f"{source!r} is not a local folder, a model of the catalogue, or a Hugging Face id "
             "(organisation/name)"
         )
     revision = options.revision or (spec.revision if spec and not options.checkpoint else None)
@@ -150,19 +150,19 @@ def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     cached = _find_cached(repo_id, revision)
-    if cached and revision and _COMMIT.fullmatch(revision):  # it never changes: ask nobody
+    if cached and revision and _COMMIT.fullmatch(revision):  # a commit never changes
         return cached
     try:
-        # A question that is asked once: without a network a download would ask for half a minute.
+        # Without a network, a download would retry for half a minute; this is one request.
         HfApi().model_info(repo_id, revision=revision, timeout=_SECONDS_FOR_HUB)
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
-    except Exception as exc:  # of huggingface_hub, its HTTP library or the file system
-        if cached and getattr(exc, "response", None) is None:  # nobody answered
+    except Exception as exc:  # from huggingface_hub, its HTTP library or the file system
+        if cached and getattr(exc, "response", None) is None:  # the hub was not reached
             return cached
         raise CheckpointError(
-            f"could not get {repo_id!r} (revision {revision or 'main'}) from the Hugging Face hub: "
-            f"{first_line(exc)}. Ways out: check the name and HF_TOKEN, or give a local "
-            "folder: checkpoint='/path/to/folder'"
+            f"cannot download {repo_id!r} (revision {revision or 'main'}) from Hugging Face: "
+            f"{first_line(exc)}; check the name and HF_TOKEN, or pass a local folder: "
+            "checkpoint='/path/to/folder'"
         ) from exc
 
 
@@ -177,8 +177,8 @@ def _find_cached(repo_id: str, revision: str | None) -> Path | None:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of a checkpoint's safetensors files, there or not."""
-    if os.path.isfile(folder / "model.safetensors"):  # goes before an index, as in transformers
+    """Return the names of a checkpoint's safetensors files, which may be missing."""
+    if os.path.isfile(folder / "model.safetensors"):  # precedes an index, as in transformers
         return ["model.safetensors"]
     index = read(folder / "model.safetensors.index.json", WeightIndex).weight_map
     return sorted(set(index.values())) if index else ["model.safetensors"]

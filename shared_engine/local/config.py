@@ -1,9 +1,8 @@
-"""What a checkpoint's JSON files say, checked and typed: anything else is refused by field.
+"""The JSON files of a checkpoint, typed; a field that the engine does not compute is an error.
 
-A class here is a file or a part of one. Its aliases are the file's own names, which errors use.
-Layout of the public checkpoints: nvidia/llama-nemotron-embed-1b-v2 and
-nvidia/llama-nemotron-embed-vl-1b-v2 on Hugging Face; the latter's fields also after NVIDIA-NeMo/
-Automodel `llama_nemotron_vl`.
+Each class is a file or a part of one. Aliases are the names in the file, which errors use.
+Source: the files of nvidia/llama-nemotron-embed-1b-v2 and nvidia/llama-nemotron-embed-vl-1b-v2 on
+Hugging Face, and NVIDIA-NeMo/Automodel `llama_nemotron_vl`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 from pydantic import (
     AliasChoices,
@@ -20,7 +19,6 @@ from pydantic import (
     Field,
     RootModel,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -29,9 +27,9 @@ from shared_engine.errors import CheckpointError
 
 _MOST_TILES = 12
 _MOST_POSITIONS = 2**20
-"""Of a rotary table; eight times what the family has, and some 0.5 GB at the usual head size."""
+"""Rows of the rotary tables: eight times the family's maximum, 0.5 GB at the usual head size."""
 _LARGEST_TILE = 8192
-"""Pixels of a side; the family has 512."""
+"""Pixels per side; 512 in the family."""
 
 Size = Annotated[int, Field(gt=0)]
 One = Annotated[float, Field(ge=1, le=1)]
@@ -40,7 +38,7 @@ Falsy = Literal[False] | None
 
 
 class _File(BaseModel):
-    """Fields that the engine reads; others are no business of its."""
+    """The fields that the engine reads; other fields are ignored."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
@@ -50,8 +48,21 @@ class _File(BaseModel):
 FileT = TypeVar("FileT", bound=BaseModel)
 
 
+class _WrongValueError(ValueError):
+    """A field whose value does not fit to another field."""
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        super().__init__(expected)
+        self.field, self.value = field, value
+
+
+def _require(is_right: bool, field: str, value: object, expected: str) -> None:
+    if not is_right:
+        raise _WrongValueError(field, value, expected)
+
+
 class Rope(_File):
-    """Rotary position embedding with the frequencies as they are."""
+    """Rotary position embedding with unscaled frequencies."""
 
     rope_type: Literal["default"]
     theta: float = Field(alias="rope_theta", ge=1)
@@ -59,7 +70,7 @@ class Rope(_File):
 
 
 class Llama3Rope(_File):
-    """Rotary position embedding whose slow frequencies are stretched, as Llama 3.1 began."""
+    """Rotary position embedding with scaled low frequencies, as in Llama 3.1."""
 
     rope_type: Literal["llama3"]
     theta: float = Field(alias="rope_theta", ge=1)
@@ -69,12 +80,11 @@ class Llama3Rope(_File):
     original_max_position_embeddings: int = Field(gt=0, le=_MOST_POSITIONS)
     partial_rotary_factor: One | None = None
 
-    @field_validator("high_freq_factor")
-    @classmethod
-    def _is_higher(cls, value: float, info: ValidationInfo) -> float:
-        if value <= (low := info.data.get("low_freq_factor", 0.0)):
-            raise ValueError(f"more than low_freq_factor ({low})")
-        return value
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        _require(high > low, "high_freq_factor", high, f"more than low_freq_factor ({low})")
+        return self
 
 
 class ModelConfig(_File):
@@ -85,8 +95,8 @@ class ModelConfig(_File):
     intermediate_size: Size
     layers: Size = Field(alias="num_hidden_layers")
     heads: Size = Field(alias="num_attention_heads")
-    kv_heads: Size = Field(alias="num_key_value_heads", default=None, validate_default=True)
-    head_dim: Size = Field(default=None, validate_default=True)
+    kv_heads: Size = Field(alias="num_key_value_heads")
+    head_dim: Size
     max_position_embeddings: int = Field(gt=0, le=_MOST_POSITIONS)
     rms_norm_eps: Epsilon = 1e-6
     rope: Rope | Llama3Rope = Field(
@@ -104,56 +114,46 @@ class ModelConfig(_File):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_both_spellings_of_rope(cls, data: Any) -> Any:
-        """Transformers 4 writes rope_theta beside rope_scaling or null, 5 one rope_parameters."""
+    def _complete(cls, data: Any) -> Any:
+        """Unify the spellings of RoPE, and fill in the defaults of the heads.
+
+        transformers 4 writes rope_theta and rope_scaling or null, transformers 5 rope_parameters.
+        """
         if not isinstance(data, dict):
             return data
-        name = "rope_parameters" if data.get("rope_parameters") else "rope_scaling"
+        spellings = ("rope_parameters", "rope_scaling")
+        name = next((spelling for spelling in spellings if data.get(spelling)), "rope_scaling")
         rope = data.get(name) or {}
         if isinstance(rope, dict):
             default = "default" if rope.keys() <= {"rope_theta"} else None  # not one per layer type
             kind = rope.get("rope_type", rope.get("type", default))
             theta = rope.get("rope_theta", data.get("rope_theta", 10_000.0))
             rope = {**rope, "rope_type": kind, "rope_theta": theta}
-        spellings = ("rope_parameters", "rope_scaling")
-        return {key: data[key] for key in data if key not in spellings} | {name: rope}
+        data = {key: data[key] for key in data if key not in spellings} | {name: rope}
+        heads, hidden = data.get("num_attention_heads"), data.get("hidden_size")
+        if data.get("num_key_value_heads") is None:
+            data["num_key_value_heads"] = heads
+        if data.get("head_dim") is None and isinstance(heads, int) and isinstance(hidden, int):
+            data["head_dim"] = hidden // max(heads, 1)
+        return data
 
-    @field_validator("bos_token_id")
-    @classmethod
-    def _is_in_the_table(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and value >= (size := info.data.get("vocab_size", value + 1)):
-            raise ValueError(f"less than vocab_size ({size})")
-        return value
-
-    @field_validator("kv_heads", mode="before")
-    @classmethod
-    def _default_to_heads(cls, value: Any, info: ValidationInfo) -> Any:
-        return info.data.get("heads", 1) if value is None else value
-
-    @field_validator("kv_heads")
-    @classmethod
-    def _divides_heads(cls, value: int, info: ValidationInfo) -> int:
-        if (heads := info.data.get("heads", value)) % value:
-            raise ValueError(f"a divisor of num_attention_heads ({heads})")
-        return value
-
-    @field_validator("head_dim", mode="before")
-    @classmethod
-    def _default_to_a_share(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is not None:
-            return value
-        return max(1, info.data.get("hidden_size", 2) // info.data.get("heads", 1))
-
-    @field_validator("head_dim")
-    @classmethod
-    def _has_halves(cls, value: int) -> int:
-        if value % 2:
-            raise ValueError("an even number, whose halves rotary embedding turns")
-        return value
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _require(
+            self.bos_token_id is None or self.bos_token_id < self.vocab_size,
+            "bos_token_id", self.bos_token_id, f"less than vocab_size ({self.vocab_size})",
+        )  # fmt: skip
+        _require(
+            self.heads % self.kv_heads == 0,
+            "num_key_value_heads", self.kv_heads,
+            f"a divisor of num_attention_heads ({self.heads})",
+        )  # fmt: skip
+        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
+        return self
 
 
 class TowerConfig(_File):
-    """The SigLIP tower, `vision_config` of config.json."""
+    """The SigLIP tower: `vision_config` of config.json."""
 
     model_type: Literal["siglip_vision_model"]
     hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
@@ -166,30 +166,28 @@ class TowerConfig(_File):
     patch_size: Size
     layer_norm_eps: Epsilon = 1e-6
 
-    @field_validator("heads")
-    @classmethod
-    def _divides_hidden_size(cls, value: int, info: ValidationInfo) -> int:
-        if (size := info.data.get("hidden_size", value)) % value:
-            raise ValueError(f"a divisor of hidden_size ({size})")
-        return value
-
-    @field_validator("patch_size")
-    @classmethod
-    def _makes_even_sides(cls, value: int, info: ValidationInfo) -> int:
-        if info.data.get("image_size", 0) % (2 * value):
-            raise ValueError("such that an even number of patches makes a side")
-        return value
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _require(
+            self.hidden_size % self.heads == 0,
+            "num_attention_heads", self.heads, f"a divisor of hidden_size ({self.hidden_size})",
+        )  # fmt: skip
+        _require(
+            self.image_size % (2 * self.patch_size) == 0,
+            "patch_size", self.patch_size, f"half a divisor of image_size ({self.image_size})",
+        )  # fmt: skip
+        return self
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """How a multimodal model sees images."""
+    """The image input of a multimodal model."""
 
     tower: TowerConfig
     context_token: int
-    """Id of `<IMG_CONTEXT>`, whose embeddings the tower's rows replace."""
+    """Id of `<IMG_CONTEXT>`, whose embeddings are replaced by the rows of the tower."""
     max_tiles: int
-    """Tiles that an image is cut into at most, beside the thumbnail."""
+    """Maximum number of tiles of an image, without the thumbnail."""
 
     @property
     def tile_size(self) -> int:
@@ -203,17 +201,17 @@ class VisionConfig:
 
     @property
     def patches_per_tile(self) -> int:
-        """Rows of the tower for one tile."""
+        """Rows of the tower per tile."""
         return self.patches_per_side**2
 
     @property
     def tokens_per_tile(self) -> int:
-        """Rows of the language model for one tile: a token for 2 x 2 patches."""
+        """Rows of the language model per tile: one token per 2 x 2 patches."""
         return self.patches_per_tile // 4
 
 
 class Tiling(_File):
-    """How many tiles an image is cut into; None where a file does not say."""
+    """How images are cut into tiles; None if a file does not define it."""
 
     dynamic_image_size: bool | None = None
     max_input_tiles: int | None = None
@@ -222,7 +220,7 @@ class Tiling(_File):
 
 
 class ProcessorConfig(Tiling):
-    """processor_config.json, whose fields go before those of config.json."""
+    """processor_config.json, whose fields take precedence over config.json."""
 
     image_processor: Tiling = Tiling()
 
@@ -253,13 +251,14 @@ class MultimodalFile(Tiling, _Prefixes):
     select_layer: Literal[-1] = -1
     pooling: Literal["avg"]
 
-    @field_validator("force_image_size")
-    @classmethod
-    def _is_image_size(cls, value: int | None, info: ValidationInfo) -> int | None:
-        tower = info.data.get("vision_config")
-        if tower and value not in (None, tower.image_size):
-            raise ValueError(f"{tower.image_size}, the image_size of vision_config")
-        return value
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _require(
+            self.force_image_size in (None, self.vision_config.image_size),
+            "force_image_size", self.force_image_size,
+            f"{self.vision_config.image_size}, the image_size of vision_config",
+        )  # fmt: skip
+        return self
 
 
 class SentenceConfig(_File):
@@ -287,7 +286,7 @@ class _Module(_File):
 
 
 class Modules(RootModel[list[_Module]]):
-    """modules.json: what sentence-transformers runs, beginning with the model itself."""
+    """modules.json: the modules that sentence-transformers runs, the model first."""
 
     root: list[_Module] = []
 
@@ -296,12 +295,12 @@ class Modules(RootModel[list[_Module]]):
     def _are_computed(cls, value: list[_Module]) -> list[_Module]:
         for module in value[1:]:
             if module.type.rpartition(".")[2] not in ("Pooling", "Normalize"):
-                raise ValueError(f"Pooling and Normalize after the model, not {module.type}")
+                raise ValueError(f"only Pooling and Normalize after the model, not {module.type}")
         return value
 
 
 class Prompts(_File):
-    """What goes before a text, in config_sentence_transformers.json."""
+    """The prefixes of texts in config_sentence_transformers.json."""
 
     query: str | None = None
     document: str | None = Field(default=None, validation_alias=AliasChoices("document", "passage"))
@@ -332,14 +331,14 @@ _FILES: dict[str, type[_File]] = {
     "LlamaBidirectionalModel": TextFile,
     "LlamaNemotronVLModel": MultimodalFile,
 }
-"""What config.json is, by its architecture."""
+"""The type of config.json, by architecture."""
 
 
 def read_config(path: Path) -> TextFile | MultimodalFile:
-    """Return config.json, a text model's or a multimodal one's.
+    """Return config.json of a text model or of a multimodal model.
 
     Raises:
-        CheckpointError: it is missing, no JSON, or says something the engine does not compute.
+        CheckpointError: the file is missing or invalid, or the engine does not compute the model.
     """
     architectures = read(path, _Architecture, required=True).architectures
     kind = _FILES.get(architectures[0]) if len(architectures) == 1 else None
@@ -357,12 +356,13 @@ def read_config(path: Path) -> TextFile | MultimodalFile:
 
 
 def read_vision(path: Path, file: MultimodalFile, max_tiles: int | None) -> VisionConfig:
-    """Return what config.json and processor_config.json beside it say of images.
+    """Return the image input that config.json and processor_config.json define.
 
-    `max_tiles` is asked for, or None for what the files say, the processor's first, as vLLM does.
+    Args:
+        max_tiles: The option; None reads the files, processor_config.json first, as vLLM does.
 
     Raises:
-        CheckpointError: images are to be cut in a way that the engine does not.
+        CheckpointError: images are cut in a way that the engine does not support.
     """
     processor = read(path.with_name("processor_config.json"), ProcessorConfig)
     said: dict[str, Any] = {}
@@ -381,10 +381,10 @@ def read_vision(path: Path, file: MultimodalFile, max_tiles: int | None) -> Visi
 
 
 def read(path: Path, kind: type[FileT], required: bool = False) -> FileT:
-    """Return a JSON file as `kind`; where it is missing and not required, as its defaults.
+    """Return a JSON file as `kind`; the defaults of `kind` if it is missing and not required.
 
     Raises:
-        CheckpointError: it is missing, cannot be read, is no JSON, or a field has a wrong value.
+        CheckpointError: the file is missing, unreadable or invalid, or a field has a wrong value.
     """
     try:
         return kind.model_validate_json(path.read_bytes())
@@ -404,13 +404,16 @@ def read(path: Path, kind: type[FileT], required: bool = False) -> FileT:
     if error["type"] == "union_tag_invalid":
         tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"]
         refuse(path, f"{field}.rope_type", tag, f"one of {tags}")
+    wrong = error.get("ctx", {}).get("error")
+    if isinstance(wrong, _WrongValueError):
+        refuse(path, f"{field}.{wrong.field}".lstrip("."), wrong.value, str(wrong))
     expected = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     expected = re.sub("^(greater|less)", r"a number \1", expected)
     refuse(path, field or "the file", error["input"], expected)
 
 
 def refuse(path: Path, field: str, value: object, expected: str) -> NoReturn:
-    """Raise the CheckpointError of a field."""
+    """Raise a CheckpointError about a field."""
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
     raise CheckpointError(f"{path}: {field} is {shown}; expected {expected}")

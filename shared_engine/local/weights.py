@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by name, read one at a time, straight to the device."""
+"""The tensors of a checkpoint by name, read one at a time, directly to the device."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ _SPELLINGS = {  # of training exports and rerankers, and of transformers 4
 
 
 class Weights:
-    """Tensors under the names of the public checkpoints, whatever spelling and files they are in.
+    """Tensors by their names in the public checkpoints, from any spelling and any number of files.
 
-    The text model's are bare (`layers.0...`), or under `language_model.` in a multimodal one.
+    Names of the text model are bare (`layers.0...`), or begin with `language_model.` in a
+    multimodal model.
     """
 
     def __init__(self, checkpoint: Checkpoint, placement: Placement) -> None:
@@ -41,25 +42,25 @@ class Weights:
             path = self._folder / name
             if not os.path.isfile(path):
                 raise CheckpointError(
-                    f"{self._folder} has no {name}; the engine reads safetensors only"
+                    f"{self._folder} has no {name}; the engine reads only safetensors"
                 )
             try:
                 file = safe_open(path, framework="pt", device=str(placement.device))
             except (SafetensorError, OSError) as exc:
                 raise CheckpointError(f"{path} cannot be read: {exc}") from exc
             for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
-                common = _common(key)
-                if common.endswith(_UNUSED) or common.startswith(_UNUSED_PARTS):
+                common = common_name(key)
+                if is_unused(common):
                     continue
                 if common in self._left:
-                    raise CheckpointError(f"{path} holds {key!r}, which is there already")
+                    raise CheckpointError(f"{path} holds {key!r}, which is a duplicate")
                 self._left[common] = (file, key)
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """Return a tensor in the placement's dtype; each is asked for once.
+        """Return a tensor in the placement's dtype. Each tensor can be taken once.
 
         Raises:
-            CheckpointError: there is none of that name, or it is of another shape, or of integers.
+            CheckpointError: the tensor is missing, has another shape, or holds integers.
         """
         try:
             file, key = self._left.pop(name)
@@ -67,7 +68,7 @@ class Weights:
             raise CheckpointError(f"{self._folder} has no tensor {name!r}") from None
         try:
             tensor: Tensor = file.get_tensor(key)
-        except (SafetensorError, AttributeError) as exc:  # a dtype that torch does not have
+        except (SafetensorError, AttributeError) as exc:  # a dtype unknown to torch
             raise CheckpointError(f"{self._folder}: tensor {key!r} cannot be read: {exc}") from exc
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
@@ -77,21 +78,27 @@ class Weights:
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(
                 f"{self._folder}: tensor {key!r} is of {tensor.dtype}; expected one of "
-                f"{', '.join(map(str, _DTYPES))}, as the engine runs plain weights"
+                f"{', '.join(map(str, _DTYPES))}, as the engine does not run quantized weights"
             )
         return tensor.to(self._placement.dtype)
 
     def check_nothing_left(self) -> None:
-        """Raise CheckpointError for tensors that nobody asked for: config.json is another's."""
+        """Raise CheckpointError if tensors were not taken: config.json belongs to another model."""
         if self._left:
             some = ", ".join(sorted(key for _, key in self._left.values())[:3])
             raise CheckpointError(
                 f"{self._folder} holds {len(self._left)} tensors that config.json does not "
-                f"account for, among them {some}"
+                f"describe, for example {some}"
             )
 
 
-def _common(key: str) -> str:
+def is_unused(name: str) -> bool:
+    """Whether no embedding depends on a tensor of this common name."""
+    return name.endswith(_UNUSED) or name.startswith(_UNUSED_PARTS)
+
+
+def common_name(key: str) -> str:
+    """Return the name of a tensor in the public checkpoints, from any of its spellings."""
     for spelling, common in _SPELLINGS.items():
         if key.startswith(spelling):
             return common + key.removeprefix(spelling)

@@ -84,6 +84,8 @@ def queries(checkpoint: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def documents(checkpoint: Path) -> np.ndarray:
+def documents(checkpoint: Path, queries: np.ndarray) -> np.ndarray:
     """The vectors of `TEXTS` as documents of the model of texts."""
-    return numpy_float64(checkpoint, TEXTS, "passage: ")
+    vectors = numpy_float64(checkpoint, TEXTS, "passage: ")
+    assert (np.abs(queries - vectors).max(axis=1) > 0.01).all(), "exchanged roles would not show"
+    return vectors

@@ -93,13 +93,6 @@ def test_the_handbook_has_prose_tables_charts_a_form_and_a_scan(
     assert "llama-3.2-nemoretriever-300m-embed-v2" in table.page_content
 
 
-def test_the_same_pdfs_are_the_same_bytes(rag: ModuleType, tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        rag.handbook.write_reports(tmp_path / folder)
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-
-
 def test_a_form_has_fields_with_their_values(rag: ModuleType, tmp_path: Path) -> None:
     import pypdfium2
 

@@ -50,7 +50,7 @@ def test_a_model_without_public_weights_names_the_ways_out():
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "just-a-word", "a/b/c"])
 def test_what_is_no_folder_name_or_id_is_refused_without_the_network(model):
-    with pytest.raises(CheckpointError, match="is not a folder here"):
+    with pytest.raises(CheckpointError, match="is not a local folder"):
         resolve(Options(model=model))
 
 
@@ -104,7 +104,7 @@ except CheckpointError as exc:
 
 
 def test_an_unreachable_hub_is_a_clear_error():
-    with pytest.raises(CheckpointError, match=r"could not get 'nobody/nothing'.*local folder"):
+    with pytest.raises(CheckpointError, match=r"cannot download 'nobody/nothing'.*local folder"):
         resolve(Options(model="nobody/nothing"))
 
 
@@ -239,7 +239,7 @@ def test_a_link_to_a_file_that_is_gone_is_no_missing_file(copy, name):
 
 @pytest.mark.parametrize("model", ["a" * 5000, "~nobody-of-this-name/x/y", "a\0b", "/" + "a" * 300])
 def test_a_name_that_no_file_can_have_is_refused(model):
-    with pytest.raises(CheckpointError, match="is not a folder here"):
+    with pytest.raises(CheckpointError, match="is not a local folder"):
         resolve(Options(model=model))
 
 

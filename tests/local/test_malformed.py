@@ -170,7 +170,7 @@ def test_what_is_no_object_is_refused(file: Path, content: bytes) -> None:
         (("max_position_embeddings",), 10**12, "max_position_embeddings is 1000000000000"),
         (("num_key_value_heads",), 0, "num_key_value_heads is 0; expected a number"),
         (("head_dim",), 0, "head_dim is 0; expected"),
-        (("bos_token_id",), 512, "bos_token_id is 512; expected a number less than vocab_size"),
+        (("bos_token_id",), 512, "bos_token_id is 512; expected less than vocab_size"),
         (("rms_norm_eps",), -1e-5, "rms_norm_eps is -1e-05; expected"),
         (("matryoshka_dimensions",), [16, 0], "matryoshka_dimensions.1 is 0"),
         (("vocab_size",), REMOVED, "vocab_size is missing"),
@@ -238,7 +238,7 @@ def test_a_tensor_that_is_there_twice_is_refused(text, tmp_path):
     weights = load_file(path)
     name = next(iter(weights))
     save_file(weights | {f"model.{name}": weights[name] + 1}, path)
-    with pytest.raises(CheckpointError, match=f"{name}.*there already"):
+    with pytest.raises(CheckpointError, match=f"{name}.*which is a duplicate"):
         LocalBackend(Options(model=path.parent, device="cpu"))
 
 
@@ -264,5 +264,5 @@ def test_a_token_beyond_the_table_is_refused(text, tmp_path, where):
             for token in processor.get("special_tokens", {}).values():
                 token["ids"] = [999]
     path.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="token of id 999; expected ids below 51"):
+    with pytest.raises(CheckpointError, match="token with id 999; expected ids below 51"):
         LocalBackend(Options(model=path.parent, device="cpu"))

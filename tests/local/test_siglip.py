@@ -275,7 +275,7 @@ def test_texts_never_touch_the_tower(vl, monkeypatch):
         ({"vision_config": {"hidden_act": "gelu"}}, "vision_config.hidden_act"),
         ({"vision_config": {"num_attention_heads": 5}}, "divisor of hidden_size"),
         ({"vision_config": {"num_hidden_layers": 4}}, "has no tensor"),
-        ({"vision_config": {"num_hidden_layers": 2}}, "does not account for"),
+        ({"vision_config": {"num_hidden_layers": 2}}, "does not describe"),
     ],
 )
 def test_another_model_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -309,7 +309,7 @@ TRUE_SHAPE = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from shared_engine import Document, Embedder, Options
+from shared_engine import Embedder, EmbeddingInput, Options
 from tests.support.vl_checkpoints import page
 
 name = "nvidia/llama-3.2-nemoretriever-1b-vlm-embed-v1"
@@ -317,7 +317,7 @@ options = Options(
     model=name, checkpoint=sys.argv[1], device="cpu", dtype="bfloat16", max_tiles=1, dimensions=1024
 )
 with Embedder(options) as embedder:
-    vectors = embedder.embed([Document(image=page(0, 300, 300)), "a text"])
+    vectors = embedder.embed([EmbeddingInput(image=page(0, 300, 300)), "a text"])
 assert vectors.shape == (2, 1024)
 assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() <= 1e-6
 assert abs(vectors[0] @ vectors[1]) < 0.99
