@@ -191,10 +191,10 @@ def _to_text(value: Any) -> str | None:
     """Return a JSON value as text: strings and digits as they are, the others as JSON.
 
     >>> [_to_text(value) for value in _decode('["1.10", 1.10, "", null, true, {"a": [1.10]}]')]
-    ['1.10', '1.10', None, None, 'true', '{"a":[1.10]}']
+    ['1.10', '1.10', '', None, 'true', '{"a":[1.10]}']
     """
     if value is None or isinstance(value, str):
-        return str(value) if value else None
+        return None if value is None else str(value)
     passed = orjson.OPT_PASSTHROUGH_SUBCLASS  # numbers go to `default`
     return orjson.dumps(value, default=_write_digits, option=passed).decode()
 
@@ -262,20 +262,20 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
     """
     with pa.memory_map(path) as source:
         try:
-            schema = pa.ipc.open_file(source).schema
-            opened = pa.ipc.open_file
+            found, is_file = pa.ipc.open_file(source).schema, True
         except pa.ArrowInvalid:
             source.seek(0)
-            schema = pa.ipc.open_stream(source).schema
-            opened = pa.ipc.open_stream
+            found, is_file = pa.ipc.open_stream(source).schema, False
             source.seek(0)
-        require_columns(columns, schema.names, path)
-        included = [schema.get_field_index(name) for name in columns]
-        file = opened(source, options=pa.ipc.IpcReadOptions(included_fields=included))
-        schema = pa.schema([(name, simplify(schema.field(name).type)) for name in columns])
+        require_columns(columns, found.names, path)
+        schema = pa.schema([(name, simplify(found.field(name).type)) for name in columns])
         yield schema
-        numbers = range(file.num_record_batches) if opened is pa.ipc.open_file else None
-        batches = iter(file) if numbers is None else map(file.get_batch, numbers)
+        options = pa.ipc.IpcReadOptions(included_fields=list(map(found.get_field_index, columns)))
+        if is_file:
+            file = pa.ipc.open_file(source, options=options)
+            batches = map(file.get_batch, range(file.num_record_batches))
+        else:
+            batches = iter(pa.ipc.open_stream(source, options=options))
         for batch in batches:
             table = pa.Table.from_batches([batch]).select(list(columns))
             for first in range(0, table.num_rows, rows):

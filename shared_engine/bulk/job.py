@@ -1,4 +1,4 @@
-"""What to embed and how, cut into fragments: pieces of input that any process can do alone."""
+"""What to embed and how, cut into fragments: runs of rows that any process can embed alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TABLE_SUFFIXES = frozenset({".parquet", *convert.CONVERTED})
 
 @dataclass(frozen=True)
 class Job:
-    """What to embed, how, and where to. Pickles without the key, as its options do."""
+    """What to embed, how, and where to. Its pickle has no API key, as that of its options."""
 
     inputs: tuple[str, ...]
     """Absolute paths of files and folders."""
@@ -37,29 +37,30 @@ class Job:
     options: Options = field(default_factory=Options)
     role: Role = "document"
     text_column: str | None = None
-    """Column of the texts; None is "text" where no image column is named."""
+    """Column of the texts; None is "text", unless there is an image column."""
     image_column: str | None = None
-    """Column of images: bytes, a path (from the table's folder) or a data URL."""
+    """Column of images: bytes, paths from the table's folder, or data URLs."""
     id_column: str | None = None
-    """Column of ids, integers or texts; None makes ids of the file's name and the row."""
+    """Column of unique ids, integers or texts; None: ids are file name and row number."""
     columns: tuple[str, ...] = ()
-    """Columns to keep beside the vectors."""
+    """Columns to keep with the vectors."""
     rows_per_file: int | None = None
-    """The most rows in a fragment, and so in a file of vectors; None suits the kind of input."""
+    """Maximum number of rows in a fragment, and so in a file of vectors; None: by kind of input."""
     pdf: pages.Layer = "picture"
+    """Part of a PDF page to embed."""
     strict: bool = False
-    """Whether the first row that cannot be embedded ends the run."""
+    """Whether the first row or file that fails ends the run."""
 
     def __post_init__(self) -> None:
         if not self.inputs:
-            raise ConfigurationError("no input: name files or folders")
+            raise ConfigurationError("no inputs; expected files or folders")
         for path in (*self.inputs, self.out):
             if not os.path.isabs(path):
-                raise ConfigurationError(f"{path} is no absolute path")
+                raise ConfigurationError(f"{path}: expected an absolute path")
         if "vector" in self.columns or ("id" in self.columns and self.id_column != "id"):
-            raise ConfigurationError("columns: id and vector are made here")
+            raise ConfigurationError("columns: id and vector are made here; rename the columns")
         if self.rows_per_file is not None and self.rows_per_file < 1:
-            raise ConfigurationError(f"rows_per_file is {self.rows_per_file}; expected 1 or more")
+            raise ConfigurationError(f"rows_per_file={self.rows_per_file}: must be 1 or more")
 
     @property
     def input_columns(self) -> tuple[str | None, str | None]:
@@ -81,23 +82,23 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Some consecutive rows of one source: what is done as a whole, or not at all."""
+    """Some consecutive rows of one source, embedded as a whole or not at all."""
 
     name: str
-    """Name of its files without folder and suffix: the same in every run, whatever lies beside."""
+    """Name of its files without suffix; the same in every run, whatever other inputs there are."""
     source: str
-    """Absolute path of the table, the PDF, or the folder of pictures."""
+    """Absolute path of the table, the PDF, or the folder of images."""
     title: str
-    """The source as ids and messages name it."""
+    """Name of the source in ids and messages."""
     first: int
-    """Number of its first row in the source, from 0: a row, a page or a picture."""
+    """Number of its first row in the source, from 0: a row, a page or an image."""
     rows: int
     fingerprint: str
-    """Size and time of change of the source; of all its pictures, where those are it."""
+    """Size and modification time of the source; of a folder, those of its images."""
     table: str = ""
-    """Absolute path of the Parquet file with the rows of a table: the source, or made of it."""
+    """Absolute path of the Parquet file of a table: the source, or a conversion of it."""
     names: tuple[str, ...] = ()
-    """Its pictures, from the folder."""
+    """Paths of its images from the folder."""
 
     @property
     def kind(self) -> Literal["table", "pdf", "picture"]:
@@ -105,7 +106,7 @@ class Fragment:
         return "table" if self.table else "picture" if self.names else "pdf"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values for JSON; `Fragment(**values)` is it again."""
+        """Return plain values for JSON; `Fragment(**values)` makes an equal one."""
         return asdict(self)
 
 
@@ -133,15 +134,12 @@ def list_fragments(job: Job) -> list[Fragment]:
     return list_inputs(job).fragments
 
 
-def list_inputs(
-    job: Job, folder: str | None = None, sources: list[tuple[str, str]] | None = None
-) -> Inputs:
-    """List what a job has to read. Tables that are not Parquet are converted once.
+def list_inputs(job: Job, folder: str | None = None) -> Inputs:
+    """List the fragments of a job. Tables that are not Parquet are converted first, once.
 
     Args:
         job: what to embed.
         folder: where the converted tables are; default: hidden in the folder of results.
-        sources: the result of `find_sources`, if that was called before.
 
     Raises:
         ConfigurationError: an input does not exist, files are of several kinds, or every file that
@@ -153,7 +151,7 @@ def list_inputs(
     unread: list[Unread] = []
     schema: Any = None
     missing: ConfigurationError | None = None
-    for path, root in sources or find_sources(job):
+    for path, root in list(find_sources(job)):
         title = os.path.relpath(path, root)
         try:
             found, kinds = _cut_source(job, path, root, folder or os.path.join(job.out, TABLES))
@@ -172,10 +170,10 @@ def list_inputs(
 
 
 def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
-    """Return what changes when a source does: size and time of change, as of rsync.
+    """Return an identity of a source: size and modification time, as rsync compares.
 
     Raises:
-        InputError: it is no more.
+        InputError: it does not exist.
     """
     try:
         if not names:
@@ -190,35 +188,31 @@ def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_sources(job: Job) -> list[tuple[str, str]]:
-    """Return tables, PDFs and folders with pictures, each with the folder its title starts from.
+def find_sources(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield tables, PDFs and folders with images, each with the folder that its title starts from.
 
     Raises:
-        ConfigurationError: an input does not exist, is in another one, or of another kind.
+        ConfigurationError: an input does not exist, is inside another one, or of another kind.
     """
-    return list(_walk_sources(job))
-
-
-def _walk_sources(job: Job) -> Iterator[tuple[str, str]]:
     _check_overlap(job.inputs)
     root = os.path.commonpath(job.inputs)
     root = root if os.path.isdir(root) else os.path.dirname(root)
     kinds: dict[str, str] = {}
     for given in job.inputs:
         if not os.path.exists(given):
-            raise ConfigurationError(f"{given} is not there")
+            raise ConfigurationError(f"{given} does not exist")
         files = pages.walk(given) if os.path.isdir(given) else [given]
         has_pictures = False
         for path in files:
             kind = _find_kind(path)
             if kind is None and path == given:
                 expected = ", ".join(sorted({*TABLE_SUFFIXES, ".pdf", *pages.SUFFIXES}))
-                raise ConfigurationError(f"{given} is of no kind that can be read: {expected}")
+                raise ConfigurationError(f"{given} cannot be read; expected {expected}")
             if kind is None or path.startswith(job.out + os.sep):
                 continue
             if os.fsencode(path).decode("utf-8", "replace") != path:
                 raise ConfigurationError(
-                    f"{path!a}: an id cannot hold this name, which is no UTF-8"
+                    f"{path!a}: the name is not UTF-8, so no id can hold it; rename the file"
                 )
             kinds.setdefault(kind, path)
             if kind != "picture":
@@ -228,15 +222,15 @@ def _walk_sources(job: Job) -> Iterator[tuple[str, str]]:
             yield given, root
         if len(kinds) > 1:
             raise ConfigurationError(
-                f"inputs are of several kinds: {', '.join(kinds.values())}; embed tables, pictures "
-                "and PDF files each into a folder of its own"
+                f"inputs are of several kinds: {', '.join(kinds.values())}; embed tables, images "
+                "and PDF files by separate commands, each with its own --out"
             )
     if not kinds:
-        raise ConfigurationError(f"nothing to embed in {', '.join(job.inputs)}")
+        raise ConfigurationError(f"no files to embed in {', '.join(job.inputs)}")
 
 
 def _check_overlap(inputs: tuple[str, ...]) -> None:
-    """Refuse inputs of which one is in another, as its rows would be there twice."""
+    """Refuse an input inside another one: its rows would be embedded twice."""
     given: set[str] = set()
     for path in map(os.path.normpath, inputs):
         if path in given:

@@ -38,12 +38,12 @@ from shared_engine.errors import ConfigurationError
 _log = logging.getLogger("shared_engine")
 
 _READERS = 16
-"""Threads that read footers: one takes milliseconds where files are on a network."""
+"""Threads that read footers; on a network file system, one takes milliseconds."""
 _ASKED = (
     "model", "checkpoint", "revision", "dimensions", "embedding_type", "truncate", "max_tokens",
     "max_tiles",
 )  # fmt: skip
-"""Options that change vectors and are known without an engine."""
+"""Options that change the vectors and are known without an engine."""
 _OF_JOB = (
     "inputs", "role", "text_column", "image_column", "id_column", "columns", "rows_per_file", "pdf",
 )  # fmt: skip
@@ -59,7 +59,7 @@ class Done:
     failed: int
     """Rows in the file of errors."""
     tokens: int
-    """Tokens embedded; 0 where a NIM does not say."""
+    """Tokens embedded; 0 if a NIM does not report them."""
     seconds: float
 
 
@@ -112,16 +112,20 @@ def remove_tables(job: Job) -> None:
 
 
 def read_schema(job: Job) -> Any:
-    """Return the schema that `open_folder` was given."""
+    """Return the schema in `job.json`.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
     try:
         text = Path(job.out, "job.json").read_text(encoding="utf-8")
     except OSError as exc:
-        raise ConfigurationError(f"{job.out} holds no job.json: open_folder comes first") from exc
+        raise ConfigurationError(f"{job.out} has no job.json; call run.begin first") from exc
     return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(json.loads(text)["schema"])))
 
 
 def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
-    """Return the metadata of each file of vectors, and hold all processes to the same engine.
+    """Return the metadata of the files of vectors; check that all processes use the same engine.
 
     Raises:
         ConfigurationError: the folder holds vectors of another model, dtype or the like.
@@ -141,7 +145,7 @@ def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
 
 
 def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]) -> None:
-    """Write a record where there is none yet; else compare with it."""
+    """Write a record if there is none yet, and compare with the record that is there."""
     path = os.path.join(job.out, name)
     if not os.path.exists(path):
         with files.writing(path):
@@ -151,7 +155,7 @@ def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]
                 os.link(beside, path)  # unlike a rename, it keeps what another process wrote
             except FileExistsError:
                 pass
-            except OSError:  # a file system without links, as some that are on a network
+            except OSError:  # a file system without links, as some network file systems
                 os.replace(beside, path)
             finally:
                 Path(beside).unlink(missing_ok=True)
@@ -159,23 +163,23 @@ def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]
     for key, value in compared.items():
         if found.get(key) != value:
             raise ConfigurationError(
-                f"{job.out} was begun with {key} {found.get(key)!r}, and this is {value!r}; go on "
-                "with the same, or give another --out"
+                f"{job.out} was begun with {key} {found.get(key)!r}, now it is {value!r}; use the "
+                "same value, or another --out"
             )
 
 
 def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
-    """Return what is done, by name of the fragment: those with a file whose footer can be read.
+    """Return the finished fragments by name: those with a file whose footer can be read.
 
     Raises:
-        ConfigurationError: a source changed since, or is no more; says which and what to do.
+        ConfigurationError: a source changed or was removed; names it.
     """
     folder = os.path.join(job.out, "vectors")
     found = {entry.name[: -len(".parquet")] for entry in os.scandir(folder) if entry.name[0] != "."}
     if gone := found - {fragment.name for fragment in fragments}:
         raise ConfigurationError(
-            f"{folder} holds {len(gone)} files of input that is no more, or changed, as "
-            f"{min(gone)}.parquet; put it back as it was, or remove them"
+            f"{folder} holds {len(gone)} files of inputs that were removed or changed, the first: "
+            f"{min(gone)}.parquet; restore these inputs, or remove the files"
         )
     written = [fragment for fragment in fragments if fragment.name in found]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -186,8 +190,8 @@ def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
                 continue
             if footer["fingerprint"] != fragment.fingerprint:
                 raise ConfigurationError(
-                    f"{fragment.source} changed since its rows were embedded; put it back as it "
-                    f"was, or remove {folder}/{fragment.name[:-12]}*.parquet to embed it again"
+                    f"{fragment.source} changed since its rows were embedded; restore it, or "
+                    f"remove {folder}/{fragment.name[:-12]}*.parquet to embed it again"
                 )
             rows, failed, tokens = (int(footer[name]) for name in ("rows", "failed", "tokens"))
             seconds = float(footer["seconds"])
@@ -201,7 +205,7 @@ def _read_footer(folder: str, name: str) -> dict[str, str] | None:
         found = pq.read_metadata(path).metadata
         return {key.decode(): found[key].decode() for key in found if not key.startswith(b"ARROW:")}
     except (pa.ArrowException, OSError, TypeError) as exc:
-        _log.warning("%s cannot be read, and is made again: %s", path, exc)
+        _log.warning("%s cannot be read and is written again: %s", path, exc)
         return None
 
 

@@ -78,20 +78,17 @@ class Summary:
         return text
 
 
-def find_work(
-    job: Job, folder: str | None = None, sources: list[tuple[str, str]] | None = None
-) -> Work:
+def find_work(job: Job, folder: str | None = None) -> Work:
     """List a job's fragments and find what is missing.
 
     Args:
         job: the job; nothing is written to its folder but the converted tables.
         folder: where these are instead.
-        sources: the result of `find_sources`, if that was called before.
 
     Raises:
         ConfigurationError: a source changed; see also `list_inputs`.
     """
-    fragments, schema, unread = list_inputs(job, folder, sources)
+    fragments, schema, unread = list_inputs(job, folder)
     is_begun = os.path.isdir(os.path.join(job.out, "vectors"))
     done = manifest.find_done(job, fragments) if is_begun else {}
     missing = [each for each in fragments if each.name not in done]
@@ -106,9 +103,9 @@ def begin(job: Job) -> Work:
             id; every file lacks a column.
         OutputError: the folder cannot be written.
     """
-    sources = find_sources(job)  # before the folder: no folder is made for inputs that are wrong
+    list(find_sources(job))  # wrong inputs are refused before a folder is made for them
     manifest.open_folder(job)
-    work = find_work(job, sources=sources)
+    work = find_work(job)
     if work.schema is None:
         return work
     work = replace(work, schema=manifest.record_schema(job, work.schema))

@@ -148,10 +148,10 @@ class Cursor:
     def __init__(self, path: str, columns: Sequence[str]) -> None:
         self.path, self.columns = path, list(columns)
         self._file = pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
-        metadata = self._file.metadata
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        self._starts: list[int] = [0, *accumulate(group.num_rows for group in groups)]
-        self._sizes: list[int] = [_count_bytes(group, self.columns) for group in groups]
+        self._groups: list[pq.RowGroupMetaData] = [
+            self._file.metadata.row_group(number) for number in range(self._file.num_row_groups)
+        ]
+        self._starts: list[int] = [0, *accumulate(group.num_rows for group in self._groups)]
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._held: pa.Table | None = None
         self._at = -1
@@ -169,11 +169,18 @@ class Cursor:
                 self._at = -1  # the next read opens its row group anew
                 raise
 
-    def limit_seek(self, first: int, cost: int) -> int:
-        """Return a row, at most `first`, that a seek reaches for at most `cost` bytes."""
-        group = self._find_group(first)
-        start, end = self._starts[group : group + 2]
-        return min(first, start + (end - start) * cost // max(1, self._sizes[group]))
+    def limit_seek(self, row: int, cost: int) -> int:
+        """Return a row of the same row group that a seek reaches for about `cost` bytes at most."""
+        number = self._find_group(row)
+        group = self._groups[number]
+        columns = (group.column(n) for n in range(group.num_columns))
+        size = sum(
+            column.total_compressed_size
+            for column in columns
+            if column.path_in_schema.partition(".")[0] in self.columns
+        )
+        start = self._starts[number]
+        return start + int((row - start) * min(1.0, cost / max(1, size)))
 
     def close(self) -> None:
         """Close the file."""
@@ -191,7 +198,7 @@ class Cursor:
             self._take(min(size, first - self._at))
 
     def _read_groups(self, group: int, size: int) -> Iterator[pa.RecordBatch]:
-        for number in range(group, len(self._sizes)):  # alone, so that a broken one costs no other
+        for number in range(group, len(self._groups)):  # alone, so that a broken one costs no other
             yield from self._file.iter_batches(size, [number], self.columns, use_threads=False)
 
     def _take(self, count: int) -> pa.Table:
@@ -231,12 +238,3 @@ class Cursors:
         if self._cursor is not None:
             self._cursor.close()
             self._cursor = None
-
-
-def _count_bytes(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
-    found = (group.column(number) for number in range(group.num_columns))
-    return sum(
-        column.total_compressed_size
-        for column in found
-        if column.path_in_schema.partition(".")[0] in columns or column.path_in_schema in columns
-    )

@@ -59,7 +59,7 @@ def test_other_options_make_no_sense_in_the_same_folder(command, capsys):
     assert main([*command, "--dimensions", "16"]) == 2
     assert "was begun with dimensions None" in capsys.readouterr().err
     assert main(["embed", "/no/such", "--out", "/tmp/none"]) == 2
-    assert "/no/such is not there" in capsys.readouterr().err
+    assert "/no/such does not exist" in capsys.readouterr().err
 
 
 def test_a_plan_writes_nothing_and_tells_every_choice(command, tmp_path, monkeypatch, capsys):

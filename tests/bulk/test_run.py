@@ -255,7 +255,7 @@ def test_a_source_that_changed_is_noticed(make_job):
     ):
         run(make_job(passages(101)))
     os.unlink(job.inputs[0])
-    with pytest.raises(ConfigurationError, match="is not there"):
+    with pytest.raises(ConfigurationError, match="does not exist"):
         run(job)
 
 
@@ -266,7 +266,7 @@ def test_a_source_that_is_no_more_is_noticed(tmp_path, make_job):
     job = make_job(tmp_path / "in", id_column=None)
     run(job)
     (tmp_path / "in" / "a.parquet").unlink()
-    with pytest.raises(ConfigurationError, match="input that is no more"):
+    with pytest.raises(ConfigurationError, match="inputs that were removed"):
         run(job)
 
 
@@ -518,7 +518,7 @@ def test_kinds_are_not_mixed(tmp_path, make_job):
     with pytest.raises(ConfigurationError, match=r"several kinds: .*a\.csv, .*b\.png"):
         run(make_job(tmp_path / "in"))
     (tmp_path / "c.docx").write_bytes(b"")
-    with pytest.raises(ConfigurationError, match="no kind that can be read"):
+    with pytest.raises(ConfigurationError, match="cannot be read; expected"):
         run(make_job(tmp_path / "c.docx"))
 
 
@@ -575,7 +575,7 @@ def test_the_next_fragment_begins_before_the_last_is_done(make_job, monkeypatch)
     assert overlaps > 0
 
 
-def test_open_folder_comes_first(make_job):
+def test_a_folder_without_a_job_is_an_error_that_says_what_to_call(make_job):
     job = make_job()
-    with pytest.raises(ConfigurationError, match="open_folder comes first"):
+    with pytest.raises(ConfigurationError, match=r"call run\.begin first"):
         manifest.read_schema(job)
