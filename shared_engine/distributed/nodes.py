@@ -70,6 +70,10 @@ def connect(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+Node = tuple[float, float]
+"""Cores and GPUs of a node."""
+
+
 @dataclass(frozen=True)
 class Share:
     """The part of a node that one actor has."""
@@ -93,9 +97,9 @@ def find_share(
 
     Args:
         options: of the engine.
-        count: number of actors; see `_choose_count` for the default.
-        cpus: cores of each; see `_choose_cpus`.
-        gpus: GPUs of each; see `_choose_gpus`.
+        count: number of actors; see `choose_count` for the default.
+        cpus: cores of each; see `choose_cpus`.
+        gpus: GPUs of each; see `choose_gpus`.
 
     Raises:
         ConfigurationError: the nodes cannot hold so many of such shares.
@@ -103,11 +107,11 @@ def find_share(
     nodes = _read_nodes()
     is_local = select_backend(options).base_url is None
     if gpus is None:
-        gpus = _choose_gpus(nodes, is_local and options.device != "cpu")
+        gpus = choose_gpus(nodes, is_local and options.device != "cpu")
     if count is None:
-        count = _choose_count(nodes, Share(cpus or 1, gpus))
+        count = choose_count(nodes, Share(cpus or 1, gpus))
     if cpus is None:
-        cpus = _choose_cpus(nodes, count, gpus, is_local)
+        cpus = choose_cpus(nodes, count, gpus, is_local)
     share = Share(cpus, gpus)
     room = _count(nodes, share)
     if room < count:
@@ -120,21 +124,19 @@ def find_share(
     return count, share
 
 
-def _choose_gpus(nodes: list[tuple[float, float]], may_use: bool) -> float:
+def choose_gpus(nodes: list[Node], may_use: bool) -> float:
     """Return one GPU per actor if its engine may use it and a node has one, else none."""
     return 1.0 if may_use and any(node[1] for node in nodes) else 0.0
 
 
-def _choose_count(nodes: list[tuple[float, float]], share: Share) -> int:
+def choose_count(nodes: list[Node], share: Share) -> int:
     """Return an actor per GPU; without GPUs, one on each node that can hold it; at least 1."""
     if share.gpus:
         return max(1, _count(nodes, share))
     return max(1, sum(_count([node], share) > 0 for node in nodes))
 
 
-def _choose_cpus(
-    nodes: list[tuple[float, float]], count: int, gpus: float, is_local: bool
-) -> float:
+def choose_cpus(nodes: list[Node], count: int, gpus: float, is_local: bool) -> float:
     """Return one core for a client of a NIM or an engine on a GPU, else as many as all can have.
 
     Ray limits the threads of an actor to its number of cores.
@@ -146,7 +148,7 @@ def _choose_cpus(
     return float(next(fitting, 1))
 
 
-def _read_nodes() -> list[tuple[float, float]]:
+def _read_nodes() -> list[Node]:
     """Return the cores and GPUs of each node."""
     return [
         (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
@@ -155,7 +157,7 @@ def _read_nodes() -> list[tuple[float, float]]:
     ]
 
 
-def _count(nodes: list[tuple[float, float]], share: Share) -> int:
+def _count(nodes: list[Node], share: Share) -> int:
     """Return how many shares the nodes hold; a share does not span two nodes."""
     wanted = (share.cpus, share.gpus)
     return sum(
