@@ -31,7 +31,7 @@ def require_columns(wanted: Sequence[str], found: Sequence[str], title: str) -> 
     """Check that a table has each column, once.
 
     Raises:
-        ConfigurationError: it has not.
+        ConfigurationError: a column is missing, or there twice.
     """
     for name in wanted:
         if (count := found.count(name)) != 1:
