@@ -18,7 +18,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared_engine.bulk.files import write_beside, writing
+from shared_engine.bulk.files import write_atomically, writing
 from shared_engine.bulk.tables import reading, require_columns, simplify
 
 REASON = "nemoretriever:reason"
@@ -61,8 +61,8 @@ def convert(  # noqa: PLR0917
         groups = CONVERTED[os.path.splitext(path)[1].lower()](path, columns, max(rows, 1024))
         schema = next(groups)
         with (
-            write_beside(target) as beside,
-            pq.ParquetWriter(beside, schema, compression="zstd") as writer,
+            write_atomically(target) as temporary,
+            pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
         ):
             for group in groups:
                 writer.write_table(group)

@@ -37,20 +37,20 @@ def writing(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def write_beside(path: str) -> Iterator[str]:
+def write_atomically(path: str) -> Iterator[str]:
     """Yield a temporary name in a file's folder; rename it to `path` when all is written."""
-    beside = name_beside(path)
+    temporary = name_temporary(path)
     try:
-        yield beside
-        with open(beside, "rb+") as file:
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
         _sync_folder(os.path.dirname(path))  # or a power failure may lose the name
     finally:
-        Path(beside).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
 
 
-def name_beside(path: str) -> str:
+def name_temporary(path: str) -> str:
     """Return a new hidden temporary name in the folder of a path."""
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.{uuid.uuid4().hex}{_TEMPORARY}")

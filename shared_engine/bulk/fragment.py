@@ -83,18 +83,18 @@ def embed_fragment(  # noqa: PLR0917
     size = find_window(job, fragment)
     failures = _Failures(job, fragment)
     rows = 0
-    told = (0, 0, 0)
+    reported = (0, 0, 0)
 
     def report() -> None:
-        nonlocal told
+        nonlocal reported
         now = (rows, len(failures), own.usage)
-        if on_rows is not None and now != told:
-            on_rows(*(new - old for new, old in zip(now, told, strict=True)))
-        told = now
+        if on_rows is not None and now != reported:
+            on_rows(*(new - old for new, old in zip(now, reported, strict=True)))
+        reported = now
 
     vectors_path = os.path.join(job.out, "vectors", f"{fragment.name}.parquet")
-    with files.writing(vectors_path), files.write_beside(vectors_path) as beside:
-        with open_writer(beside, job, schema, own.dimensions, facts) as writer:
+    with files.writing(vectors_path), files.write_atomically(vectors_path) as temporary:
+        with open_writer(temporary, job, schema, own.dimensions, facts) as writer:
             windows = failures.take(read_windows(job, fragment, schema, size, cursors or Cursors()))
             for kept, found in embed_windows(own, job.role, windows, size, on_read):
                 failures.add(kept, found)
@@ -223,8 +223,8 @@ class _Failures:
             return
         fields = manifest.make_error_schema(schema)
         rows = sorted(self._rows, key=lambda row: row["index"])
-        with files.write_beside(path) as beside:
-            pq.write_table(pa.Table.from_pylist(rows, schema=fields), beside)
+        with files.write_atomically(path) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows, schema=fields), temporary)
 
 
 def _check_unchanged(fragment: Fragment) -> None:

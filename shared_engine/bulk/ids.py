@@ -58,8 +58,8 @@ def check_ids(job: Job, fragments: Sequence[Fragment], schema: Any) -> None:
                 here = f"{fragment.title}, row {number}"
                 if id_ in seen:
                     raise ConfigurationError(
-                        f"id {id_!r} is there twice: {seen[id_]}, and {here}; every row needs an "
-                        "id of its own (without --id-column, ids are made of file and row)"
+                        f"id {id_!r} occurs twice: {seen[id_]}, and {here}; every row needs a "
+                        "unique id (without --id-column, ids are made of file and row)"
                     )
                 seen[id_] = here
 

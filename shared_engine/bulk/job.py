@@ -70,7 +70,7 @@ class Job:
 
     @property
     def kept_columns(self) -> tuple[str, ...]:
-        """Columns to keep beside `id`, each once."""
+        """Columns to keep apart from `id`, each once."""
         return tuple(dict.fromkeys(name for name in self.columns if name != "id"))
 
     @property

@@ -39,7 +39,7 @@ _log = logging.getLogger("shared_engine")
 
 _READERS = 16
 """Threads that read footers; on a network file system, one takes milliseconds."""
-_ASKED = (
+_OPTIONS = (
     "model", "checkpoint", "revision", "dimensions", "embedding_type", "truncate", "max_tokens",
     "max_tiles",
 )  # fmt: skip
@@ -83,16 +83,16 @@ def record_schema(job: Job, schema: Any) -> Any:
 
     `schema` has names and types of the id and the kept columns.
     """
-    asked = _describe_job(job)
+    settings = _describe_job(job)
     text = base64.b64encode(schema.serialize().to_pybytes()).decode()
-    _agree(job, "job.json", {**asked, "version": __version__, "schema": text}, asked)
+    _agree(job, "job.json", {**settings, "version": __version__, "schema": text}, settings)
     return read_schema(job)
 
 
 def _describe_job(job: Job) -> dict[str, Any]:
-    asked: dict[str, Any] = {name: getattr(job.options, name) for name in _ASKED}
-    asked |= {name: getattr(job, name) for name in _OF_JOB}
-    found: dict[str, Any] = json.loads(json.dumps(asked))  # lists for tuples
+    settings: dict[str, Any] = {name: getattr(job.options, name) for name in _OPTIONS}
+    settings |= {name: getattr(job, name) for name in _OF_JOB}
+    found: dict[str, Any] = json.loads(json.dumps(settings))  # lists for tuples
     return found
 
 
@@ -149,16 +149,16 @@ def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]
     path = os.path.join(job.out, name)
     if not os.path.exists(path):
         with files.writing(path):
-            beside = files.name_beside(path)
-            Path(beside).write_text(json.dumps(record, indent=1), encoding="utf-8")
+            temporary = files.name_temporary(path)
+            Path(temporary).write_text(json.dumps(record, indent=1), encoding="utf-8")
             try:
-                os.link(beside, path)  # unlike a rename, it keeps what another process wrote
+                os.link(temporary, path)  # unlike a rename, it keeps what another process wrote
             except FileExistsError:
                 pass
             except OSError:  # a file system without links, as some network file systems
-                os.replace(beside, path)
+                os.replace(temporary, path)
             finally:
-                Path(beside).unlink(missing_ok=True)
+                Path(temporary).unlink(missing_ok=True)
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     for key, value in compared.items():
         if found.get(key) != value:
@@ -232,7 +232,10 @@ def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
         schema = make_error_schema(pa.schema([("id", pa.string())]))
         if parts:
             schema = pq.read_schema(parts[0])
-        with files.write_beside(path) as beside, pq.ParquetWriter(beside, schema) as writer:
+        with (
+            files.write_atomically(path) as temporary,
+            pq.ParquetWriter(temporary, schema) as writer,
+        ):
             for part in parts:
                 table = pq.read_table(part)
                 rows += table.num_rows

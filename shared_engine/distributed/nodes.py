@@ -159,8 +159,8 @@ def _read_nodes() -> list[Node]:
 
 def _count(nodes: list[Node], share: Share) -> int:
     """Return how many shares the nodes hold; a share does not span two nodes."""
-    wanted = (share.cpus, share.gpus)
+    parts = (share.cpus, share.gpus)
     return sum(
-        min(int(has / wants + 1e-9) for has, wants in zip(node, wanted, strict=True) if wants)
+        min(int(has / part + 1e-9) for has, part in zip(node, parts, strict=True) if part)
         for node in nodes
     )

@@ -391,7 +391,7 @@ def test_equal_hashes_of_other_ids_are_no_matter(make_job, monkeypatch):
 def test_many_files_of_hashes_find_the_same(make_job, monkeypatch):
     monkeypatch.setattr("shared_engine.bulk.ids._AT_ONCE", 8)
     keys = [*range(99), 50]
-    with pytest.raises(ConfigurationError, match="id 50 is there twice"):
+    with pytest.raises(ConfigurationError, match="id 50 occurs twice"):
         run(make_job(passages(100).set_column(0, "key", pa.array(keys))))
     assert run(make_job(passages(100))).rows == 100
 
