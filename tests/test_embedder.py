@@ -376,7 +376,7 @@ class Faulty:
         self.steps: list[int] = []
         backend._encoders[0] = self
 
-    def __call__(self, sequences, tiles):
+    def __call__(self, sequences, tiles, *_):
         tokens = sum(len(ids) for ids in sequences)
         if tokens > self.holds:
             raise self.error

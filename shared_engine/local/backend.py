@@ -4,7 +4,8 @@
 
 To prepare is to tokenise, which the tokenizers library spreads over the cores by itself, and to
 decode and cut images, for which there is a thread for each core. Queries are short and urgent: they
-are tokenised by their caller and never wait behind documents.
+are tokenised by their caller and never wait behind documents. On a CPU, where a step of documents
+takes seconds, the step pauses several times in every layer, and queries that wait run then.
 """
 
 from __future__ import annotations
@@ -254,7 +255,9 @@ class LocalBackend(Backend):
             return []
         try:
             ids, tiles = [each.ids for each in step], [each.tiles for each in step]
-            return [(step, encoder(ids, tiles))]
+            if encoder.runs_ahead or step[0].job.request.role == "query":
+                return [(step, encoder(ids, tiles))]
+            return [(step, encoder(ids, tiles, partial(self._run_queries, encoder)))]
         except Exception as exc:
             error = exc.with_traceback(None)  # the traceback would keep the step's tensors alive
         if not is_out_of_memory(error) or is_retry:
@@ -268,6 +271,11 @@ class LocalBackend(Backend):
         _log.warning("out of memory at %d tokens per step; going on with half", tokens)
         half = len(step) // 2
         return [*self._start(step[:half], encoder), *self._start(step[half:], encoder)]
+
+    def _run_queries(self, encoder: Encoder) -> None:
+        """Run the queries that wait, in a pause of a step of documents."""
+        for running in self._start(self._scheduler.take_queries(), encoder):
+            self._collect(*running)
 
     def _collect(self, step: list[TokenSequence], pooled: PooledOutput | Exception) -> None:
         """Wait for a step and deliver its rows, or what went wrong."""

@@ -12,7 +12,7 @@ causal mask) and transformers' `modeling_llama.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ from shared_engine.local.graphs import SIZES, QueryGraphs, check_graphs
 from shared_engine.local.memory import Buffers, to_device
 from shared_engine.local.packed import PackedGate, pack
 from shared_engine.local.pooling import pool
-from shared_engine.local.siglip import VisionTower
+from shared_engine.local.siglip import VisionTower, no_pause
 from shared_engine.local.weights import Weights
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ _WARM_LENGTH = 512
 """Tokens of the texts that a GPU computes while a model is loaded."""
 _FEW_ROWS = 256
 """Up to which a step is filled up to 16 rows, and over it to 64, where kernels are made by rows."""
+_MLP_ROWS = 512
+"""Rows of an MLP between two pauses on a CPU; more rows are not faster (measured)."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,10 @@ class PooledOutput:
 
 
 class Encoder:
-    """A loaded model on one device. Calls are not concurrent: its worker thread owns it."""
+    """A loaded model on one device. Calls are not concurrent: its worker thread owns it.
+
+    A call may be made in a pause of another: no buffer holds anything then that is read again.
+    """
 
     def __init__(self, checkpoint: Checkpoint, placement: Placement, vocabulary: int = 0) -> None:
         """Load the weights; a `vocabulary` larger than the table of embeddings gets zeros.
@@ -106,7 +111,9 @@ class Encoder:
         self._cos, self._sin = _rotary_tables(
             config.rope, self._head_dim, checkpoint.longest, placement
         )
-        self._max_batch_tokens = placement.max_batch_tokens
+        self._max_batch_tokens = self._mlp_rows = placement.max_batch_tokens
+        if self.device.type == "cpu":
+            self._mlp_rows = min(self._mlp_rows, _MLP_ROWS)
         self._rotate, self._gate = placement.elementwise
         self._buffers = Buffers(placement)
         self._graph_buffers = Buffers(placement)  # whose addresses graphs know
@@ -169,6 +176,7 @@ class Encoder:
         self,
         sequences: Sequence[NDArray[np.int32]],
         tiles: Sequence[Tiles | None] = (),
+        on_pause: Callable[[], None] = no_pause,
     ) -> PooledOutput:
         """Start to compute the mean of the last hidden states of every sequence.
 
@@ -176,6 +184,8 @@ class Encoder:
         scaled. Each is over all tokens of its sequence, prefix and special tokens included. It does
         not depend on the other sequences; on a GPU, whose matrix products are summed in an order
         that depends on how many rows they have, to rounding.
+
+        `on_pause` is called several times in every layer, and may call this encoder.
         """
         # Neighbours of equal length share an attention call on a CPU.
         order = np.argsort([len(ids) for ids in sequences], kind="stable")
@@ -183,11 +193,14 @@ class Encoder:
         images = [tiles[i] for i in order if tiles[i] is not None] if tiles else []
         means = self._graphs(sequences) if self._graphs and not images else None
         if means is None:
-            means = self._compute(sequences, images)
+            means = self._compute(sequences, images, on_pause)
         return PooledOutput(means, order)
 
     def _compute(
-        self, sequences: Sequence[NDArray[np.int32]], images: Sequence[Tiles] = ()
+        self,
+        sequences: Sequence[NDArray[np.int32]],
+        images: Sequence[Tiles] = (),
+        on_pause: Callable[[], None] = no_pause,
     ) -> Tensor:
         """Return the means of sequences, with the images in their order: (S, hidden) float32."""
         count, tokens = len(sequences), sum(map(len, sequences))
@@ -203,8 +216,8 @@ class Encoder:
         x = F.embedding(to_device(ids, self.device), self._embedding)  # (T, hidden)
         if images and self._vision:
             places = np.flatnonzero(ids[:tokens] == self._vision.context_token)
-            x[to_device(places, self.device)] = self._vision(images)
-        hidden = self._forward(x, positions, layout, self._buffers)  # (T, hidden)
+            x[to_device(places, self.device)] = self._vision(images, on_pause)
+        hidden = self._forward(x, positions, layout, self._buffers, on_pause)  # (T, hidden)
         return pool(hidden, layout, count)
 
     def _multiple(self, tokens: int) -> int:
@@ -217,11 +230,19 @@ class Encoder:
             return 1
         return 16 if tokens <= _FEW_ROWS else 64
 
-    def _forward(self, x: Tensor, positions: Tensor, layout: Layout, buffers: Buffers) -> Tensor:
+    def _forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        layout: Layout,
+        buffers: Buffers,
+        on_pause: Callable[[], None] = no_pause,
+    ) -> Tensor:
         """Return the last hidden states of embeddings x (T, hidden), which they overwrite.
 
-        Every layer writes to the same buffers. What `hidden` and `mlp` return is valid until they
-        are called again, and so is the result of this.
+        Every layer writes to the same buffers. A tensor in `hidden` or `mlp` is valid until the
+        buffer is used again, as is the result. In a pause no buffer holds a tensor that is read
+        later, so another pass may use them.
         """
         hidden, mlp = buffers.hidden, buffers.mlp
 
@@ -231,6 +252,7 @@ class Encoder:
         cos, sin = self._cos[positions], self._sin[positions]  # (T, d / 2)
         heads, rotated = self._heads, self._heads + self._kv_heads  # values are not rotated
         for layer in self._layers:
+            on_pause()
             normed = normalize(x, layer.attention_norm)  # in hidden
             qkv = torch.mm(normed, layer.qkv.T, out=mlp(len(x), len(layer.qkv)))
             qkv = qkv.view(len(x), -1, self._head_dim)  # (T, heads + 2 * kv_heads, d), in mlp
@@ -240,7 +262,8 @@ class Encoder:
             attended = self._attend(q, k, v, layout)  # (T, heads, d), in memory of its own
             x.addmm_(attended.flatten(1), layer.o.T)
             # In parts of a step, so that a longer text takes no more memory.
-            for rows in torch.split(x, self._max_batch_tokens):
+            for rows in torch.split(x, self._mlp_rows):
+                on_pause()
                 normed = normalize(rows, layer.mlp_norm)  # over turned, which is not read again
                 if isinstance(layer.gate_up, PackedGate):
                     inner = layer.gate_up(normed)  # (T, intermediate), in memory of its own

@@ -1,8 +1,9 @@
 """Deficit round robin: which document is prepared next, which sequences share the next step.
 
 The callers of a device meet here. Queries go first, so that a search does not wait behind an
-ingest, but after `QUERY_STEPS_IN_A_ROW` steps of queries waiting documents get one. Flows of one
-role take turns of one quantum, the tokens of a step; a step has the end of one turn and the
+ingest, but after `QUERY_STEPS_IN_A_ROW` steps of queries waiting documents get one. A device that
+can pause a step of documents runs queries in its pauses, too, up to the same amount of work. Flows
+of one role take turns of one quantum, the tokens of a step; a step has the end of one turn and the
 beginning of the next. A job that is cancelled is gone before anything else is taken. This module
 holds policy only: no tokenizer, no torch, no thread.
 
@@ -67,7 +68,8 @@ class Scheduler:
         self._to_prepare: deque[FlowQueue] = deque()
         self._preparing = 0
         self._to_run: dict[Role, deque[FlowQueue]] = {"query": deque(), "document": deque()}
-        self._query_steps = 0
+        self._query_steps = 0.0
+        """Steps of queries since the last step of documents; in pauses a step counts by tokens."""
         self._tokens_at_first = max_batch_tokens
         self._full_steps = 0
         self._patience = PATIENCE
@@ -220,9 +222,19 @@ class Scheduler:
             if not turns:
                 return []
             self._query_steps = self._query_steps + 1 if turns is queries and documents else 0
-            step = self._fill_step(turns)
-            self.steps += 1
-            self._changed.notify_all()  # there is room to prepare ahead
+            return self._fill_step(turns)
+
+    def take_queries(self) -> list[TokenSequence]:
+        """Return a step of queries for a pause of a step of documents, [] if none may run."""
+        with self._changed:
+            self._forget_cancelled()
+            queries = self._to_run["query"]
+            if not queries or self._query_steps >= QUERY_STEPS_IN_A_ROW:
+                return []
+            before = self.tokens
+            step = self._fill_step(queries)
+            # A search is small, and a step of documents has dozens of pauses.
+            self._query_steps += (self.tokens - before) / self.max_batch_tokens
             return step
 
     def _fill_step(self, turns: deque[FlowQueue]) -> list[TokenSequence]:
@@ -247,7 +259,9 @@ class Scheduler:
                 if room < quantum / 10:  # full enough not to look for something smaller
                     break
         turns.extendleft(reversed(passed))
+        self.steps += 1
         self.tokens += quantum - room
+        self._changed.notify_all()  # there is room to prepare ahead
         return step
 
     def close(self, cancel: bool = False) -> None:

@@ -10,7 +10,7 @@ Automodel `llama_nemotron_vl/model.py`, and transformers' `modeling_siglip.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,10 @@ _CONNECTOR_EPS = 1e-5
 _MOST_TILES = 8
 """Of a pass. cuDNN plans attention for each number of tiles, for 23 to 440 ms (public figures), and
 more than 8 keep a GPU no busier (estimated)."""
+
+
+def no_pause() -> None:
+    """Do nothing where a pass could pause."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +99,17 @@ class VisionTower:
         self._join_up = _linear(weights, "mlp1.1", out, 4 * hidden)
         self._join_down = _linear(weights, "mlp1.3", out, out)
 
-    def __call__(self, images: Sequence[Tiles]) -> Tensor:
+    def __call__(self, images: Sequence[Tiles], on_pause: Callable[[], None] = no_pause) -> Tensor:
         """Return the rows of images one after another: (rows, width).
 
         A tile gives P / 4 rows, from left to right and top to bottom. Tiles of several images share
-        a forward pass.
+        a forward pass. `on_pause` is called twice in every layer; it may call this tower.
         """
         tiles = torch.cat([self._tiles(image) for image in images])  # (n, size, size, 3)
         portions = torch.split(tiles, self._tiles_at_once)
-        return torch.cat([self._join(self._features(self._patches(some))) for some in portions])
+        return torch.cat(
+            [self._join(self._features(self._patches(some), on_pause)) for some in portions]
+        )
 
     def warm_up(self) -> None:
         """Compute every number of tiles that a pass may have."""
@@ -123,16 +129,18 @@ class VisionTower:
         patches = pixels.permute(0, 1, 3, 5, 2, 4).reshape(n, g * g, 3 * p * p)
         return patches.float().div_(127.5).sub_(1).to(self._dtype)
 
-    def _features(self, patches: Tensor) -> Tensor:
+    def _features(self, patches: Tensor, on_pause: Callable[[], None]) -> Tensor:
         x = F.linear(patches, self._embed.weight, self._embed.bias) + self._positions
         n, p, hidden = x.shape
         x = x.view(n * p, hidden)
         for layer in self._layers:
+            on_pause()  # here and below the buffer holds nothing that is read again
             qkv = self._linear(self._normed(x, layer.attention_norm), layer.qkv)
             q, k, v = qkv.view(n, p, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
             attended = F.scaled_dot_product_attention(q, k, v)  # (N, heads, P, d)
             flat = attended.transpose(1, 2).reshape(x.shape)
             x.addmm_(flat, layer.out.weight.T).add_(layer.out.bias)
+            on_pause()
             up = self._linear(self._normed(x, layer.mlp_norm), layer.up)
             torch.ops.aten.gelu_(up, approximate="tanh")
             x.addmm_(up, layer.down.weight.T).add_(layer.down.bias)

@@ -7,8 +7,7 @@
 
 - text: tokens per second on four corpora, in turn with sentence-transformers at several batch sizes
   and with padded transformers, on the same weights; vectors are compared.
-- latency: a query of 32 tokens alone, and while a bulk ingest runs; sentence-transformers under a
-  lock that is held for one batch, which is the most considerate way to share it.
+- latency: a query of 32 tokens alone and during an ingest, as `search_latency.py` measures it.
 - tuning: the engine with other sizes of a step.
 - start: a fresh process until its first vector, files cached; peak memory of the same work.
 - images: pages per second at one tile and at six with a thumbnail.
@@ -25,7 +24,6 @@ import argparse
 import datetime
 import gc
 import importlib.metadata
-import itertools
 import json
 import logging
 import re
@@ -33,25 +31,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from shared_engine import Embedder, Options
-from tests.benchmarks import images, measuring, report
+from tests.benchmarks import images, measuring, report, search_latency
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
-QUERY_TOKENS = 32
 PARTS = ("text", "tuning", "latency", "start", "images")
 
 
@@ -73,6 +68,7 @@ class Scale:
     """Of sentence-transformers."""
     rounds: int
     queries: int
+    """Searches in a round."""
     pages: int
 
 
@@ -84,7 +80,7 @@ NORMAL = Scale(
     steps=(1_024, 4_096),
     batch_sizes=(2, 4, 8, 32),
     rounds=5,
-    queries=50,
+    queries=30,
     pages=1,
 )
 
@@ -109,15 +105,18 @@ class Bench:
         self.embedder = Embedder(options)
         self.description = self.embedder.description
         backend: Any = self.embedder.load()
-        self.encoders = backend._encoders
-        self.device, self.dtype = self.encoders[0].device, backend._dtype
-        self.max_batch_tokens = backend.step_stats.max_batch_tokens
+        self.device, self.dtype = backend._encoders[0].device, backend._dtype
         self.peer_folder = measuring.peer_folder(folder, scratch / "peer")
         self.theirs = measuring.sentence_transformer(self.peer_folder, str(self.device), self.dtype)
         self.source = measuring.Source(folder)
         self.prompts = self.source.prompts
         self.config = json.loads((folder / "config.json").read_text())
-        self.best_batch = 32
+
+    @cached_property
+    def best_batch(self) -> int:
+        """At which sentence-transformers is fastest on mixed lengths; `text` measures it best."""
+        corpus = search_latency.make_corpus(self.source, self.size.texts["skewed"], 1)
+        return search_latency.find_best_batch(self.theirs, corpus, self.size.batch_sizes)
 
     def text(self) -> dict[str, Any]:
         """Return the race on each corpus."""
@@ -153,47 +152,13 @@ class Bench:
 
     def latency(self) -> dict[str, Any]:
         """Return what a query takes alone and during an ingest, and what that costs the ingest."""
-        count = self.size.texts["skewed"]
-        tokens = measuring.lengths("skewed", count)
-        documents = self.source.texts(tokens)
-        queries = self.source.texts([QUERY_TOKENS] * self.size.queries, "query", seed=1)
-        forward = measuring.Timed(self.encoders[0], self.device)
-        self.encoders[0] = forward
-        self.embedder.embed(documents)
-        step = statistics.median(forward.spans[:-1] or forward.spans)  # the last is not full
-        self.encoders[0] = forward.inner
-        lock = threading.Lock()
-        batches = itertools.cycle(range(0, count, self.best_batch))
-
-        def ask(query: str) -> None:
-            with lock:
-                self.theirs.encode([query], prompt=self.prompts["query"])
-
-        def ingest() -> int:
-            batch = slice(start := next(batches), start + self.best_batch)
-            with lock:
-                self.theirs.encode(
-                    documents[batch], prompt=self.prompts["document"], batch_size=self.best_batch
-                )
-            return int(tokens[batch].sum())
-
-        def ours() -> int:
-            self.embedder.embed(documents)
-            return int(tokens.sum())
-
-        out = {
-            "query_tokens": QUERY_TOKENS,
-            "queries": len(queries),
-            "step_seconds": step,
-            "max_batch_tokens": self.max_batch_tokens,
-            measuring.OURS: contend(
-                lambda query: self.embedder.embed([query], role="query"), ours, queries, step
-            ),
-            f"{measuring.PEER} under a lock, batch {self.best_batch}": contend(
-                ask, ingest, queries, step
-            ),
-        }
-        print(f"\nlatency, a step takes {1000 * step:.0f} ms:\n{json.dumps(out, indent=1)}")
+        corpus = search_latency.make_corpus(
+            self.source, self.size.texts["skewed"], self.size.queries
+        )
+        out = search_latency.measure(
+            self.embedder, self.theirs, corpus, self.size.rounds, self.best_batch
+        )
+        print(f"\nlatency: {search_latency.table(out)}", flush=True)
         return out
 
     def start(self) -> dict[str, Any]:
@@ -226,61 +191,6 @@ def cold(arguments: list[str]) -> dict[str, float]:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     said: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return said | {"ready": said["ready"] - started}
-
-
-def contend(
-    ask: Callable[[str], object], ingest: Callable[[], int], queries: list[str], step: float
-) -> dict[str, Any]:
-    """Time queries alone, then with up to a step between two of them while another thread ingests.
-
-    `ingest` embeds some documents and returns how many tokens they had. What the queries cost it is
-    told by the tokens a second of its complete calls.
-    """
-    ask(queries[0])
-    alone = [_seconds(ask, query) for query in queries]
-    quiet = []
-    for _ in range(3):
-        start = time.perf_counter()
-        quiet.append(ingest() / (time.perf_counter() - start))
-    done: list[tuple[float, int]] = []
-    stop = threading.Event()
-
-    def bulk() -> None:
-        while not stop.is_set():
-            tokens = ingest()
-            done.append((time.perf_counter(), tokens))
-
-    thread = threading.Thread(target=bulk)
-    start = time.perf_counter()
-    thread.start()
-    random = np.random.default_rng(0)
-    during = []
-    for query in queries:
-        time.sleep(random.uniform(0, step))
-        during.append(_seconds(ask, query))
-    end = time.perf_counter()
-    stop.set()
-    thread.join()
-    complete = [each for each in done if each[0] <= end] or done
-    rate = sum(tokens for _, tokens in complete) / (complete[-1][0] - start)
-    return {
-        "alone": _percentiles(alone),
-        "during": _percentiles(during),
-        "p99_steps": float(np.percentile(during, 99)) / step,
-        "bulk_tokens_per_second_alone": statistics.median(quiet),
-        "bulk_tokens_per_second": rate,
-    }
-
-
-def _seconds(ask: Callable[[str], object], query: str) -> float:
-    start = time.perf_counter()
-    ask(query)
-    return time.perf_counter() - start
-
-
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    p50, p95, p99 = np.percentile(seconds, [50, 95, 99])
-    return {"p50": float(p50), "p95": float(p95), "p99": float(p99)}
 
 
 def arguments() -> argparse.Namespace:

@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from shared_engine import (
     DeviceMemoryError,
@@ -32,6 +33,7 @@ from shared_engine.backend import Rows
 from shared_engine.local.backend import LocalBackend
 from shared_engine.local.llama import Encoder
 from tests.support.rows import vectors_of
+from tests.support.vl_checkpoints import build_vl_checkpoint
 
 TEXTS = [f"text {i} " + "word " * (i * 37 % 25) for i in range(40)]
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
@@ -46,8 +48,8 @@ def open_backend(checkpoint: Path) -> Iterator[Callable[..., LocalBackend]]:
     opened: list[LocalBackend] = []
 
     def open_one(load: Callable[..., Any] = Encoder, **options: Any) -> LocalBackend:
-        given = {"device": "cpu", "dtype": "float32", **options}
-        opened.append(LocalBackend(Options(model=checkpoint, **given), load))
+        given = {"model": checkpoint, "device": "cpu", "dtype": "float32", **options}
+        opened.append(LocalBackend(Options(**given), load))
         return opened[-1]
 
     yield open_one
@@ -85,7 +87,7 @@ class Faulty:
         self.description = self.encoder.description
         return self
 
-    def __call__(self, sequences, tiles):
+    def __call__(self, sequences, tiles, *_):
         tokens = sum(len(ids) for ids in sequences)
         if tokens > self.holds:
             raise self.error
@@ -204,7 +206,7 @@ def test_two_devices_that_run_out_of_memory_agree_on_the_smaller_step(open_backe
     numbers = iter(range(2))
 
     class Device(Faulty):
-        def __call__(self, sequences, tiles):
+        def __call__(self, sequences, tiles, *_):
             tokens = sum(len(ids) for ids in sequences)
             if tokens > 300:
                 both_have_one.wait(10)
@@ -243,7 +245,7 @@ def test_memory_that_is_short_for_a_while_costs_nothing_for_good(open_backend, e
     """No row fails, not even that of a lone sequence, and the step is what it was."""
 
     class Short(Faulty):
-        def __call__(self, sequences, tiles):
+        def __call__(self, sequences, tiles, *_):
             if self.holds and sum(len(ids) for ids in sequences) > 60:
                 self.holds -= 1
                 raise self.error
@@ -262,7 +264,7 @@ def test_memory_that_is_short_for_a_while_costs_nothing_for_good(open_backend, e
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_lone_sequence_is_tried_once_more(open_backend, times):
     class Short(Faulty):
-        def __call__(self, sequences, tiles):
+        def __call__(self, sequences, tiles, *_):
             self.holds -= 1
             if self.holds >= 0:
                 raise self.error
@@ -345,6 +347,85 @@ def test_a_gpu_has_its_next_step_before_the_last_is_collected(open_backend):
     assert np.abs(got - expected[:1]).max() <= 1e-6
 
 
+# Searches during an ingest, where a device takes long for a step
+
+
+class Paused(Faulty):
+    """An encoder that is searched in every pause of a step of documents."""
+
+    query = request(["a search"], "query")
+
+    def open(self, open_backend: Callable[..., LocalBackend], **options: Any) -> LocalBackend:
+        self.answers: list[Future[Rows]] = []
+        self.is_answered: list[bool] = []
+        self.backend = open_backend(self.load, **options)
+        return self.backend
+
+    def __call__(self, sequences, tiles, on_pause=None):
+        if on_pause is None:
+            return super().__call__(sequences, tiles)
+
+        def search_then_pause() -> None:
+            answer = self.backend.submit(self.query)
+            on_pause()
+            self.answers.append(answer)
+            self.is_answered.append(answer.done())
+
+        return self.encoder(sequences, tiles, search_then_pause)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_search_is_answered_within_a_step_of_documents_and_changes_none(open_backend, dtype):
+    paused = Paused(10**6, OUT_OF_MEMORY)
+    paused.query = request(["a search that is longer than all documents " * 40], "query")
+    backend = paused.open(open_backend, dtype=dtype)
+    found = vectors_of(backend.submit(request(TEXTS[:10])))
+    assert paused.is_answered == [True] * 6  # two in each of three layers
+    alone = open_backend(dtype=dtype)
+    assert np.array_equal(found, vectors_of(alone.submit(request(TEXTS[:10]))))
+    expected = vectors_of(alone.submit(paused.query))
+    assert all(np.array_equal(vectors_of(answer), expected) for answer in paused.answers)
+
+
+def test_a_search_is_answered_while_an_image_is_computed(tmp_path, open_backend):
+    folder = build_vl_checkpoint(tmp_path / "vl")
+    page = Request([EmbeddingInput(image=Image.new("RGB", (80, 80), "navy"))], "document")
+    paused = Paused(10**6, OUT_OF_MEMORY)
+    found = vectors_of(paused.open(open_backend, model=folder).submit(page))
+    # Two in each of three layers of the tower, and of the three after it.
+    assert paused.is_answered == [True] * 12
+    alone = open_backend(model=folder)
+    assert np.array_equal(found, vectors_of(alone.submit(page)))
+    expected = vectors_of(alone.submit(paused.query))
+    assert all(np.array_equal(vectors_of(answer), expected) for answer in paused.answers)
+
+
+def test_a_search_that_fails_in_a_pause_fails_alone(open_backend, expected):
+    paused = Paused(0, RuntimeError("cublas has a bad day"))
+    backend = paused.open(open_backend)
+    assert np.abs(vectors_of(backend.submit(request(TEXTS))) - expected).max() <= 1e-6
+    assert paused.answers
+    for answer in paused.answers:
+        with pytest.raises(EngineError, match="bad day"):
+            vectors_of(answer)
+
+
+def test_an_answer_stays_where_the_step_around_it_runs_out_of_memory(open_backend, expected):
+    class Short(Paused):
+        def __call__(self, sequences, tiles, on_pause=None):
+            pooled = super().__call__(sequences, tiles, on_pause)
+            if on_pause is not None and len(sequences) > 10:
+                raise self.error
+            return pooled
+
+    paused = Short(10**6, OUT_OF_MEMORY)
+    backend = paused.open(open_backend)
+    assert np.abs(vectors_of(backend.submit(request(TEXTS))) - expected).max() <= 1e-6
+    answers = [vectors_of(answer) for answer in paused.answers]
+    assert len(answers) > 4
+    assert all(np.array_equal(answer, answers[0]) for answer in answers)
+
+
 # Ends
 
 
@@ -352,7 +433,7 @@ def test_closing_again_only_joins(open_backend):
     gate = threading.Event()
 
     class Waiting(Faulty):
-        def __call__(self, sequences, tiles):
+        def __call__(self, sequences, tiles, *_):
             assert gate.wait(10)
             return super().__call__(sequences, tiles)
 

@@ -148,6 +148,38 @@ def test_a_query_runs_right_after_the_step_in_progress():
         assert scheduler.next_step()[0].job.request.role == "query"
 
 
+def test_a_pause_of_a_step_of_documents_is_for_queries_only():
+    scheduler = Scheduler(10)
+    put(scheduler, job(3), [10] * 3)
+    scheduler.next_step()
+    assert not scheduler.take_queries()
+    query = job(1, "query")
+    put(scheduler, query, [3])
+    assert owners(scheduler.take_queries()) == [query]
+    assert not scheduler.take_queries()
+    gone = job(1, "query")
+    put(scheduler, gone, [3])
+    gone.future.cancel()
+    assert not scheduler.take_queries()
+    assert scheduler.next_step()[0].job.request.role == "document"
+    assert (scheduler.steps, scheduler.tokens) == (3, 23)
+
+
+@pytest.mark.parametrize(("tokens", "served"), [(1, 50), (10, QUERY_STEPS_IN_A_ROW)])
+def test_queries_take_no_more_work_in_pauses_than_between_steps(tokens, served):
+    """Every search of a few is served, but not so many that documents would hardly get on."""
+    scheduler = Scheduler(10)
+    put(scheduler, job(3), [10] * 3)
+    for _ in range(2):
+        assert scheduler.next_step()[0].job.request.role == "document"
+        for pause in range(50):
+            put(scheduler, job(1, "query"), [tokens])
+            assert bool(scheduler.take_queries()) == (pause < served)
+    if served < 50:
+        assert scheduler.next_step()[0].job.request.role == "document"
+        assert scheduler.take_queries()
+
+
 def test_bulk_callers_take_turns_of_equal_cost():
     """One has sequences of three steps each, one of a tenth, and small jobs come in between."""
     scheduler = Scheduler(100)
@@ -384,6 +416,8 @@ class Simulation:
 
     seed: int = 0
     max_batch_tokens: int = STEP
+    parts: int = 1
+    """Of a step of documents; between two of them the device takes queries."""
     now: float = 0.0
     steps: list[tuple[float, list[TokenSequence]]] = field(default_factory=list)
     """When each began, and what was in it."""
@@ -426,16 +460,35 @@ class Simulation:
                 self.at(self.now + cost(made) / (10 * STEP), lambda made=made: self._add(made))
             if not self._computing and (step := self.scheduler.take_step()):
                 self._computing = True
-                self.steps.append((self.now, step))
-                duration = 0.02 + cost(step) / STEP
-                self.at(self.now + duration, lambda step=step: self._deliver(step))
+                parts = self.parts if step[0].job.request.role == "document" else 1
+                self._compute(step, parts, self._free)
+
+    def _compute(self, step: list[TokenSequence], parts: int, then: Callable[[], None]) -> None:
+        self.steps.append((self.now, step))
+        duration = (0.02 + cost(step) / STEP) / parts
+
+        def compute_part(left: int) -> None:
+            self.at(self.now + duration, lambda: pause(left - 1))
+
+        def pause(left: int) -> None:
+            if not left:
+                self._deliver(step)
+                then()
+            elif queries := self.scheduler.take_queries():
+                self._compute(queries, 1, lambda: compute_part(left))
+            else:
+                compute_part(left)
+
+        compute_part(parts)
+
+    def _free(self) -> None:
+        self._computing = False
 
     def _add(self, made: list[TokenSequence]) -> None:
         self._tokenising = False
         self.scheduler.add(made)
 
     def _deliver(self, step: list[TokenSequence]) -> None:
-        self._computing = False
         for sequence in step:
             sequence.job.deliver([sequence.row], np.full((1, 2), sequence.row), sequence.cost)
 
@@ -473,6 +526,37 @@ def test_a_query_waits_for_at_most_three_steps_while_much_is_ingested():
     assert len(latencies) > 500
     assert np.percentile(latencies, 99) <= 3 * 1.02
     assert np.percentile(latencies, 50) <= 1.02
+
+
+def test_a_query_waits_for_a_part_of_a_step_where_steps_pause():
+    simulation = Simulation(seed=1, parts=10)
+    bulks = [simulation.arrive(t, simulation.texts(2000), "document") for t in (0, 1, 20, 21)]
+    queries = {
+        simulation.arrive(time, simulation.texts(1), "query"): time
+        for time in simulation.poisson(2.0, 350)
+    }
+    simulation.run()
+    check_everything_was_computed_once(simulation, [*bulks, *queries])
+    ingesting = max(simulation.done[bulk] for bulk in bulks)
+    latencies = [simulation.latency(q, t) for q, t in queries.items() if t < ingesting]
+    assert len(latencies) > 500
+    part, query = 1.02 / 10, 0.12  # the longest of each
+    assert np.percentile(latencies, 50) <= part / 2 + query
+    assert np.percentile(latencies, 99) <= 2 * (part + query)
+    fills = [cost(step) / STEP for _, step in simulation.steps if len(step) > 5]
+    assert np.mean(fills) >= 0.9  # and steps of documents are as full as ever
+
+
+def test_an_ingest_goes_on_under_more_queries_than_pauses_can_answer():
+    simulation = Simulation(seed=2, parts=50)
+    simulation.arrive(0, simulation.texts(2000), "document")
+    for time in simulation.poisson(40.0, 200):
+        simulation.arrive(time, simulation.texts(1), "query")
+    simulation.run(until=200)
+    work: Counter[str] = Counter()
+    for _, step in simulation.steps:
+        work[step[0].job.request.role] += cost(step)
+    assert work["document"] >= work.total() / (QUERY_STEPS_IN_A_ROW + 2) - STEP
 
 
 def test_an_ingest_goes_on_under_more_queries_than_the_device_can_answer():
@@ -616,7 +700,14 @@ class Driven:
         return True
 
     def step(self) -> bool:
-        step = self.scheduler.take_step()
+        return self._compute(self.scheduler.take_step())
+
+    def pause(self) -> bool:
+        step = self.scheduler.take_queries()
+        assert {s.job.request.role for s in step} <= {"query"}
+        return self._compute(step)
+
+    def _compute(self, step: list[TokenSequence]) -> bool:
         assert cost(step) <= 100 or len(step) == 1
         assert len({s.job.request.role for s in step}) <= 1
         assert not any(s.job.is_cancelled for s in step)
@@ -645,7 +736,7 @@ PUT = st.tuples(
     st.sampled_from(["query", "document", "stream"]),
     st.lists(st.integers(0, 130), min_size=1, max_size=12),
 )
-OTHER = st.sampled_from(["chunk", "chunk", "add", "add", "step", "step", "close"])
+OTHER = st.sampled_from(["chunk", "chunk", "add", "add", "step", "step", "pause", "close"])
 
 
 @settings(max_examples=100, deadline=None)
