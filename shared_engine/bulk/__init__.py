@@ -1,13 +1,16 @@
-"""Files of documents to files of vectors, on one machine or many.
+"""Embed files of documents into files of vectors.
 
 job.py        what to embed, cut into fragments ......... Job, Fragment, list_fragments
-tables.py     rows of Parquet, Arrow, CSV, JSON Lines     pages.py   pictures and pages of PDFs
-rows.py       either of them as documents                 ids.py     those that are there twice
+convert.py    CSV, JSON Lines and Arrow to Parquet, once
+tables.py     rows of Parquet; types and errors of Arrow
+pages.py      images and pages of PDFs
+rows.py       rows of all of these as documents
+ids.py        a check for ids that two rows share
 fragment.py   one fragment to one file, in any process .. embed_fragment
-manifest.py   what a folder holds, and what is missing
+manifest.py   the folder of results                       files.py   files written as a whole
 run.py        a job on this machine ..................... run_local
-plan.py       rows, tokens, time and bytes beforehand
-batch.py      for a Ray pipeline of one's own ........... EmbedBatch
+plan.py       an estimate of time, tokens and bytes
+batch.py      a callable for Ray Data pipelines ......... EmbedBatch
 """
 
 from __future__ import annotations

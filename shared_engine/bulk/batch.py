@@ -1,8 +1,8 @@
-"""The callable for `map_batches`: a column of documents in, a column of vectors beside it out."""
+"""The callable for `map_batches`: adds a column of vectors to a batch of documents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shared_engine.backend import Rows
+from shared_engine.bulk.tables import read_texts, require_columns, require_texts
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import (
-    ConfigurationError,
     InputError,
     InputTypeError,
     NeMoRetrieverError,
@@ -22,7 +22,7 @@ from shared_engine.options import Options
 
 
 class EmbedBatch:
-    """Adds a column of vectors to a batch, in a Ray Data pipeline or anywhere else.
+    """Adds a column of vectors to a batch: for Ray Data's `map_batches`, or any other pipeline.
 
         dataset.map_batches(
             EmbedBatch,
@@ -35,10 +35,10 @@ class EmbedBatch:
             ),
         )
 
-    Each object has an engine, which loads at the first batch; with two calls at once it goes on
-    with one batch while the other is read and stored. Ray lets an actor compute with as many
-    threads as `num_cpus` says, and with one where it says nothing. It pickles as its arguments,
-    without the key: each node has NVIDIA_API_KEY for itself.
+    Each object has an engine, which loads at the first batch. With two concurrent calls it embeds
+    one batch while Ray reads and stores another. Ray limits an actor's threads to its `num_cpus`,
+    and to one by default. It pickles as its arguments, without the API key: set NVIDIA_API_KEY on
+    every node.
     """
 
     def __init__(
@@ -51,10 +51,16 @@ class EmbedBatch:
         vector_column: str = "vector",
         error_column: str | None = None,
     ) -> None:
-        """Take the names of columns: of texts, of images, or of both as one document.
+        """Create the callable; the engine loads later.
 
-        Without `error_column`, a row that cannot be embedded ends the pipeline. With it the row
-        has no vector, and its reason is in this column, which is null in all others.
+        Args:
+            text_column: column of texts; default: "text", unless there is an image column.
+            image_column: column of images; with a text column, both are one document.
+            options: of the engine.
+            role: whether the rows are documents or queries.
+            vector_column: name of the new column.
+            error_column: name of a column for the reasons of rows that fail, null in the others.
+                Without it, such a row ends the pipeline.
         """
         if text_column is None and image_column is None:
             text_column = "text"
@@ -66,19 +72,20 @@ class EmbedBatch:
         self._embedder = Embedder(options)
 
     def __call__(self, batch: Any) -> Any:
-        """Return the batch with its vectors: of the kind that came, and not changed itself.
+        """Return a copy of the batch with its vectors, of the same kind.
 
-        An Arrow table gets a fixed-size list, null where a row has no vector; a dict of arrays gets
-        an (n, dimensions) array, where such a row is NaN, or 0 where the values are integers.
+        An Arrow table gets a fixed-size list, null in failed rows; a dict of arrays gets an
+        (n, dimensions) array, which is NaN in such rows, or 0 if its values are integers.
 
         Raises:
             PartialResultError: rows cannot be embedded, and there is no `error_column`.
             InputTypeError: the batch is neither of the two kinds.
-            ConfigurationError: it has no such column; the options cannot work.
-            RemoteError, EngineError: as with `Embedder.embed`, for whatever row.
+            InputError: a column has a type that holds no texts.
+            ConfigurationError: a column is missing; the options cannot work.
+            RemoteError, EngineError: as with `Embedder.embed`, for any row.
         """
         if isinstance(batch, pa.Table):
-            rows = self._embed(batch.column_names, lambda name: batch[name].to_pylist())
+            rows = self._embed(batch.column_names, batch.column)
             is_failed = np.isin(np.arange(len(rows)), list(rows.errors))
             table = _put(batch, self._vector_column, to_fixed_size_list(rows.vectors, is_failed))
             if self._error_column is not None:
@@ -86,7 +93,7 @@ class EmbedBatch:
                 table = _put(table, self._error_column, reasons)
             return table
         if isinstance(batch, Mapping):
-            rows = self._embed(batch, lambda name: list(batch[name]))
+            rows = self._embed(list(batch), batch.__getitem__)
             added = {self._vector_column: rows.vectors}
             if self._error_column is not None:
                 added[self._error_column] = np.array(_explain(rows), dtype=object)
@@ -96,23 +103,33 @@ class EmbedBatch:
             'give map_batches batch_format="pyarrow" or "numpy"'
         )
 
-    def _embed(self, names: Iterable[str], read: Callable[[str], list[Any]]) -> Rows:
+    def _embed(self, names: Sequence[str], read: Callable[[str], Any]) -> Rows:
         """Return the vectors and errors of all rows."""
         wanted = [name for name in (self._text_column, self._image_column) if name is not None]
-        if missing := set(wanted) - set(names):
-            raise ConfigurationError(
-                f"there is no column {', '.join(sorted(missing))}; there are {', '.join(names)}"
-            )
-        documents: list[Any] = read(wanted[0])
+        require_columns(wanted, names, "the batch")
+        wrong: dict[int, str] = {}
+        columns: list[list[Any]] = []
+        for name in wanted:
+            column = read(name)
+            if name == self._text_column and isinstance(column, pa.ChunkedArray):
+                require_texts(column.type, name, "the batch")
+                texts, wrong = read_texts(column)
+                columns.append(list(texts))
+            else:
+                is_arrow = isinstance(column, pa.ChunkedArray)
+                columns.append(column.to_pylist() if is_arrow else list(column))
+        documents: list[Any] = columns[0]
         if self._text_column is None:
             documents = [EmbeddingInput(image=image) for image in documents]
         elif self._image_column is not None:
-            documents = list(map(EmbeddingInput, documents, read(self._image_column)))
+            documents = list(map(EmbeddingInput, *columns))
         size = max(1, len(documents))
         for rows in self._embedder.stream(documents, self._role, size, errors="return"):
-            if self._error_column is None or not _are_inputs(rows.errors):
-                rows.unwrap()
-            return rows
+            bad = {row: InputError(reason, index=row) for row, reason in wrong.items()}
+            found = Rows(rows.vectors, {**rows.errors, **bad})
+            if self._error_column is None or not _are_inputs(found.errors):
+                found.unwrap()
+            return found
         return Rows(self._embedder.embed([], self._role))
 
 
@@ -137,5 +154,5 @@ def _put(table: Any, name: str, column: Any) -> Any:
 
 
 def _are_inputs(errors: Mapping[int, NeMoRetrieverError]) -> bool:
-    """Tell whether the rows are at fault, rather than what computes them."""
+    """Return whether the rows are the cause of all errors, and not the engine."""
     return all(isinstance(error, InputError) for error in errors.values())

@@ -1,24 +1,25 @@
-"""One fragment of input to one file of vectors, in whatever process."""
+"""One fragment of the input to one file of vectors, in any process."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared_engine.bulk import manifest
+from shared_engine.backend import Rows
+from shared_engine.bulk import files, manifest
 from shared_engine.bulk.job import Fragment, Job, take_fingerprint
 from shared_engine.bulk.manifest import Done
-from shared_engine.bulk.rows import Rows, read_rows
-from shared_engine.documents import EmbeddingInput
+from shared_engine.bulk.rows import Window, read_windows
+from shared_engine.bulk.tables import Cursors
+from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import (
     InputError,
@@ -28,132 +29,129 @@ from shared_engine.errors import (
 )
 from shared_engine.vectors import EmbeddingType, quantize
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 WINDOW = 1_024
-"""Texts that are read, embedded and written at once; three such windows are in memory."""
+"""Texts that are read, embedded and written together; three such windows are in memory."""
 IMAGE_WINDOW = 16
-"""The same of rows with images, whose pixels may be 8 MB each."""
+"""Rows with images of a window; their pixels may be 8 MB each."""
 
 _OF_THE_ROW = (InputError, InvalidRequestError, PayloadTooLargeError)
-"""Errors that come again whenever the row does; with any other, the run must be tried again."""
+"""Errors that a row causes each time; after any other, the run must be tried again."""
 
 _VALUES: dict[EmbeddingType, Any] = {
     "float": pa.float32(), "int8": pa.int8(), "uint8": pa.uint8(),
     "binary": pa.int8(), "ubinary": pa.uint8(),
 }  # fmt: skip
 
-_ERRORS = (
-    ("reason", pa.string()), ("kind", pa.string()), ("source", pa.string()), ("index", pa.int64()),
-)  # fmt: skip
 
-
-def embed_fragment(
+def embed_fragment(  # noqa: PLR0917
     job: Job,
     embedder: Embedder,
     fragment: Fragment,
     on_rows: Callable[[int, int, int], object] | None = None,
     on_read: Callable[[], object] | None = None,
+    cursors: Cursors | None = None,
 ) -> Done:
-    """Write `vectors/<name>.parquet`, and `errors/<name>.parquet` where rows failed.
+    """Write `vectors/<name>.parquet`, and `errors/<name>.parquet` if rows failed.
 
-    Each is written beside and then renamed, errors first; done twice, the same is written again.
-    Memory is that of a few windows of rows. `on_rows(rows, failed, tokens)` is called after each
-    window with what it added; `on_read()` once all rows are submitted: time to begin the next
-    fragment, so that the device goes on. Safe in several threads with one embedder.
-    `manifest.open_folder` comes first.
+    Each file is written under a temporary name and renamed, errors first. A second call writes the
+    same again. Memory is that of a few windows of rows. Safe in several threads with one embedder.
+    Call `manifest.open_folder` first.
+
+    Args:
+        job: what to embed, and how.
+        embedder: the engine.
+        fragment: the rows.
+        on_rows: called after each window with the rows embedded, rows failed and tokens it added.
+        on_read: called once all rows are submitted. Begin the next fragment then, and the device
+            does not wait for it.
+        cursors: holds the table open between fragments, which saves seeks in it. It may be used
+            again after `on_read`.
 
     Raises:
         InputError: the source cannot be read, or changed since it was listed; with `job.strict`
-            also the first row that cannot be embedded. Other fragments are not concerned.
+            also the first row that cannot be embedded. Other fragments are not affected.
         ConfigurationError: the folder holds vectors of another engine; the options cannot work.
         OutputError: the files cannot be written: no space, no permission.
-        RemoteError, EngineError, EngineClosedError: as with `Embedder.stream`; the run should stop.
+        RemoteError, EngineError, EngineClosedError: as with `Embedder.stream`; stop the run.
     """
     start = time.monotonic()
-    # It counts its own tokens; numbers become another type here, once it is known which are right.
+    # Counts its own tokens. Numbers are quantized here, after the rows that failed are taken out.
     own = embedder.with_options(show_progress=False, embedding_type="float")
     schema = manifest.read_schema(job)
     facts = manifest.describe_engine(job, embedder)
     _check_unchanged(fragment)
-    windows = read_rows(job, fragment, schema, find_window(job, fragment))
+    size = find_window(job, fragment)
+    failures = _Failures(job, fragment)
+    rows = 0
+    reported = (0, 0, 0)
+
+    def report() -> None:
+        nonlocal reported
+        now = (rows, len(failures), own.usage)
+        if on_rows is not None and now != reported:
+            on_rows(*(new - old for new, old in zip(now, reported, strict=True)))
+        reported = now
+
     vectors_path = os.path.join(job.out, "vectors", f"{fragment.name}.parquet")
-    errors_path = os.path.join(job.out, "errors", f"{fragment.name}.parquet")
-    rows = failed = told = 0
-    bad: list[Any] = []
-    with manifest.writing(vectors_path), manifest.write_beside(vectors_path) as beside:
-        with open_writer(beside, job, schema, own.dimensions, facts) as writer:
-            for window, vectors, errors in embed_windows(job, own, windows, on_read):
-                if errors:
-                    table = _name_errors(fragment, window, errors, fragment.first + rows + failed)
-                    if job.strict:
-                        raise _first_error(table)
-                    bad.append(table)
-                write_window(writer, window, vectors, errors, job.options.embedding_type)
-                good = len(window.documents) - len(errors)
-                rows, failed = rows + good, failed + len(errors)
-                if on_rows is not None:
-                    tokens = own.usage
-                    on_rows(good, len(errors), tokens - told)
-                    told = tokens
+    with files.writing(vectors_path), files.write_atomically(vectors_path) as temporary:
+        with open_writer(temporary, job, schema, own.dimensions, facts) as writer:
+            windows = failures.take(read_windows(job, fragment, schema, size, cursors or Cursors()))
+            for kept, found in embed_windows(own, job.role, windows, size, on_read):
+                failures.add(kept, found)
+                write_rows(writer, kept, found, job.options.embedding_type)
+                rows += len(found) - len(found.errors)
+                report()
+            report()
             _check_unchanged(fragment)
             seconds = time.monotonic() - start
-            counts = {"rows": rows, "failed": failed, "tokens": own.usage, "seconds": seconds}
+            counts = {"rows": rows, "failed": len(failures), "tokens": own.usage}
             writer.add_key_value_metadata(
-                {name: str(value) for name, value in counts.items()}
+                {name: str(value) for name, value in {**counts, "seconds": seconds}.items()}
                 | {"source": fragment.title, "fingerprint": fragment.fingerprint}
             )
-        if bad:
-            with manifest.write_beside(errors_path) as errors_beside:
-                pq.write_table(pa.concat_tables(bad), errors_beside)
-        else:
-            Path(errors_path).unlink(missing_ok=True)
-    return Done(fragment.name, rows, failed, own.usage, seconds)
+        failures.write(schema)
+    return Done(fragment.name, rows, len(failures), own.usage, seconds)
 
 
 def find_window(job: Job, fragment: Fragment) -> int:
-    """Return how many rows of a fragment are embedded at once."""
-    has_images = fragment.names or job.image_column is not None
-    if fragment.source.lower().endswith(".pdf"):
-        has_images = job.pdf != "text"
-    return IMAGE_WINDOW if has_images else WINDOW
+    """Return how many rows of a fragment are embedded together."""
+    has_images = {
+        "table": job.image_column is not None, "pdf": job.pdf != "text", "picture": True,
+    }  # fmt: skip
+    return IMAGE_WINDOW if has_images[fragment.kind] else WINDOW
 
 
 def embed_windows(
-    job: Job,
     embedder: Embedder,
-    windows: Iterator[Rows],
+    role: Role,
+    windows: Iterable[Window],
+    size: int,
     on_read: Callable[[], object] | None = None,
-) -> Iterator[tuple[Rows, NDArray[Any], dict[int, NeMoRetrieverError]]]:
-    """Yield windows with the vectors (n, d) float32 of their rows, and the errors of failed rows.
-
-    All windows but the last have the same size.
-    """
-    first = next(windows, None)
-    if first is None:
-        return
-    held: deque[Rows] = deque()
+) -> Iterator[tuple[Any, Rows]]:
+    """Yield `size` rows at a time: the table of what is kept of them, and their `Rows`."""
+    held: deque[Any] = deque()
 
     def read() -> Iterator[str | EmbeddingInput]:
-        for window in chain([first], windows):
-            held.append(window)
-            for row, document in enumerate(window.documents):
-                yield EmbeddingInput() if row in window.refused else document
+        for window in windows:
+            held.append(window.kept)
+            yield from window.documents
         if on_read is not None:
             on_read()
 
-    with closing(
-        embedder.stream(read(), job.role, len(first.documents), errors="return")
-    ) as stream:
-        for found in stream:
-            window = held.popleft()
-            errors = dict(found.errors)
-            errors |= {row: InputError(reason) for row, reason in window.refused.items()}
-            for error in errors.values():
-                if not isinstance(error, _OF_THE_ROW):
-                    raise error
-            yield window, found.vectors, errors
+    with closing(embedder.stream(read(), role, size, errors="return")) as stream:
+        for rows in stream:
+            check_errors(rows)
+            table = pa.concat_tables(held)
+            held.clear()
+            held.append(table.slice(len(rows)))
+            yield table.slice(0, len(rows)), rows
+
+
+def check_errors(rows: Rows) -> None:
+    """Raise the first error that no row is to blame for."""
+    for error in rows.errors.values():
+        if not isinstance(error, _OF_THE_ROW):
+            raise error
 
 
 def open_writer(path: str, job: Job, schema: Any, width: int, facts: dict[str, str]) -> Any:
@@ -166,58 +164,69 @@ def open_writer(path: str, job: Job, schema: Any, width: int, facts: dict[str, s
         path,
         pa.schema([*schema, vector], {name: str(value) for name, value in facts.items()}),
         compression={**dict.fromkeys(schema.names, "zstd"), "vector.list.element": "none"},
-        # Parquet has no bytes but in four: as numbers of 256 entries they are one again.
+        # Parquet stores an int8 as four bytes; a dictionary of 256 entries makes it one again.
         use_dictionary=False if kind == "float" else ["vector.list.element"],
         write_statistics=list(schema.names),
     )
 
 
-def write_window(
-    writer: Any,
-    window: Rows,
-    vectors: NDArray[Any],
-    errors: dict[int, NeMoRetrieverError],
-    kind: EmbeddingType,
-) -> None:
-    """Write the rows of a window that have a vector."""
-    kept = window.kept
-    if errors:
-        good = [row for row in range(len(window.documents)) if row not in errors]
+def write_rows(writer: Any, kept: Any, rows: Rows, kind: EmbeddingType) -> None:
+    """Write the rows that have a vector."""
+    vectors = rows.vectors
+    if rows.errors:
+        good = [row for row in range(len(rows)) if row not in rows.errors]
         if not good:
             return
         kept, vectors = kept.take(good), vectors[good]
     vector = writer.schema.field("vector").type
     values = pa.array(quantize(vectors, kind).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(values, type=vector)
-    writer.write_table(pa.table([*kept.columns, column], schema=writer.schema))
+    writer.write_table(pa.table([*kept.columns[1:], column], schema=writer.schema))
+
+
+class _Failures:
+    """The rows of a fragment that have no vector."""
+
+    def __init__(self, job: Job, fragment: Fragment) -> None:
+        self._job, self._fragment = job, fragment
+        self._rows: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, windows: Iterable[Window]) -> Iterator[Window]:
+        """Yield windows, and add their refused rows."""
+        for window in windows:
+            for number, id_, reason in window.refused:
+                self._add(number, id_, InputError(reason))
+            yield window
+
+    def add(self, kept: Any, rows: Rows) -> None:
+        """Add the errors of embedded rows."""
+        for row, error in sorted(rows.errors.items()):
+            self._add(kept[0][row].as_py(), kept["id"][row].as_py(), error)
+
+    def _add(self, number: int, id_: Any, error: NeMoRetrieverError) -> None:
+        reason = str(error.at(None) if isinstance(error, InputError) else error)
+        if self._job.strict:
+            raise InputError(f"{self._fragment.title}, row {number}, id {id_!r}: {reason}")
+        self._rows.append(
+            {"id": id_, "reason": reason, "kind": type(error).__name__,
+             "source": self._fragment.title, "index": number}
+        )  # fmt: skip
+
+    def write(self, schema: Any) -> None:
+        """Write the file of errors, or remove one of an earlier try."""
+        path = os.path.join(self._job.out, "errors", f"{self._fragment.name}.parquet")
+        if not self._rows:
+            Path(path).unlink(missing_ok=True)
+            return
+        fields = manifest.make_error_schema(schema)
+        rows = sorted(self._rows, key=lambda row: row["index"])
+        with files.write_atomically(path) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows, schema=fields), temporary)
 
 
 def _check_unchanged(fragment: Fragment) -> None:
     if take_fingerprint(fragment.source, fragment.names) != fragment.fingerprint:
-        raise InputError(
-            f"{fragment.source} changed since it was listed; begin again once it is as it should be"
-        )
-
-
-def _name_errors(
-    fragment: Fragment, window: Rows, errors: dict[int, NeMoRetrieverError], first: int
-) -> Any:
-    rows = sorted(errors)
-    columns = [
-        [_name_reason(errors[row]) for row in rows],
-        [type(errors[row]).__name__ for row in rows],
-        [fragment.title] * len(rows),
-        [first + row for row in rows],
-    ]  # fmt: skip
-    ids = window.kept["id"].take(rows)
-    fields = pa.schema([window.kept.schema.field("id"), *_ERRORS])
-    return pa.table([ids, *columns], schema=fields)
-
-
-def _name_reason(error: NeMoRetrieverError) -> str:
-    return str(error.at(None) if isinstance(error, InputError) else error)
-
-
-def _first_error(table: Any) -> InputError:
-    row = table.slice(0, 1).to_pylist()[0]
-    return InputError(f"{row['source']}, row {row['index']}, id {row['id']!r}: {row['reason']}")
+        raise InputError(f"{fragment.source} changed since it was listed; start the run again")

@@ -1,4 +1,4 @@
-"""What to embed and how, cut into fragments: pieces of input that any process can do alone."""
+"""What to embed and how, cut into fragments: runs of rows that any process can embed alone."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from shared_engine.bulk import pages, tables
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared_engine.bulk import convert, pages, tables
 from shared_engine.documents import Role
-from shared_engine.errors import ConfigurationError, InputError
+from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError
 from shared_engine.options import Options
 
 ROWS_PER_FILE = 10_000
 """Rows of text in a fragment: 80 MB of float32 vectors of 2,048 values."""
 IMAGES_PER_FILE = 500
-"""The same of rows with images, each of which takes as long as many texts."""
+"""Rows with images in a fragment: each takes as long as many texts."""
+TABLES = ".tables"
+"""Folder of the converted tables, in the folder of results."""
+TABLE_SUFFIXES = frozenset({".parquet", *convert.CONVERTED})
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to embed, how, and where to. Pickles without the key, as its options do."""
+    """What to embed, how, and where to. Its pickle has no API key, as that of its options."""
 
     inputs: tuple[str, ...]
     """Absolute paths of files and folders."""
@@ -31,80 +37,143 @@ class Job:
     options: Options = field(default_factory=Options)
     role: Role = "document"
     text_column: str | None = None
-    """Column of the texts; None is "text" where no image column is named."""
+    """Column of the texts; None is "text", unless there is an image column."""
     image_column: str | None = None
-    """Column of images: bytes, a path (from the table's folder) or a data URL."""
+    """Column of images: bytes, paths from the table's folder, or data URLs."""
     id_column: str | None = None
-    """Column of ids, integers or texts; None makes ids of the file's name and the row."""
+    """Column of unique ids, integers or texts; None: ids are file name and row number."""
     columns: tuple[str, ...] = ()
-    """Columns to keep beside the vectors."""
+    """Columns to keep with the vectors."""
     rows_per_file: int | None = None
-    """The most rows in a fragment, and so in a file of vectors; None suits the kind of input."""
+    """Maximum number of rows in a fragment, and so in a file of vectors; None: by kind of input."""
     pdf: pages.Layer = "picture"
+    """Part of a PDF page to embed."""
     strict: bool = False
-    """Whether the first row that cannot be embedded ends the run."""
+    """Whether the first row or file that fails ends the run."""
 
     def __post_init__(self) -> None:
         if not self.inputs:
-            raise ConfigurationError("no input: name files or folders")
+            raise ConfigurationError("no inputs; expected files or folders")
         for path in (*self.inputs, self.out):
             if not os.path.isabs(path):
-                raise ConfigurationError(f"{path} is no absolute path")
+                raise ConfigurationError(f"{path}: expected an absolute path")
+        if "vector" in self.columns or ("id" in self.columns and self.id_column != "id"):
+            raise ConfigurationError("columns: id and vector are made here; rename the columns")
         if self.rows_per_file is not None and self.rows_per_file < 1:
-            raise ConfigurationError(f"rows_per_file is {self.rows_per_file}; expected 1 or more")
+            raise ConfigurationError(f"rows_per_file={self.rows_per_file}: must be 1 or more")
+
+    @property
+    def input_columns(self) -> tuple[str | None, str | None]:
+        """Columns of texts and of images, of tables."""
+        text = self.text_column or ("text" if self.image_column is None else None)
+        return text, self.image_column
+
+    @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """Columns to keep apart from `id`, each once."""
+        return tuple(dict.fromkeys(name for name in self.columns if name != "id"))
+
+    @property
+    def read_columns(self) -> list[str]:
+        """Columns of a table that are read, each once."""
+        wanted = (self.id_column, *self.input_columns, *self.kept_columns)
+        return list(dict.fromkeys(name for name in wanted if name is not None))
 
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Some consecutive rows of one source: what is done as a whole, or not at all."""
+    """Some consecutive rows of one source, embedded as a whole or not at all."""
 
     name: str
-    """Name of its files without folder and suffix: the same in every run, whatever lies beside."""
+    """Name of its files without suffix; the same in every run, whatever other inputs there are."""
     source: str
-    """Absolute path of the table, the PDF, or the folder of pictures."""
+    """Absolute path of the table, the PDF, or the folder of images."""
     title: str
-    """The source as ids and messages name it."""
+    """Name of the source in ids and messages."""
     first: int
-    """Number of its first row in the source, from 0: a row, a page or a picture."""
+    """Number of its first row in the source, from 0: a row, a page or an image."""
     rows: int
     fingerprint: str
-    """Size and time of change of the source; of all its pictures, where those are it."""
-    begin: int = 0
-    """Bytes of a text file before it."""
-    end: int = 0
-    """Bytes of a text file up to its end."""
+    """Size and modification time of the source; of a folder, those of its images."""
+    table: str = ""
+    """Absolute path of the Parquet file of a table: the source, or a conversion of it."""
     names: tuple[str, ...] = ()
-    """Its pictures, from the folder."""
+    """Paths of its images from the folder."""
+
+    @property
+    def kind(self) -> Literal["table", "pdf", "picture"]:
+        """Kind of its source."""
+        return "table" if self.table else "picture" if self.names else "pdf"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values for JSON; `Fragment(**values)` is it again."""
+        """Return plain values for JSON; `Fragment(**values)` makes an equal one."""
         return asdict(self)
 
 
-def list_fragments(job: Job) -> list[Fragment]:
-    """Return the fragments of a job, the same whenever the inputs are.
+class Unread(NamedTuple):
+    """A file, or a fragment of one, that cannot be read."""
 
-    Text files are read once for their line ends, of others only what they say of themselves.
+    title: str
+    first: int | None
+    """The first row of the fragment; None for the whole file."""
+    rows: int
+    error: NeMoRetrieverError
+
+
+class Inputs(NamedTuple):
+    """The inputs of a job."""
+
+    fragments: list[Fragment]
+    schema: Any
+    """Names and types of the id and the kept columns; None if no file can be read."""
+    unread: list[Unread]
+
+
+def list_fragments(job: Job) -> list[Fragment]:
+    """Return the fragments of a job, the same whenever the inputs are; see `list_inputs`."""
+    return list_inputs(job).fragments
+
+
+def list_inputs(job: Job, folder: str | None = None) -> Inputs:
+    """List the fragments of a job. Tables that are not Parquet are converted first, once.
+
+    Args:
+        job: what to embed.
+        folder: where the converted tables are; default: hidden in the folder of results.
 
     Raises:
-        ConfigurationError: an input that is not there, or files of several kinds.
-        InputError: a table that cannot be read.
+        ConfigurationError: an input does not exist, files are of several kinds, or every file that
+            can be read lacks a column.
+        InputError: a file cannot be read, with `job.strict` only.
+        OutputError: a converted table cannot be written.
     """
-    return [
-        fragment for path, root in _find_sources(job) for fragment in _cut_source(job, path, root)
-    ]
-
-
-def is_paged(fragment: Fragment) -> bool:
-    """Whether it is of a PDF."""
-    return fragment.source.lower().endswith(".pdf")
+    fragments: list[Fragment] = []
+    unread: list[Unread] = []
+    schema: Any = None
+    missing: ConfigurationError | None = None
+    for path, root in list(find_sources(job)):
+        title = os.path.relpath(path, root)
+        try:
+            found, kinds = _cut_source(job, path, root, folder or os.path.join(job.out, TABLES))
+            schema = kinds if schema is None else _unify(schema, kinds)
+            fragments += found
+        except (InputError, ConfigurationError) as exc:
+            if job.strict:
+                raise
+            if isinstance(exc, ConfigurationError):
+                missing = missing or exc
+                exc = InputError(str(exc))
+            unread.append(Unread(title, None, 0, exc))
+    if schema is None and missing is not None:
+        raise missing
+    return Inputs(fragments, schema, unread)
 
 
 def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
-    """Return what changes when a source does: size and time of change, as of rsync.
+    """Return an identity of a source: size and modification time, as rsync compares.
 
     Raises:
-        InputError: it is no more.
+        InputError: it does not exist.
     """
     try:
         if not names:
@@ -119,27 +188,31 @@ def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
-def _find_sources(job: Job) -> Iterator[tuple[str, str]]:
-    """Yield tables and PDFs, and folders with pictures, each with what its title begins after."""
+def find_sources(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield tables, PDFs and folders with images, each with the folder that its title starts from.
+
+    Raises:
+        ConfigurationError: an input does not exist, is inside another one, or of another kind.
+    """
     _check_overlap(job.inputs)
     root = os.path.commonpath(job.inputs)
     root = root if os.path.isdir(root) else os.path.dirname(root)
     kinds: dict[str, str] = {}
     for given in job.inputs:
         if not os.path.exists(given):
-            raise ConfigurationError(f"{given} is not there")
+            raise ConfigurationError(f"{given} does not exist")
         files = pages.walk(given) if os.path.isdir(given) else [given]
         has_pictures = False
         for path in files:
             kind = _find_kind(path)
             if kind is None and path == given:
-                expected = ", ".join(sorted({*tables.FORMATS, ".pdf", *pages.SUFFIXES}))
-                raise ConfigurationError(f"{given} is of no kind that can be read: {expected}")
+                expected = ", ".join(sorted({*TABLE_SUFFIXES, ".pdf", *pages.SUFFIXES}))
+                raise ConfigurationError(f"{given} cannot be read; expected {expected}")
             if kind is None or path.startswith(job.out + os.sep):
                 continue
             if os.fsencode(path).decode("utf-8", "replace") != path:
                 raise ConfigurationError(
-                    f"{path!a}: an id cannot hold this name, which is no UTF-8"
+                    f"{path!a}: the name is not UTF-8, so no id can hold it; rename the file"
                 )
             kinds.setdefault(kind, path)
             if kind != "picture":
@@ -149,15 +222,15 @@ def _find_sources(job: Job) -> Iterator[tuple[str, str]]:
             yield given, root
         if len(kinds) > 1:
             raise ConfigurationError(
-                f"inputs are of several kinds: {', '.join(kinds.values())}; embed tables, pictures "
-                "and PDF files each into a folder of its own"
+                f"inputs are of several kinds: {', '.join(kinds.values())}; embed tables, images "
+                "and PDF files by separate commands, each with its own --out"
             )
     if not kinds:
-        raise ConfigurationError(f"nothing to embed in {', '.join(job.inputs)}")
+        raise ConfigurationError(f"no files to embed in {', '.join(job.inputs)}")
 
 
 def _check_overlap(inputs: tuple[str, ...]) -> None:
-    """Refuse inputs of which one is in another, as its rows would be there twice."""
+    """Refuse an input inside another one: its rows would be embedded twice."""
     given: set[str] = set()
     for path in map(os.path.normpath, inputs):
         if path in given:
@@ -172,12 +245,13 @@ def _check_overlap(inputs: tuple[str, ...]) -> None:
 
 def _find_kind(path: str) -> str | None:
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in tables.FORMATS:
+    if suffix in TABLE_SUFFIXES:
         return "table"
     return "pdf" if suffix == ".pdf" else "picture" if suffix in pages.SUFFIXES else None
 
 
-def _cut_source(job: Job, path: str, root: str) -> Iterator[Fragment]:
+def _cut_source(job: Job, path: str, root: str, folder: str) -> tuple[list[Fragment], Any]:
+    """Return the fragments of a source, and names and types of its id and kept columns."""
     title = os.path.relpath(path, root)
     kind = _find_kind(path) or "picture"
     has_images = kind != "table" or job.image_column is not None
@@ -185,23 +259,63 @@ def _cut_source(job: Job, path: str, root: str) -> Iterator[Fragment]:
     stem = f"{Path(path).stem[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
     if kind == "picture":
         if os.path.isdir(path):
-            folder, found = path, pages.find_pictures(path)
+            names = pages.find_pictures(path)
         else:
-            folder, found = os.path.dirname(path), [os.path.basename(path)]
-            title = os.path.relpath(folder, root)
-        for first in range(0, len(found), rows):
-            names = tuple(found[first : first + rows])
-            mark = take_fingerprint(folder, names)
-            name = f"{stem}-{first:012d}"
-            yield Fragment(name, folder, title, first, len(names), mark, names=names)
-        return
+            path, names = os.path.dirname(path), [os.path.basename(path)]
+            title = os.path.relpath(path, root)
+        fragments = []
+        for first in range(0, len(names), rows):
+            some = tuple(names[first : first + rows])
+            name, mark = f"{stem}-{first:012d}", take_fingerprint(path, some)
+            fragments.append(Fragment(name, path, title, first, len(some), mark, names=some))
+        return fragments, _find_page_schema(job, ("path",), title)
     mark = take_fingerprint(path)
-    with tables.reading(path):
-        parts = (
-            tables.find_format(path).split(path, rows)
-            if kind == "table"
-            else tables.cut(pages.count_pages(path), rows)
+    table = ""
+    if kind == "pdf":
+        count = pages.count_pages(path)
+        schema = _find_page_schema(job, ("path", "page"), title)
+    else:
+        table, count, schema = _open_table(job, path, title, f"{folder}/{stem}.parquet", rows, mark)
+    return [
+        Fragment(
+            f"{stem}-{first:012d}", path, title, first, min(rows, count - first), mark, table=table
         )
-        for part in parts:
-            name = f"{stem}-{part.first:012d}"
-            yield Fragment(name, path, title, part.first, part.rows, mark, part.begin, part.end)
+        for first in range(0, count, rows)
+    ], schema
+
+
+def _open_table(  # noqa: PLR0917
+    job: Job, path: str, title: str, target: str, rows: int, mark: str
+) -> tuple[str, int, Any]:
+    """Return the Parquet file of a table, the number of its rows, and the schema of what is kept.
+
+    The schema has the ids, as `id`, and the kept columns.
+    """
+    wanted = job.read_columns
+    if is_converted := os.path.splitext(path)[1].lower() in convert.CONVERTED:
+        convert.convert(path, title, target, wanted, rows, mark)
+    path = target if is_converted else path
+    with tables.reading(title), pq.ParquetFile(path) as file:
+        found, count = file.schema_arrow, file.metadata.num_rows
+    tables.require_columns(wanted, found.names, title)
+    text, _ = job.input_columns
+    if text is not None:
+        tables.require_texts(found.field(text).type, text, title)
+    kind = pa.string()
+    if job.id_column is not None:
+        kind = tables.find_id_type(found.field(job.id_column).type, job.id_column, title)
+    kept = [(name, tables.simplify(found.field(name).type)) for name in job.kept_columns]
+    return path, count, pa.schema([("id", kind), *kept])
+
+
+def _find_page_schema(job: Job, there: tuple[str, ...], title: str) -> Any:
+    tables.require_columns(job.kept_columns, there, title)
+    kinds = {"path": pa.string(), "page": pa.int32()}
+    return pa.schema([("id", pa.string()), *((name, kinds[name]) for name in job.kept_columns)])
+
+
+def _unify(first: Any, second: Any) -> Any:
+    pairs = zip(first, second, strict=True)
+    return pa.schema(
+        [field.with_type(tables.unify(field.type, other.type)) for field, other in pairs]
+    )

@@ -1,27 +1,26 @@
-"""What a folder of results holds, and what is missing.
+"""The folder of results: what it holds, and what is missing.
 
-    OUT/job.json                what was asked: written first, compared at each resume
-    OUT/engine.json             who computes: written by whichever process embeds first, compared by
-                                every other (cache_key: weights, dtype, role, dimensions, ...)
-    OUT/vectors/<name>.parquet  a fragment that is done; its counts and the fingerprint of its
-                                source are in the file's metadata
+    OUT/job.json                the job: written first, compared at each resume
+    OUT/engine.json             the engine: written by the first process that embeds, compared by
+                                all others (cache_key: weights, dtype, role, dimensions, ...)
+    OUT/.tables/<name>.parquet  a table converted to Parquet; removed when all of the job is done
+    OUT/vectors/<name>.parquet  a finished fragment; its counts and the fingerprint of its source
+                                are in the file's metadata
     OUT/errors/<name>.parquet   its rows that failed, if any
-    OUT/errors.parquet          all of those, merged when a run ends
+    OUT/errors.parquet          all failed rows and unreadable files, written when a run ends
 
-There is no other list: the files are the manifest, so that a million of them need no rewriting.
+There is no other list: the files are the manifest, and a million of them need no rewriting.
 """
 
 from __future__ import annotations
 
 import base64
-import errno
 import json
 import logging
 import os
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,31 +30,28 @@ import pyarrow.parquet as pq
 
 from shared_engine import catalogue
 from shared_engine._version import __version__
-from shared_engine.bulk.job import Fragment, Job
+from shared_engine.bulk import files
+from shared_engine.bulk.job import TABLES, Fragment, Job, Unread
 from shared_engine.embedder import Embedder
-from shared_engine.errors import ConfigurationError, NeMoRetrieverError, OutputError
+from shared_engine.errors import ConfigurationError
 
 _log = logging.getLogger("shared_engine")
 
 _READERS = 16
-"""Threads that read footers: one takes milliseconds where files are on a network."""
-_ASKED = (
+"""Threads that read footers; on a network file system, one takes milliseconds."""
+_OPTIONS = (
     "model", "checkpoint", "revision", "dimensions", "embedding_type", "truncate", "max_tokens",
     "max_tiles",
 )  # fmt: skip
-"""Options that change vectors and are known without an engine."""
+"""Options that change the vectors and are known without an engine."""
 _OF_JOB = (
     "inputs", "role", "text_column", "image_column", "id_column", "columns", "rows_per_file", "pdf",
 )  # fmt: skip
-_TEMPORARY = ".tmp"
-_NO_SYNC = (errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL)
-"""What Windows says of a folder that is opened, and some file systems of one that is synced; as
-PostgreSQL's `fsync_fname_ext` has it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What became of a fragment."""
+    """The outcome of a fragment."""
 
     name: str
     rows: int
@@ -63,53 +59,73 @@ class Done:
     failed: int
     """Rows in the file of errors."""
     tokens: int
-    """Tokens embedded; 0 where a NIM does not say."""
+    """Tokens embedded; 0 if a NIM does not report them."""
     seconds: float
 
 
-def open_folder(job: Job, schema: Any) -> None:
+def open_folder(job: Job) -> None:
     """Make the folder of a job, or check that it is the same job's.
 
-    `schema` has names and types of the id and the kept columns.
-
     Raises:
-        ConfigurationError: it was begun with other inputs, model, role or options; says which.
+        ConfigurationError: it was begun with other inputs, model, role or options; names the first.
         OutputError: it cannot be written.
     """
-    asked: dict[str, Any] = {name: getattr(job.options, name) for name in _ASKED}
-    asked |= {name: getattr(job, name) for name in _OF_JOB}
-    asked["types"] = {
-        name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)
-    }
-    asked = json.loads(json.dumps(asked))  # lists for tuples
-    with writing(job.out):
+    with files.writing(job.out):
         for folder in ("vectors", "errors"):
             os.makedirs(os.path.join(job.out, folder), exist_ok=True)
     remove_leftovers(job)
-    schema_text = base64.b64encode(schema.serialize().to_pybytes()).decode()
-    record = {**asked, "version": __version__, "schema": schema_text}
-    _agree(job, "job.json", record, asked)
+    if os.path.exists(os.path.join(job.out, "job.json")):
+        _agree(job, "job.json", {}, _describe_job(job))
+
+
+def record_schema(job: Job, schema: Any) -> Any:
+    """Write `job.json` if there is none; return the schema in it, which all runs share.
+
+    `schema` has names and types of the id and the kept columns.
+    """
+    settings = _describe_job(job)
+    text = base64.b64encode(schema.serialize().to_pybytes()).decode()
+    _agree(job, "job.json", {**settings, "version": __version__, "schema": text}, settings)
+    return read_schema(job)
+
+
+def _describe_job(job: Job) -> dict[str, Any]:
+    settings: dict[str, Any] = {name: getattr(job.options, name) for name in _OPTIONS}
+    settings |= {name: getattr(job, name) for name in _OF_JOB}
+    found: dict[str, Any] = json.loads(json.dumps(settings))  # lists for tuples
+    return found
 
 
 def remove_leftovers(job: Job) -> None:
-    """Remove the half-written files of processes that were killed; none is writing now."""
-    with writing(job.out):
-        for folder in ("", "vectors", "errors"):
-            for path in Path(job.out, folder).glob(f".*{_TEMPORARY}"):
-                path.unlink(missing_ok=True)
+    """Remove the temporary files of processes that were killed; none may be writing now."""
+    with files.writing(job.out):
+        for folder in ("", "vectors", "errors", TABLES):
+            files.remove_temporary(os.path.join(job.out, folder))
+        for path in Path(job.out).glob(".ids-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_tables(job: Job) -> None:
+    """Remove the converted tables."""
+    with files.writing(job.out):
+        shutil.rmtree(os.path.join(job.out, TABLES), ignore_errors=True)
 
 
 def read_schema(job: Job) -> Any:
-    """Return the schema that `open_folder` was given."""
+    """Return the schema in `job.json`.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
     try:
         text = Path(job.out, "job.json").read_text(encoding="utf-8")
     except OSError as exc:
-        raise ConfigurationError(f"{job.out} holds no job.json: open_folder comes first") from exc
+        raise ConfigurationError(f"{job.out} has no job.json; call run.begin first") from exc
     return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(json.loads(text)["schema"])))
 
 
 def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
-    """Return the metadata of each file of vectors, and hold all processes to the same engine.
+    """Return the metadata of the files of vectors; check that all processes use the same engine.
 
     Raises:
         ConfigurationError: the folder holds vectors of another model, dtype or the like.
@@ -129,41 +145,41 @@ def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
 
 
 def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]) -> None:
-    """Write a record where there is none yet; else compare with it."""
+    """Write a record if there is none yet, and compare with the record that is there."""
     path = os.path.join(job.out, name)
     if not os.path.exists(path):
-        with writing(path):
-            beside = _name_beside(path)
-            Path(beside).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        with files.writing(path):
+            temporary = files.name_temporary(path)
+            Path(temporary).write_text(json.dumps(record, indent=1), encoding="utf-8")
             try:
-                os.link(beside, path)  # unlike a rename, it keeps what another process wrote
+                os.link(temporary, path)  # unlike a rename, it keeps what another process wrote
             except FileExistsError:
                 pass
-            except OSError:  # a file system without links, as some that are on a network
-                os.replace(beside, path)
+            except OSError:  # a file system without links, as some network file systems
+                os.replace(temporary, path)
             finally:
-                Path(beside).unlink(missing_ok=True)
+                Path(temporary).unlink(missing_ok=True)
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     for key, value in compared.items():
         if found.get(key) != value:
             raise ConfigurationError(
-                f"{job.out} was begun with {key} {found.get(key)!r}, and this is {value!r}; go on "
-                "with the same, or give another --out"
+                f"{job.out} was begun with {key} {found.get(key)!r}, now it is {value!r}; use the "
+                "same value, or another --out"
             )
 
 
 def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
-    """Return what is done, by name of the fragment: those with a file whose footer can be read.
+    """Return the finished fragments by name: those with a file whose footer can be read.
 
     Raises:
-        ConfigurationError: a source changed since, or is no more; says which and what to do.
+        ConfigurationError: a source changed or was removed; names it.
     """
     folder = os.path.join(job.out, "vectors")
     found = {entry.name[: -len(".parquet")] for entry in os.scandir(folder) if entry.name[0] != "."}
     if gone := found - {fragment.name for fragment in fragments}:
         raise ConfigurationError(
-            f"{folder} holds {len(gone)} files of input that is no more, or changed, as "
-            f"{min(gone)}.parquet; put it back as it was, or remove them"
+            f"{folder} holds {len(gone)} files of inputs that were removed or changed, the first: "
+            f"{min(gone)}.parquet; restore these inputs, or remove the files"
         )
     written = [fragment for fragment in fragments if fragment.name in found]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -174,8 +190,8 @@ def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
                 continue
             if footer["fingerprint"] != fragment.fingerprint:
                 raise ConfigurationError(
-                    f"{fragment.source} changed since its rows were embedded; put it back as it "
-                    f"was, or remove {folder}/{fragment.name[:-12]}*.parquet to embed it again"
+                    f"{fragment.source} changed since its rows were embedded; restore it, or "
+                    f"remove {folder}/{fragment.name[:-12]}*.parquet to embed it again"
                 )
             rows, failed, tokens = (int(footer[name]) for name in ("rows", "failed", "tokens"))
             seconds = float(footer["seconds"])
@@ -189,80 +205,48 @@ def _read_footer(folder: str, name: str) -> dict[str, str] | None:
         found = pq.read_metadata(path).metadata
         return {key.decode(): found[key].decode() for key in found if not key.startswith(b"ARROW:")}
     except (pa.ArrowException, OSError, TypeError) as exc:
-        _log.warning("%s cannot be read, and is made again: %s", path, exc)
+        _log.warning("%s cannot be read and is written again: %s", path, exc)
         return None
 
 
-def merge_errors(job: Job) -> int:
-    """Write `errors.parquet` from the fragments' errors; return how many rows it has."""
+def make_error_schema(schema: Any) -> Any:
+    """Return the columns of the files of errors, for the schema of a job."""
+    return pa.schema([
+        schema.field("id"), ("reason", pa.string()), ("kind", pa.string()), ("source", pa.string()),
+        ("index", pa.int64()),
+    ])  # fmt: skip
+
+
+def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
+    """Write `errors.parquet` from the fragments' errors; return the number of failed rows.
+
+    A file that cannot be read is a row without an index, a fragment one with that of its first row.
+    """
     path = os.path.join(job.out, "errors.parquet")
     parts = sorted(Path(job.out, "errors").glob("[!.]*.parquet"))
-    with writing(path):
-        if not parts:
+    with files.writing(path):
+        if not parts and not unread:
             Path(path).unlink(missing_ok=True)
             return 0
         rows = 0
-        with write_beside(path) as beside:
+        schema = make_error_schema(pa.schema([("id", pa.string())]))
+        if parts:
             schema = pq.read_schema(parts[0])
-            with pq.ParquetWriter(beside, schema) as writer:
-                for part in parts:
-                    table = pq.read_table(part)
-                    rows += table.num_rows
-                    writer.write_table(table)
+        with (
+            files.write_atomically(path) as temporary,
+            pq.ParquetWriter(temporary, schema) as writer,
+        ):
+            for part in parts:
+                table = pq.read_table(part)
+                rows += table.num_rows
+                writer.write_table(table)
+            lost = [
+                {"reason": str(each.error), "kind": type(each.error).__name__,
+                 "source": each.title, "index": each.first}
+                for each in unread
+            ]  # fmt: skip
+            writer.write_table(pa.Table.from_pylist(lost, schema=schema))
     return rows
-
-
-@contextmanager
-def writing(path: str) -> Iterator[None]:
-    """Turn what the file system raises, also through Arrow, into an OutputError.
-
-    Raises:
-        OutputError: no space, no permission and the like.
-    """
-    try:
-        yield
-    except NeMoRetrieverError:  # some are OSErrors too
-        raise
-    except OSError as exc:
-        raise OutputError(
-            f"{path} cannot be written: {_explain(exc)}. "
-            "What was finished is kept; the same command goes on from there"
-        ) from exc
-
-
-def _explain(error: OSError) -> str:
-    return str(error) if error.errno is None else os.strerror(error.errno)
-
-
-@contextmanager
-def write_beside(path: str) -> Iterator[str]:
-    """Give a name beside a file's; what is written there gets the name when all of it is."""
-    beside = _name_beside(path)
-    try:
-        yield beside
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        _sync_folder(os.path.dirname(path))  # or the name may be lost with the power
-    finally:
-        Path(beside).unlink(missing_ok=True)
-
-
-def _sync_folder(path: str) -> None:
-    try:
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as exc:
-        if exc.errno not in _NO_SYNC:
-            raise
-
-
-def _name_beside(path: str) -> str:
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name}.{uuid.uuid4().hex}{_TEMPORARY}")
 
 
 def sum_done(done: Iterable[Done]) -> tuple[int, int, int]:

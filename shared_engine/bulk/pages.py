@@ -1,4 +1,4 @@
-"""Folders of pictures and pages of PDF files, as rows."""
+"""Rows of folders of images and of PDF files."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import pypdfium2
 from shared_engine.documents import EmbeddingInput
 
 Layer = Literal["picture", "text", "both"]
-"""What of a page of a PDF is embedded: how it looks, its text layer, or the two as one."""
+"""Part of a PDF page to embed: its rendered image, its text layer, or both as one document."""
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
-"""Of files that are pictures."""
+"""Suffixes of image files."""
 
 _PIXELS = 1_754
-"""Of the longer side of a page: A4 at 150 dpi, more than twelve tiles of a model show."""
+"""Pixels of a page's longer side: A4 at 150 dpi, more than twelve tiles of a model show."""
 
 _pdfium = threading.Lock()
-"""PDFium may be in one thread at a time only."""
+"""PDFium is not thread-safe."""
 
 
 def count_pages(path: str) -> int:
-    """Return the number of pages of a PDF; 1 where it cannot be opened, so that a row says so."""
+    """Return the number of pages of a PDF; 1 if it cannot be opened, for a row with the error."""
     try:
         with _pdfium, pypdfium2.PdfDocument(path) as document:
             return len(document)
@@ -34,7 +34,7 @@ def count_pages(path: str) -> int:
 
 
 def read_page(path: str, number: int, layer: Layer) -> EmbeddingInput | str:
-    """Return a page, from 0, or why there is none."""
+    """Return a page by number, from 0, or the reason why it cannot be embedded."""
     try:
         with _pdfium, pypdfium2.PdfDocument(path) as document:
             page = document[number]
@@ -43,14 +43,14 @@ def read_page(path: str, number: int, layer: Layer) -> EmbeddingInput | str:
             if layer != "text":
                 picture = page.render(scale=_PIXELS / max(page.get_size())).to_pil()
     except (pypdfium2.PdfiumError, OSError, ValueError, ZeroDivisionError) as exc:
-        return f"has a page that cannot be used: {exc}"
+        return f"has a page that cannot be read: {exc}"
     if picture is None and not (text and text.strip()):
-        return "has no text: its layer of text is empty"
+        return "has no text: its text layer is empty"
     return EmbeddingInput(text, picture)
 
 
 def find_pictures(folder: str) -> list[str]:
-    """Return the pictures in a folder and its folders, from the folder, in order."""
+    """Return the paths of the images below a folder, from that folder, sorted."""
     return sorted(
         os.path.relpath(path, folder)
         for path in walk(folder)
@@ -59,7 +59,7 @@ def find_pictures(folder: str) -> list[str]:
 
 
 def walk(folder: str) -> Iterator[str]:
-    """Yield the files in a folder and its folders, but for hidden ones."""
+    """Yield the files below a folder that are not hidden."""
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] not in "._")
         yield from (os.path.join(where, name) for name in sorted(files) if name[0] not in "._")

@@ -1,51 +1,54 @@
-"""What a job will take, from a random sample of its rows and some seconds of the real engine."""
+"""Estimate time, tokens and bytes of a job from a sample of its rows and the real engine."""
 
 from __future__ import annotations
 
-import os
 import random
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from shared_engine.bulk import fragment as fragments_
-from shared_engine.bulk.job import Fragment, Job
-from shared_engine.bulk.rows import Rows, find_schema, read_rows
+from shared_engine.bulk.fragment import IMAGE_WINDOW, WINDOW, check_errors, find_window
+from shared_engine.bulk.job import Job, Unread
+from shared_engine.bulk.rows import Window, find_columns, read_windows
 from shared_engine.bulk.run import Work
+from shared_engine.bulk.tables import Cursors
 from shared_engine.catalogue import lookup
 from shared_engine.documents import EmbeddingInput
 from shared_engine.embedder import Embedder
+from shared_engine.errors import InputError
 
-_SAMPLE, _IMAGE_SAMPLE = 2_048, 32
-"""Rows of the sample."""
-_FRAGMENTS = 32
-"""Fragments that they are of, at most: each must be read up to its last row of the sample."""
-_SMALLEST = 16
-"""Rows of the first windows that are measured; they double until one takes long enough."""
+_PLACES = 32
+"""Places that the sample is read from: some consecutive rows at each, two windows in all."""
+_SEEK_BYTES = 1 << 23
+"""The most bytes that are read to reach a place within a row group."""
+_FIRST_PASS = 8
+"""Texts of the first pass that is measured."""
 _TYPES = (("float", 32), ("int8", 8), ("binary", 1))
 """Number types, with bits per value; uint8 and ubinary are as large as their twins."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job will take."""
+    """An estimate of what a job takes."""
 
     rows: int
     """Rows of the job."""
     missing: int
-    """Those that are to be embedded yet."""
+    """Rows that have no vector yet."""
     tokens_per_row: float
     rows_per_second: float
-    """0 where too few rows were there to measure."""
+    """0 if there were too few rows to measure."""
     kept_bytes: float
     """Bytes per row of ids and kept columns in the files."""
     dimensions: tuple[int, ...]
-    """Lengths of vectors that can be chosen."""
+    """Vector sizes to choose from."""
+    unread: tuple[Unread, ...] = ()
+    """Files that cannot be read; the other figures leave them out."""
 
     @property
     def seconds(self) -> float:
@@ -77,6 +80,9 @@ class Plan:
         for width in self.dimensions:
             sizes = (self.count_bytes(width, bits) / 1e9 for _, bits in _TYPES)
             lines.append(f"{width:>10}" + "".join(f"{size:>14,.3f}" for size in sizes))
+        if self.unread:
+            lines.append(f"without {len(self.unread):,} files that cannot be read:")
+            lines += [f"  {each.error}" for each in self.unread[:10]]
         return "\n".join(lines)
 
 
@@ -88,18 +94,20 @@ def plan(  # noqa: PLR0917
     most: float = 1.0,
     seed: int = 0,
 ) -> Plan:
-    """Return what a job will take at this engine; nothing is written to its folder.
+    """Return an estimate of what a job takes with this engine; nothing is written to its folder.
+
+    The sample is drawn from all over the missing rows. A row deep in a large Parquet row group is
+    replaced by one that can be read sooner: a group sorted by length misleads it.
 
     Args:
         job: what to embed.
         embedder: the engine that will do it.
-        work: what of it is missing.
-        seconds: how long to measure, warm-up included, once the model is loaded.
-        most: the largest part of the missing rows that the measurement may cost.
-        seed: of the sample.
+        work: what is missing of it.
+        seconds: how long to measure, about, once the model is loaded.
+        most: the largest part of the missing rows that the measurement may embed.
+        seed: seed of the sample.
 
     Raises:
-        ConfigurationError, InputError: as `run.begin` does.
         NeMoRetrieverError: the engine fails.
     """
     count = sum(fragment.rows for fragment in work.fragments)
@@ -108,115 +116,83 @@ def plan(  # noqa: PLR0917
     spec = lookup(job.options.model)
     shorter = (width for width in (spec.dimensions if spec else ()) if width < full)
     widths = tuple(sorted({*shorter, full, embedder.dimensions}))
-    if not missing:
-        return Plan(count, 0, 0.0, 0.0, 0.0, widths)
-    schema = find_schema(job, work.fragments[0])
-    sample = _draw(job, work.missing, schema, random.Random(seed))
-    measured = _measure(job, embedder, schema, sample, seconds, int(missing * most))
-    return Plan(count, missing, *measured, widths)
+    tokens = rate = kept_bytes = 0.0
+    if missing:
+        sample = _draw(job, work, random.Random(seed))
+        tokens, rate = _measure(job, embedder, sample, seconds, int(missing * most))
+        kept_bytes = _measure_kept(sample)
+    return Plan(count, missing, tokens, rate, kept_bytes, widths, work.unread)
 
 
-def _draw(job: Job, fragments: list[Fragment], schema: Any, dice: random.Random) -> Rows:
-    """Return rows from all over the input, in random order."""
-    window = fragments_.find_window(job, fragments[0])
-    wanted = _SAMPLE if window == fragments_.WINDOW else _IMAGE_SAMPLE
-    weights = [fragment.rows for fragment in fragments]
-    wanted = min(wanted, sum(weights))
-    chosen = Counter(
-        dice.choices(range(len(fragments)), weights, k=min(_FRAGMENTS, wanted))
-        if len(fragments) > 1
-        else [0]
-    )
-    tables: list[Any] = []
+def _draw(job: Job, work: Work, dice: random.Random) -> Window:
+    """Return rows from all over the missing fragments, in random order."""
+    size = find_window(job, work.missing[0])
+    rows = 2 * size // _PLACES
+    weights = [fragment.rows for fragment in work.missing]
+    kept: list[Any] = []
     documents: list[str | EmbeddingInput] = []
-    refused: dict[int, str] = {}
-    share = wanted / chosen.total()
-    for number, times in sorted(chosen.items()):
-        fragment = fragments[number]
-        rows = dice.sample(range(fragment.rows), min(fragment.rows, round(share * times)))
-        for part in _pick(job, fragment, schema, sorted(rows)):
-            refused |= {len(documents) + row: why for row, why in part.refused.items()}
-            documents += part.documents
-            tables.append(part.kept)
+    with closing(Cursors()) as cursors:
+        for number in sorted(dice.choices(range(len(weights)), weights, k=_PLACES)):
+            fragment = work.missing[number]
+            start = dice.randrange(max(1, fragment.rows - rows + 1))
+            part = replace(
+                fragment, first=fragment.first + start, rows=min(rows, fragment.rows),
+                names=fragment.names[start : start + rows],
+            )  # fmt: skip
+            try:
+                if fragment.kind == "table":
+                    cursor = cursors.open(fragment.table, find_columns(job, fragment))
+                    part = replace(part, first=cursor.limit_seek(part.first, _SEEK_BYTES))
+                for window in read_windows(job, part, work.schema, size, cursors):
+                    kept.append(window.kept)
+                    documents += window.documents
+            except InputError:  # the run will report it
+                continue
     order = list(range(len(documents)))
     dice.shuffle(order)
-    return Rows(
-        pa.concat_tables(tables).take(order),
-        [documents[row] for row in order],
-        {at: refused[row] for at, row in enumerate(order) if row in refused},
-    )
+    table = pa.concat_tables(kept).take(order) if order else pa.table({})
+    return Window(table, [documents[row] for row in order], [])
 
 
-def _pick(job: Job, fragment: Fragment, schema: Any, rows: list[int]) -> Iterator[Rows]:
-    """Yield some rows of a fragment."""
-    size = 1 if fragments_.find_window(job, fragment) == fragments_.IMAGE_WINDOW else 1024
-    start = 0
-    for window in read_rows(job, fragment, schema, size):
-        wanted = [row - start for row in rows if start <= row < start + size]
-        start += size
-        if wanted:
-            yield _take(window, wanted)
-        if not rows or start > rows[-1]:
-            return
+def _measure(
+    job: Job, embedder: Embedder, sample: Window, seconds: float, most: int
+) -> tuple[float, float]:
+    """Return tokens per row and rows per second.
 
-
-def _take(rows: Rows, which: list[int]) -> Rows:
-    return Rows(
-        rows.kept.take(which),
-        [rows.documents[row] for row in which],
-        {at: rows.refused[row] for at, row in enumerate(which) if row in rows.refused},
-    )
-
-
-def _measure(  # noqa: PLR0917
-    job: Job, embedder: Embedder, schema: Any, sample: Rows, seconds: float, most: int
-) -> tuple[float, float, float]:
-    """Return tokens per row, rows per second, and bytes kept per row.
-
-    Windows become larger until one takes long enough, which warms the engine up; then windows of
-    that size are measured until the time is over.
+    Each pass embeds four times the rows of the pass before, until one takes a quarter of the time.
     """
-    largest = fragments_.WINDOW
-    if any(
-        isinstance(each, EmbeddingInput) and each.image is not None for each in sample.documents
-    ):
-        largest = fragments_.IMAGE_WINDOW
     own = embedder.with_options(show_progress=False, embedding_type="float")
-    own.embed(["warm up"], job.role)
-    warm, kind = own.usage, job.options.embedding_type
-    deadline = time.monotonic() + seconds
-    size, rows, rate, is_last = max(1, min(_SMALLEST, largest // 8)), 0, 0.0, False
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "sample.parquet")
-        with fragments_.open_writer(path, job, schema, own.dimensions, {}) as writer:
-            while time.monotonic() < deadline and rows + 5 * size <= most:
-                started, count = time.monotonic(), 0
-                windows = (most - rows) // size if is_last else 5
-                source = _repeat(sample, size, windows, deadline)
-                for window, vectors, errors in fragments_.embed_windows(job, own, source):
-                    fragments_.write_window(writer, window, vectors, errors, kind)
-                    count += size
-                rows += count
-                rate = count / (time.monotonic() - started)
-                if is_last:
-                    break
-                is_last = 2 * size > largest or size / rate > seconds / 20
-                size = size if is_last else 2 * size
-        kept = os.path.getsize(path)
-    bits = {"float": 32, "int8": 8, "uint8": 8}.get(kind, 1)
-    if not rows:
-        return 0.0, 0.0, 0.0
-    per_row = max(0.0, kept / rows - own.dimensions * bits / 8)
-    return (own.usage - warm) / rows, rate, per_row
+    largest = IMAGE_WINDOW if any(map(_has_image, sample.documents)) else WINDOW
+    count = _FIRST_PASS * largest // WINDOW or 1
+    done, tokens, rate = 0, 0.0, 0.0
+    if sample.documents and count <= most:
+        own.embed(["warm up"], job.role)
+    while sample.documents and done + count <= most:
+        used, start = own.usage, time.monotonic()
+        documents = islice(cycle(sample.documents), count)
+        window = max(1, min(largest, count // 4))
+        for rows in own.stream(documents, job.role, window, errors="return"):
+            check_errors(rows)
+        took = time.monotonic() - start
+        done += count
+        tokens, rate = (own.usage - used) / count, count / took
+        count *= 4
+        if took >= seconds / 4:
+            break
+    return tokens, rate
 
 
-def _repeat(sample: Rows, size: int, windows: int, deadline: float) -> Iterator[Rows]:
-    """Yield windows of the sample, over and over until it is time."""
-    count = len(sample.documents)
-    for number in range(windows):
-        if number > 1 and time.monotonic() >= deadline:
-            return
-        yield _take(sample, [(number * size + n) % count for n in range(size)])
+def _has_image(document: str | EmbeddingInput) -> bool:
+    return isinstance(document, EmbeddingInput) and document.image is not None
+
+
+def _measure_kept(sample: Window) -> float:
+    """Return the bytes per row of ids and kept columns in a file."""
+    if not sample.documents:
+        return 0.0
+    out = pa.BufferOutputStream()
+    pq.write_table(sample.kept.select(range(1, sample.kept.num_columns)), out, compression="zstd")
+    return float(out.tell()) / len(sample.documents)
 
 
 def _name_time(seconds: float) -> str:

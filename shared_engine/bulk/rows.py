@@ -1,178 +1,152 @@
-"""The rows of a fragment, whatever its source: what is kept of them, and what is embedded."""
+"""The rows of a fragment, whatever its source: those to embed, and those that cannot be."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from shared_engine.bulk import pages, tables
-from shared_engine.bulk.job import Fragment, Job, is_paged
+from shared_engine.bulk import pages
+from shared_engine.bulk.convert import REASON, TEXT_SUFFIXES
+from shared_engine.bulk.job import Fragment, Job
+from shared_engine.bulk.tables import Cursors, read_texts, reading
 from shared_engine.documents import EmbeddingInput
-from shared_engine.errors import ConfigurationError
-
-_PAGES = pa.schema([("path", pa.string()), ("page", pa.int32())])
-"""What can be kept of a page; of a picture, the first."""
 
 
-@dataclass
-class Rows:
-    """Some consecutive rows."""
+class Refused(NamedTuple):
+    """A row that cannot be embedded."""
+
+    number: int
+    """Position in the source, from 0."""
+    id: Any
+    reason: str
+
+
+class Window(NamedTuple):
+    """Some consecutive rows of a source."""
 
     kept: Any
-    """A table of the ids, as `id`, and the columns to keep."""
+    """A table of the rows to embed: their numbers in the source, ids, columns to keep."""
     documents: list[str | EmbeddingInput]
-    refused: dict[int, str] = field(default_factory=dict)
-    """Why some of them cannot be embedded, by row."""
+    """The documents of these rows."""
+    refused: list[Refused]
+    """The other rows."""
 
 
-def find_schema(job: Job, fragment: Fragment) -> Any:
-    """Return names and types of the id and the kept columns, as the source of a fragment has them.
+def read_windows(
+    job: Job, fragment: Fragment, schema: Any, size: int, cursors: Cursors
+) -> Iterator[Window]:
+    """Yield the rows of a fragment, `size` at a time but for the last.
 
-    Raises:
-        ConfigurationError: it has no such column, or ids of a type that ids are not of.
-        InputError: it cannot be read.
-    """
-    if "vector" in job.columns or ("id" in job.columns and job.id_column != "id"):
-        raise ConfigurationError("--columns: the columns id and vector are made here")
-    names = [name for name in job.columns if name != "id"]
-    if fragment.names or is_paged(fragment):
-        found = _PAGES if is_paged(fragment) else pa.schema([_PAGES.field("path")])
-        _require(names, found, fragment)
-        return pa.schema([("id", pa.string()), *(found.field(name) for name in names)])
-    with tables.reading(fragment.source):
-        found = tables.find_format(fragment.source).read_schema(fragment.source)
-    wanted = [name for name in (job.id_column, *_find_inputs(job)) if name is not None]
-    _require([*names, *wanted], found, fragment)
-    kind = pa.string()
-    if job.id_column is not None and not tables.is_csv(fragment.source):  # 007 is not 7
-        kind = found.field(job.id_column).type
-        if pa.types.is_integer(kind):
-            kind = pa.int64() if kind != pa.uint64() else kind
-        elif _is_text(kind):
-            kind = pa.string()
-        else:
-            raise ConfigurationError(
-                f"column {job.id_column} of {fragment.title} holds {kind}; an id is an integer or "
-                "a text"
-            )
-    return pa.schema([pa.field("id", kind), *(found.field(name) for name in names)])
-
-
-def read_rows(job: Job, fragment: Fragment, schema: Any, size: int) -> Iterator[Rows]:
-    """Yield the rows of a fragment in windows of `size`, but for the last.
+    Args:
+        job: the job of the fragment.
+        fragment: what to read.
+        schema: names and types of the id and the kept columns.
+        size: rows of a window.
+        cursors: holds the table open for the fragment that follows.
 
     Raises:
-        InputError: they cannot be read.
+        InputError: the source cannot be read.
     """
-    if fragment.names or is_paged(fragment):
+    if fragment.kind != "table":
         for start in range(0, fragment.rows, size):
-            yield _read_pages(job, fragment, schema, range(start, min(start + size, fragment.rows)))
+            numbers = range(start, min(start + size, fragment.rows))
+            yield _read_pages(job, fragment, schema, numbers)
         return
-    text, image = _find_inputs(job)
-    fields = {name: schema.field(name) for name in schema.names if name != "id"}
-    if job.id_column is not None:
-        fields[job.id_column] = schema.field("id").with_name(job.id_column)
-    if text is not None:
-        fields[text] = pa.field(text, pa.string())
-    if image is not None:
-        with tables.reading(fragment.source):
-            found = tables.find_format(fragment.source).read_schema(fragment.source)
-        _require([image], found, fragment)
-        kind = found.field(image).type
-        fields[image] = pa.field(image, pa.string() if _is_text(kind) else kind)
-    part = tables.Range(fragment.first, fragment.rows, fragment.begin, fragment.end)
+    cursor = cursors.open(fragment.table, find_columns(job, fragment))
     first = fragment.first
-    for table in tables.read_batches(fragment.source, part, pa.schema(fields.values()), size):
-        yield _from_table(job, fragment, schema, table, first)
+    for table in cursor.read(first, fragment.rows, size):
+        with reading(f"{fragment.title}, rows {first:,} to {first + table.num_rows - 1:,},"):
+            window = _from_table(job, fragment, schema, table, first)
+        yield window
         first += table.num_rows
 
 
-def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: int) -> Rows:
-    text, image = _find_inputs(job)
+def find_columns(job: Job, fragment: Fragment) -> list[str]:
+    """Return the columns to read of a fragment's table."""
+    is_text = fragment.source.lower().endswith(TEXT_SUFFIXES)
+    return [*job.read_columns, *([REASON] if is_text else [])]
+
+
+def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: int) -> Window:
     count = table.num_rows
-    refused: dict[int, str] = {}
-    if job.id_column is None:
-        ids = pa.array([f"{fragment.title}:{first + n}" for n in range(count)], pa.string())
-    else:
-        ids = table[job.id_column].combine_chunks()
-        refused = {
-            row: f"has no id in column {job.id_column}"
-            for row, is_null in enumerate(ids.is_null().to_pylist())
-            if is_null
-        }
-    nothing = [None] * count
-    texts = nothing if text is None else table[text].to_pylist()
+    nothing: list[Any] = [None] * count
+    text, image = job.input_columns
+    reasons: dict[int, str] = {}
+    if REASON in table.column_names:
+        reasons |= {row: why for row, why in enumerate(table[REASON].to_pylist()) if why}
+    ids: list[Any] = [f"{fragment.title}:{first + row}" for row in range(count)]
+    if job.id_column is not None:
+        ids, wrong = read_ids(table[job.id_column], schema.field("id").type)
+        reasons = {row: f"column {job.id_column!r} {why}" for row, why in wrong.items()} | reasons
+        for row in (row for row, id_ in enumerate(ids) if id_ is None):
+            reasons.setdefault(row, f"has no id in column {job.id_column}")
+    texts = nothing
+    if text is not None:
+        texts, wrong = read_texts(table[text])
+        reasons = {row: f"column {text!r} {why}" for row, why in wrong.items()} | reasons
     images = nothing if image is None else table[image].to_pylist()
     documents: list[str | EmbeddingInput] = []
-    folder = os.path.dirname(fragment.source)
-    for row, (given, picture) in enumerate(zip(texts, images, strict=True)):
-        words = given if given and not given.isspace() else None
-        if words is None and picture is None:
-            refused.setdefault(row, "has no text" if image is None else "has no text and no image")
-        documents.append(_make_document(words, picture, folder))
-    kept = [ids if name == "id" else table[name] for name in schema.names]
-    return Rows(pa.table(kept, schema=schema), documents, refused)
+    good: list[int] = []
+    for row, (words, given) in enumerate(zip(texts, images, strict=True)):
+        document = _make_document(words, given, os.path.dirname(fragment.source))
+        if document is None:
+            reasons.setdefault(row, "has no text" if image is None else "has no text and no image")
+        elif row not in reasons:
+            documents.append(document)
+            good.append(row)
+    kept = [pa.array([first + row for row in good], pa.int64())]
+    positions = pa.array(good, pa.int64())
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        if name == "id":
+            kept.append(pa.array([ids[row] for row in good], kind))
+        else:
+            kept.append(table[name].take(positions).cast(kind))
+    refused = [Refused(first + row, ids[row], reasons[row]) for row in sorted(reasons)]
+    return Window(pa.table(kept, names=["", *schema.names]), documents, refused)
 
 
-def _make_document(text: str | None, image: Any, folder: str) -> str | EmbeddingInput:
-    if image is None:
-        return EmbeddingInput() if text is None else text
+def read_ids(column: Any, kind: Any) -> tuple[list[Any], dict[int, str]]:
+    """Return the ids of a column as integers or texts, None for empty ones; see `read_texts`."""
+    if pa.types.is_integer(kind):
+        return column.cast(kind).to_pylist(), {}
+    texts, reasons = read_texts(column)
+    return [text or None for text in texts], reasons
+
+
+def _make_document(text: str | None, image: Any, folder: str) -> str | EmbeddingInput | None:
+    """Return the document of a row; None if it has neither a text nor an image."""
+    if not text or text.isspace():
+        text = None
     if isinstance(image, dict):  # as Hugging Face's datasets hold it
         image = image.get("bytes") or image.get("path")
+    if not image:
+        return text
     if isinstance(image, str) and ":" not in image[:8]:
         image = os.path.join(folder, image)
     return EmbeddingInput(text, image)
 
 
-def _read_pages(job: Job, fragment: Fragment, schema: Any, numbers: range) -> Rows:
-    ids: list[str] = []
-    paths: list[str] = []
+def _read_pages(job: Job, fragment: Fragment, schema: Any, rows: range) -> Window:
     documents: list[str | EmbeddingInput] = []
-    refused: dict[int, str] = {}
-    for row, number in enumerate(numbers):
+    refused: list[Refused] = []
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        number = fragment.first + row
         if fragment.names:
-            name = fragment.names[number]
-            paths.append(os.path.join(fragment.source, name))
-            ids.append(os.path.normpath(os.path.join(fragment.title, name)))
-            page: EmbeddingInput | str = EmbeddingInput(image=paths[-1])
+            name = fragment.names[row]
+            path = os.path.join(fragment.source, name)
+            id_ = os.path.normpath(os.path.join(fragment.title, name))
+            document: EmbeddingInput | str = EmbeddingInput(image=path)
         else:
-            paths.append(fragment.source)
-            ids.append(f"{fragment.title}#page={fragment.first + number + 1}")
-            page = pages.read_page(fragment.source, fragment.first + number, job.pdf)
-        if isinstance(page, str):
-            refused[row], page = page, EmbeddingInput()
-        documents.append(page)
-    columns = {
-        "id": ids, "path": paths, "page": [fragment.first + n + 1 for n in numbers],
-    }  # fmt: skip
-    kept = pa.table([columns[name] for name in schema.names], schema=schema)
-    return Rows(kept, documents, refused)
-
-
-def _find_inputs(job: Job) -> tuple[str | None, str | None]:
-    """Return the columns of texts and images."""
-    text = job.text_column or ("text" if job.image_column is None else None)
-    return text, job.image_column
-
-
-def _require(names: list[str], found: Any, fragment: Fragment) -> None:
-    for name in names:
-        if name not in found.names:
-            raise ConfigurationError(
-                f"{fragment.title} has no column {name!r}; it has {', '.join(found.names)}"
-            )
-        if found.names.count(name) > 1:
-            raise ConfigurationError(
-                f"{fragment.title} has {found.names.count(name)} columns {name!r}, so it is not "
-                "clear which is meant; rename them"
-            )
-
-
-def _is_text(kind: Any) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(kind in (pa.string(), pa.large_string(), pa.string_view()))
+            path, id_ = fragment.source, f"{fragment.title}#page={number + 1}"
+            document = pages.read_page(path, number, job.pdf)
+        if isinstance(document, str):
+            refused.append(Refused(number, id_, document))
+            continue
+        documents.append(document)
+        kept.append({"": number, "id": id_, "path": path, "page": number + 1})
+    fields = pa.schema([pa.field("", pa.int64()), *schema])
+    return Window(pa.Table.from_pylist(kept, schema=fields), documents, refused)

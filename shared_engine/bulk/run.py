@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -15,20 +16,20 @@ from tqdm.auto import tqdm
 from shared_engine.bulk import manifest
 from shared_engine.bulk.fragment import embed_fragment
 from shared_engine.bulk.ids import check_ids
-from shared_engine.bulk.job import Fragment, Job, list_fragments
+from shared_engine.bulk.job import Fragment, Job, Unread, find_sources, list_inputs
 from shared_engine.bulk.manifest import Done
-from shared_engine.bulk.rows import find_schema
+from shared_engine.bulk.tables import Cursors
 from shared_engine.embedder import Embedder
-from shared_engine.errors import InputError, NeMoRetrieverError
+from shared_engine.errors import InputError
 
 IN_FLIGHT = 8
-"""Fragments that are begun and not yet done, at most. The next begins when the last row of the one
-before is submitted, so there are two of large ones, and more only of those of a few rows."""
+"""The most fragments that are begun and not yet done. The next one begins when the last row of the
+one before is submitted: there are two large ones, and more only if they have a few rows."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a job has to do, from `begin`."""
+    """What a job has to do, from `begin` or `find_work`."""
 
     fragments: list[Fragment]
     """All of the job."""
@@ -36,6 +37,10 @@ class Work:
     """Those without a file of vectors."""
     done: dict[str, Done]
     """What was done before, by name of the fragment."""
+    schema: Any = None
+    """Names and types of the id and the kept columns; None if no file can be read."""
+    unread: tuple[Unread, ...] = ()
+    """Files that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -47,73 +52,80 @@ class Summary:
     failed: int
     """Rows of the whole job that could not be embedded: those of errors.parquet."""
     skipped: int
-    """Rows that were done before."""
+    """Rows embedded by earlier runs."""
     tokens: int
     seconds: float
-    unread: tuple[tuple[Fragment, NeMoRetrieverError], ...] = ()
-    """Fragments that could not be read; the next run tries them again."""
+    unread: tuple[Unread, ...] = ()
+    """Files and fragments that could not be read; the next run tries them again."""
+    failed_before: int = 0
+    """Those of `failed` that earlier runs reported."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether every row of the input has a vector."""
-        return not self.failed and not self.unread
+        """Whether all input was read, and no row failed in this run."""
+        return self.failed == self.failed_before and not self.unread
 
     def __str__(self) -> str:
+        before = f" ({self.failed_before:,} of them before)" if self.failed_before else ""
         text = (
-            f"{self.rows:,} rows done, {self.failed:,} failed, {self.skipped:,} skipped (done "
-            f"before); {self.tokens:,} tokens in {self.seconds:,.1f} s"
+            f"{self.rows:,} rows done, {self.failed:,} failed{before}, {self.skipped:,} skipped "
+            f"(done before); {self.tokens:,} tokens in {self.seconds:,.1f} s"
         )
-        lost = sum(fragment.rows for fragment, _ in self.unread)
-        return text + (f"; {lost:,} rows could not be read" if lost else "")
+        if rows := sum(each.rows for each in self.unread):
+            text += f"; {rows:,} rows could not be read"
+        if files := sum(each.first is None for each in self.unread):
+            text += f"; {files:,} files could not be read"
+        return text
 
 
-def find_work(job: Job, fragments: list[Fragment] | None = None) -> Work:
-    """List a job's fragments and find what is missing; nothing is written.
+def find_work(job: Job, folder: str | None = None) -> Work:
+    """List a job's fragments and find what is missing.
+
+    Args:
+        job: the job; nothing is written to its folder but the converted tables.
+        folder: where these are instead.
 
     Raises:
-        ConfigurationError: a source changed.
-        InputError: a table cannot be read at all.
+        ConfigurationError: a source changed; see also `list_inputs`.
     """
-    fragments = list_fragments(job) if fragments is None else fragments
+    fragments, schema, unread = list_inputs(job, folder)
     is_begun = os.path.isdir(os.path.join(job.out, "vectors"))
     done = manifest.find_done(job, fragments) if is_begun else {}
-    return Work(fragments, [each for each in fragments if each.name not in done], done)
+    missing = [each for each in fragments if each.name not in done]
+    return Work(fragments, missing, done, schema, tuple(unread))
 
 
 def begin(job: Job) -> Work:
-    """List a job's fragments, open its folder, check its ids, and find what is missing.
+    """Open a job's folder, find what is missing, and check its ids.
 
     Raises:
-        ConfigurationError: the folder is another job's; a source changed; an id is there twice.
-        InputError: a table cannot be read at all.
+        ConfigurationError: the folder is another job's; a source changed; two rows have the same
+            id; every file lacks a column.
         OutputError: the folder cannot be written.
     """
-    fragments = list_fragments(job)
-    if not fragments:
-        return Work([], [], {})
-    schema = find_schema(job, fragments[0])
-    manifest.open_folder(job, schema)
-    work = find_work(job, fragments)
+    list(find_sources(job))  # wrong inputs are refused before a folder is made for them
+    manifest.open_folder(job)
+    work = find_work(job)
+    if work.schema is None:
+        return work
+    work = replace(work, schema=manifest.record_schema(job, work.schema))
     if work.missing:
-        check_ids(job, fragments, schema)
+        check_ids(job, work.fragments, work.schema)
     return work
 
 
 def finish(
-    job: Job,
-    work: Work,
-    done: Iterable[Done],
-    unread: Iterable[tuple[Fragment, NeMoRetrieverError]],
-    seconds: float,
+    job: Job, work: Work, done: Sequence[Done], unread: Sequence[Unread], seconds: float
 ) -> Summary:
     """Merge the errors of a job and sum up what a run did."""
     rows, _, tokens = manifest.sum_done(done)
-    before, _, _ = manifest.sum_done(work.done.values())
-    failed = 0
-    if work.fragments:
-        manifest.remove_leftovers(job)  # of a cluster's workers that died meanwhile
-        failed = manifest.merge_errors(job)
-    return Summary(rows, failed, before, tokens, seconds, tuple(unread))
+    skipped, failed_before, _ = manifest.sum_done(work.done.values())
+    lost = (*work.unread, *unread)
+    manifest.remove_leftovers(job)  # of workers of a cluster that died
+    failed = manifest.merge_errors(job, lost)
+    if not lost and len(done) == len(work.missing):
+        manifest.remove_tables(job)
+    return Summary(rows, failed, skipped, tokens, seconds, lost, failed_before)
 
 
 def run_local(
@@ -122,13 +134,21 @@ def run_local(
     show_progress: bool = True,
     work: Work | None = None,
 ) -> Summary:
-    """Do what is missing of a job, resume included; errors of rows are in errors.parquet after.
+    """Do what is missing of a job on this machine.
 
-    `work` is what `begin` gave, if that was called before.
+    Args:
+        job: what to embed, and how.
+        embedder: the engine; None makes one of the job's options and closes it.
+        show_progress: whether to show a progress bar.
+        work: the result of `begin`, if that was called before.
+
+    Returns:
+        What was done. Rows that failed and files that cannot be read are in errors.parquet.
 
     Raises:
-        ConfigurationError: the folder is another job's; a source changed; an id is there twice.
-        NeMoRetrieverError: what ended the run, as `embed_fragment` raises it. What was done stays.
+        ConfigurationError: as `begin` raises it.
+        NeMoRetrieverError: the error that ended the run, as `embed_fragment` raises it. What was
+            finished is kept.
     """
     work = begin(job) if work is None else work
     start = time.monotonic()
@@ -158,16 +178,18 @@ class _Running:
 
     def __init__(self, job: Job, embedder: Embedder, bar: Any) -> None:
         self.done: list[Done] = []
-        self.unread: list[tuple[Fragment, NeMoRetrieverError]] = []
+        self.unread: list[Unread] = []
         self._job, self._embedder, self._bar = job, embedder, bar
         self._turn = threading.Semaphore(1)
         self._lock = threading.Lock()
+        self._cursors = Cursors()
         self._failure: BaseException | None = None
         self._tokens, self._start = 0, time.monotonic()
 
     def do(self, fragments: Iterable[Fragment]) -> None:
-        """Embed fragments; raise what ended one of them, unless it just could not be read."""
-        with ThreadPoolExecutor(IN_FLIGHT, "nemoretriever-fragment") as pool:
+        """Embed fragments; raise the error that ended one of them, unless it cannot be read."""
+        threads = ThreadPoolExecutor(IN_FLIGHT, "nemoretriever-fragment")
+        with closing(self._cursors), threads as pool:
             try:
                 for fragment in fragments:
                     self._turn.acquire()
@@ -190,13 +212,15 @@ class _Running:
 
         try:
             self.done.append(
-                embed_fragment(self._job, self._embedder, fragment, self._advance, pass_on)
+                embed_fragment(
+                    self._job, self._embedder, fragment, self._advance, pass_on, self._cursors
+                )
             )
         except InputError as exc:
             if self._job.strict:
                 self._failure = self._failure or exc
             else:
-                self.unread.append((fragment, exc))
+                self.unread.append(Unread(fragment.title, fragment.first, fragment.rows, exc))
         except _StoppedError:
             pass
         except BaseException as exc:

@@ -1,10 +1,11 @@
-"""`nemoretriever embed`: files of documents to files of vectors."""
+"""`nemoretriever embed`: embed files into files of vectors."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import tempfile
 
 from shared_engine.bulk import needs_extra
 from shared_engine.cli.options import (
@@ -19,58 +20,100 @@ from shared_engine.cli.options import (
 from shared_engine.endpoints import read_key
 
 _HEADING_SECONDS, _PLAN_SECONDS = 2.0, 10.0
-"""How long the engine is measured before a run, and for a plan."""
+"""How long to measure the engine before a run, and for a plan."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to those of the command line."""
+    """Add the command to the command line."""
     verb = commands.add_parser(
         "embed",
-        help="embed files: tables, pictures or PDFs, into Parquet files of vectors",
-        description="Embed Parquet, Arrow, CSV or JSON Lines files, folders of pictures, or PDF "
-        "files. The same command again does what is missing and only that. Status 0: every row "
-        "has a vector; 1: some failed; 2: the command makes no sense.",
+        help="embed files of texts, images or PDF pages into Parquet files of vectors",
+        description="Embed the rows of tables (Parquet, Arrow, CSV, TSV, JSON Lines), folders of "
+        "images, or the pages of PDF files. The same command again resumes where it stopped.",
+        epilog="exit codes:\n"
+        "  0  all rows have a vector, or were reported as failed by an earlier run\n"
+        "  1  rows or files failed in this run: see errors.parquet\n"
+        "  2  invalid usage or configuration, such as a folder with the results of another job\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("inputs", nargs="+", metavar="INPUT", help="A file or a folder.")
+    verb.add_argument("inputs", nargs="+", metavar="INPUT", help="File or folder to embed.")
     verb.add_argument(
-        "--out", required=True, metavar="FOLDER", help="Where vectors/*.parquet are to be."
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        help="Folder of the results: vectors/*.parquet and errors.parquet.",
     )
-    verb.add_argument("--role", choices=("document", "query"), default="document")
-    verb.add_argument("--text-column", metavar="NAME", help="Default: text.")
-    verb.add_argument("--image-column", metavar="NAME", help="Images as bytes, paths or data URLs.")
-    verb.add_argument("--id-column", metavar="NAME", help="Default: ids are made of file and row.")
+    verb.add_argument(
+        "--role",
+        choices=("document", "query"),
+        default="document",
+        help="Whether the rows are documents or queries. Default: %(default)s.",
+    )
+    verb.add_argument(
+        "--text-column",
+        metavar="NAME",
+        help="Column of the texts. Default: text, unless there is an image column.",
+    )
+    verb.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="Column of images: bytes, paths from the table's folder, or data URLs.",
+    )
+    verb.add_argument(
+        "--id-column",
+        metavar="NAME",
+        help="Column of the ids, which must be unique. Default: file name and row number.",
+    )
     verb.add_argument(
         "--columns",
         type=lambda text: tuple(name.strip() for name in text.split(",") if name.strip()),
         default=(),
         metavar="A,B",
-        help="Columns to keep beside the vectors; of pictures path, of PDFs path and page.",
+        help="Columns to keep with the vectors; of images: path, of PDFs: path and page.",
     )
     verb.add_argument(
         "--rows-per-file",
         type=int,
         metavar="N",
-        help="The most rows in a file of vectors. Default: 10000 of texts, 500 with images.",
+        help="Maximum number of rows in a file of vectors. Default: 10000, with images 500.",
     )
     verb.add_argument(
         "--pdf",
         choices=("picture", "text", "both"),
         default="picture",
-        help="What of a page is embedded. Default: %(default)s.",
+        help="Part of a PDF page to embed: its image, its text, or both. Default: %(default)s.",
     )
-    verb.add_argument("--strict", action="store_true", help="Stop at the first bad row.")
+    verb.add_argument("--strict", action="store_true", help="Stop at the first row that fails.")
     verb.add_argument(
-        "--plan", action="store_true", help="Measure, say what it would take, and stop."
+        "--plan",
+        action="store_true",
+        help="Estimate rows, tokens, time and bytes from a sample, and embed nothing.",
     )
     verb.add_argument(
         "--ray",
         nargs="?",
         const="auto",
         metavar="ADDRESS",
-        help="Embed on a Ray cluster; without an address the one that is there, or a new one.",
+        help="Embed on a Ray cluster. Default address: the running cluster, else a new one.",
     )
-    verb.add_argument("--workers", type=int, metavar="N", help="Engines on the cluster.")
-    verb.add_argument("--gpus-per-worker", type=float, metavar="G")
+    verb.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="Number of engines on the cluster. Default: one per GPU, or one per node.",
+    )
+    verb.add_argument(
+        "--cpus-per-worker",
+        type=float,
+        metavar="N",
+        help="Cores of each engine. Default: 1 with a GPU or a NIM, else as many as fit.",
+    )
+    verb.add_argument(
+        "--gpus-per-worker",
+        type=float,
+        metavar="N",
+        help="GPUs of each engine. Default: 1 if a node has GPUs and the model runs there, else 0.",
+    )
     add_options(verb, (*LOCAL, *VECTORS, *REMOTE))
     add_key(verb)
     add_log_level(verb, "warning")
@@ -78,7 +121,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(args: argparse.Namespace) -> int:
-    """Embed, or plan to; say at the end what was done."""
+    """Embed, or plan to; print a summary and return the exit code."""
     key = read_key(args.api_key_env)
     options = read_options(
         args, (*LOCAL, *VECTORS, *REMOTE), **({} if key is None else {"api_key": key})
@@ -104,21 +147,29 @@ def run(args: argparse.Namespace) -> int:
         with needs_extra("ray"):
             from shared_engine.distributed.bulk import run_ray
         address = None if args.ray == "auto" else args.ray
-        summary = run_ray(job, address, workers=args.workers, gpus_per_worker=args.gpus_per_worker)
+        summary = run_ray(
+            job,
+            address,
+            workers=args.workers,
+            cpus_per_worker=args.cpus_per_worker,
+            gpus_per_worker=args.gpus_per_worker,
+        )
     else:
         from shared_engine.embedder import Embedder
 
         with Embedder(options) as embedder:
             if args.plan:
-                print(plan(job, embedder, find_work(job), seconds=_PLAN_SECONDS))
+                with tempfile.TemporaryDirectory() as folder:
+                    work = find_work(job, folder)
+                    print(plan(job, embedder, work, seconds=_PLAN_SECONDS))
                 return 0
             work = begin(job)
             estimate = plan(job, embedder, work, seconds=_HEADING_SECONDS, most=0.05)
             print(estimate.heading, file=sys.stderr)
             summary = run_local(job, embedder, work=work)
-    for fragment, error in summary.unread[:10]:
-        print(f"nemoretriever: {fragment.title}: {error}", file=sys.stderr)
-    if summary.failed:
+    for each in summary.unread[:10]:
+        print(f"nemoretriever: {each.error}", file=sys.stderr)
+    if summary.failed or summary.unread:
         print(f"nemoretriever: see {os.path.join(job.out, 'errors.parquet')}", file=sys.stderr)
     print(summary)
     return 0 if summary.is_complete else 1

@@ -1,48 +1,44 @@
-"""A job on a cluster: Ray Data hands its fragments to one engine per actor.
+"""A bulk job on a Ray cluster: actors with an engine each, which take fragments until all are done.
 
-    missing fragments ──► a row per block ──► a pool of actors ──► Done, or what went wrong
-                                              each: an Embedder, `embed_fragment`, two at a time
+    missing fragments ──► actors: an `Embedder`, `embed_fragment`, two at a time ──► `Done` or error
 
-An actor writes the files itself, as a local run does, so they are the same files: nothing but
-counts comes back. An actor that dies is started again where there is room for it, and what it had
-in hand is done at the end, by a pool of as many as there is room for then: Ray's own way, to keep
-it for that actor, waits for ever where its node does not come back, and for ever with a fragment
-that ends every actor. What a driver that dies had not done, the next run does. Inputs and the
-folder of results are at the same paths on every node; a model's folder, and this package, are on
-every node too.
+An actor writes its files itself, so they are those of a local run; only counts come back. Each
+actor takes fragments in order, so that it reads a table on from where it was. If an actor dies, its
+fragments go back to the others, and a new actor starts where there is room for it. If the driver
+dies, the next run does what is missing. Inputs, the folder of results, the model and this package
+are at the same paths on every node.
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
-import pyarrow as pa
-
 from shared_engine.bulk.fragment import embed_fragment
-from shared_engine.bulk.job import Fragment, Job
+from shared_engine.bulk.job import Fragment, Job, Unread
 from shared_engine.bulk.manifest import Done
 from shared_engine.bulk.run import Summary, begin, finish
-from shared_engine.distributed.nodes import Share, connect, count_room, find_share, import_ray
+from shared_engine.bulk.tables import Cursors
+from shared_engine.distributed.nodes import Share, connect, find_share, import_ray
 from shared_engine.embedder import Embedder
 from shared_engine.errors import EngineError, InputError, NeMoRetrieverError
 
 AT_ONCE = 2
-"""Fragments of an actor: one whose last rows are computed, and one that is read meanwhile."""
+"""Fragments of an actor: it reads one while the last rows of the other are computed."""
 _TRIES = 3
-"""How often a fragment is begun whose actor dies: it may be the reason, as by its memory."""
+"""How often a fragment is tried whose actor dies, and how many actors in a row may die at start:
+the fragment may be the reason, for example by its memory."""
 
 _log = logging.getLogger("shared_engine")
 
-Outcome = tuple[Fragment, Done | NeMoRetrieverError]
-"""A fragment, and what became of it."""
+Outcome = Done | NeMoRetrieverError
+"""The outcome of a fragment."""
 
 
 def run_ray(
@@ -53,24 +49,31 @@ def run_ray(
     cpus_per_worker: float | None = None,
     gpus_per_worker: float | None = None,
 ) -> Summary:
-    """Do what is missing of a job on a cluster, as `run_local` does here.
+    """Do what is missing of a job on a cluster, as `run_local` does on this machine.
 
-    `address` is as `ray.init` takes it; None is the cluster that RAY_ADDRESS names or that runs on
-    this machine, else a new one on it. How many workers, and what they have of a node, is chosen
-    where it is not given. The key is no part of a job: each node has NVIDIA_API_KEY for itself.
+    The API key is not part of a job: set NVIDIA_API_KEY on every node.
+
+    Args:
+        job: what to embed, and how.
+        address: as `ray.init` takes it; None is the cluster of RAY_ADDRESS or of this machine, else
+            a new one on this machine.
+        workers: number of actors with an engine; default: as many as fit, see `find_share`.
+        cpus_per_worker: cores of each.
+        gpus_per_worker: GPUs of each.
 
     Raises:
-        ConfigurationError: no cluster is at the address, or it cannot hold the workers; the folder
-            is another job's; a source changed.
-        EngineError: the cluster failed at more than it mends itself.
-        NeMoRetrieverError: what ended the run, as `embed_fragment` raises it. What was done stays.
+        ConfigurationError: no cluster at the address, or it cannot hold the workers; else as
+            `begin` raises it.
+        EngineError: workers cannot start, or the same fragments ended them several times.
+        NeMoRetrieverError: the error that ended the run, as `embed_fragment` raises it. What was
+            finished is kept.
         MissingExtraError: Ray is not installed.
     """
-    import_ray("data")
+    import_ray()
     started = time.perf_counter()
     work = begin(job)
     done: list[Done] = []
-    unread: list[tuple[Fragment, NeMoRetrieverError]] = []
+    unread: list[Unread] = []
     if work.missing:
         with connect(address):
             count, share = find_share(
@@ -81,7 +84,8 @@ def run_ray(
                     if isinstance(outcome, Done):
                         done.append(outcome)
                     elif isinstance(outcome, InputError) and not job.strict:
-                        unread.append((fragment, outcome))
+                        lost = Unread(fragment.title, fragment.first, fragment.rows, outcome)
+                        unread.append(lost)
                     else:
                         raise outcome
     return finish(job, work, done, unread, time.perf_counter() - started)
@@ -93,108 +97,114 @@ def embed_fragments(
     workers: int,
     share: Share,
     embed: Callable[..., Done] = embed_fragment,
-) -> Generator[Outcome, None, None]:
-    """Yield what became of fragments, as they end; closing the iterator stops the actors.
+) -> Generator[tuple[Fragment, Outcome], None, None]:
+    """Yield fragments with their outcomes, as they end; closing the iterator ends the actors.
 
-    `embed` does what `embed_fragment` does. The program is connected to a cluster.
+    Args:
+        job: the job of the fragments.
+        fragments: what to embed, in the order in which to read it.
+        workers: number of actors.
+        share: what each has of its node.
+        embed: does what `embed_fragment` does.
 
     Raises:
-        EngineError: actors cannot start, or died too often with the same fragments.
+        EngineError: workers cannot start, or the same fragments ended them several times.
     """
-    missing = {fragment.name: fragment for fragment in fragments}
-    for number in range(_TRIES):
-        if number:
-            _log.warning("%d fragments ended with their workers, and are begun again", len(missing))
-            workers = max(1, min(workers, count_room(share)))
-        with closing(_run_pool(job, list(missing.values()), workers, share, embed)) as outcomes:
-            for fragment, outcome in outcomes:
-                if missing.pop(fragment.name, None) is not None:
-                    yield fragment, outcome
-        if not missing:
-            return
-    titles = sorted({fragment.title for fragment in missing.values()})
-    raise EngineError(
-        f"{len(missing)} fragments ended with their workers {_TRIES} times, those of "
-        f"{', '.join(titles[:3])} among them: do the workers have enough memory?"
+    ray = import_ray()
+    actors = ray.remote(Worker).options(
+        num_cpus=share.cpus, num_gpus=share.gpus, max_concurrency=AT_ONCE
     )
+    workers = min(workers, len(fragments))
+    waiting = set(range(len(fragments)))
+    starts = [number * len(fragments) // workers for number in range(workers)]
+    tries: Counter[int] = Counter()
+    deaths_at_start = 0
+    calls: dict[Any, tuple[Any, int | None]] = {}
+    """Calls in flight, with actor and number of the fragment; None while the actor starts."""
 
+    def start() -> None:
+        actor = actors.remote(job, embed)
+        calls[actor.start.remote()] = (actor, None)
 
-def _run_pool(
-    job: Job,
-    fragments: Sequence[Fragment],
-    workers: int,
-    share: Share,
-    embed: Callable[..., Done],
-) -> Generator[Outcome, None, None]:
-    """Yield what became of fragments, but for those that ended with their actors."""
-    ray, data = import_ray(), import_ray("data")
-    if not fragments:
-        return
-    with warnings.catch_warnings(action="ignore"):  # of its own settings, at the first call
-        context = data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.max_consecutive_actor_init_deaths = 3
-    context.max_errored_blocks = -1  # what fails for another reason than a death is an outcome
-    with data.DataContext.current(context), _told_by_us():
-        rows = [{"fragment": pickle.dumps(fragment)} for fragment in fragments]
-        pool = data.ActorPoolStrategy(
-            size=min(workers, len(rows)),
-            max_tasks_in_flight_per_actor=AT_ONCE,
-            max_concurrent_calls_per_actor=AT_ONCE,
-            enable_true_multi_threading=True,
-        )
-        with warnings.catch_warnings(action="ignore"):  # of `max_task_retries`, without another way
-            outcomes = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-                _Worker,
-                fn_constructor_args=[job, embed],
-                batch_size=1,
-                batch_format="pyarrow",
-                num_cpus=share.cpus,
-                num_gpus=share.gpus,
-                max_task_retries=0,
-                compute=pool,
-            )
-        try:
-            for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield from map(pickle.loads, batch["outcome"].to_pylist())
-        except ray.exceptions.RayError as exc:
-            raise EngineError(f"the cluster failed: {exc}") from exc
+    def submit(actor: Any, number: int | None) -> int | None:
+        """Give an actor a fragment, this one if it waits; return the number of the next."""
+        if not waiting:
+            return None
+        number = number if number in waiting else next(iter(waiting))
+        waiting.remove(number)
+        calls[actor.embed.remote(fragments[number])] = (actor, number)
+        return number + 1
 
-
-@contextmanager
-def _told_by_us() -> Iterator[None]:
-    """Keep Ray Data's own words back, which are of blocks and tracebacks, while the block runs."""
-    log = logging.getLogger("ray.data")
-    before = log.level
-    log.setLevel(logging.CRITICAL)
     try:
-        yield
+        for _ in range(workers):
+            start()
+        while waiting or any(number is not None for _, number in calls.values()):
+            (call,), _ = ray.wait(list(calls))
+            actor, number = calls.pop(call)
+            try:
+                outcome = ray.get(call)
+            except ray.exceptions.RayError as exc:
+                in_hand = [ref for ref, (other, _) in calls.items() if other is actor]
+                numbers = {number, *(calls.pop(ref)[1] for ref in in_hand)}
+                lost = {number for number in numbers if number is not None}
+                waiting |= lost
+                tries.update(lost)
+                deaths_at_start += not lost
+                _check_deaths(
+                    exc, deaths_at_start, [fragments[n] for n in lost if tries[n] == _TRIES]
+                )
+                _log.warning(
+                    "%d fragments ended with their workers, and are begun again", len(lost)
+                )
+                start()
+                continue
+            if number is None:
+                deaths_at_start = 0
+                following = starts.pop(0) if starts else None
+                for _ in range(AT_ONCE):
+                    following = submit(actor, following)
+            else:
+                yield fragments[number], outcome
+                submit(actor, number + 1)
     finally:
-        log.setLevel(before)
+        for actor in {id(actor): actor for actor, _ in calls.values()}.values():
+            ray.kill(actor)
 
 
-class _Worker:
-    """The engine of one actor, which loads at its first fragment."""
+def _check_deaths(cause: Exception, at_start: int, fragments: list[Fragment]) -> None:
+    """Give up if workers die at their start, or fragments were tried often enough."""
+    if at_start == _TRIES:
+        raise EngineError(f"{_TRIES} workers died at their start: {cause}") from cause
+    if fragments:
+        titles = sorted({fragment.title for fragment in fragments})
+        raise EngineError(
+            f"{len(fragments)} fragments ended with their workers {_TRIES} times, those of "
+            f"{', '.join(titles[:3])} among them: do the workers have enough memory?"
+        ) from cause
+
+
+class Worker:
+    """The engine of one actor; it loads at the first fragment."""
 
     def __init__(self, job: Job, embed: Callable[..., Done]) -> None:
         self._job = job
         self._embed_fragment = embed
         self._embedder = Embedder(job.options)
         self._reading = threading.Lock()
+        self._cursors = Cursors()
 
-    def __call__(self, batch: Any) -> Any:
-        """Embed the fragments of a batch, while another call ends its own."""
-        outcomes = [self._embed(pickle.loads(each)) for each in batch["fragment"].to_pylist()]
-        return pa.table({"outcome": [pickle.dumps(outcome) for outcome in outcomes]})
+    def start(self) -> None:
+        """Return: the actor has started."""
 
-    def _embed(self, fragment: Fragment) -> Outcome:
+    def embed(self, fragment: Fragment) -> Outcome:
+        """Embed a fragment; return its error instead of raising it."""
         with ExitStack() as turn:
             turn.enter_context(self._reading)
             try:
-                done = self._embed_fragment(self._job, self._embedder, fragment, on_read=turn.close)
+                return self._embed_fragment(
+                    self._job, self._embedder, fragment, on_read=turn.close, cursors=self._cursors
+                )
             except NeMoRetrieverError as exc:
-                return fragment, exc
-            except Exception:  # Ray would drop it
-                error = EngineError(f"{fragment.title}: {traceback.format_exc()}")
-                return fragment, error
-        return fragment, done
+                return exc
+            except Exception:
+                return EngineError(f"{fragment.title}: {traceback.format_exc()}")

@@ -1,6 +1,6 @@
-"""Ray's nodes: the way to them, and whether they can hold what is wanted before it waits for ever.
+"""Connect to a Ray cluster, and choose how many workers its nodes can hold.
 
-An actor that fits nowhere waits without a word, so what is wanted is counted first, per node.
+Ray lets an actor that fits on no node wait without an error, so the room is counted first.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from shared_engine.routing import select_backend
 _log = logging.getLogger("shared_engine")
 
 _SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-"""Of a cluster that we start: nothing is reported to Ray's makers, and its workers are no lesser
-processes than this one."""
+"""Environment of a cluster that is started here: no usage reports, workers of normal priority."""
 
 
 def import_ray(part: str = "") -> Any:
-    """Return Ray, or a part of it such as "data".
+    """Return Ray, or a module of it such as "serve".
 
     Raises:
         MissingExtraError: it is not installed.
@@ -42,10 +41,10 @@ def import_ray(part: str = "") -> Any:
 
 @contextmanager
 def connect(address: str | None) -> Iterator[None]:
-    """Be connected to the cluster at an address, as `ray.init` takes it, while the block runs.
+    """Connect to the cluster at an address, as `ray.init` takes it, while the block runs.
 
-    None is the cluster that RAY_ADDRESS names or that runs on this machine, else a new one on this
-    machine that ends with the block. A connection that the program has already is used and kept.
+    None is the cluster of RAY_ADDRESS or of this machine, else a new one on this machine that ends
+    with the block. If the program is connected already, that connection is used and kept.
 
     Raises:
         ConfigurationError: there is no cluster at the address.
@@ -61,7 +60,7 @@ def connect(address: str | None) -> Iterator[None]:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
     except ConnectionError as exc:
         raise ConfigurationError(f"there is no Ray cluster at {address}: {exc}") from exc
-    finally:  # the cluster that was started has them; what this process starts later need not
+    finally:  # they are for the cluster only, not for later children of this process
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
@@ -71,9 +70,13 @@ def connect(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+Node = tuple[float, float]
+"""Cores and GPUs of a node."""
+
+
 @dataclass(frozen=True)
 class Share:
-    """What one actor with an engine has of its node."""
+    """The part of a node that one actor has."""
 
     cpus: float
     gpus: float
@@ -90,12 +93,13 @@ def find_share(
     cpus: float | None = None,
     gpus: float | None = None,
 ) -> tuple[int, Share]:
-    """Return how many actors with an engine of some options there can be, and the share of each.
+    """Return the number of actors with an engine, and what each has of its node.
 
-    What is not given: a NIM's client takes a core, one on each node. A model takes a GPU and a core
-    beside it where nodes have GPUs and its device is not the CPU, on all of them. Else one on each
-    node, with as many cores as all of them can have: Ray lets an actor compute with as many threads
-    as it has cores.
+    Args:
+        options: of the engine.
+        count: number of actors; see `choose_count` for the default.
+        cpus: cores of each; see `choose_cpus`.
+        gpus: GPUs of each; see `choose_gpus`.
 
     Raises:
         ConfigurationError: the nodes cannot hold so many of such shares.
@@ -103,33 +107,48 @@ def find_share(
     nodes = _read_nodes()
     is_local = select_backend(options).base_url is None
     if gpus is None:
-        has_gpus = is_local and options.device != "cpu" and any(node[1] for node in nodes)
-        gpus = 1.0 if has_gpus else 0.0
-    wanted = count or sum(_count([node], Share(cpus or 1, gpus)) > 0 for node in nodes)
-    if gpus and count is None:
-        wanted = _count(nodes, Share(cpus or 1, gpus))
+        gpus = choose_gpus(nodes, is_local and options.device != "cpu")
+    if count is None:
+        count = choose_count(nodes, Share(cpus or 1, gpus))
     if cpus is None:
-        most = int(max((node[0] for node in nodes), default=0)) if is_local and not gpus else 1
-        fitting = (n for n in range(most, 1, -1) if _count(nodes, Share(n, gpus)) >= wanted)
-        cpus = float(next(fitting, 1))
+        cpus = choose_cpus(nodes, count, gpus, is_local)
     share = Share(cpus, gpus)
     room = _count(nodes, share)
-    if room < max(1, wanted):
+    if room < count:
         there = ", ".join(str(Share(*node)) for node in nodes) or "none"
         raise ConfigurationError(
-            f"{max(1, wanted)} workers of {share} each are wanted, and the cluster has room for "
-            f"{room}; its nodes have: {there}"
+            f"{count} workers of {share} each do not fit: the cluster has room for {room}; its "
+            f"nodes have: {there}"
         )
-    _log.info("%d workers on %d nodes, each with %s", wanted, len(nodes), share)
-    return wanted, share
+    _log.info("%d workers on %d nodes, each with %s", count, len(nodes), share)
+    return count, share
 
 
-def count_room(share: Share) -> int:
-    """Return how many of a share the nodes hold that are there now."""
-    return _count(_read_nodes(), share)
+def choose_gpus(nodes: list[Node], may_use: bool) -> float:
+    """Return one GPU per actor if its engine may use it and a node has one, else none."""
+    return 1.0 if may_use and any(node[1] for node in nodes) else 0.0
 
 
-def _read_nodes() -> list[tuple[float, float]]:
+def choose_count(nodes: list[Node], share: Share) -> int:
+    """Return an actor per GPU; without GPUs, one on each node that can hold it; at least 1."""
+    if share.gpus:
+        return max(1, _count(nodes, share))
+    return max(1, sum(_count([node], share) > 0 for node in nodes))
+
+
+def choose_cpus(nodes: list[Node], count: int, gpus: float, is_local: bool) -> float:
+    """Return one core for a client of a NIM or an engine on a GPU, else as many as all can have.
+
+    Ray limits the threads of an actor to its number of cores.
+    """
+    if gpus or not is_local:
+        return 1.0
+    most = int(max((node[0] for node in nodes), default=0))
+    fitting = (cpus for cpus in range(most, 1, -1) if _count(nodes, Share(cpus, gpus)) >= count)
+    return float(next(fitting, 1))
+
+
+def _read_nodes() -> list[Node]:
     """Return the cores and GPUs of each node."""
     return [
         (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
@@ -138,10 +157,10 @@ def _read_nodes() -> list[tuple[float, float]]:
     ]
 
 
-def _count(nodes: list[tuple[float, float]], share: Share) -> int:
+def _count(nodes: list[Node], share: Share) -> int:
     """Return how many shares the nodes hold; a share does not span two nodes."""
-    wanted = (share.cpus, share.gpus)
+    parts = (share.cpus, share.gpus)
     return sum(
-        min(int(has / wants + 1e-9) for has, wants in zip(node, wanted, strict=True) if wants)
+        min(int(has / part + 1e-9) for has, part in zip(node, parts, strict=True) if part)
         for node in nodes
     )

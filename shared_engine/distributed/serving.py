@@ -1,13 +1,12 @@
-"""The server on many machines: replicas of it behind Ray Serve's proxies.
+"""Server replicas on many machines behind the proxies of Ray Serve.
 
-    a client ──► a proxy on each node ──► the replica with the least to do: `create_app`
+    a client ──► a proxy on each node ──► the replica with the fewest requests: `create_app`
 
-Ray Serve starts replicas, sends each request to one, adds and removes them by load, replaces those
-that die, and lets one that goes finish what it has. A request in flight on a replica that dies is
-answered with an error: a client sends it again, as ours does.
+Ray Serve starts replicas, routes requests, scales by load, replaces replicas that die, and drains
+those that it stops. A request in flight on a replica that dies fails; our client retries it.
 
-Load is requests, not inputs: those of a replica and those that wait for one. Only the proxies know
-the latter; the queue of inputs that /v1/metrics tells is that of the replica which was asked.
+Load counts requests, not inputs: those that a replica has, and those that wait for one. Only the
+proxies know the latter; /v1/metrics shows the queue of the replica that answers.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ _log = logging.getLogger("shared_engine")
 
 READY = "/v1/health/ready"
 NAME = "nemoretriever"
-"""Of the application, among others on the same cluster."""
+"""Name of the application on the cluster."""
 DRAIN_SECONDS = 120.0
-"""What a replica that goes may take to finish its requests: as long as our client waits for one."""
+"""Time for a stopping replica to finish its requests: the timeout of our client."""
 
 
 class Replicas(BaseModel):
-    """What to serve, how often, and with how much of a node each."""
+    """The model to serve, the number of replicas, and the share of a node for each."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -46,12 +45,12 @@ class Replicas(BaseModel):
     allowed_hosts: tuple[str, ...] = ()
     limits: ServerLimits = ServerLimits()
     api_key_env: str | None = None
-    """Variable with the key, set on every node: a key in here would be stored by Ray."""
+    """Environment variable with the API key, set on every node. Ray would store the key itself."""
     replicas: PositiveInt = 1
-    """How many; with `max_replicas`, at least."""
+    """Number of replicas; the minimum if `max_replicas` is set."""
     max_replicas: PositiveInt | None = None
     target_ongoing_requests: PositiveFloat = 16.0
-    """Requests per replica, running and waiting, around which their number follows the load."""
+    """Running and waiting requests per replica that autoscaling aims at."""
     cpus_per_replica: PositiveFloat | None = None
     gpus_per_replica: float | None = Field(default=None, ge=0)
 
@@ -59,18 +58,18 @@ class Replicas(BaseModel):
 def build(settings: Replicas | Mapping[str, Any]) -> Any:
     """Return the application for `serve.run`, `serve run` or the `import_path` of a Serve config.
 
-    The program is connected to the cluster. Folders in the options, and this package, are on every
-    node.
+    The program must be connected to the cluster. Folders in the options, and this package, must be
+    on every node.
 
     Raises:
         ConfigurationError: the nodes cannot hold so many replicas.
-        pydantic.ValidationError: no such setting, or not a value for it.
+        pydantic.ValidationError: a setting is unknown or has a wrong value.
         MissingExtraError: Ray is not installed.
     """
     settings = Replicas.model_validate(settings)
     if settings.max_replicas is not None and settings.max_replicas < settings.replicas:
         raise ConfigurationError(
-            f"max_replicas is {settings.max_replicas}, fewer than replicas: {settings.replicas}"
+            f"max_replicas={settings.max_replicas}: must be at least replicas={settings.replicas}"
         )
     _, share = find_share(
         settings.options,
@@ -95,7 +94,7 @@ def _describe(settings: Replicas, share: Share) -> dict[str, Any]:
         }
     return numbers | {
         "ray_actor_options": {"num_cpus": share.cpus, "num_gpus": share.gpus},
-        # Requests share the engine's steps, and the app itself refuses what is too much.
+        # The engine batches across requests, and the app itself refuses too many.
         "max_ongoing_requests": settings.limits.max_connections,
         "graceful_shutdown_timeout_s": DRAIN_SECONDS,
         "graceful_shutdown_wait_loop_s": 0.5,
@@ -104,7 +103,7 @@ def _describe(settings: Replicas, share: Share) -> dict[str, Any]:
 
 
 def _create_app(settings: Replicas) -> Any:
-    """Return the app of one replica, where it runs."""
+    """Return the app of a replica; called in its process."""
     from shared_engine.server import create_app
 
     failures: list[Exception] = []
@@ -121,13 +120,13 @@ def _create_app(settings: Replicas) -> Any:
 
 
 class _Replica:
-    """What Ray Serve asks of a replica besides requests."""
+    """The methods of a replica that Ray Serve calls."""
 
     app: Any
     _has_been_ready = False
 
     async def check_health(self) -> None:
-        """Wait for the model at first, so that no request comes before it; later, ask once."""
+        """Wait until the model is loaded at the first call, so that no request arrives earlier."""
         while not await _is_ready(self.app):
             if self._has_been_ready or self.app.state.failures:
                 raise EngineError(f"no request can be answered: {self.app.state.failures}")
@@ -136,7 +135,7 @@ class _Replica:
 
 
 async def _is_ready(app: Any) -> bool:
-    """Ask an ASGI app what a probe asks."""
+    """Send a readiness probe to an ASGI app."""
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
@@ -159,10 +158,10 @@ async def _is_ready(app: Any) -> bool:
 def serve_replicas(
     settings: Replicas, *, address: str | None = None, host: str = "127.0.0.1", port: int = 8000
 ) -> None:
-    """Serve on a cluster until a signal comes, then finish what was accepted.
+    """Serve on a cluster until a signal arrives, then finish the accepted requests.
 
     Raises:
-        ConfigurationError: there is no cluster at the address, or it cannot hold the replicas.
+        ConfigurationError: no cluster at the address, or it cannot hold the replicas.
         EngineError: the model cannot be served; the message has the reason.
         MissingExtraError: Ray is not installed.
     """

@@ -1,11 +1,11 @@
-"""Bulk work on a Ray cluster of this machine, beside the same work without one.
+"""Bulk jobs on a Ray cluster of this machine, compared with the same jobs without one.
 
     python tests/benchmarks/cluster.py                  # the stand-in of the demos; 3 rounds
     python tests/benchmarks/cluster.py --checkpoint DIR --rounds 5
 
-First one actor with all cores beside a run in this process, on the same weights and rows, in turn;
-then two actors beside one, at a server that takes 50 ms a request and of which each asks two things
-at once. Start-up does not count: rows are counted from the end of the first quarter of the
+First one actor with all cores against a run in this process, on the same weights and rows, in turn;
+then two actors against one, at a server that takes 50 ms per request, with two requests in flight
+per actor. Start-up does not count: rows are counted from the end of the first quarter of the
 fragments to the end of the last one.
 """
 
@@ -27,13 +27,14 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # of the actors
 
 from shared_engine import Options  # noqa: E402
-from shared_engine.bulk import Job, run_local, run_ray  # noqa: E402
+from shared_engine.bulk import Job, run_local  # noqa: E402
+from shared_engine.distributed import run_ray  # noqa: E402
 from shared_engine.distributed.nodes import connect  # noqa: E402
 from tests.benchmarks.measuring import words  # noqa: E402
 from tests.benchmarks.remote import MODEL, serve  # noqa: E402
 
 WORDS = 40
-"""Of a row."""
+"""Words of a row."""
 FRAGMENTS = 24
 LATENCY, AT_ONCE = 0.05, 2
 
@@ -67,7 +68,7 @@ def race(
     rows: int,
     rounds: int,
 ) -> None:
-    """Do the same job in each way, in turn; print rows per second, and the ratio to the first."""
+    """Run the same job in each way, in turn; print rows per second and the ratio to the first."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name in list(ways) if number % 2 == 0 else reversed(ways):

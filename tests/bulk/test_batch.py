@@ -98,7 +98,7 @@ def test_an_empty_batch_keeps_its_schema(options):
 
 def test_what_is_no_batch_is_refused(options):
     embed = EmbedBatch("passage", options=options)
-    with pytest.raises(ConfigurationError, match="no column passage; there are text"):
+    with pytest.raises(ConfigurationError, match="no column 'passage'; it has text"):
         embed(pa.table({"text": TEXTS}))
     with pytest.raises(InputTypeError, match='batch_format="pyarrow"'):
         embed(TEXTS)

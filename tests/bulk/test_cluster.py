@@ -129,7 +129,7 @@ def test_a_cluster_writes_what_one_machine_does(
     if killed != "nothing":
         wait_for(lambda: vectors.is_dir() and len(list(vectors.glob("*.parquet"))) >= 2, process)
     if killed == "actor":
-        actors = find_processes(b"ray::MapWorker")
+        actors = find_processes(b"ray::Worker")
         assert actors
         for actor in actors:
             os.kill(actor, signal.SIGKILL)

@@ -13,7 +13,7 @@ import pytest
 from shared_engine import Embedder, Options
 from shared_engine.bulk.job import Job
 from shared_engine.bulk.plan import plan
-from shared_engine.bulk.run import find_work, run_local
+from shared_engine.bulk.run import Summary, find_work, run_local
 from shared_engine.cli.main import main
 from tests.bulk.conftest import passages
 from tests.support.nim import Nim
@@ -59,7 +59,7 @@ def test_other_options_make_no_sense_in_the_same_folder(command, capsys):
     assert main([*command, "--dimensions", "16"]) == 2
     assert "was begun with dimensions None" in capsys.readouterr().err
     assert main(["embed", "/no/such", "--out", "/tmp/none"]) == 2
-    assert "/no/such is not there" in capsys.readouterr().err
+    assert "/no/such does not exist" in capsys.readouterr().err
 
 
 def test_a_plan_writes_nothing_and_tells_every_choice(command, tmp_path, monkeypatch, capsys):
@@ -72,6 +72,34 @@ def test_a_plan_writes_nothing_and_tells_every_choice(command, tmp_path, monkeyp
     assert "2,000 of 2,000 rows to embed, about" in said
     assert "rows/s" in said
     assert "int8 (GB)" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_share_of_a_worker_is_given_to_the_cluster(command, monkeypatch):
+    given = []
+
+    def run_ray(job, address, **share):
+        given.append((address, share))
+        return Summary(0, 0, 0, 0, 0.0)
+
+    monkeypatch.setattr("shared_engine.distributed.bulk.run_ray", run_ray)
+    share = ["--workers", "3", "--cpus-per-worker", "2", "--gpus-per-worker", "0.5"]
+    assert main([*command, "--ray", "auto", *share]) == 0
+    assert given == [(None, {"workers": 3, "cpus_per_worker": 2.0, "gpus_per_worker": 0.5})]
+
+
+def test_a_plan_leaves_out_what_it_cannot_read_and_names_it(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shared_engine.cli.embed._PLAN_SECONDS", 0.2)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in.jsonl").rename(tmp_path / "in" / "good.jsonl")
+    (tmp_path / "in" / "bad.jsonl").write_text("no JSON\n")
+    with (tmp_path / "in" / "good.jsonl").open("ab") as file:
+        file.write(b'\n{"text": "caf\xe9"}\n{"text": ')
+    assert main(["embed", str(tmp_path / "in"), *command[2:], "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "42 of 42 rows to embed" in said
+    assert "without 1 files that cannot be read:" in said
+    assert "bad.jsonl cannot be read: expected JSON Lines" in said
     assert not (tmp_path / "out").exists()
 
 

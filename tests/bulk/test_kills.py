@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -66,7 +68,8 @@ def kill_at(process: subprocess.Popen, is_time) -> None:
 
 
 def check(out: Path, expected: np.ndarray) -> None:
-    table = pq.read_table(out / "vectors").sort_by("id")
+    table = pq.read_table(out / "vectors")
+    table = table.set_column(0, "id", table["id"].cast(pa.int64())).sort_by("id")
     assert table["id"].to_pylist() == list(range(ROWS))
     found = np.stack(table["vector"].to_numpy(zero_copy_only=False))
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -95,11 +98,12 @@ def test_at_a_nim_at_most_a_fragment_and_what_is_ahead_is_done_twice_per_kill(tm
 
 
 def test_here_every_vector_is_what_embed_gives(tmp_path, checkpoint):
+    """Of a table that is converted first: its ids are texts."""
     table = passages(ROWS)
-    pq.write_table(table, tmp_path / "in.parquet")
+    pyarrow.csv.write_csv(table, tmp_path / "in.csv")
     out = tmp_path / "out"
     command = (
-        "-m", "shared_engine.cli", "embed", str(tmp_path / "in.parquet"), "--out", str(out),
+        "-m", "shared_engine.cli", "embed", str(tmp_path / "in.csv"), "--out", str(out),
         "--id-column", "key", "--rows-per-file", "500", "--model", str(checkpoint),
         "--dtype", "float32",
     )  # fmt: skip

@@ -97,7 +97,7 @@ def test_a_pdf_that_cannot_be_opened_and_a_page_without_text_are_bad_rows(run, t
     assert (summary.rows, summary.failed) == (1, 2)
     assert table["id"].to_pylist() == ["good.pdf#page=2"]
     assert [e["id"] for e in errors] == ["broken.pdf#page=1", "good.pdf#page=1"]
-    assert "has a page that cannot be used" in errors[0]["reason"]
+    assert "has a page that cannot be read" in errors[0]["reason"]
 
 
 @pytest.mark.parametrize("way", ["bytes", "path", "url", "struct"])

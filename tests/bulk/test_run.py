@@ -255,7 +255,7 @@ def test_a_source_that_changed_is_noticed(make_job):
     ):
         run(make_job(passages(101)))
     os.unlink(job.inputs[0])
-    with pytest.raises(ConfigurationError, match="is not there"):
+    with pytest.raises(ConfigurationError, match="does not exist"):
         run(job)
 
 
@@ -266,7 +266,7 @@ def test_a_source_that_is_no_more_is_noticed(tmp_path, make_job):
     job = make_job(tmp_path / "in", id_column=None)
     run(job)
     (tmp_path / "in" / "a.parquet").unlink()
-    with pytest.raises(ConfigurationError, match="input that is no more"):
+    with pytest.raises(ConfigurationError, match="inputs that were removed"):
         run(job)
 
 
@@ -301,6 +301,7 @@ def test_bad_rows_are_named_and_the_rest_goes_on(make_job):
     assert {row["reason"] for row in errors} == {"has no text"}
     again = run(job)
     assert (again.rows, again.failed, again.skipped) == (0, 4, 96)
+    assert again.is_complete  # they were reported once
     assert read_errors(job) == errors
 
 
@@ -390,7 +391,7 @@ def test_equal_hashes_of_other_ids_are_no_matter(make_job, monkeypatch):
 def test_many_files_of_hashes_find_the_same(make_job, monkeypatch):
     monkeypatch.setattr("shared_engine.bulk.ids._AT_ONCE", 8)
     keys = [*range(99), 50]
-    with pytest.raises(ConfigurationError, match="id 50 is there twice"):
+    with pytest.raises(ConfigurationError, match="id 50 occurs twice"):
         run(make_job(passages(100).set_column(0, "key", pa.array(keys))))
     assert run(make_job(passages(100))).rows == 100
 
@@ -399,27 +400,48 @@ def test_many_files_of_hashes_find_the_same(make_job, monkeypatch):
 
 
 def test_a_fragment_that_cannot_be_read_leaves_the_others(tmp_path, make_job):
-    lines = [json.dumps(row) for row in passages(100).to_pylist()]
-    lines[45] = '{"key": 45, "text": '
-    (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    job = make_job(tmp_path / "in.jsonl", id_column=None)
+    path = tmp_path / "in.parquet"
+    pq.write_table(passages(100), path, row_group_size=10, compression="none")
+    with pq.ParquetFile(path) as file:
+        start = file.metadata.row_group(4).column(1).data_page_offset
+    with path.open("r+b") as raw:
+        raw.seek(start)
+        raw.write(b"\xff" * 20)
+    job = make_job(path, columns=())
     summary = run(job)
-    assert (summary.rows, len(summary.unread), summary.is_complete) == (70, 1, False)
-    fragment, error = summary.unread[0]
-    assert fragment.first == 30
-    assert "in.jsonl, rows 30 to 59, cannot be read" in str(error)
+    assert (summary.rows, summary.is_complete) == (70, False)
+    (lost,) = summary.unread
+    assert (lost.title, lost.first, lost.rows) == ("in.parquet", 30, 30)
+    assert "in.parquet, rows 30 to 59, cannot be read" in str(lost.error)
+    (error,) = read_errors(job)
+    assert (error["source"], error["index"], error["id"]) == ("in.parquet", 30, None)
     assert run(job).skipped == 70  # and it is tried again
 
 
-def test_a_quote_that_is_never_closed_is_named_and_not_read_to_the_end(
-    tmp_path, make_job, monkeypatch
-):
-    monkeypatch.setattr("shared_engine.bulk.tables._LONGEST", 10_000)
-    lines = ["key,text", *(f"{n},some words" for n in range(1000)), '1000,"no end']
-    lines += [f"{n},more words" for n in range(1001, 100_000)]
-    (tmp_path / "in.csv").write_text("\n".join(lines))
-    with pytest.raises(InputError, match=r"in\.csv cannot be read: row 1000 has a quote that"):
-        run(make_job(tmp_path / "in.csv", columns=()))
+def test_files_that_cannot_be_read_or_lack_the_column_leave_the_others(tmp_path, make_job):
+    (tmp_path / "in").mkdir()
+    for name in ("a.parquet", "z.csv"):
+        write(passages(20), tmp_path / "in" / name)
+    write(passages(20).drop_columns("text"), tmp_path / "in" / "b.parquet")
+    write(passages(20).drop_columns("text"), tmp_path / "in" / "c.csv")
+    write(passages(20).drop_columns("lang"), tmp_path / "in" / "d.jsonl")
+    (tmp_path / "in" / "e.arrow").write_bytes(b"nothing of that kind")
+    job = make_job(tmp_path / "in", id_column=None)
+    summary = run(job)
+    assert (summary.rows, summary.failed, summary.is_complete) == (40, 0, False)
+    errors = {row["source"]: row["reason"] for row in read_errors(job)}
+    assert list(errors) == ["b.parquet", "c.csv", "d.jsonl", "e.arrow"]
+    assert "has no column 'text'; it has key, lang" in errors["b.parquet"]
+    assert "has no column 'lang'; it has key, text" in errors["d.jsonl"]
+    assert "cannot be read" in errors["e.arrow"]
+    write(passages(20), tmp_path / "in" / "b.parquet")
+    again = run(job)
+    assert (again.rows, again.skipped, len(again.unread)) == (20, 40, 3)
+    for name in ("c.csv", "d.jsonl", "e.arrow"):
+        write(passages(20), tmp_path / "in" / name)
+    assert run(job).is_complete
+    assert not Path(job.out, "errors.parquet").exists()
+    assert not list(Path(job.out).glob("**/.*"))
 
 
 def test_a_folder_that_knows_no_links_will_do(make_job, monkeypatch):
@@ -457,11 +479,22 @@ def test_a_folder_that_cannot_be_synced_will_do(function, number, is_fine, make_
             run(job)
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".feather"])
-def test_a_table_that_cannot_be_read_at_all_is_named(suffix, tmp_path, make_job):
-    (tmp_path / f"in{suffix}").write_bytes(b"nothing of that kind")
+@pytest.mark.parametrize("suffix", [".parquet", ".feather", ".csv", ".jsonl"])
+def test_a_file_that_cannot_be_read_at_all_is_named_and_tried_again(suffix, tmp_path, make_job):
+    path = tmp_path / f"in{suffix}"
+    path.write_bytes(
+        "key,text\n1,a\n".encode("utf-16") if suffix == ".csv" else b"not of that kind"
+    )
+    job = make_job(path)
+    summary = run(job)
+    assert (summary.rows, summary.failed, summary.is_complete) == (0, 0, False)
+    (error,) = read_errors(job)
+    assert error["source"] == path.name
+    assert f"in{suffix} cannot be read" in error["reason"]
     with pytest.raises(InputError, match=rf"in{suffix} cannot be read"):
-        run(make_job(tmp_path / f"in{suffix}"))
+        run(make_job(path, strict=True))
+    write(passages(10), path)
+    assert run(job).rows == 10
 
 
 @pytest.mark.parametrize(
@@ -485,7 +518,7 @@ def test_kinds_are_not_mixed(tmp_path, make_job):
     with pytest.raises(ConfigurationError, match=r"several kinds: .*a\.csv, .*b\.png"):
         run(make_job(tmp_path / "in"))
     (tmp_path / "c.docx").write_bytes(b"")
-    with pytest.raises(ConfigurationError, match="no kind that can be read"):
+    with pytest.raises(ConfigurationError, match="cannot be read; expected"):
         run(make_job(tmp_path / "c.docx"))
 
 
@@ -529,11 +562,11 @@ def test_the_next_fragment_begins_before_the_last_is_done(make_job, monkeypatch)
     """Else the engine would wait for work at every border."""
     begun, ended, overlaps = set(), set(), 0
 
-    def watched(job, embedder, fragment, on_rows, on_read):
+    def watched(job, embedder, fragment, *more):
         nonlocal overlaps
         begun.add(fragment.name)
         overlaps += len(begun) - len(ended) > 1
-        done = embed_fragment(job, embedder, fragment, on_rows, on_read)
+        done = embed_fragment(job, embedder, fragment, *more)
         ended.add(fragment.name)
         return done
 
@@ -542,7 +575,7 @@ def test_the_next_fragment_begins_before_the_last_is_done(make_job, monkeypatch)
     assert overlaps > 0
 
 
-def test_open_folder_comes_first(make_job):
+def test_a_folder_without_a_job_is_an_error_that_says_what_to_call(make_job):
     job = make_job()
-    with pytest.raises(ConfigurationError, match="open_folder comes first"):
+    with pytest.raises(ConfigurationError, match=r"call run\.begin first"):
         manifest.read_schema(job)

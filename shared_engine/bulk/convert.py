@@ -1,0 +1,296 @@
+"""Tables of other formats, streamed into Parquet once: CSV, TSV, JSON Lines and Arrow files.
+
+Values of text formats stay texts: nothing guesses their types. Arrow's own readers of CSV and JSON
+stop at the first bad byte and change numbers, so Python's read these: a record that cannot be read
+becomes a row with the reason in the column REASON, and the rows after it keep their numbers.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared_engine.bulk.files import write_atomically, writing
+from shared_engine.bulk.tables import reading, require_columns, simplify
+
+REASON = "nemoretriever:reason"
+"""Column of a converted text table: why a record cannot be read; null in all other rows."""
+_LONGEST = 1 << 24
+"""Characters of a CSV field or of a line of JSON. After an opening quote that is never closed, so
+much is read before the record is given up."""
+_GROUP_BYTES = 1 << 25
+"""Bytes of values in a row group, about: a group is in memory while it is written."""
+_HEAD = 1_000
+"""Lines of JSON among which there must be an object, or the file is no JSON Lines."""
+
+_Record = list[str | None] | str
+"""The values of the wanted columns, or why the record cannot be read."""
+
+
+def convert(  # noqa: PLR0917
+    path: str, title: str, target: str, columns: Sequence[str], rows: int, fingerprint: str
+) -> None:
+    """Write some columns of a table to a Parquet file, unless it holds them already.
+
+    Args:
+        path: the table.
+        title: its name in messages.
+        target: the Parquet file, written as a whole or not at all.
+        columns: names of the columns; a table without one of them is refused.
+        rows: the most rows in a row group.
+        fingerprint: changes when the table does; a target with the same one is kept.
+
+    Raises:
+        InputError: the table cannot be read.
+        ConfigurationError: a column is missing, or there twice.
+        OutputError: the target cannot be written.
+    """
+    facts = {"fingerprint": fingerprint, "columns": json.dumps(list(columns))}
+    if _read_facts(target) >= facts.items():
+        return
+    with reading(title), writing(target):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        groups = CONVERTED[os.path.splitext(path)[1].lower()](path, columns, max(rows, 1024))
+        schema = next(groups)
+        with (
+            write_atomically(target) as temporary,
+            pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+        ):
+            for group in groups:
+                writer.write_table(group)
+            writer.add_key_value_metadata(facts)
+
+
+def _read_facts(path: str) -> Any:
+    try:
+        found = pq.read_metadata(path).metadata or {}
+    except (pa.ArrowException, OSError):
+        return {}.items()
+    return {key.decode(): found[key].decode() for key in found if b":" not in key}.items()
+
+
+# Text
+
+
+def _write_groups(records: Iterator[_Record], columns: Sequence[str], rows: int) -> Iterator[Any]:
+    """Yield the schema, then the row groups of records."""
+    schema = pa.schema([(name, pa.string()) for name in (*columns, REASON)])
+    yield schema
+    count = size = 0
+    values: list[list[str | None]] = [[] for _ in schema]
+    for record in records:
+        row = _check(record, columns)
+        for column, value in zip(values, row, strict=True):
+            column.append(value)
+            size += len(value or "")
+        count += 1
+        if count == rows or size >= _GROUP_BYTES:
+            yield pa.table(values, schema=schema)
+            count = size = 0
+            values = [[] for _ in schema]
+    if count:
+        yield pa.table(values, schema=schema)
+
+
+def _check(record: _Record, columns: Sequence[str]) -> list[str | None]:
+    """Return a row: values and no reason, or no values and the reason."""
+    if not isinstance(record, str):
+        for name, value in zip(columns, record, strict=True):
+            if value is not None and not value.isascii():
+                try:
+                    value.encode()
+                except UnicodeEncodeError as exc:
+                    record = f"holds bytes that are not UTF-8 in column {name!r}, at {exc.start}"
+                    break
+        else:
+            return [*record, None]
+    return [*(None for _ in columns), record]
+
+
+def _open_text(path: str, newline: str) -> TextIO:
+    """Open a UTF-8 file; bytes that are not UTF-8 become lone surrogates."""
+    with open(path, "rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError("it is UTF-16; convert it first, as by iconv -f UTF-16 -t UTF-8")
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+class _Lines(Iterator[str]):
+    """The lines of a file, of which the last ones can be read again."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._again: deque[str] = deque()
+        self.taken: list[str] = []
+        """Lines that were read since this list was emptied."""
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._file)
+        self.taken.append(line)
+        return line
+
+    def keep_one(self) -> None:
+        """Put all lines taken but the first back."""
+        self._again.extendleft(reversed(self.taken[1:]))
+
+
+def _read_csv(path: str, columns: Sequence[str], delimiter: str) -> Iterator[_Record]:
+    """Yield records, without blank lines; empty fields are None.
+
+    A record with a quote that is not closed, or closed in the middle of a field, ends with its
+    first line, so that it costs no other.
+    """
+    limit = csv.field_size_limit(_LONGEST)
+    try:
+        with _open_text(path, newline="") as file:
+            lines = _Lines(file)
+            records = csv.reader(lines, delimiter=delimiter, strict=True)
+            names = next(filter(None, records), [])
+            if not names:
+                return  # an empty file, as Spark writes them
+            require_columns(columns, names, path)
+            where = [names.index(name) for name in columns]
+            while True:
+                lines.taken.clear()
+                try:
+                    record = next(records)
+                except StopIteration:
+                    return
+                except csv.Error as exc:
+                    lines.keep_one()
+                    yield f"is not valid CSV: {exc}"
+                    continue
+                if len(record) == len(names):
+                    yield [record[number] or None for number in where]
+                elif record:
+                    yield f"has {len(record)} fields; expected {len(names)}"
+    except csv.Error as exc:
+        raise ValueError(str(exc)) from exc
+    finally:
+        csv.field_size_limit(limit)
+
+
+class _Number(str):
+    """The digits of a JSON number."""
+
+    __slots__ = ()
+
+
+_decode = json.JSONDecoder(parse_float=_Number, parse_int=_Number, parse_constant=_Number).decode
+
+
+def _to_text(value: Any) -> str | None:
+    """Return a JSON value as text: strings and digits as they are, the others as JSON.
+
+    >>> [_to_text(value) for value in _decode('["1.10", 1.10, "", null, true, {"a": [1.10]}]')]
+    ['1.10', '1.10', '', None, 'true', '{"a":[1.10]}']
+    """
+    if value is None or isinstance(value, str):
+        return None if value is None else str(value)
+    passed = orjson.OPT_PASSTHROUGH_SUBCLASS  # numbers go to `default`
+    return orjson.dumps(value, default=_write_digits, option=passed).decode()
+
+
+def _write_digits(number: _Number) -> orjson.Fragment:
+    return orjson.Fragment(str(number))
+
+
+def _read_json(path: str, columns: Sequence[str]) -> Iterator[_Record]:
+    """Yield the wanted members of each object; an object without one of them has None.
+
+    Raises:
+        ValueError: the file is no JSON Lines.
+        ConfigurationError: no object has a wanted member.
+    """
+    names: dict[str, None] = {}
+    missing = set(columns)
+    good = bad = 0
+    with _open_text(path, newline="\n") as file:
+        while line := file.readline(_LONGEST):
+            if line.isspace():
+                continue
+            record: _Record
+            try:
+                found = _decode(_require_whole(line, file))
+                if not isinstance(found, dict):
+                    raise ValueError(f"it is a {type(found).__name__}")
+                record = [_to_text(found.get(name)) for name in columns]
+            except (ValueError, TypeError, RecursionError) as exc:
+                record = f"is not a JSON object: {exc}"
+                bad += 1
+                if not good and (bad == _HEAD or line.strip() == "["):
+                    break
+            else:
+                good += 1
+                missing.difference_update(found)
+                if good < _HEAD:
+                    names |= dict.fromkeys(found)
+            yield record
+    if bad and not good:
+        raise ValueError(
+            "expected JSON Lines: an object in each line, and none over several "
+            "(jq -c . makes them of objects, jq -c '.[]' of an array)"
+        )
+    if good and missing:
+        require_columns(sorted(missing), list(names), path)
+
+
+def _require_whole(line: str, file: TextIO) -> str:
+    """Return a line; refuse one that is longer than what was read of it, and skip its rest."""
+    if len(line) < _LONGEST or line[-1] == "\n":
+        return line
+    while (rest := file.readline(_LONGEST)) and rest[-1] != "\n":
+        pass
+    raise ValueError(f"it has more than {_LONGEST:,} characters")
+
+
+# Arrow
+
+
+def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
+    """Yield the schema, then the row groups of an Arrow file or stream.
+
+    One of its batches is in memory, of the wanted columns only.
+    """
+    with pa.memory_map(path) as source:
+        try:
+            found, is_file = pa.ipc.open_file(source).schema, True
+        except pa.ArrowInvalid:
+            source.seek(0)
+            found, is_file = pa.ipc.open_stream(source).schema, False
+            source.seek(0)
+        require_columns(columns, found.names, path)
+        schema = pa.schema([(name, simplify(found.field(name).type)) for name in columns])
+        yield schema
+        options = pa.ipc.IpcReadOptions(included_fields=list(map(found.get_field_index, columns)))
+        if is_file:
+            file = pa.ipc.open_file(source, options=options)
+            batches = map(file.get_batch, range(file.num_record_batches))
+        else:
+            batches = iter(pa.ipc.open_stream(source, options=options))
+        for batch in batches:
+            table = pa.Table.from_batches([batch]).select(list(columns))
+            for first in range(0, table.num_rows, rows):
+                yield table.slice(first, rows).cast(schema)
+
+
+TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+"""Of formats whose converted tables have the column REASON."""
+CONVERTED: dict[str, Callable[[str, Sequence[str], int], Iterator[Any]]] = {
+    ".csv": lambda path, names, rows: _write_groups(_read_csv(path, names, ","), names, rows),
+    ".tsv": lambda path, names, rows: _write_groups(_read_csv(path, names, "\t"), names, rows),
+    **dict.fromkeys(
+        TEXT_SUFFIXES[2:],
+        lambda path, names, rows: _write_groups(_read_json(path, names), names, rows),
+    ),
+    **dict.fromkeys((".arrow", ".feather"), _read_arrow),
+}
+"""Formats to convert, by suffix."""

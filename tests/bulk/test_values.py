@@ -1,0 +1,327 @@
+"""Values of tables come out as they went in, whatever the format, its types and its row groups."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shared_engine.bulk.batch import EmbedBatch
+from shared_engine.bulk.job import Job
+from shared_engine.bulk.run import begin
+from shared_engine.bulk.tables import Cursor
+from shared_engine.cli.main import main
+from shared_engine.errors import ConfigurationError
+from tests.bulk.conftest import passages, run
+from tests.conftest import ROOT
+
+Make = Callable[..., Job]
+
+_LONG = 2**63
+VALUES: dict[str, tuple[pa.DataType, st.SearchStrategy[Any]]] = {
+    "text": (pa.string(), st.text()),
+    "large text": (pa.large_string(), st.text()),
+    "view": (pa.string_view(), st.text()),
+    "category": (pa.dictionary(pa.int8(), pa.string()), st.sampled_from(["a", "b", ""])),
+    "integer": (pa.int64(), st.integers(-_LONG, _LONG - 1)),
+    "unsigned": (pa.uint64(), st.integers(0, 2 * _LONG - 1)),
+    "small": (pa.int8(), st.integers(-128, 127)),
+    "float": (pa.float64(), st.floats(allow_nan=False)),
+    "bool": (pa.bool_(), st.booleans()),
+    "bytes": (pa.binary(), st.binary()),
+    "bytes view": (pa.binary_view(), st.binary()),
+    "decimal": (pa.decimal128(12, 2), st.decimals(-9999, 9999, places=2)),
+    "date": (pa.date32(), st.dates(date(1900, 1, 1), date(2100, 1, 1))),
+    "time": (pa.timestamp("us", "UTC"), st.datetimes(datetime(1900, 1, 1), datetime(2100, 1, 1))),
+    "texts": (pa.list_(pa.string_view()), st.lists(st.text(), max_size=3)),
+    "pair": (pa.list_(pa.float32(), 2), st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=2)),  # noqa: E501
+    "struct": (pa.struct([("a", pa.string()), ("b", pa.int32())]), st.fixed_dictionaries({"a": st.text(), "b": st.integers(-9, 9)})),  # noqa: E501
+    "nothing": (pa.null(), st.none()),
+}  # fmt: skip
+
+
+def write(table: pa.Table, path: Path, group: int = 7) -> None:
+    if path.suffix == ".parquet":
+        plain = table.cast(pa.schema([f.with_type(_storable(f.type)) for f in table.schema]))
+        pq.write_table(plain, path, row_group_size=group)
+        return
+    make = pa.ipc.new_stream if path.suffix == ".arrow" else pa.ipc.new_file
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with path.open("wb") as file, make(file, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=group)
+
+
+def _storable(kind: pa.DataType) -> pa.DataType:
+    """Return a type without views, which Parquet does not store."""
+    if kind == pa.list_(pa.string_view()):
+        return pa.list_(pa.string())
+    return {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}.get(kind, kind)
+
+
+@st.composite
+def _columns(draw: Any) -> pa.Table:
+    count = draw(st.integers(1, 12))
+    names = draw(st.lists(st.sampled_from(sorted(VALUES)), min_size=1, max_size=4, unique=True))
+    columns = {}
+    for name in names:
+        kind, values = VALUES[name]
+        some = draw(st.lists(st.none() | values, min_size=count, max_size=count))
+        if name == "time":
+            some = [value and value.replace(tzinfo=UTC) for value in some]
+        columns[name] = pa.array(some, kind)
+    return pa.table(columns).append_column("body", pa.array([f"text {n}" for n in range(count)]))
+
+
+@given(table=_columns(), suffix=st.sampled_from([".parquet", ".arrow", ".feather"]))
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_kept_columns_stay_as_they_are(
+    table: pa.Table, suffix: str, make_job: Make, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("kept")
+    write(table, folder / f"in{suffix}")
+    names = tuple(name for name in table.column_names if name != "body")
+    job = make_job(
+        folder / f"in{suffix}", id_column=None, text_column="body", columns=names, rows_per_file=5
+    )
+    job = Job(**{**vars(job), "out": str(folder / "out")})
+    assert run(job).is_complete
+    found = pq.read_table(folder / "out" / "vectors")
+    order = sorted(
+        range(found.num_rows), key=lambda row: int(found["id"][row].as_py().split(":")[1])
+    )
+    assert found.take(order).select(names).to_pylist() == table.select(names).to_pylist()
+
+
+ODD = [{"zip": "00501", "price": "1.10", "when": "2024-01-01"},
+       {"zip": "", "price": " NA ", "when": '"x", y\n'}]  # fmt: skip
+
+
+def write_odd(folder: Path) -> Path:
+    folder.mkdir()
+    rows = [{"text": f"text {n}", **row} for n, row in enumerate(ODD)]
+    table = pa.Table.from_pylist(rows)
+    pyarrow.csv.write_csv(table, folder / "a.csv")
+    (folder / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write(table, folder / "c.parquet")
+    write(table, folder / "d.arrow")
+    return folder
+
+
+def check_odd(out: Path) -> None:
+    table = pq.read_table(out / "vectors").drop_columns("vector").sort_by("id")
+    assert table["id"].to_pylist() == [
+        f"{name}:{n}" for name in ("a.csv", "b.jsonl", "c.parquet", "d.arrow") for n in range(2)
+    ]
+    of_csv = [{name: value or None for name, value in row.items()} for row in ODD]
+    assert table.drop_columns("id").to_pylist() == [*of_csv, *ODD, *ODD, *ODD]
+
+
+def test_texts_stay_texts_by_run_local(tmp_path: Path, make_job: Make) -> None:
+    source = write_odd(tmp_path / "in")
+    assert run(make_job(source, id_column=None, columns=("zip", "price", "when"))).is_complete
+    check_odd(tmp_path / "out")
+
+
+@pytest.mark.parametrize("ray", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_texts_stay_texts_by_the_command(ray: bool, tmp_path: Path, checkpoint: Path) -> None:
+    source = write_odd(tmp_path / "in")
+    more = ["--columns", "zip,price,when", "--model", str(checkpoint), "--device", "cpu"]
+    command = ["embed", str(source), "--out", str(tmp_path / "out"), *more]
+    if ray:
+        command = [sys.executable, "-m", "shared_engine.cli", *command, "--ray", "local"]
+        subprocess.run(command, cwd=ROOT, check=True)
+    else:
+        assert main(command) == 0
+    check_odd(tmp_path / "out")
+
+
+# Ids
+
+UUIDS = [uuid.UUID(int=n) for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "expected"),
+    [
+        (pa.uuid(), [each.bytes for each in UUIDS], list(map(str, UUIDS))),
+        (pa.decimal128(5, 2), [Decimal("1.10"), Decimal("1.20"), None], ["1.10", "1.20"]),
+        (pa.string_view(), ["007", "", None], ["007"]),
+        (pa.dictionary(pa.int8(), pa.string()), ["a", "b", "c"], ["a", "b", "c"]),
+        (pa.uint64(), [2**64 - 1, 0, 1], [0, 1, 2**64 - 1]),
+        (pa.int8(), [-3, None, None], [-3]),
+    ],
+)  # fmt: skip
+def test_ids_are_integers_or_texts_and_empty_ones_are_missing(
+    kind: pa.DataType, values: list[Any], expected: list[Any], tmp_path: Path, make_job: Make
+) -> None:
+    table = passages(3).set_column(0, "key", pa.array(values, kind))
+    write(table, tmp_path / "in.arrow")
+    job = make_job(tmp_path / "in.arrow")
+    assert run(job).failed == 3 - len(expected)
+    assert sorted(pq.read_table(Path(job.out, "vectors"))["id"].to_pylist()) == expected
+
+
+def test_empty_ids_of_a_csv_are_bad_rows_and_hide_no_double_one(
+    tmp_path: Path, make_job: Make
+) -> None:
+    (tmp_path / "in.csv").write_text("key,text\n,a\n,b\n1,c\n2,d\n")
+    job = make_job(tmp_path / "in.csv", columns=())
+    summary = run(job)
+    assert (summary.rows, summary.failed) == (2, 2)
+    (tmp_path / "in.csv").write_text("key,text\n,a\n1,b\n,c\n1,d\n")
+    with pytest.raises(ConfigurationError, match=r"id '1' .*row 1, and in\.csv, row 3"):
+        run(Job(**{**vars(job), "out": str(tmp_path / "other")}))
+
+
+def test_files_with_other_types_of_a_column_are_one_job(tmp_path: Path, make_job: Make) -> None:
+    (tmp_path / "in").mkdir()
+    for name, values in (("a", pa.array([1, 2], pa.int8())), ("b", pa.array([2**40, 3])),
+                         ("c", pa.array(["x", None]))):  # fmt: skip
+        table = pa.table({"text": ["a", "b"], "number": values, "key": values})
+        pq.write_table(table, tmp_path / "in" / f"{name}.parquet")
+    job = make_job(tmp_path / "in", columns=("number",))
+    assert run(job).failed == 1
+    found = pq.read_table(Path(job.out, "vectors")).sort_by("id")
+    assert found["number"].to_pylist() == found["id"].to_pylist()
+    assert found["id"].to_pylist() == ["1", str(2**40), "2", "3", "x"]
+
+
+# Bytes that are no text
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.string()])
+def test_bytes_that_are_not_utf_8_are_a_bad_row(
+    kind: pa.DataType, tmp_path: Path, make_job: Make
+) -> None:
+    texts = pa.array([b"good", b"caf\xe9", None, "日本".encode()], pa.binary())
+    column = pa.Array.from_buffers(kind, 4, texts.buffers())
+    table = passages(4).set_column(1, "text", column)
+    write(table, tmp_path / "in.parquet")
+    job = make_job(tmp_path / "in.parquet")
+    summary = run(job)
+    assert (summary.rows, summary.failed) == (2, 2)
+    errors = pq.read_table(Path(job.out, "errors.parquet")).to_pylist()
+    assert "not UTF-8" in errors[0]["reason"]
+    batch = EmbedBatch(options=job.options, error_column="error")(table)
+    assert [error is None for error in batch["error"].to_pylist()] == [True, False, False, True]
+
+
+def test_a_column_that_holds_no_texts_is_named_with_its_type(
+    tmp_path: Path, make_job: Make
+) -> None:
+    table = passages(3).set_column(1, "text", pa.array([["a"], ["b"], None]))
+    write(table, tmp_path / "in.parquet")
+    (lost,) = run(make_job(tmp_path / "in.parquet")).unread
+    assert "column 'text' holds list<" in str(lost.error)
+
+
+# Reading in order
+
+
+def test_a_row_group_is_read_once_in_pages(tmp_path: Path, make_job: Make) -> None:
+    dice = random.Random(1)
+    texts = ["".join(dice.choices("abcdefghij klmnop", k=2_000)) for _ in range(5_000)]
+    table = pa.table({"key": range(5_000), "text": texts})
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=5_000)
+    size = (tmp_path / "in.parquet").stat().st_size
+    before = _count_read()
+    cursor = Cursor(str(tmp_path / "in.parquet"), ["key", "text"])
+    for first in range(0, 5_000, 100):
+        tables = list(cursor.read(first, 100, 30))
+        assert pa.concat_tables(tables)["key"].to_pylist() == list(range(first, first + 100))
+    assert _count_read() - before < 1.1 * size
+    job = make_job(tmp_path / "in.parquet", columns=(), rows_per_file=100)
+    before = _count_read()
+    assert run(job).rows == 5_000
+    assert _count_read() - before < 1.3 * size + 1_000_000  # imports and our own files
+
+
+def _count_read() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@given(
+    jumps=st.lists(
+        st.tuples(st.integers(0, 99), st.integers(1, 40), st.integers(1, 20)), max_size=9
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_a_cursor_reads_any_run(jumps: list[tuple[int, int, int]], tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "cursor.parquet"
+    if not path.exists():
+        write(pa.table({"n": range(100), "text": map(str, range(100))}), path, group=17)
+    cursor = Cursor(str(path), ["n"])
+    for first, most, size in jumps:
+        rows = min(most, 100 - first)
+        tables = list(cursor.read(first, rows, size))
+        assert all(table.num_rows == size for table in tables[:-1])
+        assert pa.concat_tables(tables)["n"].to_pylist() == list(range(first, first + rows))
+
+
+def test_a_large_row_group_needs_no_more_memory_than_small_ones(tmp_path: Path) -> None:
+    script = """if True:
+        import re, sys
+        import pyarrow.parquet as pq
+        from pathlib import Path
+        from shared_engine.bulk.tables import Cursor
+        cursor = Cursor(sys.argv[1], ["text"])
+        for first in range(0, 60_000, 10_000):
+            for table in cursor.read(first, 10_000, 1024):
+                pass
+        print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+    """
+    dice = np.random.default_rng(1)
+    text = dice.integers(97, 123, (60_000, 1_000), np.uint8)
+    table = pa.table({"text": pa.array([row.tobytes().decode() for row in text])})
+    peaks = []
+    for group in (60_000, 2_000):
+        path = tmp_path / f"{group}.parquet"
+        pq.write_table(table, path, row_group_size=group, compression="none")
+        command = [sys.executable, "-c", script, str(path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[0] < peaks[1] + 20, peaks
+
+
+def test_empty_cells_of_images_are_missing(tmp_path: Path, make_job: Make) -> None:
+    table = pa.table({"text": ["a", "b", None], "image": [b"", None, b""], "key": [1, 2, 3]})
+    write(table, tmp_path / "in.parquet")
+    job = make_job(tmp_path / "in.parquet", image_column="image", text_column="text", columns=())
+    summary = run(job)
+    assert (summary.rows, summary.failed) == (2, 1)
+    (error,) = pq.read_table(Path(job.out, "errors.parquet")).to_pylist()
+    assert error["reason"] == "has no text and no image"
+
+
+def test_ids_and_plans_do_not_stop_at_a_file_that_cannot_be_read(
+    tmp_path: Path, make_job: Make
+) -> None:
+    (tmp_path / "in").mkdir()
+    write(passages(50), tmp_path / "in" / "a.parquet")
+    pq.write_table(passages(50), tmp_path / "in" / "b.parquet", compression="none")
+    with pq.ParquetFile(tmp_path / "in" / "b.parquet") as file:
+        start = file.metadata.row_group(0).column(0).data_page_offset
+    with (tmp_path / "in" / "b.parquet").open("r+b") as raw:
+        raw.seek(start)
+        raw.write(b"\xff" * 20)
+    job = make_job(tmp_path / "in")
+    assert len(begin(job).missing) == 4
+    summary = run(job)
+    assert (summary.rows, len(summary.unread)) == (50, 2)
