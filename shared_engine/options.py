@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from shared_engine.catalogue import DEFAULT_MODEL
-from shared_engine.endpoints import check_header, normalize_urls
+from shared_engine.endpoints import check_header, normalize_url
 from shared_engine.errors import ConfigurationError
 from shared_engine.vectors import EmbeddingType
 
@@ -145,9 +145,8 @@ class Options(BaseModel):
     base_url: str | None = _option(
         "routing",
         default=None,
-        description="Address of a NIM, its root or /v1: http://localhost:8000/v1. Several, with "
-        "commas or as a list, are replicas of one model: each request goes to the one with the "
-        "fewest in flight; one that fails rests and is tried again. All are part of `cache_key`.",
+        description="Address of a NIM, its root or /v1: http://localhost:8000/v1. Replicas stand "
+        "behind a load balancer with one address.",
     )
     api_key: SecretStr | None = _secret(
         "routing",
@@ -157,7 +156,7 @@ class Options(BaseModel):
     allow_insecure_key: bool = _option(
         "nim",
         default=False,
-        description="Allow the key over plain http to a public host, or through a proxy.",
+        description="Allow the key to travel unencrypted to a public host.",
     )
     default_headers: dict[str, str] = _secret(
         "nim", default_factory=dict, description="Headers of every request to the NIM."
@@ -166,21 +165,20 @@ class Options(BaseModel):
         "nim",
         default=120.0,
         gt=0,
-        description="Seconds for one request to the NIM; None is no limit.",
+        description="Seconds for one request to the NIM; None: no limit.",
     )
     deadline: float | None = _option(
         "nim",
         default=None,
         gt=0,
-        description="Seconds for one call in all, with its batches and retries.",
+        description="Seconds for a whole call, with its batches and retries; None: no limit.",
     )
     max_retries: int = _option(
         "nim",
         default=5,
         ge=0,
-        description="Times a request is sent again after 408, 429, 5xx or a broken connection; a "
-        "kept connection that the server had closed is no such time, nor is going on at once to "
-        "another address of `base_url`.",
+        description="Retries of a request after 408, 429, 5xx or a broken connection. Stale "
+        "keep-alive connections do not count.",
     )
     max_batch_size: int = _option(
         "nim", default=50, gt=0, description="The most inputs in one request to the NIM."
@@ -189,34 +187,37 @@ class Options(BaseModel):
         "nim",
         default=20,
         gt=0,
-        description="The most requests in flight at each address; with batches of 50 they stay "
-        "below 1,024 inputs, which a NIM queues. Falls while the NIM says that it is busy.",
+        description="The most requests in flight. A NIM queues 1,024 inputs, and 20 requests of "
+        "50 inputs stay below that. Falls while the NIM replies 429 or 503.",
     )
     max_image_characters: int | None = _option(
         "nim",
         default=None,
         ge=4096,
-        description="The most characters of an image in base64; a larger one is sent as small as "
-        "the model's tiles are, then as a JPEG. None is 180,000 for NVIDIA's catalogue, which "
-        "refuses more, and no limit for any other server.",
+        description="The most characters of an image in base64; larger images are reduced to the "
+        "size of the model's tiles, then compressed as JPEG. None: 180,000 for NVIDIA's catalogue, "
+        "which refuses more, and no limit for other servers.",
     )
     verify_ssl: bool | str = _option(
         "nim",
         default=True,
-        description="Check the NIM's certificate; or the CA file or folder to trust.",
+        description="Whether to verify the NIM's certificate, or a CA file or folder to trust.",
     )
     proxy: str | None = _secret(
-        "nim", default=None, description="Proxy for the NIM; None reads HTTPS_PROXY and its kind."
+        "nim",
+        default=None,
+        description="Proxy for the NIM. None: HTTPS_PROXY, ALL_PROXY and NO_PROXY apply to https "
+        "addresses; http addresses use no proxy.",
     )
     user: str | None = _option(
-        "nim", default=None, description="Sent along as the request's `user`."
+        "nim", default=None, description="Value of the request's field `user`."
     )
     http_client_factory: Callable[[], Any] | None = _secret(
         "nim",
         default=None,
-        description="Makes the httpx.AsyncClient to send with, for what the options above cannot "
-        "say. A function, because a client belongs to one event loop and one process: each engine "
-        "makes its own, in its own loop, and closes it.",
+        description="Function that returns the httpx.AsyncClient to send with, for settings that "
+        "the options above lack. A client belongs to one event loop and one process, so each "
+        "engine creates its own and closes it.",
     )
 
     if not TYPE_CHECKING:  # it would hide the options from type checkers
@@ -275,14 +276,8 @@ class Options(BaseModel):
 
     @field_validator("base_url", mode="before")
     @classmethod
-    def _join_urls(cls, value: Any) -> Any:
-        is_list = isinstance(value, (list, tuple)) and all(isinstance(url, str) for url in value)
-        return ",".join(value) if is_list else value
-
-    @field_validator("base_url")
-    @classmethod
-    def _normalize_urls(cls, value: str | None) -> str | None:
-        return value if value is None else normalize_urls(value)
+    def _normalize_url(cls, value: Any) -> Any:
+        return value if value is None else normalize_url(value)
 
     @field_validator("api_key")
     @classmethod
