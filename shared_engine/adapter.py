@@ -1,4 +1,4 @@
-"""What both adapters have in common: they are their options, and carry an embedder of them."""
+"""Base class of both adapters: the options plus an `Embedder` of them."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ class Adapter(Options):  # noqa: PLW1641 - unhashable, as every pydantic model
     _embedder: Embedder = PrivateAttr()
 
     def model_post_init(self, context: Any, /) -> None:
-        """Make the embedder, which loads nothing before it is used."""
+        """Create the embedder, which loads nothing before its first use."""
         super().model_post_init(context)
         self._embedder = Embedder(self.replace())
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Copy as pydantic does; a copy with other options has an embedder of its own."""
+        """Copy as pydantic does; a copy with other options gets another embedder."""
         copy = super().model_copy(update=update, deep=deep)
         if update and update.keys() & Options.model_fields.keys():
             copy._embedder = Embedder(copy.replace())
         return copy
 
     def __eq__(self, other: object) -> bool:
-        """Compare the options: whether one of them was used already makes no difference."""
+        """Compare the options; whether either object has been used does not matter."""
         return type(self) is type(other) and vars(self) == vars(other)
 
     @property
     def embedder(self) -> Embedder:
-        """The engine itself, for float32 arrays instead of lists: `embedder.embed(...)`."""
+        """The engine: `embedder.embed(...)` returns float32 arrays instead of lists."""
         return self._embedder
 
     @property
     def available_models(self) -> list[AvailableModel]:
-        """The models that can be asked for: the catalogue's, or what the NIM serves; asks it."""
+        """The models of the catalogue, or those that the NIM serves (sends a request)."""
         return self._embedder.list_models()
 
     @classmethod
     def get_available_models(cls, **options: Any) -> list[AvailableModel]:
-        """Return `available_models` of an object with these options."""
+        """Return the models available with these options; see `available_models`."""
         return cls(**options).available_models

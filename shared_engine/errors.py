@@ -1,31 +1,31 @@
-"""Every error the engine raises on purpose. Each is also the builtin kind a caller would guess.
+"""All errors that the package raises deliberately; each is also a builtin exception type.
 
 NeMoRetrieverError
 ├── ConfigurationError (ValueError)       options that cannot work, alone or together
-│   ├── CheckpointError                   model files missing, or not what the engine computes
+│   ├── CheckpointError                   model files missing or not supported
 │   └── UnsupportedDimensionsError        a vector size that the model does not offer
 ├── MissingExtraError (ImportError)       an optional dependency is not installed
-├── InputError (ValueError)               one input is at fault; `index` says which
+├── InputError (ValueError)               one input is invalid; `index` is its position
 │   ├── InputTypeError (TypeError)
 │   ├── InputTooLongError
 │   ├── UnsupportedModalityError
 │   ├── ImageError                        an image cannot be found, fetched or decoded
-│   │   └── ImageTooLargeError            it breaks a limit of bytes, sides or tokens
-│   ├── DeviceMemoryError (MemoryError)   this one input does not fit on the device, even alone
-│   └── NonFiniteVectorError              the model gave NaN or infinity for this input
-├── EngineError (RuntimeError)            the engine failed on inputs that are not at fault
+│   │   └── ImageTooLargeError            it exceeds a limit of bytes, pixels or tokens
+│   ├── DeviceMemoryError (MemoryError)   the input does not fit on the device, even alone
+│   └── NonFiniteVectorError              the vector holds NaN or infinity
+├── EngineError (RuntimeError)            the engine failed; the inputs are valid
 ├── RemoteError (RuntimeError)            a NIM refused or failed; `status`, `detail`, `request_id`
 │   ├── AuthenticationError               401: the key is missing or wrong
 │   ├── PermissionDeniedError (PermissionError)   403: the key may not use this model
 │   ├── ModelNotFoundError (LookupError)  404: no such model, or no such path
-│   ├── InvalidRequestError (ValueError)  400, 422: the server does not take the request
-│   ├── PayloadTooLargeError (ValueError) 413: one input is too large even alone
+│   ├── InvalidRequestError (ValueError)  400, 422: the server rejects the request
+│   ├── PayloadTooLargeError (ValueError) 413: one input is too large, even alone
 │   ├── RateLimitError                    429 after every retry; `retry_after`
 │   ├── ServerError                       5xx after every retry
 │   ├── RequestTimeoutError (TimeoutError)        no reply within `timeout` or `deadline`
 │   ├── ConnectionFailedError (ConnectionError)   no connection, or it broke
-│   └── MalformedResponseError            a reply that cannot be believed
-├── PartialResultError (RuntimeError)     some inputs failed; what succeeded is on the error
+│   └── MalformedResponseError            an invalid response
+├── PartialResultError (RuntimeError)     some inputs failed; it has the other vectors
 ├── OutputError (OSError)                 results cannot be written: no space, no permission
 └── EngineClosedError (RuntimeError)
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class NeMoRetrieverError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of all errors of this package."""
 
 
 class ConfigurationError(NeMoRetrieverError, ValueError):
@@ -50,26 +50,30 @@ class ConfigurationError(NeMoRetrieverError, ValueError):
 
 
 class CheckpointError(ConfigurationError):
-    """A checkpoint is missing, incomplete, or not one the engine computes."""
+    """A checkpoint is missing, incomplete, or of an unsupported architecture."""
 
 
 class UnsupportedDimensionsError(ConfigurationError):
-    """The model does not offer vectors of the requested size."""
+    """The model has no vectors of the requested size."""
 
 
 class MissingExtraError(NeMoRetrieverError, ImportError):
-    """An optional dependency is not installed; the message has the pip line."""
+    """An optional dependency is not installed; the message contains the pip command."""
 
 
 class InputError(NeMoRetrieverError, ValueError):
     """One input cannot be embedded."""
 
     index: int | None
-    """Position of the input in the list that the caller passed, from 0; in a stream, from its
-    beginning. None where the list itself is at fault."""
+    """Position of the input in the caller's list or stream, from 0. None if the list itself is
+    invalid."""
 
     def __init__(self, reason: str, *, index: int | None = None) -> None:
-        """Take what is said of the input, as in "has 9000 tokens"."""
+        """Create the error.
+
+        Args:
+            reason: A predicate of the input, such as "has 9000 tokens".
+        """
         super().__init__(reason)
         self.index = index
 
@@ -78,7 +82,7 @@ class InputError(NeMoRetrieverError, ValueError):
         return reason if self.index is None else f"input {self.index} {reason}"
 
     def at(self, index: int | None) -> Self:
-        """Return the same error of an input at another position."""
+        """Return a copy of the error for an input at another position."""
         moved = copy.copy(self)
         moved.index = index
         moved.__cause__ = self.__cause__
@@ -86,16 +90,16 @@ class InputError(NeMoRetrieverError, ValueError):
 
 
 class InputTypeError(InputError, TypeError):
-    """An input is of a type the engine does not embed."""
+    """An input is of an unsupported type."""
 
 
 class InputTooLongError(InputError):
-    """A text has more tokens than the limit and `truncate` is "NONE"."""
+    """A text has more tokens than the limit, and `truncate` is "NONE"."""
 
     tokens: int
-    """Length of the input in tokens, with prefix and special tokens; of a huge text, at least."""
+    """Length of the input with prefix and special tokens; a lower bound for very long texts."""
     limit: int
-    """The most tokens an input may have."""
+    """Maximum number of tokens of an input."""
 
     def __init__(
         self, reason: str, *, index: int | None = None, tokens: int = 0, limit: int = 0
@@ -106,38 +110,38 @@ class InputTooLongError(InputError):
 
 
 class UnsupportedModalityError(InputError):
-    """The model does not take inputs of this kind."""
+    """The model does not support inputs of this kind."""
 
 
 class ImageError(InputError):
-    """An image cannot be found, fetched or decoded; the message says which and why."""
+    """An image cannot be found, fetched or decoded; the message contains the reason."""
 
 
 class ImageTooLargeError(ImageError):
-    """An image is over a limit: bytes of the file, pixels of a side, or tokens of its tiles."""
+    """An image exceeds a limit: bytes of the file, pixels of a side, or tokens of its tiles."""
 
 
 class DeviceMemoryError(InputError, MemoryError):
-    """One input does not fit in the device's memory, even in a step of its own."""
+    """An input does not fit in the device's memory, even in a batch of its own."""
 
 
 class NonFiniteVectorError(InputError):
-    """The model gave NaN or infinity for an input, most often an overflow in float16."""
+    """The vector of an input holds NaN or infinity, usually by an overflow in float16."""
 
 
 class EngineError(NeMoRetrieverError, RuntimeError):
-    """The engine failed on an input that is not at fault; the cause is the original exception."""
+    """The engine failed on a valid input; `__cause__` is the original exception."""
 
 
 class RemoteError(NeMoRetrieverError, RuntimeError):
-    """A NIM refused a request or failed at it."""
+    """A server rejected a request or failed."""
 
     status: int | None
-    """HTTP status of the reply, or None where there was none."""
+    """HTTP status of the response; None if there was none."""
     detail: str
-    """What the server said, shortened; it may quote the input."""
+    """The server's message, shortened; it may quote the input."""
     request_id: str | None
-    """The server's name for the request, to quote to its operator."""
+    """The server's id of the request, for its operator."""
 
     def __init__(
         self,
@@ -154,46 +158,46 @@ class RemoteError(NeMoRetrieverError, RuntimeError):
 
 
 class AuthenticationError(RemoteError):
-    """The server wants a key, or another one."""
+    """The key is missing or invalid."""
 
 
 class PermissionDeniedError(RemoteError, PermissionError):
-    """The key is known but may not do this."""
+    """The key is valid but lacks permission."""
 
 
 class ModelNotFoundError(RemoteError, LookupError):
-    """The server does not serve this model, or nothing at this path."""
+    """The server does not serve this model, or has no such path."""
 
 
 class InvalidRequestError(RemoteError, ValueError):
-    """The server does not take the request, and would not if it were sent again."""
+    """The server rejects the request; sending it again would not help."""
 
 
 class PayloadTooLargeError(RemoteError, ValueError):
-    """One input makes too large a request even in a request of its own."""
+    """One input is too large even in a request of its own."""
 
 
 class RateLimitError(RemoteError):
-    """The server still wants fewer requests after every retry."""
+    """The server still limits the rate of requests after the last retry."""
 
     retry_after: float | None = None
-    """Seconds that the server asked to wait, if it did."""
+    """Seconds to wait, from the server's Retry-After; None without one."""
 
 
 class ServerError(RemoteError):
-    """The server still failed after every retry."""
+    """The server still fails after the last retry."""
 
 
 class RequestTimeoutError(RemoteError, TimeoutError):
-    """No reply came within `timeout`, or the work was not done by `deadline`."""
+    """No response within `timeout`, or the call took longer than `deadline`."""
 
 
 class ConnectionFailedError(RemoteError, ConnectionError):
-    """No connection to the server, or it broke, on every retry."""
+    """No connection to the server, or it broke, at the last retry too."""
 
 
 class MalformedResponseError(RemoteError):
-    """A reply has the wrong shape, or values no vector has; nothing of it was used."""
+    """A response has the wrong shape or invalid values; none of it was used."""
 
 
 class PartialResultError(NeMoRetrieverError, RuntimeError):
@@ -227,11 +231,11 @@ class EngineClosedError(NeMoRetrieverError, RuntimeError):
 
 
 class OutputError(NeMoRetrieverError, OSError):
-    """Results cannot be written; what was finished before stays as it is."""
+    """Results cannot be written; results that were finished before are kept."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing.
+    """Return the first line of an error's message, or its type if it has no message.
 
     >>> first_line(RuntimeError("refused" + chr(10) + "a hundred lines")), first_line(MemoryError())
     ('refused', 'MemoryError')
@@ -240,5 +244,5 @@ def first_line(error: BaseException) -> str:
 
 
 def place_error(error: NeMoRetrieverError, index: int) -> NeMoRetrieverError:
-    """Return an error as that of the input at `index`, if it is an input's."""
+    """Return an InputError with another index; return any other error unchanged."""
     return error.at(index) if isinstance(error, InputError) else error

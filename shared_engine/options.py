@@ -1,4 +1,4 @@
-"""Every option there is, once. Both adapters inherit them."""
+"""Every option, defined once; both adapters inherit them."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Truncate = Literal["NONE", "START", "END"]
 
 Scope = Literal["routing", "engine", "local", "nim", "request"]
-"""Whom an option concerns: the choice between here and a NIM; whatever engine was chosen; an engine
-here; a NIM's client; or each request alone, so that engines are shared whatever its value."""
+"""What an option affects: the choice of the backend, any backend, the local one, a NIM's client, or
+the request. Objects whose options differ in "request" alone share a backend."""
 
 _HINTS = {
-    "async_http_client": "give http_client_factory=, a function that makes an httpx.AsyncClient",
-    "batch_size": "max_batch_size= bounds a request to a NIM; here steps are formed by tokens",
-    "infer_path": "give base_url=, the root of the server or its /v1",
-    "input_type": "the method says it: a query, or a document",
-    "mode": "give base_url=, or backend=",
-    "nvidia_api_base": "give base_url=",
-    "organization": "give default_headers=",
-    "trucate": "give truncate=",
-    "usage_telemetry_enabled": "nothing is reported; leave it out",
+    "async_http_client": "use http_client_factory=, a function that returns an httpx.AsyncClient",
+    "batch_size": "use max_batch_size= (NIM requests) or max_batch_tokens= (local batches)",
+    "infer_path": "use base_url=, the root of the server or its /v1",
+    "input_type": "call the method for queries or the one for documents",
+    "mode": "use base_url= or backend=",
+    "nvidia_api_base": "use base_url=",
+    "organization": "use default_headers=",
+    "trucate": "use truncate=",
+    "usage_telemetry_enabled": "no usage is reported; omit it",
 }
-"""What to do instead of options that NVIDIA's and others' adapters have."""
+"""Replacements for options of NVIDIA's and other adapters."""
 _NOT_PICKLED = SecretStr("")
-"""Stands for a key in a pickle: one was given, and NVIDIA_API_KEY has it in the new process."""
+"""Replaces a key in a pickle: the process that loads it reads NVIDIA_API_KEY."""
 
 
 def _option(scope: Scope, **field: Any) -> Any:
-    # An engine in use does not change, so options are frozen; copy with model_copy().
+    # Frozen, because a loaded engine cannot change; use model_copy() for other values.
     return Field(frozen=True, json_schema_extra={"scope": scope}, **field)
 
 
@@ -56,16 +56,16 @@ def _secret(scope: Scope, **field: Any) -> Any:
 
 
 class Options(BaseModel):
-    """Which model, where it runs, and what its vectors look like. Unknown options are refused.
+    """Which model to use, where it runs, and the format of its vectors. Unknown options are errors.
 
-    With `base_url`, a NIM at that address computes; with `api_key` alone, NVIDIA's hosted catalogue
-    does; otherwise this process. `backend` says it outright. NVIDIA_BASE_URL in the environment is
-    the address where nothing given says otherwise, such as a `device` or a folder as `model`.
-    `nvidia_api_key` and `nvidia_base_url` are other names of the two, and win over them.
+    The backend is a NIM with `base_url`, NVIDIA's hosted catalogue with `api_key` alone, and
+    otherwise this process; `backend` selects it explicitly. NVIDIA_BASE_URL is the default address;
+    any local option, such as `device` or a folder as `model`, takes precedence over it.
+    `nvidia_api_key` and `nvidia_base_url` are aliases and take precedence over `api_key` and
+    `base_url`.
 
-    A pickle holds everything but the key: the process that loads it reads NVIDIA_API_KEY. The key
-    is in no repr and no dump, nor are headers and proxy; copies keep them, and pickles keep those
-    two, so put no secret there that a pickle must not hold.
+    The key, the headers and the proxy are in no repr and no dump. A pickle contains no key (the
+    process that loads it reads NVIDIA_API_KEY), but it contains headers and proxy.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
@@ -79,27 +79,28 @@ class Options(BaseModel):
     checkpoint: str | None = _option(
         "local",
         default=None,
-        description="Folder or Hugging Face id of the weights, where `model` is only their name.",
+        description="Local folder or Hugging Face id of the weights, if different from `model`.",
     )
     revision: str | None = _option(
-        "local", default=None, description="Branch, tag or commit of a Hugging Face id."
+        "local", default=None, description="Branch, tag or commit of the Hugging Face repository."
     )
     device: str = _option(
         "local",
         default="auto",
-        description='"cpu", "cuda", "cuda:1"; auto is a CUDA GPU if there is one, else the CPU. '
-        'With "cuda:0,cuda:1" both take steps from one queue.',
+        description='"cpu", "cuda" or "cuda:1"; "cuda:0,cuda:1" shares one queue between two GPUs. '
+        "auto: a CUDA GPU if available, else the CPU.",
     )
     dtype: DType = _option(
         "local",
         default="auto",
-        description="Number type of the weights; auto is bfloat16 where the device multiplies it.",
+        description="Number type of the weights. auto: bfloat16 if the device supports it "
+        "natively, else float32, or float16 on older GPUs.",
     )
     dimensions: int | None = _option(
         "request",
         default=None,
         gt=0,
-        description="Length of a vector; None is the model's full size.",
+        description="Length of a vector. None: the model's full size.",
     )
     embedding_type: EmbeddingType = _option(
         "request", default="float", description="Number type of a vector's values."
@@ -107,71 +108,71 @@ class Options(BaseModel):
     truncate: Truncate = _option(
         "request",
         default="NONE",
-        description="A text over the limit is refused (NONE), or loses its START or END.",
+        description="Treatment of texts over the token limit: an error (NONE), or the START or "
+        "END is cut off.",
     )
     max_tokens: int | None = _option(
         "local",
         default=None,
         gt=0,
-        description="A limit below the model's own, prefix and BOS included.",
+        description="Token limit of an input, below the model's own; prefix and BOS included.",
     )
     max_tiles: int | None = _option(
         "local",
         default=None,
         gt=0,
         le=12,
-        description="Tiles that an image is cut into at most, beside a thumbnail of the whole; "
-        "None is what the checkpoint says. More show more detail and take longer.",
+        description="Maximum number of tiles of an image, in addition to a thumbnail; more tiles "
+        "show more detail and take longer. None: the checkpoint's value.",
     )
     allow_image_urls: bool = _option(
         "engine",
         default=False,
-        description="Fetch images from http and https addresses on the public internet.",
+        description="Allow images by http or https URL, from public addresses only.",
     )
     max_batch_tokens: int | None = _option(
         "local",
         default=None,
         gt=0,
-        description="The most tokens in one forward pass; None suits the device.",
+        description="Maximum number of tokens in one forward pass. None: chosen for the device.",
     )
     show_progress: bool = _option("request", default=False, description="Show a progress bar.")
 
     backend: Literal["auto", "local", "nim"] = _option(
         "routing",
         default="auto",
-        description="Where to compute: in this process (local) or at a NIM; auto decides by what "
-        "else is given.",
+        description="Backend: this process (local) or a NIM. auto: chosen by the other options.",
     )
     base_url: str | None = _option(
         "routing",
         default=None,
-        description="Address of a NIM, its root or /v1: http://localhost:8000/v1. Replicas stand "
-        "behind a load balancer with one address.",
+        description="Address of a NIM, its root or /v1: http://localhost:8000/v1. Replicas need a "
+        "load balancer with one address.",
     )
     api_key: SecretStr | None = _secret(
         "routing",
         default=None,
-        description="Key for the NIM or the catalogue; None reads NVIDIA_API_KEY.",
+        description="Key for the NIM or the catalogue. None: NVIDIA_API_KEY.",
     )
     allow_insecure_key: bool = _option(
         "nim",
         default=False,
-        description="Allow the key to travel unencrypted to a public host.",
+        description="Send the key unencrypted over http to a public host.",
     )
     default_headers: dict[str, str] = _secret(
-        "nim", default_factory=dict, description="Headers of every request to the NIM."
+        "nim", default_factory=dict, description="Headers added to each request to the NIM."
     )
     timeout: float | None = _option(
         "nim",
         default=120.0,
         gt=0,
-        description="Seconds for one request to the NIM; None: no limit.",
+        description="Seconds per request to the NIM. None: no limit.",
     )
     deadline: float | None = _option(
         "nim",
         default=None,
         gt=0,
-        description="Seconds for a whole call, with its batches and retries; None: no limit.",
+        description="Seconds for one call, all its requests and retries included.",
     )
     max_retries: int = _option(
         "nim",
@@ -181,43 +182,42 @@ class Options(BaseModel):
         "keep-alive connections do not count.",
     )
     max_batch_size: int = _option(
-        "nim", default=50, gt=0, description="The most inputs in one request to the NIM."
+        "nim", default=50, gt=0, description="Maximum number of inputs per request to the NIM."
     )
     concurrency: int = _option(
         "nim",
         default=20,
         gt=0,
-        description="The most requests in flight. A NIM queues 1,024 inputs, and 20 requests of "
-        "50 inputs stay below that. Falls while the NIM replies 429 or 503.",
+        description="Maximum number of requests in flight. 20 requests of 50 inputs fill the queue "
+        "of a NIM, which holds 1,024 inputs. Lower while the NIM replies 429 or 503.",
     )
     max_image_characters: int | None = _option(
         "nim",
         default=None,
         ge=4096,
-        description="The most characters of an image in base64; larger images are reduced to the "
-        "size of the model's tiles, then compressed as JPEG. None: 180,000 for NVIDIA's catalogue, "
-        "which refuses more, and no limit for other servers.",
+        description="Maximum number of base64 characters of an image; a larger one is scaled "
+        "down to the size of the model's tiles, then compressed as JPEG. None: 180,000 for "
+        "NVIDIA's catalogue, which refuses more; no limit for other servers.",
     )
     verify_ssl: bool | str = _option(
         "nim",
         default=True,
-        description="Whether to verify the NIM's certificate, or a CA file or folder to trust.",
+        description="Verify the NIM's certificate; or a CA file or folder to trust.",
     )
     proxy: str | None = _secret(
         "nim",
         default=None,
         description="Proxy for the NIM. None: HTTPS_PROXY, ALL_PROXY and NO_PROXY apply to https "
-        "addresses; http addresses use no proxy.",
+        "addresses, and http addresses use no proxy.",
     )
     user: str | None = _option(
-        "nim", default=None, description="Value of the request's field `user`."
+        "nim", default=None, description="Value of the field `user` of each request."
     )
     http_client_factory: Callable[[], Any] | None = _secret(
         "nim",
         default=None,
-        description="Function that returns the httpx.AsyncClient to send with, for settings that "
-        "the options above lack. A client belongs to one event loop and one process, so each "
-        "engine creates its own and closes it.",
+        description="Function that returns an httpx.AsyncClient, for settings that have no option. "
+        "Each engine calls it in its own event loop and closes the client.",
     )
 
     if not TYPE_CHECKING:  # it would hide the options from type checkers
@@ -235,7 +235,7 @@ class Options(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _hide_input(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Leave what was given out of an error: it may be a key, in the wrong option even."""
+        """Remove the values from an error: one may be a key, even in the wrong option."""
         try:
             return handler(data)
         except ValidationError as exc:
@@ -259,7 +259,7 @@ class Options(BaseModel):
                 data[name] = given
         for name in data.keys() - cls.model_fields.keys():
             if hint := _HINTS.get(name) or _find_similar(name, cls.model_fields):
-                raise ValueError(f"there is no option {name}; {hint}")
+                raise ValueError(f"unknown option {name}=; {hint}")
         return data
 
     @field_validator("dimensions", mode="before")
@@ -271,7 +271,7 @@ class Options(BaseModel):
     @classmethod
     def _refuse_zero(cls, value: Any) -> Any:
         if value == 0:
-            raise ValueError("0 is no time at all; leave it out for the default, or give None")
+            raise ValueError("must be greater than 0; use None for no limit")
         return value
 
     @field_validator("base_url", mode="before")
@@ -300,7 +300,9 @@ class Options(BaseModel):
     @classmethod
     def _function(cls, value: Any) -> Any:
         if value is not None and (hasattr(value, "send") or not callable(value)):
-            raise ValueError("give a function that makes the client: lambda: httpx.AsyncClient()")
+            raise ValueError(
+                "expected a function that returns a client: lambda: httpx.AsyncClient()"
+            )
         return value
 
     @classmethod
@@ -309,22 +311,22 @@ class Options(BaseModel):
         return [name for name in Options.model_fields if _SCOPES[name] in scopes]
 
     def list_given(self, scope: Scope) -> list[str]:
-        """Return the names of the options of a scope that are not as they are by default."""
+        """Return the names of the options of a scope that differ from their default."""
         fields = Options.model_fields
         return [n for n in self.names_of(scope) if getattr(self, n) != fields[n].get_default()]
 
     def replace(self, **changes: Any) -> Options:
-        """Return a checked copy with other values.
+        """Return a validated copy with other values.
 
         Raises:
-            pydantic.ValidationError: no such option, or not a value for it.
+            pydantic.ValidationError: an unknown option, or an invalid value.
         """
         given = Options.model_fields.keys() & self.model_fields_set
         return Options(**{name: getattr(self, name) for name in given} | changes)
 
     @property
     def is_model_given(self) -> bool:
-        """Whether a model was asked for; a NIM that serves another one is no answer then."""
+        """Whether `model` was passed; if True, a NIM serving a different model is an error."""
         return "model" in self.model_fields_set
 
     def __getstate__(self) -> dict[Any, Any]:
@@ -345,7 +347,7 @@ class Options(BaseModel):
 
 
 def _find_similar(name: object, names: Iterable[str]) -> str | None:
-    from difflib import get_close_matches  # only a misspelt option needs it
+    from difflib import get_close_matches  # imported only for a misspelt option
 
     similar = get_close_matches(str(name), names, n=1)
     return f"did you mean {similar[0]}=?" if similar else None

@@ -1,4 +1,4 @@
-"""What comes out: vectors cut to size, of unit length, in the number type asked for."""
+"""Vectors cut to size, scaled to unit length, and converted to another number type."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary"]
 def unit(vectors: NDArray[np.float32], dimensions: int | None = None) -> NDArray[np.float32]:
     """Cut vectors (n, d) to their first `dimensions` values, then scale each to unit length.
 
-    Cutting comes first: a part of a unit vector is not of unit length. A row that holds NaN or
-    infinity stays so; a zero row stays zero. Works in float32, in place where nothing is cut.
+    Cutting comes first, as a part of a unit vector is not of unit length. Rows with NaN or infinity
+    keep them; a zero row stays zero. Computed in float32, in place if nothing is cut.
     """
     import numpy as np
 
@@ -25,7 +25,7 @@ def unit(vectors: NDArray[np.float32], dimensions: int | None = None) -> NDArray
     tiny = np.finfo(np.float32).tiny
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         norms = np.sqrt(np.einsum("nd,nd->n", out, out))  # (n,)
-        far = ~((norms > 1e-15) & (norms < np.inf))  # the squares left float32
+        far = ~((norms > 1e-15) & (norms < np.inf))  # the squares over- or underflow float32
         if far.any():
             most = np.abs(out[far]).max(axis=1, keepdims=True, initial=0)  # a vector may be empty
             out[far] /= np.maximum(most, tiny)
@@ -41,15 +41,18 @@ def quantize(
 ) -> NDArray[Any]:
     """Return vectors (n, d) as another number type; "float" returns them unchanged.
 
-    - "ubinary": one bit a value, set where it is > 0, packed to (n, ceil(d / 8)) uint8.
+    - "ubinary": one bit per value, set if it is > 0, packed to (n, ceil(d / 8)) uint8.
     - "binary": the same bytes minus 128, as int8.
-    - "uint8", "int8": (n, d). With `ranges` (2, d), the smallest and largest value of every
-      dimension over a calibration set, values become 255 equal steps between the two, and values
-      outside are clipped. Without, each vector is scaled by its own largest magnitude to -127..127
-      (uint8: plus 128): a vector never depends on its neighbours, and cosine similarity is kept.
+    - "uint8", "int8": (n, d). With `ranges`, 255 equal steps between the smallest and the largest
+      value of a dimension; values outside are clipped. Without, each vector is scaled by its own
+      largest magnitude to -127..127 (uint8: plus 128), so that a vector does not depend on the
+      others and cosine similarity is kept.
 
     The bit types and the formula for `ranges` are those of sentence-transformers'
-    `quantize_embeddings`, which calibrates on the batch itself where no ranges are given.
+    `quantize_embeddings`, which by default calibrates on the batch itself.
+
+    Args:
+        ranges: (2, d), the smallest and the largest value of each dimension over a calibration set.
     """
     import numpy as np
 

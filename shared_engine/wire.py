@@ -1,4 +1,4 @@
-"""What both ends of /v1/embeddings agree on: the words of roles, and the body of an error."""
+"""What client and server of /v1/embeddings share: the names of roles, and the body of an error."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from shared_engine.documents import Role
 
 INPUT_TYPE: Mapping[Role, str] = {"query": "query", "document": "passage"}
-"""The wire's word for each role."""
+"""The protocol's name of each role."""
 ROLE: Mapping[str, Role] = {word: role for role, word in INPUT_TYPE.items()}
-"""The role for each of the wire's words."""
+"""The role of each of the protocol's names."""
 
 
 def split_role_suffix(model: str) -> tuple[str, Role | None]:
-    """Return a model name without `-query` or `-passage`, and the role that it stands for.
+    """Return a model name without its suffix `-query` or `-passage`, and the role of the suffix.
 
-    NVIDIA's API takes a role in the name, for clients that cannot send one.
+    NVIDIA's API accepts a role in the model's name, for clients that cannot send `input_type`.
 
     >>> split_role_suffix("nvidia/llama-nemotron-embed-1b-v2-passage")
     ('nvidia/llama-nemotron-embed-1b-v2', 'document')
@@ -27,9 +27,10 @@ def split_role_suffix(model: str) -> tuple[str, Role | None]:
 
 
 def build_error(message: str, index: int | None = None) -> dict[str, object]:
-    """Return the body of an error: `error` as a NIM says it, `message` for OpenAI's clients.
+    """Return the body of an error: `error` as a NIM sends it, `message` for OpenAI's clients.
 
-    `index` is the position of the input at fault, which no NIM says and our client reads.
+    Args:
+        index: Position of the failed input, for our own client; a NIM does not send it.
 
     >>> build_error("is too long", 3)
     {'error': 'is too long', 'message': 'is too long', 'index': 3}
@@ -39,7 +40,7 @@ def build_error(message: str, index: int | None = None) -> dict[str, object]:
 
 
 def read_error_index(body: object) -> int | None:
-    """Return the position of the input at fault, if an error's body names one.
+    """Return the position of the failed input if the body of an error has one.
 
     >>> read_error_index(build_error("is too long", 3)), read_error_index({"error": "busy"})
     (3, None)

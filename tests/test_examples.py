@@ -1,7 +1,7 @@
 """Every example that people copy, run as it stands: Python blocks of Markdown and of docstrings.
 
 Models come from a hub's cache that is made here: random weights under the public names. Where an
-example names a server, a real one answers; what an example takes for granted is in `scope`.
+example names a server, a real one answers. The README's examples are complete by themselves.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
-import io
 import itertools
 import re
 import textwrap
@@ -110,53 +109,27 @@ class Dataset:
 
 @pytest.fixture
 def scope(tmp_path: Path) -> dict[str, Any]:
-    """What the examples take for granted: names of the reader's own, and what the text imports."""
-    from langchain_chroma import Chroma
-    from llama_index.core import Settings
-    from llama_index.core.indices import MultiModalVectorStoreIndex
-    from llama_index.core.ingestion import IngestionPipeline
-    from llama_index.core.schema import ImageNode
+    """Names that the examples of docstrings use without defining them, and files of the README."""
     from ray.data import ActorPoolStrategy
 
     from langchain_nemoretriever import NeMoRetrieverEmbeddings
-    from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-    from shared_engine import Embedder, EmbeddingInput, Options, track_usage
+    from shared_engine import Embedder, Options, track_usage
     from shared_engine.bulk import EmbedBatch
 
     for seed, name in enumerate(("page.png", "scan.tiff", "chart.jpeg")):
         page(seed, 200, 300).save(tmp_path / name)
-    photo = io.BytesIO()
-    page(9, 300, 200).save(photo, "PNG")
     return {
-        **{
-            kind.__name__: kind
-            for kind in (
-                Chroma,
-                EmbeddingInput,
-                EmbedBatch,
-                ImageNode,
-                IngestionPipeline,
-                MultiModalVectorStoreIndex,
-                NeMoRetrieverEmbedding,
-                NeMoRetrieverEmbeddings,
-                Path,
-            )
-        },
         "ActorPoolStrategy": ActorPoolStrategy,
-        "Settings": Settings,
-        "dataset": Dataset(),
+        "EmbedBatch": EmbedBatch,
         "Options": Options,
-        "track_usage": track_usage,
-        "itertools": itertools,
-        "photo_bytes": photo.getvalue(),
-        "texts": ["a text", "and another one"],
-        "endless_texts": iter(["a text"] * 3000),
-        "source": iter(["a text"] * 3000),
-        "store": lambda *_: None,
-        "name": TEXT,
-        "nodes": [ImageNode(image_path="page.png", metadata={"name": "page"})],
+        "dataset": Dataset(),
         "embedder": Embedder(Options(model=TEXT)),
         "embeddings": NeMoRetrieverEmbeddings(model=TEXT),
+        "itertools": itertools,
+        "source": iter(["a text"] * 3000),
+        "store": lambda *_: None,
+        "texts": ["a text", "and another one"],
+        "track_usage": track_usage,
     }
 
 
@@ -178,7 +151,7 @@ def test_it_runs(
         compiled = compile(
             code, example.place, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
         )
-        running = eval(compiled, scope)
+        running = eval(compiled, {} if example.place.startswith("README") else scope)
         if inspect.iscoroutine(running):
             asyncio.run(running)
 

@@ -43,6 +43,16 @@ def embedder(checkpoint: Path) -> Iterator[Embedder]:
         yield made
 
 
+def test_memory_is_given_back_at_the_last_close(checkpoint):
+    """The first test here: while another engine is open, cuBLAS keeps its workspaces."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with Embedder(Options(model=checkpoint, device="cuda", max_tokens=222)) as embedder:
+        embedder.embed(TEXTS[:100])
+        assert torch.cuda.memory_reserved() > before
+    assert torch.cuda.memory_reserved() <= before + 2**22
+
+
 def test_the_choice_is_the_fast_one(embedder):
     """Printed, so that a run says what it measured; on a card before Ampere it is another."""
     print(embedder.description)
@@ -75,15 +85,6 @@ def test_memory_does_not_grow_with_the_steps(embedder):
     for seed in range(5):
         embedder.embed(list(np.random.default_rng(seed).permutation(TEXTS)))
     assert torch.cuda.memory_reserved() <= before * 1.05
-
-
-def test_memory_is_given_back_at_the_last_close(checkpoint):
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    with Embedder(Options(model=checkpoint, device="cuda", max_tokens=222)) as embedder:
-        embedder.embed(TEXTS[:100])
-        assert torch.cuda.memory_reserved() > before
-    assert torch.cuda.memory_reserved() <= before + 2**22
 
 
 def test_memory_that_runs_out_halves_the_step(checkpoint, on_cpu):
@@ -152,6 +153,30 @@ def test_a_search_by_graph_is_a_search_without(embedder):
     assert (by_graph * without).sum(1).min() >= 0.9999
 
 
+def test_a_search_by_graph_is_the_same_after_another_engine_came_and_went(embedder, checkpoint):
+    """Which gives memory back that a graph would replay over if nobody kept it."""
+    queries = [" ".join(["word"] * n) for n in (1, 9, 25, 50, 90)]
+    before = np.concatenate([embedder.embed([query], role="query") for query in queries])
+    with Embedder(Options(model=checkpoint, device="cuda", max_tokens=333)) as other:
+        other.embed(queries, role="query")
+    overwritten = [torch.full((2**n,), 1.5, device="cuda") for n in range(4, 24)]
+    embedder.embed(TEXTS)
+    after = np.concatenate([embedder.embed([query], role="query") for query in queries])
+    assert (before * after).sum(1).min() >= 0.9999
+    assert all((x == 1.5).all() for x in overwritten)
+
+
+def test_every_gpu_has_the_same_kernels_and_vectors(checkpoint):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU here")
+    vectors = []
+    for device in ("cuda:0", "cuda:1"):
+        with Embedder(Options(model=checkpoint, device=device)) as embedder:
+            assert "Triton's kernels;" in embedder.description
+            vectors.append(embedder.embed(TEXTS[:200]))
+    assert (vectors[0] * vectors[1]).sum(1).min() >= 0.9999
+
+
 def test_a_vector_depends_on_its_batch_to_rounding_only(embedder):
     """Matrix products of other numbers of rows may sum in another order; nothing else differs."""
     texts = TEXTS[:64]
@@ -180,8 +205,12 @@ def test_a_search_does_not_depend_on_the_ingest_beside_it(embedder):
 
 
 def test_no_number_of_tiles_makes_the_device_stall(tmp_path):
-    """The first step of a number of tiles is about as fast as the second: cuDNN plans no more."""
-    folder = build_vl_checkpoint(tmp_path / "vl", image_size=512, patch_size=16)
+    """The first step of a number of tiles is about as fast as the second: cuDNN plans no more.
+
+    It plans for heads of a multiple of 8 only; these have 72, as the public model has.
+    """
+    shape = {"image_size": 512, "patch_size": 16, "vision_hidden_size": 144, "vision_heads": 2}
+    folder = build_vl_checkpoint(tmp_path / "vl", **shape)
     options = Options(model=folder, device="cuda", dtype="bfloat16", max_tiles=1)
     with Embedder(options) as embedder:
         documents = [EmbeddingInput(image=page(seed, 512, 512)) for seed in range(32)]
@@ -191,8 +220,6 @@ def test_no_number_of_tiles_makes_the_device_stall(tmp_path):
             embedder.embed(documents[:count])
             return time.perf_counter() - start
 
-        for count in (1, 2, 4, 8, 16, 32):  # the plans that there are
-            seconds(count)
-        for count in (3, 5, 7, 11, 13, 19, 23, 29, 31):
+        for count in (1, 3, 5, 7, 11, 13, 19, 23, 29, 31):
             first, *later = [seconds(count) for _ in range(4)]
             assert first <= 3 * min(later) + 0.02, f"{count} tiles: {first:.3f} s, then {later}"

@@ -39,7 +39,7 @@ LAYERS = (
 
 ONLY = {
     # our packages
-    "local": {"registry"},
+    "local": {"cli", "registry"},
     "nim": {"registry"},
     "server": {"cli", "distributed"},
     "bulk": {"cli", "distributed"},
@@ -52,6 +52,7 @@ ONLY = {
     "safetensors": {"local"},
     "tokenizers": {"local"},
     "torch": {"local"},
+    "transformers": {"local"},
     "triton": {"local"},
     # a NIM; `check` asks a server about itself with a client that is not ours
     "httpx": {"nim", "images", "cli"},

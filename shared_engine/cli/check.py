@@ -31,10 +31,12 @@ from shared_engine.endpoints import normalize_url, read_key
 from shared_engine.errors import NeMoRetrieverError
 from shared_engine.options import Options
 
-SAME = 0.999
-"""Cosine from which two engines may fill one index. The same weights in bfloat16 and float32 are
-closer than that; other weights, another prefix or another pooling are not."""
+MIN_COSINE = 0.999
+"""Least cosine between the vectors of two engines that may share an index. The same weights in
+bfloat16 and float32 are closer; other weights, prefixes or pooling are not."""
 
+Vectors = dict[str, NDArray[np.float32]]
+"""The vectors of the samples: of "query", "document" and, if the model takes images, "image"."""
 
 _SAMPLES: dict[Role, list[str]] = {
     "query": [
@@ -66,6 +68,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="Server to check. With --model or --checkpoint its vectors are compared with the "
         "local model's. Default: NVIDIA_BASE_URL.",
     )
+    verb.add_argument(
+        "--reference",
+        action="store_true",
+        help="Also compute the local model with transformers' own classes, in float32 on the CPU, "
+        "and compare. Needs memory for a second copy of the weights.",
+    )
     add_log_level(verb, "warning")
     verb.set_defaults(run=run)
 
@@ -73,62 +81,66 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run(args: argparse.Namespace) -> int:
     """Check the local model, the server, or both."""
     base_url = args.base_url or os.environ.get("NVIDIA_BASE_URL")
-    is_local = not base_url or args.model or args.checkpoint
+    is_local = not base_url or args.model or args.checkpoint or args.reference
     same = check(
         read_options(args, LOCAL, backend="local") if is_local else None,
         base_url,
         served_name=args.served_name,
         api_key=read_key(args.api_key_env),
+        reference=args.reference,
     )
     return 0 if same else 1
 
 
 def check(
-    here: Options | None,
+    local: Options | None,
     base_url: str | None,
     *,
     served_name: str | None = None,
     api_key: str | None = None,
+    reference: bool = False,
 ) -> bool:
-    """Print what runs here and what a server gives; return whether all works and is the same.
+    """Print what runs locally and what a server returns, and compare the vectors.
 
-    `here` is a model in this process, or None; `base_url` a server's address, or None, and
-    `served_name` and `api_key` are that server's.
+    Args:
+        local: Options of the local model; None checks only the server.
+        base_url: Address of the server; None checks only the local model.
+        served_name: Name of the model on the server.
+        api_key: Key for the server.
+        reference: Compare the local model with transformers' own classes, too.
+
+    Returns:
+        Whether everything works and all vectors are interchangeable.
     """
     print(f"nemoretriever {__version__}, Python {platform.python_version()}, {_torch_version()}")
-    found: list[dict[str, NDArray[np.float32]] | None] = []
-    if here is not None:
-        found.append(_measure("here", here))
+    expected = None if local is None else _measure("local", local)
+    works = local is None or expected is not None
     if base_url is not None:
         base_url = normalize_url(base_url)
         _probe(base_url)
         key = SecretStr(api_key) if api_key else None
         options = Options(base_url=base_url, api_key=key, max_retries=1)
-        if name := served_name or _find_name(here, options):
+        if name := served_name or _find_name(local, options):
             options = options.replace(model=name)
-        # A server under a name of its own may do text alone; the model here tells.
-        has_images = "image" in (found[0] or ()) if found else lookup(options.model) is not None
-        found.append(_measure("there", options, has_images))
-    working = [vectors for vectors in found if vectors is not None]
-    if len(working) < len(found):
-        return False
-    return len(working) < 2 or _compare(*working)
+        # A server may serve only the text part of a model under a name of its own.
+        has_images = "image" in expected if expected else lookup(options.model) is not None
+        found = _measure("server", options, has_images)
+        works = works and found is not None
+        if expected and found:
+            works = _compare(expected, "server", found)
+    if reference and local is not None and expected:
+        works = _compare(expected, "transformers", _compute_reference(local, expected)) and works
+    return works
 
 
-def _measure(
-    place: str, options: Options, has_images: bool = True
-) -> dict[str, NDArray[np.float32]] | None:
-    """Embed the samples, images where the model takes them, and print how that went."""
+def _measure(place: str, options: Options, has_images: bool = True) -> Vectors | None:
+    """Embed the samples, with images if the model takes them; print description and times."""
     started = time.perf_counter()
     try:
         with Embedder(options) as embedder:
-            found: dict[str, NDArray[np.float32]] = {
-                role: embedder.embed(texts, role) for role, texts in _SAMPLES.items()
-            }
+            found: Vectors = {role: embedder.embed(texts, role) for role, texts in _SAMPLES.items()}
             if has_images and "image" in embedder.modalities:
-                disc = images.draw_sample()
-                both = EmbeddingInput("A disc that fades to its rim.", disc)
-                found["image"] = embedder.embed([EmbeddingInput(image=disc), both])
+                found["image"] = embedder.embed(_image_samples())
             first = time.perf_counter() - started
             seconds = [_time_query(embedder) for _ in range(9)]
             print(f"{place}: {embedder.description}")
@@ -142,21 +154,47 @@ def _measure(
     return found
 
 
+def _image_samples() -> list[EmbeddingInput]:
+    disc = images.draw_sample()
+    return [EmbeddingInput(image=disc), EmbeddingInput("A disc that fades to its rim.", disc)]
+
+
 def _time_query(embedder: Embedder) -> float:
     started = time.perf_counter()
     embedder.embed(_SAMPLES["query"][:1], "query")
     return time.perf_counter() - started
 
 
-def _compare(here: dict[str, NDArray[np.float32]], there: dict[str, NDArray[np.float32]]) -> bool:
-    """Print how near the vectors of the two places are, and what follows."""
+def _compute_reference(options: Options, expected: Vectors) -> Vectors:
+    """Compute the samples with transformers' classes.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+    from shared_engine.local.reference import Reference  # imports torch
+
+    reference = Reference(options)
+    found: Vectors = {
+        role: reference.embed([EmbeddingInput(text) for text in texts], role)
+        for role, texts in _SAMPLES.items()
+    }
+    if "image" in expected:
+        found["image"] = reference.embed(_image_samples(), "document")
+    return found
+
+
+def _compare(local: Vectors, other_name: str, other: Vectors) -> bool:
+    """Print how close two sets of vectors are; return whether they are interchangeable."""
     worst = 1.0
-    for name, mine in here.items():
-        if (theirs := there.get(name)) is None:
-            print(f"not interchangeable: only the model here takes an {name}")
+    for name, mine in local.items():
+        if (theirs := other.get(name)) is None:
+            print(f"local and {other_name}: not interchangeable: only the local model takes images")
             return False
         if mine.shape != theirs.shape:
-            print(f"not interchangeable: {mine.shape[1]} values here, {theirs.shape[1]} there")
+            print(
+                f"local and {other_name}: not interchangeable: {mine.shape[1]} and "
+                f"{theirs.shape[1]} values per vector"
+            )
             return False
         cosines = (mine * theirs).sum(axis=1)
         worst = min(worst, float(cosines.min()))
@@ -164,16 +202,16 @@ def _compare(here: dict[str, NDArray[np.float32]], there: dict[str, NDArray[np.f
             f"{name}: cosine {cosines.min():.7f} to {cosines.max():.7f}, "
             f"largest difference {np.abs(mine - theirs).max():.1e}"
         )
-    same = worst >= SAME
+    same = worst >= MIN_COSINE
     print(
-        f"{'interchangeable' if same else 'not interchangeable'}: the smallest cosine is "
-        f"{worst:.7f}, wanted {SAME}"
+        f"local and {other_name}: {'' if same else 'not '}interchangeable: smallest cosine "
+        f"{worst:.7f}, required {MIN_COSINE}"
     )
     return same
 
 
 def _probe(base_url: str) -> None:
-    """Print how a server begins to speak of itself, asking without a key."""
+    """Print the beginning of a server's own answers, requested without a key."""
     for path in ("health/ready", "models"):
         headers = {"accept-encoding": "identity"}
         try:
@@ -185,17 +223,17 @@ def _probe(base_url: str) -> None:
         print(f"{base_url}/{path}: {response.status_code} {' '.join(start.split())[:300]}")
 
 
-def _find_name(here: Options | None, there: Options) -> str | None:
-    """Return the name to ask a server for; None leaves it to the options' default."""
-    said = here.model if here is not None and here.is_model_given else None
-    if said and lookup(said):
-        return said
+def _find_name(local: Options | None, remote: Options) -> str | None:
+    """Return the name of the model on a server; None for the options' default."""
+    name = local.model if local is not None and local.is_model_given else None
+    if name and lookup(name):
+        return name
     try:
-        with Embedder(there) as embedder:
+        with Embedder(remote) as embedder:
             listed = embedder.list_models()
     except NeMoRetrieverError:
-        return said
-    return listed[0].id if len(listed) == 1 else said  # a catalogue lists many
+        return name
+    return listed[0].id if len(listed) == 1 else name  # a catalogue lists many
 
 
 def _torch_version() -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,14 @@ from torch import Tensor
 
 from shared_engine.errors import first_line
 from shared_engine.local.config import ModelConfig
+from shared_engine.local.device_errors import is_fatal
 
 _LONG = 1024
 """Tokens from which copying keys and values pays on a CPU: 7 to 15 % of a step, measured."""
+_HAS_SPLITS = "num_splits" in str(torch.ops.aten._flash_attention_forward.default._schema)
+_ONE_SPLIT = {"num_splits": 1} if _HAS_SPLITS else {}
+"""So that the order of a sum, and a vector's last bits, never depend on the step. The operator of
+torch before 2.12 has no such option, and one split."""
 _CLOSE = 0.05
 """How far a kernel's values may be from one SDPA call per sequence, for numbers of about 1."""
 
@@ -33,7 +38,7 @@ class Layout:
     cu_seqlens: Tensor
     """(S + 1,) int32 on the device: start of each sequence, then the total."""
 
-    @property
+    @cached_property
     def max_seqlen(self) -> int:
         """Tokens of the longest sequence."""
         return max(self.lengths)
@@ -69,9 +74,9 @@ def select_kernel(
         if flash or kernel is efficient:
             try:
                 _check_kernel(kernel, device, dtype, config)
-            except ImportError:
-                reasons.append(f"torch {torch.__version__} has no varlen_attn; 2.10 has")
             except Exception as exc:  # not in this torch, or refused: there is another
+                if is_fatal(exc):
+                    raise
                 reasons.append(f"{kernel.__name__} does not run here: {first_line(exc)}")
             else:
                 return kernel, "; ".join([name, *reasons])
@@ -85,7 +90,6 @@ def _check_kernel(
 
     Raises:
         RuntimeError: it gives other values than `per_sequence`.
-        ImportError: this torch does not have it.
         Exception: it refuses them, each torch with an error of its own.
     """
     layout = Layout([5, 3], torch.tensor([0, 5, 8], dtype=torch.int32).to(device))
@@ -116,16 +120,15 @@ def per_sequence(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Attend with the variable-length flash kernel of torch >= 2.10 (CUDA, 16-bit types)."""
-    from torch.nn.attention.varlen import varlen_attn
+    """Attend with the variable-length flash kernel (CUDA, 16-bit types).
 
+    torch's wrapper, `varlen_attn`, would import all of torch._dynamo: as long as `import torch`.
+    """
     ends, longest = layout.cu_seqlens, layout.max_seqlen
-    options: dict[str, Any] = {}
-    if _NEW_VARLEN:  # before, the wrapper had no word for grouped heads, and its kernel took them
-        # One split: the order of a sum, and so a vector's last bits, never depends on the step.
-        options = {"enable_gqa": k.shape[1] != q.shape[1], "num_splits": 1}
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
-    assert isinstance(out, Tensor)  # it is a pair only where auxiliary outputs are asked for
+    no_dropout, is_causal, returns_mask = 0.0, False, False
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, ends, ends, longest, longest, no_dropout, is_causal, returns_mask, **_ONE_SPLIT
+    )[0]
     return out
 
 
@@ -148,6 +151,3 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 def _repeat(x: Tensor, q: Tensor) -> Tensor:
     """Return keys or values (T, kv_heads, d) for each of the heads of q: (T, heads, d)."""
     return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
-
-
-_NEW_VARLEN = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)

@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from functools import cached_property, partial
 from itertools import groupby
 from typing import TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -35,10 +36,12 @@ from shared_engine.errors import (
     first_line,
 )
 from shared_engine.local.checkpoint import resolve
-from shared_engine.local.device import Placement, select_devices
+from shared_engine.local.device import Placement, make_current, select_devices
+from shared_engine.local.device_errors import is_fatal, is_out_of_memory
 from shared_engine.local.fingerprint import digest_files, list_files
 from shared_engine.local.jobs import Job, TokenSequence
 from shared_engine.local.llama import Encoder, PooledOutput
+from shared_engine.local.memory import pin_image, release_gpu_memory
 from shared_engine.local.scheduler import Scheduler
 from shared_engine.local.tokenizer import TextTokenizer
 from shared_engine.options import Options
@@ -48,6 +51,8 @@ Running: TypeAlias = tuple[list[TokenSequence], PooledOutput | Exception]
 """A step that was started, or could not be."""
 
 _MOST_PREPARING = 16
+_gpu_users: WeakSet[LocalBackend] = WeakSet()
+"""The backends of this process that use a GPU, from the start of their loading to their end."""
 _log = logging.getLogger("shared_engine")
 
 
@@ -101,13 +106,16 @@ class LocalBackend(Backend):
     def _load(
         self, options: Options, load: Callable[..., Encoder]
     ) -> tuple[list[Placement], dict[int, Encoder]]:
+        _gpu_users.add(self)
         placements = select_devices(
             options.device, options.dtype, options.max_batch_tokens, self._checkpoint.config
         )
-        encoders = {
-            number: load(self._checkpoint, placement, self._tokenizer.size)
-            for number, placement in enumerate(placements)
-        }
+        if all(placement.device.type != "cuda" for placement in placements):
+            _gpu_users.discard(self)
+        encoders = {}
+        for number, placement in enumerate(placements):
+            with make_current(placement.device):
+                encoders[number] = load(self._checkpoint, placement, self._tokenizer.size)
         return placements, encoders
 
     @cached_property
@@ -199,6 +207,8 @@ class LocalBackend(Backend):
         try:
             prepare = images.decode_picture if self._cuts_on_device else images.cut_tiles
             tiles = prepare(document.image, vision.max_tiles, vision.tile_size, self._image_urls)
+            if self._cuts_on_device:  # here: the one thread that computes would keep a GPU waiting
+                tiles = pin_image(tiles)
             ids = self._tokenizer.encode_with_image(
                 len(tiles), document.text or "", job.request.truncate
             )
@@ -220,7 +230,9 @@ class LocalBackend(Backend):
         self._run_steps(device)
         del self._encoders[device]
         if is_gpu:
-            torch.cuda.empty_cache()  # else this process would keep it from others
+            if not self._encoders:
+                _gpu_users.discard(self)
+            release_gpu_memory(of_cublas=not _gpu_users)
 
     def _run_steps(self, device: int) -> None:
         running: deque[Running] = deque()
@@ -245,7 +257,7 @@ class LocalBackend(Backend):
             return [(step, encoder(ids, tiles))]
         except Exception as exc:
             error = exc.with_traceback(None)  # the traceback would keep the step's tensors alive
-        if not _is_out_of_memory(error) or is_retry:
+        if not is_out_of_memory(error) or is_retry:
             return [(step, error)]
         if encoder.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -267,7 +279,7 @@ class LocalBackend(Backend):
             self._scheduler.grow(_cost(step))
         except Exception as exc:
             error = exc.with_traceback(None)
-            if _is_fatal(error):
+            if is_fatal(error):
                 self.failure = error
         start = 0
         for job, group in groupby(step, key=lambda sequence: sequence.job):
@@ -276,7 +288,7 @@ class LocalBackend(Backend):
             tokens = sum(len(sequence.ids) for sequence in members)
             if error is None:
                 job.deliver(rows, vectors[start : start + len(rows)], tokens)
-            elif _is_out_of_memory(error):
+            elif is_out_of_memory(error):
                 message = f"does not fit in the device's memory ({tokens} tokens)"
                 _fail(job, rows, DeviceMemoryError(message), error)
             else:
@@ -292,25 +304,3 @@ def _fail(job: Job, rows: list[int], error: NeMoRetrieverError, cause: Exception
     error.__cause__ = cause
     for row in rows:
         job.fail(row, error)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # The allocators of a CPU and of pinned memory, oneDNN, cuBLAS and cuDNN raise a RuntimeError.
-    said = (
-        *("out of memory", "not enough memory", "allocate memory", "bad_alloc"),
-        *("ALLOC_FAILED", "ALLOCATION_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"),
-    )
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
-    )
-
-
-def _is_fatal(error: Exception) -> bool:
-    """Whether a GPU is of no use to this process any more, as after an illegal memory access."""
-    if not isinstance(error, torch.AcceleratorError) or _is_out_of_memory(error):
-        return False
-    try:
-        torch.cuda.synchronize()
-    except torch.AcceleratorError:
-        return True
-    return False

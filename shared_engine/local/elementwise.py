@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shared_engine.errors import first_line
 from shared_engine.local.config import ModelConfig
+from shared_engine.local.device_errors import is_fatal
 
 _CLOSE = 0.02
 """How far a fused kernel may be from torch's operators, whose steps round one by one."""
@@ -84,6 +85,8 @@ def select(
         kernels = Elementwise(fused.rotate, fused.gate)
         _check_kernels(kernels, device, dtype, config)
     except Exception as exc:  # a compiler is at work: whatever it raises, the model can do without
+        if is_fatal(exc):
+            raise
         said = first_line(exc)
         return EAGER, f"torch's operators, as Triton's kernels do not run here: {said}"
     return kernels, "Triton's kernels"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shared_engine.local.attention import Layout
 from shared_engine.local.memory import pin
+from shared_engine.local.pooling import mean_by_product
 
 SIZES = (16, 32, 64, 128)
 """Tokens of the buckets."""
@@ -37,8 +38,12 @@ class QueryGraphs:
     def __init__(
         self, forward: Forward, width: int, device: torch.device, record: Record | None = None
     ) -> None:
-        """Record `forward`, which gives hidden states of that width."""
-        record = record or partial(_capture, device, torch.cuda.graph_pool_handle())
+        """Record `forward`, which gives hidden states of that width.
+
+        The caller keeps all tensors that `forward` reads and writes beside its arguments: a graph
+        knows their addresses only. It does not keep `forward`, which may refer to what has it.
+        """
+        record = record or _make_recorder(device)
         self._device = device
         # The largest first: the others take its memory.
         self._buckets = {
@@ -69,7 +74,7 @@ class QueryGraphs:
 
 
 class _Bucket:
-    """Tensors that stay where they are, and what computes one from the other."""
+    """Tensors that stay where they are, and a recording that computes one from the other."""
 
     def __init__(
         self, size: int, forward: Forward, width: int, device: torch.device, record: Record
@@ -78,21 +83,29 @@ class _Bucket:
         self.means = torch.empty(_SEQUENCES, width, dtype=torch.float32, device=device)
         ids, positions, cu_seqlens = torch.split(self.inputs, [size, size, _SEQUENCES + 2])
         layout = Layout([size], cu_seqlens)  # the kernel reads the boundaries when it runs
-        rows = torch.arange(size, dtype=torch.int32, device=device)
-        starts, ends = cu_seqlens[:-2, None], cu_seqlens[1:-1, None]
 
         def step() -> None:
-            hidden = forward(ids, positions, layout).float()  # (T, width)
-            shares = ((rows >= starts) & (rows < ends)) / (ends - starts).clamp(min=1)
-            torch.mm(shares, hidden, out=self.means)
+            hidden = forward(ids, positions, layout)  # (T, width)
+            mean_by_product(hidden, cu_seqlens[:-1], out=self.means)
 
         self.replay = record(step)
 
 
-def _capture(device: torch.device, pool: Any, step: Callable[[], None]) -> Callable[[], Any]:
+def _make_recorder(device: torch.device) -> Record:
+    """Return what records steps as CUDA graphs that share memory.
+
+    A pool of memory serves one stream. Each model has a stream of its own, because the graphs write
+    to the cuBLAS workspace of their stream, where the recording of another model would interfere.
+    """
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return partial(_capture, device, stream, torch.cuda.graph_pool_handle())
+
+
+def _capture(
+    device: torch.device, stream: torch.cuda.Stream, pool: Any, step: Callable[[], None]
+) -> Callable[[], Any]:
     """Record a step as a CUDA graph, while other threads may use the device."""
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()  # what libraries and Triton make once is no part of the graph

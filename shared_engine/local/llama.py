@@ -27,10 +27,12 @@ from shared_engine.local.attention import Attention, Layout, varlen, varlen_repe
 from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.config import Llama3Rope, ModelConfig, Rope
 from shared_engine.local.device import Placement
+from shared_engine.local.device_errors import is_fatal, is_out_of_memory
 from shared_engine.local.elementwise import EAGER, rms_norm
 from shared_engine.local.graphs import SIZES, QueryGraphs, check_graphs
 from shared_engine.local.memory import Buffers, to_device
 from shared_engine.local.packed import PackedGate, pack
+from shared_engine.local.pooling import pool
 from shared_engine.local.siglip import VisionTower
 from shared_engine.local.weights import Weights
 
@@ -38,9 +40,8 @@ if TYPE_CHECKING:
     from shared_engine.images.tiles import Tiles
 
 
-_FEW = 16
-"""Sequences up to which a GPU takes their means one by one: segment_reduce gives a sequence only as
-many threads as a vector has numbers."""
+_WARM_LENGTH = 512
+"""Tokens of the texts that a GPU computes while a model is loaded."""
 _FEW_ROWS = 256
 """Up to which a step is filled up to 16 rows, and over it to 64, where kernels are made by rows."""
 
@@ -108,6 +109,7 @@ class Encoder:
         self._max_batch_tokens = placement.max_batch_tokens
         self._rotate, self._gate = placement.elementwise
         self._buffers = Buffers(placement)
+        self._graph_buffers = Buffers(placement)  # whose addresses graphs know
         self._has_kernels_by_rows = self.device.type == "cpu" and placement.dtype != torch.float32
         self._graphs: QueryGraphs | None = None
         self.description = placement.description
@@ -125,24 +127,42 @@ class Encoder:
             self._graphs, why = self._record_graphs(placement)
             placement = replace(placement, reasons=f"{placement.reasons}; queries: {why}")
             self.description = placement.description
+            self._warm_up()
 
     @torch.inference_mode()
     def _record_graphs(self, placement: Placement) -> tuple[QueryGraphs | None, str]:
         """Return graphs for the steps of searches, if they give the same values, and why not."""
         if placement.kernel not in (varlen, varlen_repeated):
             return None, "no CUDA graphs, as attention is no varlen kernel"
-        buffers = Buffers(placement)  # of their own, as graphs know where it lies
 
         def forward(ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-            return self._forward(F.embedding(ids, self._embedding), positions, layout, buffers)
+            x = F.embedding(ids, self._embedding)
+            return self._forward(x, positions, layout, self._graph_buffers)
 
         vocabulary, width = self._embedding.shape
         try:
             graphs = QueryGraphs(forward, width, self.device)
             check_graphs(graphs, self._compute, vocabulary, len(self._cos))
         except Exception as exc:  # a search is slower without, and as right
+            if is_fatal(exc):
+                raise
             return None, f"no CUDA graphs: {first_line(exc)}"
         return graphs, f"CUDA graphs for up to {SIZES[-1]} tokens"
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Compute a full step and every number of tiles, so that a GPU has loaded its kernels.
+
+        Else the first requests would wait for that.
+        """
+        length = min(_WARM_LENGTH, len(self._cos))
+        try:
+            self._compute([np.zeros(length, np.int32)] * max(1, self._max_batch_tokens // length))
+            if self._vision:
+                self._vision.warm_up()
+        except Exception as exc:
+            if not is_out_of_memory(exc):  # requests halve their steps
+                raise
 
     @torch.inference_mode()
     def __call__(
@@ -185,7 +205,7 @@ class Encoder:
             places = np.flatnonzero(ids[:tokens] == self._vision.context_token)
             x[to_device(places, self.device)] = self._vision(images)
         hidden = self._forward(x, positions, layout, self._buffers)  # (T, hidden)
-        return _pool(hidden[:tokens], lengths[:count])
+        return pool(hidden, layout, count)
 
     def _multiple(self, tokens: int) -> int:
         """Return what the rows of a step are to be a multiple of.
@@ -198,41 +218,38 @@ class Encoder:
         return 16 if tokens <= _FEW_ROWS else 64
 
     def _forward(self, x: Tensor, positions: Tensor, layout: Layout, buffers: Buffers) -> Tensor:
-        narrow, wide = buffers.hidden, buffers.mlp
+        """Return the last hidden states of embeddings x (T, hidden), which they overwrite.
+
+        Every layer writes to the same buffers. What `hidden` and `mlp` return is valid until they
+        are called again, and so is the result of this.
+        """
+        hidden, mlp = buffers.hidden, buffers.mlp
 
         def normalize(x: Tensor, weight: Tensor) -> Tensor:
-            return rms_norm(x, weight, self._eps, narrow, buffers.float32)
+            return rms_norm(x, weight, self._eps, hidden, buffers.float32)
 
         cos, sin = self._cos[positions], self._sin[positions]  # (T, d / 2)
         heads, rotated = self._heads, self._heads + self._kv_heads  # values are not rotated
         for layer in self._layers:
-            normed = normalize(x, layer.attention_norm)
-            qkv = torch.mm(normed, layer.qkv.T, out=wide(len(x), len(layer.qkv)))
-            qkv = qkv.view(len(x), -1, self._head_dim)  # (T, heads + 2 * kv_heads, d)
-            turned = self._rotate(qkv[:, :rotated], cos, sin, narrow)
+            normed = normalize(x, layer.attention_norm)  # in hidden
+            qkv = torch.mm(normed, layer.qkv.T, out=mlp(len(x), len(layer.qkv)))
+            qkv = qkv.view(len(x), -1, self._head_dim)  # (T, heads + 2 * kv_heads, d), in mlp
+            # Over normed, which is not read again; or over qkv, where a fused kernel rotates.
+            turned = self._rotate(qkv[:, :rotated], cos, sin, hidden)
             q, k, v = turned[:, :heads], turned[:, heads:], qkv[:, rotated:]
-            attended = self._attend(q, k, v, layout)  # (T, heads, d)
+            attended = self._attend(q, k, v, layout)  # (T, heads, d), in memory of its own
             x.addmm_(attended.flatten(1), layer.o.T)
-            for rows in torch.split(
-                x, self._max_batch_tokens
-            ):  # a longer text takes no more memory
-                normed = normalize(rows, layer.mlp_norm)
+            # In parts of a step, so that a longer text takes no more memory.
+            for rows in torch.split(x, self._max_batch_tokens):
+                normed = normalize(rows, layer.mlp_norm)  # over turned, which is not read again
                 if isinstance(layer.gate_up, PackedGate):
-                    inner = layer.gate_up(normed)  # (T, intermediate)
+                    inner = layer.gate_up(normed)  # (T, intermediate), in memory of its own
                 else:
-                    gate_up = wide(len(rows), len(layer.gate_up))
-                    inner = self._gate(torch.mm(normed, layer.gate_up.T, out=gate_up))
-                rows.addmm_(inner, layer.down.T)
+                    gate_up = mlp(len(rows), len(layer.gate_up))  # over qkv, not read again
+                    torch.mm(normed, layer.gate_up.T, out=gate_up)
+                    inner = self._gate(gate_up)  # over its first half
+                rows.addmm_(inner, layer.down.T)  # rows are of x
         return normalize(x, self._norm)
-
-
-def _pool(hidden: Tensor, lengths: list[int]) -> Tensor:
-    """Return the mean of each sequence's rows, (S, hidden) float32."""
-    if hidden.is_cuda and len(lengths) > _FEW:
-        counts = to_device(np.asarray(lengths, np.int64), hidden.device)  # (S,)
-        return torch.segment_reduce(hidden.float(), "mean", lengths=counts, unsafe=True)
-    means = [rows.mean(0, dtype=torch.float32) for rows in torch.split(hidden, lengths)]
-    return torch.stack(means)
 
 
 def _rotary_tables(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from shared_engine.local.device import Placement
+
+if TYPE_CHECKING:
+    from shared_engine.images.tiles import Tiles
 
 
 class Buffer:
@@ -60,3 +63,27 @@ def pin(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """Return an array as a tensor in memory that a copy to this device does not wait for."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def pin_image(image: Tiles) -> Tiles:
+    """Copy an image to memory that a copy to a GPU does not wait for; `pin` leaves it there."""
+
+    def pinned(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return torch.from_numpy(np.ascontiguousarray(pixels)).pin_memory().numpy()
+
+    if isinstance(image, np.ndarray):
+        return pinned(image)
+    return replace(image, pixels=pinned(image.pixels))
+
+
+def release_gpu_memory(*, of_cublas: bool) -> None:
+    """Give memory that torch keeps and nobody uses back to the system, for other processes.
+
+    With `of_cublas` also the workspaces of matrix products, 32 MB for each stream and thread of an
+    H100: no engine of this process may be computing, as torch takes them away from running threads.
+    """
+    # Private, and missing in a torch without CUDA, which tests have.
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if of_cublas and clear is not None:
+        clear()
+    torch.cuda.empty_cache()

@@ -22,7 +22,9 @@ def cut_on_device(picture: Picture, size: int, device: torch.device) -> Tensor:
     from shared_engine.images.tiles import arrange_tiles
 
     pixels = to_device(picture.pixels, device)  # (H, W) or (H, W, 3)
-    planes = pixels.view(*pixels.shape[:2], -1).permute(2, 0, 1)[None].float()  # (1, C, H, W)
+    planes = pixels.view(*pixels.shape[:2], -1).permute(2, 0, 1)[None]  # (1, C, H, W)
+    # The kernel of a GPU would copy to this layout and back for each axis.
+    planes = planes.to(torch.float32, memory_format=torch.contiguous_format)
 
     def resize(width: int, height: int) -> Tensor:
         small = _resize(planes, picture.box, width, height)[0].permute(1, 2, 0)

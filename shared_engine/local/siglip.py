@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from shared_engine.images.tiles import Tiles
 
 _CONNECTOR_EPS = 1e-5
+_MOST_TILES = 8
+"""Of a pass. cuDNN plans attention for each number of tiles, for 23 to 440 ms (public figures), and
+more than 8 keep a GPU no busier (estimated)."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,13 @@ class VisionTower:
         self._patch = tower.patch_size
         self._side = vision.patches_per_side
         self._heads, self._eps = tower.heads, tower.layer_norm_eps
-        self._wide = Buffer(placement)
+        self._buffer = Buffer(placement)
         # A patch costs about half of what a token does.
-        self._tiles_at_once = max(1, 2 * placement.max_batch_tokens // vision.patches_per_tile)
+        fitting = 2 * placement.max_batch_tokens // vision.patches_per_tile
+        self._tiles_at_once = max(1, min(_MOST_TILES, fitting))
         if placement.device.type == "cuda":
             patches = vision.patches_per_tile * self._tiles_at_once
-            self._wide.reserve(patches, max(3 * tower.hidden_size, tower.intermediate_size))
+            self._buffer.reserve(patches, max(3 * tower.hidden_size, tower.intermediate_size))
         hidden, inner = tower.hidden_size, tower.intermediate_size
         at = "vision_model.embeddings"
         patch = weights(f"{at}.patch_embedding.weight", hidden, 3, self._patch, self._patch)
@@ -98,12 +102,14 @@ class VisionTower:
         a forward pass.
         """
         tiles = torch.cat([self._tiles(image) for image in images])  # (n, size, size, 3)
-        return torch.cat(
-            [
-                self._join(self._features(self._patches(some)))
-                for some in torch.split(tiles, _portions(len(tiles), self._tiles_at_once))
-            ]
-        )
+        portions = torch.split(tiles, self._tiles_at_once)
+        return torch.cat([self._join(self._features(self._patches(some))) for some in portions])
+
+    def warm_up(self) -> None:
+        """Compute every number of tiles that a pass may have."""
+        size = self._side * self._patch
+        for count in range(1, self._tiles_at_once + 1):
+            self([np.zeros((count, size, size, 3), np.uint8)])
 
     def _tiles(self, image: Tiles) -> Tensor:
         if isinstance(image, np.ndarray):
@@ -134,7 +140,7 @@ class VisionTower:
 
     def _linear(self, x: Tensor, layer: Affine) -> Tensor:
         """Return x (rows, into) times the weight plus the bias, in the buffer: (rows, out)."""
-        out = self._wide(len(x), len(layer.weight))
+        out = self._buffer(len(x), len(layer.weight))
         return torch.addmm(layer.bias, x, layer.weight.T, out=out)
 
     def _join(self, features: Tensor) -> Tensor:
@@ -149,18 +155,6 @@ class VisionTower:
 
     def _normed(self, x: Tensor, norm: Affine) -> Tensor:
         return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, self._eps)
-
-
-def _portions(tiles: int, most: int) -> list[int]:
-    """Split a number of tiles into powers of two: 21 is 16 + 4 + 1.
-
-    cuDNN plans attention for each number anew, for 23 to 440 ms (public measurements).
-    """
-    out = []
-    while tiles:
-        out.append(1 << (min(tiles, most).bit_length() - 1))
-        tiles -= out[-1]
-    return out
 
 
 def _layer(weights: Weights, at: str, hidden: int, inner: int) -> SiglipLayer:

@@ -48,8 +48,8 @@ class Weights:
             except (SafetensorError, OSError) as exc:
                 raise CheckpointError(f"{path} cannot be read: {exc}") from exc
             for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
-                common = _common(key)
-                if common.endswith(_UNUSED) or common.startswith(_UNUSED_PARTS):
+                common = common_name(key)
+                if is_unused(common):
                     continue
                 if common in self._left:
                     raise CheckpointError(f"{path} holds {key!r}, which is there already")
@@ -91,7 +91,13 @@ class Weights:
             )
 
 
-def _common(key: str) -> str:
+def is_unused(name: str) -> bool:
+    """Whether no embedding depends on a tensor of this common name."""
+    return name.endswith(_UNUSED) or name.startswith(_UNUSED_PARTS)
+
+
+def common_name(key: str) -> str:
+    """Return the name of a tensor in the public checkpoints, from any of its spellings."""
     for spelling, common in _SPELLINGS.items():
         if key.startswith(spelling):
             return common + key.removeprefix(spelling)

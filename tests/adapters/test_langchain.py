@@ -26,6 +26,7 @@ from shared_engine import (
     PartialResultError,
     UnsupportedDimensionsError,
 )
+from shared_engine.catalogue import DEFAULT_MODEL
 from tests.support.adapters import TEXTS, same
 from tests.support.oracles import numpy_float64
 
@@ -344,3 +345,31 @@ def test_without_torch_the_first_use_says_what_to_install(
     """)
     assert "'torch'" in out
     assert "pip install 'nemoretriever-embeddings[local]'" in out
+
+
+@pytest.mark.filterwarnings("ignore:The function `loads` is in beta")
+def test_dumps_and_loads_keep_the_options_and_not_the_key(monkeypatch):
+    from langchain_core.load import dumps, loads
+
+    given = {
+        "model": DEFAULT_MODEL,  # passed, though it is the default
+        "base_url": "https://nim.example",
+        "api_key": "nvapi-secret",
+        "default_headers": {"x-secret": "hidden"},
+        "proxy": "http://user:hidden@proxy:3128",
+        "dimensions": 1024,
+        "truncate": "END",
+    }
+    text = dumps(NeMoRetrieverEmbeddings(**given))
+    for secret in ("nvapi-secret", "hidden"):
+        assert secret not in text
+    monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-other")
+    allowed = {"allowed_objects": [NeMoRetrieverEmbeddings], "secrets_from_env": True}
+    loaded = loads(text, valid_namespaces=["langchain_nemoretriever"], **allowed)
+    assert loaded.model_dump() == NeMoRetrieverEmbeddings(**given).model_dump()
+    assert loaded.is_model_given
+    assert loaded.api_key.get_secret_value() == "nvapi-other"
+    without_key = dumps(NeMoRetrieverEmbeddings(dimensions=384))
+    monkeypatch.delenv("NVIDIA_API_KEY")
+    loaded = loads(without_key, valid_namespaces=["langchain_nemoretriever"], **allowed)
+    assert (loaded.dimensions, loaded.api_key, loaded.is_model_given) == (384, None, False)

@@ -18,10 +18,10 @@ THEIRS = {
     "batch_size": "max_batch_size=",
     "dimension": "dimensions=",
     "infer_path": "base_url=",
-    "input_type": "query, or a document",
+    "input_type": "method for queries or the one for documents",
     "mode": "backend=",
     "trucate": "truncate=",
-    "usage_telemetry_enabled": "leave it out",
+    "usage_telemetry_enabled": "omit it",
 }
 
 
@@ -38,7 +38,7 @@ def test_an_option_that_we_do_not_have_is_refused_with_what_to_do(kind: Any, nam
 def test_values_that_mean_the_default_there(kind: Any) -> None:
     assert kind(dimensions=0).dimensions is None  # the default of their LlamaIndex adapter
     for name in ("timeout", "deadline"):
-        with pytest.raises(ValidationError, match="leave it out for the default, or give None"):
+        with pytest.raises(ValidationError, match="must be greater than 0; use None for no limit"):
             kind(**{name: 0})
     assert kind(nvidia_api_key="nvapi-1", truncate="end").truncate == "END"
 

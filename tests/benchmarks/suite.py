@@ -2,21 +2,21 @@
 
     python tests/benchmarks/suite.py                 # half an hour on two cores
     python tests/benchmarks/suite.py --quick         # a small one, into .benchmarks/
-    python tests/benchmarks/suite.py --only latency --checkpoint DIR --device cuda
+    python tests/benchmarks/suite.py --only latency --checkpoint DIR
     python tests/benchmarks/suite.py --readme        # the tables and plots of README.md here
 
 - text: tokens per second on four corpora, in turn with sentence-transformers at several batch sizes
   and with padded transformers, on the same weights; vectors are compared.
 - latency: a query of 32 tokens alone, and while a bulk ingest runs; sentence-transformers under a
   lock that is held for one batch, which is the most considerate way to share it.
-- tuning: the engine with other sizes of a step, and with compiled elementwise work.
+- tuning: the engine with other sizes of a step.
 - start: a fresh process until its first vector, files cached; peak memory of the same work.
 - images: pages per second at one tile and at six with a thumbnail.
 
 A complete run goes to results/, any other to .benchmarks/, written part by part. Linux only.
 
-Without `--checkpoint` the weights are random. A CPU gets the true widths with few layers, a GPU the
-true shapes of the 300M and of the 1.7B model.
+Without `--checkpoint` the weights are random, of the true widths with few layers. For a CPU; a GPU
+has `gpu/run.py`.
 """
 
 from __future__ import annotations
@@ -76,42 +76,28 @@ class Scale:
     pages: int
 
 
-SCALES = {
-    "cpu": Scale(
-        layers=2,
-        vision_layers=3,
-        image_layers=2,
-        texts={"skewed": 48, "short": 128, "uniform": 8, "long": 1},
-        steps=(1_024, 4_096),
-        batch_sizes=(2, 4, 8, 32),
-        rounds=5,
-        queries=50,
-        pages=1,
-    ),
-    "cuda": Scale(
-        layers=9,
-        vision_layers=27,
-        image_layers=16,
-        texts={"skewed": 4096, "short": 16_384, "uniform": 1024, "long": 32},
-        steps=(4_096, 8_192, 32_768, 65_536),
-        batch_sizes=(8, 16, 32, 64, 128, 256),
-        rounds=5,
-        queries=500,
-        pages=64,
-    ),
-}
+NORMAL = Scale(
+    layers=2,
+    vision_layers=3,
+    image_layers=2,
+    texts={"skewed": 48, "short": 128, "uniform": 8, "long": 1},
+    steps=(1_024, 4_096),
+    batch_sizes=(2, 4, 8, 32),
+    rounds=5,
+    queries=50,
+    pages=1,
+)
 
 
-def scale(device: str, quick: bool, full: bool) -> Scale:
+def scale(quick: bool, full: bool) -> Scale:
     """Return the size of a run."""
-    normal = SCALES[device]
     if quick:
-        fewer = {name: max(1, count // 4) for name, count in normal.texts.items()}
-        return replace(normal, texts=fewer, rounds=1, queries=normal.queries // 5)
+        fewer = {name: max(1, count // 4) for name, count in NORMAL.texts.items()}
+        return replace(NORMAL, texts=fewer, rounds=1, queries=NORMAL.queries // 5)
     if full:
-        more = {name: 2 * count for name, count in normal.texts.items()}
-        return replace(normal, texts=more, rounds=7, queries=4 * normal.queries)
-    return normal
+        more = {name: 2 * count for name, count in NORMAL.texts.items()}
+        return replace(NORMAL, texts=more, rounds=7, queries=4 * NORMAL.queries)
+    return NORMAL
 
 
 class Bench:
@@ -303,7 +289,6 @@ def arguments() -> argparse.Namespace:
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument("--quick", action="store_true", help="a quarter of it, one round")
     effort.add_argument("--full", action="store_true", help="twice of it, seven rounds")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--checkpoint", type=Path, help="folder of a text model")
     parser.add_argument("--image-checkpoint", type=Path, help="folder of a multimodal model")
@@ -343,9 +328,8 @@ def main() -> None:
         return
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    gpu = asked.device.startswith("cuda") or (asked.device == "auto" and torch.cuda.is_available())
-    size = scale("cuda" if gpu else "cpu", asked.quick, asked.full)
-    result = about(torch.device("cuda" if gpu else "cpu"), asked)
+    size = scale(asked.quick, asked.full)
+    result = about(torch.device("cpu"), asked)
     asked.out.mkdir(parents=True, exist_ok=True)
     path = asked.out / (re.sub(r"\W+", "-", result["device"].lower()).strip("-") + ".json")
 
@@ -357,7 +341,7 @@ def main() -> None:
         scratch = Path(name)
         if set(asked.only) - {"images"}:
             folder = asked.checkpoint or measuring.text_checkpoint(scratch / "text", size.layers)
-            options = Options(model=str(folder), device=asked.device, dtype=asked.dtype)
+            options = Options(model=str(folder), device="cpu", dtype=asked.dtype)
             bench = Bench(options, scratch, size)
             result["layers"] = bench.config["num_hidden_layers"]
             result["engine"] = bench.description.partition(" on ")[2]
@@ -372,8 +356,7 @@ def main() -> None:
             folder = asked.image_checkpoint or measuring.image_checkpoint(
                 scratch / "images", size.vision_layers, size.image_layers
             )
-            device, dtype = asked.device, asked.dtype
-            figures = images.measure(folder, device, dtype, size.pages, size.rounds)
+            figures = images.measure(folder, "cpu", asked.dtype, size.pages, size.rounds)
             print("\n".join(["", *map(images.report, figures.values())]))
             add("images", figures)
     add("bars", report.bars(result))

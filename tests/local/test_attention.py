@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import varlen as torch_varlen
 
 from shared_engine.local import attention
 from shared_engine.local.attention import Layout
@@ -63,11 +63,12 @@ def kernels(monkeypatch):
             raise fault
         return fault
 
-    def varlen_attn(q, k, v, *given, **options):
-        cu, cu_k, longest, longest_k = given
+    def flash(q, k, v, *given, **options):
+        cu, cu_k, longest, longest_k, dropout, is_causal, returns_mask = given
+        assert (dropout, is_causal, returns_mask) == (0.0, False, False)
         assert cu is cu_k
         assert type(longest) is type(longest_k) is int
-        return by_definition(q, k, v, cu) + check("varlen", q, k, options)
+        return by_definition(q, k, v, cu) + check("varlen", q, k, options), None
 
     def efficient(q, k, v, *given):
         bias, cu, cu_k, longest, longest_k, dropout, mask = given
@@ -77,7 +78,7 @@ def kernels(monkeypatch):
         assert q.shape == k.shape == v.shape
         return by_definition(q[0], k[0], v[0], cu)[None] + check("efficient", q[0], k[0], {}), None
 
-    monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
     monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", efficient)
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *where: x.type(where[-1]) if where[1:] else x)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
@@ -95,8 +96,6 @@ MISSING = dict.fromkeys(("varlen", "varlen, grouped", "efficient"), REFUSED)
         ("float16", {}, "varlen", "varlen flash kernel"),
         ("bfloat16", {"varlen, grouped": REFUSED}, "varlen_repeated", "key/value must match"),
         ("bfloat16", {"varlen, grouped": 1.0}, "varlen_repeated", "varlen does not run here: its"),
-        ("bfloat16", {"varlen, grouped": ImportError("no"), "varlen": ImportError("no")},
-         "efficient", "has no varlen_attn; 2.10 has"),
         ("bfloat16", {"varlen, grouped": TypeError("unexpected"), "varlen": REFUSED}, "efficient",
          "varlen does not run here: unexpected"),
         ("bfloat16", MISSING, "per_sequence", "efficient does not run here: Number of heads"),
@@ -114,7 +113,7 @@ MISSING = dict.fromkeys(("varlen", "varlen, grouped", "efficient"), REFUSED)
 def test_a_gpu_gets_the_first_kernel_that_computes_the_models_heads(  # noqa: PLR0917
     kernels, monkeypatch, new, dtype, refuse, chosen, said
 ):
-    monkeypatch.setattr(attention, "_NEW_VARLEN", new)
+    monkeypatch.setattr(attention, "_ONE_SPLIT", {"num_splits": 1} if new else {})
     kernels[0].update(refuse)
     kernel, why = attention.select_kernel(CUDA, getattr(torch, dtype), CONFIG)
     assert kernel is getattr(attention, chosen)
@@ -123,9 +122,39 @@ def test_a_gpu_gets_the_first_kernel_that_computes_the_models_heads(  # noqa: PL
     assert "dispatcher" not in why
     for name, heads, options in kernels[1]:
         assert heads in (HEADS, (32, 32, 64))
-        grouped = heads == HEADS
-        wanted = {"enable_gqa": grouped, "num_splits": 1} if new and name == "varlen" else {}
-        assert options == wanted
+        assert options == ({"num_splits": 1} if new and name == "varlen" else {})
+
+
+@pytest.mark.parametrize("operator", ["_flash_attention_forward", "_efficient_attention_forward"])
+def test_torch_has_the_operators_with_these_arguments(operator):
+    """The call of each kernel, on tensors without values."""
+    q, k, v = torch.empty(9, 48, 64, device="meta", dtype=torch.bfloat16).split([32, 8, 8], dim=1)
+    ends = torch.empty(3, device="meta", dtype=torch.int32)
+    kernel = attention.varlen if operator.startswith("_flash") else attention.efficient
+    assert kernel(q, k, v, Layout([5, 4], ends)).shape == q.shape
+
+
+def test_a_first_attention_does_not_import_the_compiler(python):
+    """As torch's wrapper does, for as long as an import of torch."""
+    code = (
+        "import sys, torch; from shared_engine.local import attention; "
+        "from shared_engine.local.attention import Layout; "
+        "q = torch.empty(9, 4, 64, device='meta', dtype=torch.bfloat16); "
+        "ends = torch.empty(2, device='meta', dtype=torch.int32); "
+        "attention.varlen(q, q, q, Layout([9], ends)); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    assert python(code).strip() == "False"
+
+
+def test_a_gpu_that_is_lost_ends_the_choice(kernels, monkeypatch):
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    kernels[0]["varlen, grouped"] = lost
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # an error of one kernel
+    assert attention.select_kernel(CUDA, torch.bfloat16, CONFIG)[0] is attention.varlen_repeated
+    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=lost))
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        attention.select_kernel(CUDA, torch.bfloat16, CONFIG)
 
 
 def test_a_gpu_that_is_too_old_for_flash_has_one_call_per_step(kernels, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from io import BytesIO
 from pathlib import Path
 
@@ -121,29 +122,69 @@ def test_vectors_of_pages_do_not_tell_who_cut_the_tiles(tmp_path: Path, monkeypa
         assert np.abs(failed.value.vectors[[0, 2]] - expected[[0, 4]]).max() <= 1e-4
 
 
-@pytest.mark.parametrize("most", [1, 2, 7, 8, 12, 32])
-def test_a_tower_sees_a_few_numbers_of_tiles_only(most):
-    """A GPU's attention is planned for each number anew."""
-    seen = set()
-    for tiles in range(1, 100):
-        portions = siglip._portions(tiles, most)
-        assert sum(portions) == tiles
-        assert max(portions) <= most
-        assert len(portions) <= tiles // most * 2 + most.bit_length() + 1
-        seen.update(portions)
-    assert seen == {1 << n for n in range(most.bit_length())}
-
-
-def test_vectors_do_not_depend_on_the_portions(tmp_path: Path):
+def test_vectors_do_not_depend_on_the_passes_of_the_tower(tmp_path: Path, monkeypatch):
+    """A pass has at most 8 tiles: a GPU's attention is planned for each number anew."""
     folder = build_vl_checkpoint(tmp_path / "vl")
     documents = [EmbeddingInput(image=page(seed, 90, 40 + 30 * seed)) for seed in range(5)]
     expected = None
-    for max_batch_tokens in (8, 24, 64, 8192):
+    passes: list[int] = []
+    features = siglip.VisionTower._features
+
+    def counted(self: siglip.VisionTower, patches: torch.Tensor) -> torch.Tensor:
+        passes.append(len(patches))
+        return features(self, patches)
+
+    monkeypatch.setattr(siglip.VisionTower, "_features", counted)
+    for max_batch_tokens, most in ((8, 1), (24, 3), (32, 4), (8192, 8)):
+        passes.clear()
         options = Options(model=folder, max_tiles=6, max_batch_tokens=max_batch_tokens)
         with Embedder(options) as embedder:
             got = embedder.embed(documents)
         expected = got if expected is None else expected
         assert np.abs(got - expected).max() <= 1e-6
+        assert max(passes) <= most
+    passes.clear()
+    with Embedder(Options(model=folder, max_batch_tokens=8192)) as embedder:
+        embedder.wait_until_ready()
+        tower = embedder.load()._encoders[0]._vision
+        with torch.inference_mode():
+            tower([np.zeros((20, 32, 32, 3), np.uint8)])
+    assert passes == [8, 8, 4]
+
+
+def test_images_are_pinned_by_the_threads_that_prepare_them(tmp_path: Path, monkeypatch):
+    """A step of pages has 44 MB, which would cost the one thread that computes 4 to 9 ms."""
+    pinned: list[tuple[str, tuple[int, ...]]] = []
+
+    def pin_memory(x: torch.Tensor) -> torch.Tensor:
+        pinned.append((threading.current_thread().name, tuple(x.shape)))
+        return x.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(image_tiles, "_LARGEST_PICTURE", 300 * 300)
+    options = Options(model=build_vl_checkpoint(tmp_path / "vl"), max_tiles=2, device="cpu")
+    documents = [EmbeddingInput(image=noise(side, side)) for side in (300, 310)]
+    with Embedder(options) as embedder:
+        expected = embedder.embed(documents)
+        assert pinned == []
+        monkeypatch.setattr(embedder.load(), "_cuts_on_device", True)
+        assert np.abs(embedder.embed(documents) - expected).max() <= 1e-4
+    assert all(name.startswith("nemoretriever-prepare-") for name, _ in pinned)
+    assert (300, 300, 3) in [shape for _, shape in pinned]
+    assert len(pinned) == 2  # the larger one as tiles
+
+
+def test_a_resize_is_given_planes_that_a_gpus_kernel_need_not_copy(monkeypatch):
+    given: list[bool] = []
+    resize_axes = torch.ops.aten._upsample_bicubic2d_aa
+
+    def watched(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        given.append(x.is_contiguous())
+        return resize_axes(x, *rest)
+
+    monkeypatch.setattr(torch.ops.aten, "_upsample_bicubic2d_aa", watched)
+    resize.cut_on_device(images.decode_picture(noise(300, 400), 6), 64, CPU)
+    assert given == [True] * 4
 
 
 @pytest.mark.gpu

@@ -107,6 +107,14 @@ def test_kernels_that_fail_or_differ_change_nothing_but_the_description(fused, n
     assert "\n" not in why
 
 
+def test_a_gpu_that_is_lost_ends_the_choice(fused, monkeypatch):
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    fused.gate = raising(lost)
+    monkeypatch.setattr(torch.cuda, "synchronize", raising(lost))
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        elementwise.select(CUDA, torch.bfloat16, config("300M"))
+
+
 def test_a_machine_without_triton_has_torchs_operators(monkeypatch):
     monkeypatch.delitem(sys.modules, "shared_engine.local.fused", raising=False)
     monkeypatch.delattr(local, "fused", raising=False)

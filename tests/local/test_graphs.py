@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -82,8 +83,7 @@ def placement(encoder: Encoder, checkpoint: Path, monkeypatch) -> Placement:
     found = resolve(Options(model=checkpoint))
     (placed,) = select_devices("cpu", "float32", None, found.config)
     monkeypatch.setattr(llama, "varlen", by_boundaries)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(graphs, "_capture", lambda _device, _pool, step: step)
+    monkeypatch.setattr(graphs, "_make_recorder", lambda _: lambda step: step)
     return replace(placed, kernel=by_boundaries)
 
 
@@ -102,20 +102,31 @@ def fail(*_):
 
 
 @pytest.mark.parametrize(
-    ("capture", "said"),
+    ("record", "said"),
     [
         (fail, "no CUDA graphs: operation not permitted when stream is capturing"),
         (lambda *_: lambda: None, "no CUDA graphs: their values are off by"),
     ],
 )
 def test_graphs_that_fail_or_differ_change_nothing_but_the_description(
-    encoder, placement, monkeypatch, capture, said
+    encoder, placement, monkeypatch, record, said
 ):
-    monkeypatch.setattr(graphs, "_capture", capture)
+    monkeypatch.setattr(graphs, "_make_recorder", lambda _: record)
     recorded, why = encoder._record_graphs(placement)
     assert recorded is None
     assert why.startswith(said)
     assert "\n" not in why
+
+
+def test_a_gpu_that_is_lost_while_graphs_are_recorded_ends_the_loading(
+    encoder, placement, monkeypatch
+):
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    error = mock.Mock(side_effect=lost)
+    monkeypatch.setattr(torch.cuda, "synchronize", error)
+    monkeypatch.setattr(graphs, "_make_recorder", error)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        encoder._record_graphs(placement)
 
 
 def test_only_kernels_that_read_boundaries_on_the_device_are_recorded(encoder, placement):

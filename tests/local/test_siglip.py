@@ -309,7 +309,7 @@ TRUE_SHAPE = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from shared_engine import Document, Embedder, Options
+from shared_engine import Embedder, EmbeddingInput, Options
 from tests.support.vl_checkpoints import page
 
 name = "nvidia/llama-3.2-nemoretriever-1b-vlm-embed-v1"
@@ -317,7 +317,7 @@ options = Options(
     model=name, checkpoint=sys.argv[1], device="cpu", dtype="bfloat16", max_tiles=1, dimensions=1024
 )
 with Embedder(options) as embedder:
-    vectors = embedder.embed([Document(image=page(0, 300, 300)), "a text"])
+    vectors = embedder.embed([EmbeddingInput(image=page(0, 300, 300)), "a text"])
 assert vectors.shape == (2, 1024)
 assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() <= 1e-6
 assert abs(vectors[0] @ vectors[1]) < 0.99

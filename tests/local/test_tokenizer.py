@@ -6,11 +6,9 @@ import itertools
 import json
 import shutil
 import time
-from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from shared_engine import Embedder, InputTooLongError, Options
 from shared_engine.local.checkpoint import resolve
@@ -92,7 +90,7 @@ def test_many_texts_give_as_many_rows(made):
     ]
 
 
-# Huge texts: what is tokenised is bounded, and what comes out is as if all of it had been
+# Very long texts: a bounded part of them is tokenized, with the same result
 
 LIMIT = 30
 UNITS = [
@@ -123,11 +121,12 @@ def cut_whole(ids: list[int], kept: int, limit: int, truncate: str) -> list[int]
     return ids[:limit] if truncate == "END" else ids[:kept] + ids[len(ids) - (limit - kept) :]
 
 
-def check(tokens: TextTokenizer, whole: Tokenizer, text: str) -> None:
-    ids = whole.encode(f"passage: {text}").ids
-    both = zip(whole.encode("passage:").ids, ids, strict=False)
+def check(tokens: TextTokenizer, text: str, *truncations: str) -> None:
+    """Compare with the ids of the whole text; "NONE" is always compared."""
+    ids = tokenizer().encode(f"passage: {text}").ids
+    both = zip(tokenizer().encode("passage:").ids, ids, strict=False)
     kept = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], both)))
-    for truncate in ("END", "START"):
+    for truncate in truncations:
         (got,) = tokens.encode([text], "document", truncate)
         assert list(got) == cut_whole(ids, kept, tokens.limit, truncate)
     (error,) = tokens.encode([text], "document", "NONE")
@@ -139,131 +138,39 @@ def check(tokens: TextTokenizer, whole: Tokenizer, text: str) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=ascii)
-def test_one_huge_run_is_cut_as_if_all_of_it_were_tokenised(made, unit):
+def test_the_beginning_of_one_very_long_run_has_the_tokens_of_the_whole(made, unit):
     before = ["", "x", "some words, and then\n"][len(unit) % 3]
     text = before + unit * (HUGE // len(unit))
-    check(made(LIMIT), tokenizer(), text[:HUGE] + "and an end" * (len(unit) % 2))
+    check(made(LIMIT), text[:HUGE] + "and an end" * (len(unit) % 2), "END")
+
+
+@pytest.mark.parametrize("unit", ["word ", "The quick brown fox, ", "12 ", "!? ", "letters, "])
+def test_the_end_of_very_long_text_has_the_tokens_of_the_whole(made, unit):
+    check(made(LIMIT), unit * (HUGE // len(unit)) + "and an end", "END", "START")
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=ascii)
+def test_the_end_of_one_very_long_run_has_the_limit_and_the_last_characters(made, unit):
+    """A run without white space may be split elsewhere, as its beginning is not read."""
+    text = unit * (HUGE // len(unit)) + " and an end"
+    (ids,) = made(LIMIT).encode([text], "document", "START")
+    assert len(ids) == LIMIT
+    assert tokenizer().decode(ids.tolist()).endswith(" and an end")
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_huge_text_is_cut_as_if_all_of_it_were_tokenised(made, seed):
-    check(made(LIMIT + 40 * (seed % 3)), tokenizer(), runs(HUGE, seed))
-
-
-@pytest.fixture(scope="module")
-def others(checkpoint, tmp_path_factory):
-    """Tokenizers that the public ones are not: no words, a token for every run, an EOS."""
-
-    def train(name: str, samples: list[str], **parts: Any) -> tuple[TextTokenizer, Tokenizer]:
-        tokens = Tokenizer(models.BPE())
-        tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        for part, value in parts.items():
-            setattr(tokens, part, value)
-        trainer = trainers.BpeTrainer(
-            vocab_size=509,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-            special_tokens=[BOS, EOS],
-        )
-        tokens.train_from_iterator(samples, trainer)
-        folder = tmp_path_factory.mktemp(name) / name
-        shutil.copytree(checkpoint, folder)
-        tokens.save(str(folder / "tokenizer.json"))
-        return TextTokenizer(resolve(Options(model=folder, max_tokens=LIMIT))), tokens
-
-    repeated = [unit * n for unit in UNITS for n in (1, 2, 3, 5, 8, 16, 40)]
-    ends = processors.TemplateProcessing(
-        single=f"{BOS} $A {EOS}", special_tokens=[(BOS, 0), (EOS, 1)]
-    )
-    return [
-        train("no-words", repeated),
-        train("normalized", repeated, normalizer=normalizers.NFKC()),
-        train("long-runs", repeated, pre_tokenizer=tokenizer().pre_tokenizer, post_processor=ends),
-    ]
-
-
-@pytest.fixture
-def with_merges(checkpoint, tmp_path):
-    """Make a tokenizer of bytes and exactly these merges, by rank."""
-
-    def make(merges: list[tuple[str, str]], pre_tokenizer: Any) -> tuple[TextTokenizer, Tokenizer]:
-        made = [one + other for one, other in merges]
-        tokens = [BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *made]
-        vocabulary = {token: number for number, token in enumerate(tokens)}
-        whole = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-        whole.pre_tokenizer = pre_tokenizer
-        shutil.copytree(checkpoint, tmp_path / "made")
-        whole.save(str(tmp_path / "made" / "tokenizer.json"))
-        return TextTokenizer(resolve(Options(model=tmp_path / "made", max_tokens=LIMIT))), whole
-
-    return make
-
-
-NO_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-CUT = 16 * (LIMIT + 512)
-"""Characters from the end at which "START" cuts."""
-
-
-@pytest.mark.parametrize("last", [CUT - 9, CUT - 1, CUT, CUT + 3, CUT + 130, CUT + 5_001])
-def test_what_one_run_leaves_to_the_next_is_as_if_all_of_it_were_tokenised(with_merges, last):
-    """Merges by which what is odd in one run is taken from the next, and so on."""
-    runs = ["a", "b", "-", "="]
-    merges = [
-        pair for one, other in itertools.pairwise(runs) for pair in ((one, one), (one, other))
-    ]
-    merges += [(run * count, run * count) for count in (1, 2, 4, 8) for run in runs[count == 1 :]]
-    merges = list(dict.fromkeys([*merges[:2], ("b", "b"), *merges[2:]]))
-    tokens, whole = with_merges(merges, NO_WORDS)
-    for odd in (0, 1, 3):
-        check(tokens, whole, "x" + "a" * (HUGE + odd) + "b" * last)
-        check(tokens, whole, "xyz" + "a" * (HUGE + odd) + "b" * 9_001 + "-" * 901 + "=" * last)
-
-
-@pytest.mark.parametrize("period", [11, 16, 17, 31, 61])
-def test_a_long_period_is_cut_as_if_all_of_it_were_tokenised(with_merges, period):
-    word = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"[:period]
-    merges = [(word[:n], word[n]) for n in range(1, period)]
-    tokens, whole = with_merges([*merges, (word, word), (word * 2, word * 2)], NO_WORDS)
-    for count in range(4):
-        check(tokens, whole, "?" + word * (9 * HUGE // period + count) + word[:count])
-
-
-@pytest.mark.parametrize("last", [CUT - 9, CUT - 1, CUT + 3, CUT + 130])
-@pytest.mark.parametrize("digits", ["1234567890", "٣", "٣٤٥٦", "1٣½", "Ⅷ"], ids=ascii)
-def test_digits_go_by_threes_from_where_they_begin(with_merges, digits, last):
-    alphabet = {digit: NO_WORDS.pre_tokenize_str(digit)[0][0] for digit in "1٣½Ⅷ"}
-    merges = [(each[:n], each[n]) for each in alphabet.values() for n in range(1, len(each))]
-    merges += [(each, each) for each in alphabet.values()]
-    merges = list(dict.fromkeys(merges))
-    tokens, whole = with_merges(merges, tokenizer().pre_tokenizer)
-    random = np.random.default_rng(last)
-    for odd in range(3):
-        end = "".join(random.choice(list(digits), last + odd))
-        check(tokens, whole, "words" * 20_000 + end)
-        check(tokens, whole, "".join(random.choice(list(digits), HUGE)) + "1" * (last + odd))
-
-
-def test_what_is_white_space_to_python_only_ends_white_space(with_merges):
-    tokens, whole = with_merges([("Ċ", "Ġ"), ("Ġ", "Ġ")], tokenizer().pre_tokenizer)
-    check(tokens, whole, "x\n" + " " * HUGE + "\x1c\n")
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_any_tokenizer_cuts_a_huge_text_as_if_all_of_it_were_tokenised(others, seed):
-    for tokens, whole in others:
-        check(tokens, whole, runs(HUGE, 100 + seed))
+def test_the_beginning_of_any_very_long_text_has_the_tokens_of_the_whole(made, seed):
+    check(made(LIMIT + 40 * (seed % 3)), runs(HUGE, seed), "END")
 
 
 @pytest.mark.parametrize("unit", ["word ", "a", " ", "1234567890", "日本語", "\n "], ids=ascii)
 def test_what_is_tokenised_of_twenty_million_characters_is_bounded(made, unit):
     text = unit * (20_000_000 // len(unit))
     for truncate in ("NONE", "START", "END"):
-        assert 40_000 <= len(shorten(text, 40_000, truncate)) <= 200_000
+        assert 40_000 <= len(shorten(text, 40_000, truncate)) <= 40_128
         began = time.perf_counter()
         made(2048).encode([text], "document", truncate)
-        assert (
-            time.perf_counter() - began < 5
-        )  # tens of milliseconds; all of it takes half a minute
+        assert time.perf_counter() - began < 5  # tens of milliseconds; the whole takes 30 s
 
 
 def test_what_is_tokenised_at_once_is_bounded(made):
@@ -286,16 +193,17 @@ def test_what_is_tokenised_at_once_is_bounded(made):
     assert len(calls) < 10
 
 
-def test_a_huge_caption_is_cut_as_if_all_of_it_were_tokenised(tmp_path):
+def test_a_very_long_caption_is_cut_to_the_limit(tmp_path):
     folder = build_vl_checkpoint(tmp_path / "vl")
     tokens = TextTokenizer(resolve(Options(model=folder, max_tokens=LIMIT)))
     for seed in range(6):
         text = runs(HUGE, seed)
         words = vl_tokenizer().encode(f" {text}", add_special_tokens=False).ids
         image = tokens.encode_with_image(2, "", "NONE")[:-1]  # and the space
-        for truncate in ("END", "START"):
-            got = tokens.encode_with_image(2, text, truncate)
-            assert list(got) == cut_whole([*image, *words], len(image), LIMIT, truncate)
+        got = tokens.encode_with_image(2, text, "END")
+        assert list(got) == cut_whole([*image, *words], len(image), LIMIT, "END")
+        start = tokens.encode_with_image(2, text, "START")
+        assert (len(start), list(start[: len(image)])) == (LIMIT, [*image])
         with pytest.raises(InputTooLongError) as error:
             tokens.encode_with_image(2, text, "NONE")
         assert LIMIT < error.value.tokens <= len(image) + len(words)

@@ -745,25 +745,6 @@ def test_our_own_client(served: Running) -> None:
         )
 
 
-def test_check_tells_whether_two_places_are_interchangeable(
-    served: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    same = ["check", "--model", served.options.model, "--base-url", served.url]
-    assert main([*same, "--dtype", "float32"]) == 0
-    said = capsys.readouterr().out
-    assert "\nhere: " in said
-    assert "\nthere: " in said
-    assert "\ninterchangeable" in said
-    other = build_checkpoint(tmp_path / "other", SHAPES["sentence-transformers"], seed=1)
-    assert main(["check", "--model", str(other), "--base-url", served.url]) == 1
-    assert "\nnot interchangeable" in capsys.readouterr().out
-    assert main(["check", "--base-url", served.url]) == 0
-    assert "\nhere: " not in capsys.readouterr().out
-    assert main(["check", "--model", served.options.model]) == 0
-    assert "\nthere: " not in capsys.readouterr().out
-    assert main(["check", "--base-url", "http://127.0.0.1:9"]) == 1
-
-
 # --- the command ---------------------------------------------------------------------------------
 
 

@@ -17,8 +17,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.attention import varlen as torch_varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,8 +38,6 @@ dry = torch.library.Library("dry", "DEF")
 """What a CPU build of torch has no CUDA kernel or no fake of, as one operator each."""
 dry.define("rms_norm(Tensor x, Tensor weight) -> Tensor")
 dry.impl("rms_norm", lambda x, weight: torch.empty_like(x), "Meta")
-dry.define("segment_mean(Tensor x, Tensor counts) -> Tensor")
-dry.impl("segment_mean", lambda x, counts: x.new_empty(len(counts), x.shape[1]), "Meta")
 dry.define("attend(Tensor q, Tensor k, Tensor v) -> Tensor")
 dry.impl("attend", lambda q, k, v: torch.empty(q.shape, dtype=q.dtype, device=q.device), "Meta")
 dry.define("rotate_(Tensor(a!) x, Tensor cos, Tensor sin) -> ()")
@@ -199,11 +197,11 @@ def gate(gate_up: torch.Tensor) -> torch.Tensor:
 
 def check_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: Any, **options: Any
-) -> torch.Tensor:
-    """Stands for varlen_attn, with what its C++ would refuse."""
-    cu_q, cu_k, longest_q, longest_k = given
-    grouped = q.shape[1] != k.shape[1]
-    assert options == ({"enable_gqa": grouped, "num_splits": 1} if attention._NEW_VARLEN else {})
+) -> tuple[torch.Tensor]:
+    """Stands for _flash_attention_forward, with what its C++ would refuse."""
+    cu_q, cu_k, longest_q, longest_k, dropout, is_causal, returns_mask = given
+    assert (dropout, is_causal, returns_mask) == (0.0, False, False)
+    assert options == attention._ONE_SPLIT
     assert type(longest_q) is type(longest_k) is int
     assert q.shape[1] % k.shape[1] == 0
     assert q.shape[2] <= 256
@@ -218,8 +216,7 @@ def check_varlen(
         assert cu.is_cuda
         assert cu.dtype == torch.int32
         assert cu.is_contiguous()
-    out: torch.Tensor = torch.ops.dry.attend(q, k, v)
-    return out
+    return (torch.ops.dry.attend(q, k, v),)
 
 
 def attend_efficiently(q: Any, k: Any, v: Any, *_: Any) -> tuple[torch.Tensor]:
@@ -228,26 +225,39 @@ def attend_efficiently(q: Any, k: Any, v: Any, *_: Any) -> tuple[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def fake_gpu(*, new_varlen: bool = True, fused: bool = True, capability: Any = (9, 0)) -> Iterator:
-    """Let torch have a fake GPU, with Triton if `fused`; `new_varlen` is a torch from 2.12 on."""
+def fake_gpu(
+    *, new_varlen: bool = True, fused: bool = True, capability: Any = (9, 0), count: int = 1
+) -> Iterator:
+    """Let torch have fake GPUs, with Triton if `fused`; `new_varlen` is a torch from 2.12 on."""
 
     def check_kernel(kernel: Any, *_: Any) -> None:
         if kernel is attention.varlen and not new_varlen:
             raise RuntimeError("as if it refused grouped heads")
 
+    current = [0]
+
+    @contextlib.contextmanager
+    def make_current(gpu: torch.device) -> Iterator:
+        before, current[0] = current[0], gpu.index
+        try:
+            yield
+        finally:
+            current[0] = before
+
     stream = types.SimpleNamespace(device=CUDA)
     kernels = types.SimpleNamespace(rotate=rotate, gate=gate)
     cuda = {
         "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
+        "_lazy_init": lambda: None,  # of a torch with CUDA, which finds no driver
+        "device_count": lambda: count,
+        "device": make_current,
+        "current_device": lambda: current[0],
         "get_device_capability": lambda *_: capability,
         "mem_get_info": lambda *_: (79_000 * 2**20, 80 * 2**30),
         "set_device": lambda *_: None,
         "current_stream": lambda *_: stream,
         "Event": Event,
         "empty_cache": lambda: None,
-        "graph_pool_handle": lambda: None,
     }
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # first: CUDA must not be started
     with contextlib.ExitStack() as stack:
@@ -260,9 +270,14 @@ def fake_gpu(*, new_varlen: bool = True, fused: bool = True, capability: Any = (
         patch(torch.Tensor, pin_memory=pin_memory)
         for name, value in (("__getitem__", get_item), ("__setitem__", set_item), ("copy_", copy_)):
             stack.enter_context(mock.patch.object(FakeTensor, name, value, create=True))
-        patch(torch_varlen, varlen_attn=check_varlen)
-        patch(torch.ops.aten, _efficient_attention_forward=attend_efficiently)
-        patch(attention, _NEW_VARLEN=new_varlen, _check_kernel=check_kernel)
+        patch(fake_tensor, init_gpu_context=lambda _: None)
+        patch(
+            torch.ops.aten,
+            _flash_attention_forward=check_varlen,
+            _efficient_attention_forward=attend_efficiently,
+        )
+        splits = {"num_splits": 1} if new_varlen else {}
+        patch(attention, _ONE_SPLIT=splits, _check_kernel=check_kernel)
         patch(elementwise, _check_kernels=lambda *_: None)
         modules = {"shared_engine.local.fused": kernels if fused else None}
         stack.enter_context(mock.patch.dict(sys.modules, modules))
@@ -270,13 +285,9 @@ def fake_gpu(*, new_varlen: bool = True, fused: bool = True, capability: Any = (
             stack.enter_context(mock.patch.object(local, "fused", kernels, create=True))
         if not fused and hasattr(local, "fused"):
             del local.fused
-        patch(graphs, _capture=lambda _device, _pool, step: step)
+        patch(graphs, _make_recorder=lambda _: lambda step: step)
         patch(llama, Weights=Weights, check_graphs=lambda *_: None)
         patch(elementwise.F, rms_norm=lambda x, _, weight, eps: torch.ops.dry.rms_norm(x, weight))
-        patch(
-            torch,
-            segment_reduce=lambda x, _, *, lengths, unsafe: torch.ops.dry.segment_mean(x, lengths),
-        )
         attend = torch.ops.dry.attend
         patch(siglip.F, scaled_dot_product_attention=lambda q, k, v, **_: attend(q, k, v))
         stack.enter_context(mode)

@@ -1,0 +1,48 @@
+"""Bring the guide, the notebooks and the table of options into the site."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+
+from shared_engine import Options
+
+COOKBOOK = Path(__file__).resolve().parents[1]
+PHRASINGS = re.compile(r"^Also asked as: .*?(\n\n|\n?\Z)", re.MULTILINE | re.DOTALL)
+OPTIONS = "<!-- options -->"
+
+
+@event_priority(100)  # before mkdocs-jupyter looks for notebooks
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages of the guide and the notebooks, which are in folders of their own."""
+    for path in sorted((*COOKBOOK.glob("guide/*.md"), *COOKBOOK.glob("notebooks/*.ipynb"))):
+        uri = path.relative_to(COOKBOOK).as_posix()
+        files.append(File(uri, str(COOKBOOK), config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Describe the options, and drop the phrasings that only the retriever of `make rag` reads."""
+    if OPTIONS in markdown:
+        markdown = markdown.replace(OPTIONS, describe_options())
+    return PHRASINGS.sub("", markdown)
+
+
+def describe_options() -> str:
+    """Return a section for each option: its type, default and description.
+
+    A static reader of the source sees no description, as it is an argument of pydantic's `Field`.
+    """
+    sections = []
+    for name, field in Options.model_fields.items():
+        kind = inspect.formatannotation(field.annotation).replace("pydantic.types.", "")
+        default = field.get_default(call_default_factory=True)
+        signature = f"```python\n{name}: {kind} = {default!r}\n```"
+        sections.append(f"## {name}\n\n{signature}\n\n{field.description}\n")
+    return "\n".join(sections)

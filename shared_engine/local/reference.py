@@ -1,0 +1,128 @@
+"""Vectors computed by transformers' own classes, for `nemoretriever check --reference`.
+
+The engine has a forward pass of its own, because transformers pads batches, needs remote code for
+these checkpoints, and accepts configurations that it does not compute. Here its stock `LlamaModel`,
+and its `InternVLModel` of a `SiglipVisionModel` and a `LlamaModel`, compute the checkpoint: one
+input at a time, in float32, with a mask that hides no token. Only the tiles of an image are cut by
+this package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from shared_engine import images
+from shared_engine.documents import EmbeddingInput, Role
+from shared_engine.errors import MissingExtraError
+from shared_engine.local.checkpoint import Checkpoint, resolve, weight_files
+from shared_engine.local.weights import common_name, is_unused
+from shared_engine.options import Options
+
+_NAMED = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype")
+"""Fields of a config that name a class or a dtype."""
+_PARTS = {
+    "mlp1.0.": "multi_modal_projector.layer_norm.",
+    "mlp1.1.": "multi_modal_projector.linear_1.",
+    "mlp1.3.": "multi_modal_projector.linear_2.",
+    "vision_model.": "vision_tower.",
+}
+"""Parts of a multimodal checkpoint by their names in InternVL."""
+
+
+class Reference:
+    """A checkpoint in transformers' classes, on the CPU in float32."""
+
+    def __init__(self, options: Options) -> None:
+        """Load the checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be found or is not supported.
+            MissingExtraError: transformers is not installed.
+        """
+        self._checkpoint = resolve(options)
+        folder = self._checkpoint.folder
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            self._model = _create(config)
+        except ModuleNotFoundError as exc:
+            raise MissingExtraError(
+                f"--reference needs {exc.name!r}: pip install 'nemoretriever-embeddings[local]'"
+            ) from exc
+        self._model.load_state_dict(_read_weights(self._checkpoint))  # every tensor, and no other
+        self._model.train(False)
+
+    @torch.inference_mode()
+    def embed(self, documents: Sequence[EmbeddingInput], role: Role) -> NDArray[np.float32]:
+        """Return vectors of full size and unit length, (n, hidden) float32."""
+        means = [self._compute(document, role) for document in documents]
+        return torch.nn.functional.normalize(torch.stack(means), dim=-1).numpy()
+
+    def _compute(self, document: EmbeddingInput, role: Role) -> torch.Tensor:
+        """Return the mean of the last hidden states, (hidden,)."""
+        prompt, inputs = self._checkpoint.prompts[role], dict[str, Any]()
+        vision = self._checkpoint.vision
+        if document.image is not None and vision is not None:
+            tiles = images.cut_tiles(document.image, vision.max_tiles, vision.tile_size)
+            pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float()  # (n, 3, size, size)
+            inputs["pixel_values"] = pixels / 127.5 - 1
+            context = "<IMG_CONTEXT>" * (vision.tokens_per_tile * len(tiles))
+            prompt += f"<img>{context}</img> "
+        ids = torch.tensor([self._tokenizer.encode(prompt + (document.text or "")).ids])
+        mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1])  # additive: every token sees all
+        states = self._model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
+        mean: torch.Tensor = states.last_hidden_state[0].mean(dim=0)
+        return mean
+
+
+def _create(config: dict[str, Any]) -> torch.nn.Module:
+    """Return the model of a config, with random weights."""
+    from transformers import (
+        InternVLConfig,
+        InternVLModel,
+        LlamaConfig,
+        LlamaModel,
+        SiglipVisionConfig,
+    )
+
+    def stock(part: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in part.items() if name not in _NAMED}
+
+    if "vision_config" not in config:
+        model: torch.nn.Module = LlamaModel(LlamaConfig(**stock(config)))
+        return model
+    vision = SiglipVisionConfig(**stock(config["vision_config"]), vision_use_head=False)
+    model = InternVLModel(
+        InternVLConfig(
+            vision_config=vision,
+            text_config=LlamaConfig(**stock(config["llm_config"])),
+            image_token_id=config["img_context_token_id"],
+            downsample_ratio=config["downsample_ratio"],
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+    )
+    return model
+
+
+def _read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint under transformers' names, in float32."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in weight_files(checkpoint.folder):
+        for key, tensor in load_file(checkpoint.folder / file).items():
+            name = common_name(key)
+            if not is_unused(name):
+                for part, theirs in _PARTS.items():
+                    if name.startswith(part):
+                        name = theirs + name.removeprefix(part)
+                        break
+                tensors[name] = tensor.float()
+    return tensors

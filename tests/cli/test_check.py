@@ -1,0 +1,85 @@
+"""`nemoretriever check`: a local model, a server, and transformers' own classes, compared."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from shared_engine import Options
+from shared_engine.cli.main import main
+from shared_engine.documents import EmbeddingInput
+from shared_engine.local.reference import Reference
+from tests.server.test_app import running
+from tests.support.checkpoints import PROMPTS, SHAPES, build_checkpoint
+from tests.support.oracles import numpy_float64
+from tests.support.vl_checkpoints import VL_SHAPES, build_vl_checkpoint
+
+
+def smallest_cosine(printed: str) -> float:
+    found = re.search(r"local and transformers: interchangeable: smallest cosine (\S+),", printed)
+    assert found, printed
+    return float(found[1])
+
+
+def test_a_server_is_compared_with_the_local_model(checkpoint, tmp_path, capsys):
+    other = build_checkpoint(tmp_path / "other", SHAPES["sentence-transformers"], seed=1)
+    with running(Options(model=str(checkpoint), device="cpu")) as server:
+        at = ["--base-url", server.url]
+        assert main(["check", "--model", str(checkpoint), *at, "--dtype", "float32"]) == 0
+        printed = capsys.readouterr().out
+        assert "\nlocal: " in printed
+        assert "\nserver: " in printed
+        assert "\nlocal and server: interchangeable" in printed
+        assert main(["check", "--model", str(other), *at]) == 1
+        assert "\nlocal and server: not interchangeable" in capsys.readouterr().out
+        assert main(["check", *at]) == 0
+        assert "\nlocal: " not in capsys.readouterr().out
+        assert main(["check", "--model", str(checkpoint)]) == 0
+        assert "\nserver: " not in capsys.readouterr().out
+    assert main(["check", "--base-url", "http://127.0.0.1:9"]) == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_reference_agrees_with_the_engine_on_texts(shape, tmp_path, capsys):
+    folder = build_checkpoint(tmp_path / "model", SHAPES[shape], prompts=PROMPTS)
+    assert main(["check", "--model", str(folder), "--reference", "--dtype", "float32"]) == 0
+    assert smallest_cosine(capsys.readouterr().out) >= 0.999999
+
+
+@pytest.mark.parametrize("shape", VL_SHAPES)
+def test_the_reference_agrees_with_the_engine_on_images(shape, tmp_path, capsys):
+    folder = build_vl_checkpoint(tmp_path / "vl", VL_SHAPES[shape])
+    assert main(["check", "--model", str(folder), "--reference", "--dtype", "float32"]) == 0
+    printed = capsys.readouterr().out
+    assert "\nimage: cosine " in printed
+    assert smallest_cosine(printed) >= 0.999999
+
+
+def test_the_reference_is_bidirectional_and_independent_of_the_engine(checkpoint):
+    texts = ["a short text", "another, somewhat longer text of more words than the first"]
+    exact = numpy_float64(checkpoint, texts, PROMPTS["document"])
+    found = Reference(Options(model=checkpoint)).embed(
+        [EmbeddingInput(text) for text in texts], "document"
+    )
+    assert np.abs(found - exact).max() <= 1e-6
+
+
+def test_weights_that_the_engine_reads_in_another_way_would_be_noticed(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
+    """The comparison fails if the reference has other weights than the engine."""
+    from shared_engine.local import reference
+
+    read = reference._read_weights
+
+    def swapped(found):
+        tensors = read(found)
+        first, second = "layers.0.self_attn.k_proj.weight", "layers.0.self_attn.v_proj.weight"
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+        return tensors
+
+    monkeypatch.setattr(reference, "_read_weights", swapped)
+    assert main(["check", "--model", str(checkpoint), "--reference"]) == 1
+    assert "local and transformers: not interchangeable" in capsys.readouterr().out
