@@ -155,7 +155,7 @@ class NimClient:
                     await asyncio.sleep(min(1.0, seconds / 20))
         except TimeoutError:
             raise RequestTimeoutError(
-                f"{self.base_url} was not ready within {seconds} s; the last reply: {last}"
+                f"{self.base_url} was not ready within {seconds} s; the last attempt: {last}"
             ) from None
 
     def _build_request(

@@ -1,7 +1,7 @@
-"""Proxies on the way to a server, and whether a key may take that way.
+"""Proxies, and the hosts that a key may be sent to.
 
-One rule: a key travels over https, or to a private address. Over http it takes no proxy but one
-that `proxy=` names, and that proxy must be private, too.
+One rule: a key travels over https, or to a private address. Over http the only proxy is that of
+`proxy=`, and it must have a private address, too.
 """
 
 from __future__ import annotations

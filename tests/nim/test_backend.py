@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -711,6 +712,32 @@ def test_close_finishes_or_cancels_accepted_requests(cancel: bool) -> None:
         assert "nemoretriever-nim" not in {thread.name for thread in begun}
 
 
+@pytest.mark.parametrize("wait", ["list_models", "wait_until_ready", "fingerprint"])
+def test_closing_ends_a_call_that_waits_for_the_server(wait: str) -> None:
+    started = threading.Event()
+
+    async def never(_: httpx.Request) -> httpx.Response:
+        started.set()
+        await asyncio.sleep(60)
+        return httpx.Response(200)
+
+    options = Options(
+        http_client_factory=lambda: httpx.AsyncClient(transport=httpx.MockTransport(never))
+    )
+    backend = NimBackend(options, "http://nim/v1")
+    calls = {
+        "list_models": backend.list_models,
+        "wait_until_ready": lambda: backend.wait_until_ready(60),
+        "fingerprint": lambda: backend.fingerprint,
+    }
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(calls[wait])
+        assert started.wait(30)
+        backend.close(cancel=True)
+        with pytest.raises(EngineClosedError):
+            call.result(30)
+
+
 def test_the_remote_path_needs_no_torch() -> None:
     code = """
 import sys, httpx
@@ -727,7 +754,7 @@ except ConnectionFailedError:
 
 
 def test_a_client_is_created_by_a_function() -> None:
-    with pytest.raises(ValueError, match="a function that makes the client"):
+    with pytest.raises(ValueError, match="a function that returns a client"):
         Options(http_client_factory=httpx.AsyncClient())
     engine = Embedder(Options(base_url="http://nim", http_client_factory=dict))
     with engine, pytest.raises(ConfigurationError, match="returned a dict"):
