@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from shared_engine.catalogue import DEFAULT_MODEL
-from shared_engine.endpoints import check_header, normalize_urls
+from shared_engine.endpoints import check_header, normalize_url
 from shared_engine.errors import ConfigurationError
 from shared_engine.vectors import EmbeddingType
 
@@ -146,9 +146,8 @@ class Options(BaseModel):
     base_url: str | None = _option(
         "routing",
         default=None,
-        description="Address of a NIM, its root or /v1: http://localhost:8000/v1. Several, with "
-        "commas or as a list, are replicas of one model: each request goes to the one with the "
-        "fewest in flight; one that fails rests and is tried again. All are part of `cache_key`.",
+        description="Address of a NIM, its root or /v1: http://localhost:8000/v1. Replicas need a "
+        "load balancer with one address.",
     )
     api_key: SecretStr | None = _secret(
         "routing",
@@ -158,7 +157,7 @@ class Options(BaseModel):
     allow_insecure_key: bool = _option(
         "nim",
         default=False,
-        description="Send the key unencrypted: over http to a public host, or through a proxy.",
+        description="Send the key unencrypted over http to a public host.",
     )
     default_headers: dict[str, str] = _secret(
         "nim", default_factory=dict, description="Headers added to each request to the NIM."
@@ -179,9 +178,8 @@ class Options(BaseModel):
         "nim",
         default=5,
         ge=0,
-        description="Times a request is sent again after 408, 429, 5xx or a broken connection; a "
-        "kept connection that the server had closed is no such time, nor is going on at once to "
-        "another address of `base_url`.",
+        description="Retries of a request after 408, 429, 5xx or a broken connection. Stale "
+        "keep-alive connections do not count.",
     )
     max_batch_size: int = _option(
         "nim", default=50, gt=0, description="Maximum number of inputs per request to the NIM."
@@ -190,8 +188,8 @@ class Options(BaseModel):
         "nim",
         default=20,
         gt=0,
-        description="The most requests in flight at each address; with batches of 50 they stay "
-        "below 1,024 inputs, which a NIM queues. Falls while the NIM says that it is busy.",
+        description="Maximum number of requests in flight. 20 requests of 50 inputs fill the queue "
+        "of a NIM, which holds 1,024 inputs. Lower while the NIM replies 429 or 503.",
     )
     max_image_characters: int | None = _option(
         "nim",
@@ -209,7 +207,8 @@ class Options(BaseModel):
     proxy: str | None = _secret(
         "nim",
         default=None,
-        description="Proxy for the NIM. None: HTTPS_PROXY and related variables.",
+        description="Proxy for the NIM. None: HTTPS_PROXY, ALL_PROXY and NO_PROXY apply to https "
+        "addresses, and http addresses use no proxy.",
     )
     user: str | None = _option(
         "nim", default=None, description="Value of the field `user` of each request."
@@ -277,14 +276,8 @@ class Options(BaseModel):
 
     @field_validator("base_url", mode="before")
     @classmethod
-    def _join_urls(cls, value: Any) -> Any:
-        is_list = isinstance(value, (list, tuple)) and all(isinstance(url, str) for url in value)
-        return ",".join(value) if is_list else value
-
-    @field_validator("base_url")
-    @classmethod
-    def _normalize_urls(cls, value: str | None) -> str | None:
-        return value if value is None else normalize_urls(value)
+    def _normalize_url(cls, value: Any) -> Any:
+        return value if value is None else normalize_url(value)
 
     @field_validator("api_key")
     @classmethod

@@ -1,4 +1,4 @@
-"""Where it runs: what is given in the code wins over what lies in the environment."""
+"""The choice of a backend: options take precedence over the environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared_engine.registry import Engine
 from shared_engine.routing import Choice, select_backend
 
 ELSEWHERE = "http://127.0.0.1:9/v1"
-"""Nobody listens there."""
+"""An address without a server."""
 
 OTHER = {  # than the default
     "model": "nvidia/other",
@@ -56,7 +56,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVIDIA_BASE_URL", ELSEWHERE)
 
 
-def test_an_address_in_the_environment_is_used_where_nothing_else_is_said():
+def test_an_address_in_the_environment_is_the_default():
     chosen = select_backend(Options())
     assert (chosen.base_url, chosen.reason) == (ELSEWHERE, "NVIDIA_BASE_URL is set")
     assert select_backend(Options(base_url="http://nim")).base_url == "http://nim/v1"
@@ -84,7 +84,7 @@ def test_a_folder_is_for_this_process_too(model):
     [{"base_url": "http://nim"}, {"api_key": "nvapi-1"}, {"backend": "nim"}],
     ids=lambda there: next(iter(there)),
 )
-def test_what_contradicts_itself_is_an_error_that_names_both(name, there):
+def test_contradicting_options_are_an_error_that_names_both(name, there):
     with pytest.raises(ConfigurationError, match=f"{name}=") as caught:
         select_backend(Options(**{name: OTHER[name]}, **there))
     assert next(iter(there)) in str(caught.value) or "NVIDIA_BASE_URL" in str(caught.value)
@@ -112,14 +112,14 @@ def test_nothing_leaves_the_process(checkpoint, given):
         assert "in this process on cpu" in embedder.description
 
 
-def test_a_checkpoint_that_is_not_there_says_what_the_key_is_for(monkeypatch, tmp_path):
+def test_a_missing_checkpoint_explains_the_key_of_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-secret")
     with pytest.raises(ConfigurationError, match=r'NVIDIA_API_KEY .* backend="nim"') as caught:
         Embedder(Options(model=str(tmp_path))).embed(["x"])
     assert "secret" not in str(caught.value)
 
 
-def test_a_key_that_switches_nothing_is_spoken_of_at_once(monkeypatch):
+def test_a_key_of_the_environment_that_selects_nothing_is_a_warning(monkeypatch):
     monkeypatch.delenv("NVIDIA_BASE_URL")
     assert select_backend(Options()).level == logging.INFO
     monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-secret")
@@ -127,8 +127,8 @@ def test_a_key_that_switches_nothing_is_spoken_of_at_once(monkeypatch):
     assert (chosen.base_url, chosen.level) == (None, logging.WARNING)
     assert 'backend="nim"' in chosen.reason
     assert "secret" not in chosen.reason
-    for said in ({"backend": "local"}, {"device": "cpu"}, {"model": "/folder"}):
-        assert select_backend(Options(**said)).level == logging.INFO
+    for given in ({"backend": "local"}, {"device": "cpu"}, {"model": "/folder"}):
+        assert select_backend(Options(**given)).level == logging.INFO
 
 
 # Sharing
@@ -140,8 +140,8 @@ def engine_key(options: Options, scope: str) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("name", Options.model_fields)
-def test_engines_are_shared_but_for_options_that_concern_them(name):
-    """Also by an option that is added later: it has to have a scope, and a value in OTHER."""
+def test_engines_are_shared_unless_an_option_of_theirs_differs(name):
+    """Covers each new option, which needs a scope and a value in OTHER."""
     scope = next(s for s in ("routing", "engine", "local", "nim", "request")
                  if name in Options.names_of(s))  # fmt: skip
     other = Options(model="nvidia/one", **{name: OTHER[name]}) if name != "model" else Options(
@@ -151,7 +151,7 @@ def test_engines_are_shared_but_for_options_that_concern_them(name):
         assert shared == (scope not in ("engine", where)), where
 
 
-def test_an_option_without_a_scope_cannot_be_written():
+def test_an_option_needs_a_scope():
     from shared_engine import options
 
     with pytest.raises(TypeError, match="scope"):
@@ -185,8 +185,8 @@ def test_a_sibling_shares_the_engine_and_counts_for_itself(checkpoint):
             embedder.with_options(nothing=1)
 
 
-def test_every_combination_says_why(monkeypatch):
-    """Whatever is given, there is one decision with a reason, or an error of ours."""
+def test_every_combination_has_a_reason(monkeypatch):
+    """Any options lead to one decision with a reason, or to an error of ours."""
     monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-1")
     offers = [
         ("backend", ["auto", "local", "nim"]),

@@ -27,7 +27,7 @@ from shared_engine.cli.options import (
 )
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
-from shared_engine.endpoints import normalize_urls, read_key, split_urls
+from shared_engine.endpoints import normalize_url, read_key
 from shared_engine.errors import NeMoRetrieverError
 from shared_engine.options import Options
 
@@ -116,9 +116,8 @@ def check(
     expected = None if local is None else _measure("local", local)
     works = local is None or expected is not None
     if base_url is not None:
-        base_url = normalize_urls(base_url)
-        for url in split_urls(base_url):
-            _probe(url)
+        base_url = normalize_url(base_url)
+        _probe(base_url)
         key = SecretStr(api_key) if api_key else None
         options = Options(base_url=base_url, api_key=key, max_retries=1)
         if name := served_name or _find_name(local, options):

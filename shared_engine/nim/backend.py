@@ -1,18 +1,17 @@
-"""A NIM somewhere else, behind the same contract as a model in this process.
+"""A model at a NIM, behind the same contract as a model in this process.
 
-    submit ──► batches.py: which inputs together ──► client.py ──► transport.py ──► httpx
-                   ▲                                     │
-                   └── vectors, or which to send again ──┘     protocol.py: bytes of both ways
+    submit ─► batches.py: inputs of one request ─► client.py ─► transport.py ─► httpx
+                   ▲                                   │
+                   └──────── decisions.py ◄────────────┘      protocol.py: bodies and errors
 
-One event loop in one thread serves every caller, so that they share connections and a limit of
-requests in flight, whatever thread or event loop they come from. Images are opened in threads, as
-that takes too long for a loop that others wait for.
+One event loop in one thread serves all callers, so they share connections and one limit of requests
+in flight, from any thread or event loop. Images are opened in other threads, as that would block
+the loop for too long.
 
-Whatever a server replies, n inputs take a bounded number of requests: they are split at most n - 1
-times, so there are at most 2 n - 1 batches; each is sent at most MOST_SENDS times, each of these at
-most once more for each of `max_retries`, and each time at most once to every address. The list of
-models and a probe per modality come on top; a request that met a kept connection which the server
-had closed is not counted.
+Whatever a server replies, n inputs take a bounded number of requests. They are split at most n - 1
+times, so there are at most 2 n - 1 batches. Each is sent at most MOST_SENDS times, and each of
+these has at most `max_retries` retries. The list of models, one probe per modality, and requests
+over connections that the server had closed come on top.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 from pydantic import SecretStr
@@ -47,17 +46,26 @@ from shared_engine.errors import (
 from shared_engine.nim import protocol
 from shared_engine.nim.batches import BatchLimits, Dispatch, RequestBatch
 from shared_engine.nim.client import NimClient
-from shared_engine.nim.transport import is_retried
+from shared_engine.nim.decisions import (
+    Deliver,
+    Fail,
+    Isolate,
+    Known,
+    Probe,
+    Resend,
+    Split,
+    decide,
+)
 from shared_engine.options import Options
 from shared_engine.threads import result_of
 from shared_engine.wire import INPUT_TYPE, split_role_suffix
 
 TRIES_MALFORMED = 3
 MOST_SENDS = TRIES_MALFORMED + 2
-"""Once more where the server takes no base64, and once where it takes no modality."""
+"""Twice more for servers without base64 and without `modality`."""
 _LARGE_REPLY = 2**20
-"""Bytes from which a reply is parsed in a thread, as it would keep the others waiting."""
-_EVERY_KIND: frozenset[Modality] = frozenset({"text", "image", "text_image"})
+"""Bytes from which a reply is parsed in a thread, as it would block the loop for too long."""
+_ALL_MODALITIES: frozenset[Modality] = frozenset({"text", "image", "text_image"})
 
 _T = TypeVar("_T")
 _log = logging.getLogger("shared_engine")
@@ -67,10 +75,10 @@ class NimBackend(Backend):
     """An embedding model behind `/v1/embeddings`, shared by any number of callers."""
 
     def __init__(self, options: Options, base_url: str, api_key: SecretStr | None = None) -> None:
-        """Make the client and start its thread; nothing is sent yet.
+        """Create the client and start its thread; nothing is sent yet.
 
         Raises:
-            ConfigurationError: the key would travel in the clear, or an option cannot work.
+            ConfigurationError: the key would travel unencrypted, or an option cannot work.
         """
         self._options = options
         self._base_url = base_url
@@ -81,15 +89,15 @@ class NimBackend(Backend):
         self._most_characters = options.max_image_characters
         if self._most_characters is None and is_hosted(base_url):
             self._most_characters = MOST_HOSTED_CHARACTERS
-        self._told_of_limit = False
+        self._has_logged_limit = False
         self._limits = BatchLimits(options.max_batch_size)
-        self._encoding = "base64"
+        self._encoding: Literal["base64", "float"] = "base64"
         self._sends_modality = True
         self._width: int | None = None
         self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "nemoretriever-images")
         self._succeeded = 0.0  # time.monotonic() of the last valid reply
-        self._asking = asyncio.Lock()
-        self._lock = threading.RLock()  # reentrant, as a finalizer may close us anywhere
+        self._finding_model = asyncio.Lock()
+        self._lock = threading.RLock()  # reentrant, as a finalizer may call close() anywhere
         self._closed = False
         self._calls: set[Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
@@ -100,22 +108,22 @@ class NimBackend(Backend):
 
     @property
     def modalities(self) -> frozenset[Modality]:
-        """Kinds of input of the model; all kinds if only the server knows."""
-        return self._spec.modalities if self._spec and self._is_settled else _EVERY_KIND
+        """Kinds of input that the model takes; all if only the server knows."""
+        return self._spec.modalities if self._spec and self._is_model_known else _ALL_MODALITIES
 
     @property
     def description(self) -> str:
-        """The model's name and the server's address, or addresses."""
+        """The name of the model and the address of the server."""
         return f"{self._served or self._name} at {self._base_url}"
 
     @property
     def fingerprint(self) -> str:
-        """A digest of addresses and model: what the server computes with is not known.
+        """A digest of address and model, as the server's weights and precision are unknown.
 
-        Asks the server for the name of the model where none was given.
+        Asks the server for the name of its model if the options have none.
         """
-        if not self._is_settled:
-            self._start(self._find_model()).result()
+        if not self._is_model_known:
+            result_of(self._start(self._find_model()))
         name = self._spec.name if self._spec else self._name
         return hashlib.sha256(f"{self._base_url} {name}".encode()).hexdigest()[:16]
 
@@ -123,16 +131,17 @@ class NimBackend(Backend):
         """Accept a request; see `Backend.submit`."""
         if self._fixed_role not in (None, request.role):
             raise ConfigurationError(
-                f"model={self._options.model!r} embeds only as {self._fixed_role}, and this is to "
-                f"be a {request.role}; give model={self._name!r} for both"
+                f"model={self._options.model!r} embeds only as {self._fixed_role}, not as "
+                f"{request.role}; use model={self._name!r} for both"
             )
         return self._start(self._embed(request))
 
     def probe_width(self) -> int:
-        """Return the length of a full vector; asks for one where none has come yet.
+        """Return the length of a full vector; embeds a text if no vector has arrived yet.
 
         Raises:
-            RemoteError, EngineClosedError: as `submit`.
+            RemoteError: the server did not reply with a vector.
+            EngineClosedError: `close` was called.
         """
         if self._width is None:
             request = Request([EmbeddingInput("?")], self._fixed_role or "query")
@@ -140,30 +149,28 @@ class NimBackend(Backend):
         return self._width
 
     def list_models(self) -> list[AvailableModel]:
-        """Return what the server serves.
+        """Return the models of the server.
 
         Raises:
-            RemoteError: it does not say.
+            RemoteError: the server does not list them.
             EngineClosedError: `close` was called.
         """
-        return self._start(self._list_models()).result()
+        return result_of(self._start(self._list_models()))
 
     def wait_until_ready(self, timeout: float) -> None:
-        """Return when the server says that it is ready; NVIDIA's catalogue always is.
-
-        One address of several is enough: those that are not ready rest.
+        """Return when the server is ready, which NVIDIA's catalogue always is.
 
         Raises:
-            RequestTimeoutError: it did not within `timeout` seconds.
-            RemoteError: it has no such path, or does not let us ask.
+            RequestTimeoutError: it was not ready within `timeout` seconds.
+            RemoteError: it has no such path, or refuses the request.
         """
         if not is_hosted(self._base_url):
-            self._start(self._client.wait_until_ready(timeout)).result()
+            result_of(self._start(self._client.wait_until_ready(timeout)))
 
     def close(self, cancel: bool = False, wait: bool = True) -> None:
-        """Finish what was accepted, or cancel it, then close the connections and the thread.
+        """Finish or cancel the accepted requests, then close the connections and the thread.
 
-        Closing again does what the first time did not: cancel, or wait.
+        A second call may cancel or wait if the first did not.
         """
         with self._lock:
             is_first, self._closed = not self._closed, True
@@ -180,7 +187,7 @@ class NimBackend(Backend):
         with self._lock:
             if self._closed:
                 work.close()
-                raise EngineClosedError("this engine was closed; make a new Embedder")
+                raise EngineClosedError("this engine was closed; create a new Embedder")
             future: Future[_T] = asyncio.run_coroutine_threadsafe(work, self._loop)
             self._calls.add(future)
         future.add_done_callback(self._calls.discard)
@@ -206,40 +213,40 @@ class NimBackend(Backend):
 
     async def _embed(self, request: Request) -> Rows:
         call = Dispatch(request, self._encode, self._spec.hidden_size if self._spec else 0)
-        deadline = self._options.deadline
+        seconds = self._options.deadline
         try:
-            async with asyncio.timeout(deadline) as running:
+            async with asyncio.timeout(seconds) as deadline:
                 await self._run(call)
         except TimeoutError:
-            if not running.expired():  # a RequestTimeoutError
+            if not deadline.expired():  # a RequestTimeoutError
                 raise
-            call.stopped = RequestTimeoutError(f"not done within deadline={deadline} s")
+            call.stopped = RequestTimeoutError(f"not finished within deadline={seconds} s")
         finally:
             call.close()
         return call.result()
 
     def _encode(self, document: EmbeddingInput) -> asyncio.Future[bytes]:
         urls, most = self._options.allow_image_urls, self._most_characters
-        if most is not None and not self._told_of_limit:
-            self._told_of_limit = True
-            _log.info("images of over %d base64 characters are made smaller", most)
+        if most is not None and not self._has_logged_limit:
+            self._has_logged_limit = True
+            _log.info("images with more than %d base64 characters are reduced", most)
         return self._loop.run_in_executor(
             self._encoders, lambda: protocol.encode_input(document, urls, most)
         )
 
     async def _run(self, call: Dispatch) -> None:
-        documents = len(call.request.documents)
-        if not documents:
+        n = len(call.request.documents)
+        if not n:
             return
         model = await self._find_model()
         has_images = any(document.image is not None for document in call.request.documents)
-        batches = documents if has_images else -(-documents // self._limits.inputs)
+        batches = n if has_images else -(-n // self._limits.inputs)
         in_flight = self._client.most_in_flight
-        most = min(2 * in_flight, batches)
-        if most == 1 or in_flight == 1:
+        workers = min(2 * in_flight, batches)  # twice, as some wait for their next attempt
+        if workers == 1 or in_flight == 1:
             return await self._send_batches(call, model)
-        async with asyncio.TaskGroup() as group:  # twice, as some wait for their next attempt
-            for _ in range(most):
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
                 group.create_task(self._send_batches(call, model))
 
     async def _send_batches(self, call: Dispatch, model: str) -> None:
@@ -249,11 +256,11 @@ class NimBackend(Backend):
                 await self._send_batch(call, batch, model)
             except MalformedResponseError as exc:
                 if batch.malformed + 1 < TRIES_MALFORMED:
-                    _log.info("%s; asking again", exc)
+                    _log.info("%s; sending the request again", exc)
                     call.send_again(replace(batch, malformed=batch.malformed + 1))
                 else:
                     self._give_up(call, batch, exc, started)
-            except ConfigurationError as exc:  # true of every other batch
+            except ConfigurationError as exc:  # other batches would fail the same way
                 call.fail(batch, exc)
                 call.stopped = exc
             except NeMoRetrieverError as exc:
@@ -266,100 +273,103 @@ class NimBackend(Backend):
     def _give_up(
         self, call: Dispatch, batch: RequestBatch, error: NeMoRetrieverError, started: float
     ) -> None:
-        """Fail a batch after its last attempt, and with it the call if nothing else succeeds."""
+        """Fail a batch after its last attempt; stop the call if no other request succeeds."""
         call.fail(batch, error)
         if self._succeeded < started:
             call.stopped = error
 
     async def _send_batch(self, call: Dispatch, batch: RequestBatch, model: str) -> None:
-        """Send a batch once, and do what the reply says."""
-        request, encoding = call.request, self._encoding
-        has_modality = batch.has_images or self._takes_modality
-        response = await self._post(request, batch, model, encoding, has_modality)
-        if response.is_success:
-            reply = await self._parse(response, len(batch.rows), request.dimensions)
-            call.deliver(batch, reply.vectors, reply.tokens)
-            self._succeeded = time.monotonic()
-            self._limits.passed = max(self._limits.passed, batch.size)
-            if request.dimensions is None:
-                self._width = reply.vectors.shape[1]
-            return
-        error_reply = self._client.read_error(response)
-        if encoding == "base64" and error_reply.is_about("encoding_format"):
-            _log.info("the server sends no base64; asking for floats from now on")
-            self._encoding = "float"
-            call.send_again(batch)
-            return
-        if has_modality and not batch.has_images and error_reply.is_about("modality"):
-            _log.info("the server takes no modality; leaving it out with texts from now on")
-            self._sends_modality = False
-            call.send_again(batch)
-            return
-        is_splittable = len(batch.rows) > 1
-        if error_reply.is_too_large and error_reply.position is None and is_splittable:
-            self._shrink(batch, error_reply)
-            call.send_again(*batch.split())
-            return
-        blames_one = error_reply.blames_one_input or error_reply.is_too_large
-        if not blames_one and error_reply.may_blame_one_input:
-            blames_one = await call.is_request_accepted(
-                batch, lambda probe: self._probe(request, probe, model)
+        """Send a batch once, and carry out the decision on its reply."""
+        known = self._get_known(batch)
+        response = await self._post(call.request, batch, model, known)
+        reply = await self._read(response, len(batch.rows), call.request.dimensions)
+        known = replace(known, is_accepted=call.is_accepted(batch.modality))
+        decision = decide(reply, batch, known)
+        if isinstance(decision, Probe):
+            is_accepted = await call.probe(
+                batch.modality, lambda probe: self._probe(call.request, probe, model)
             )
-        if blames_one and is_splittable:
-            call.send_again(*batch.isolate(error_reply.position))
-            return
-        error = protocol.build_error(response, error_reply, batch.has_images, blames_one)
-        if is_retried(response.status_code):
-            raise error
-        call.fail(batch, error)
-        if not blames_one:
-            call.stopped = error  # the others would be refused as well
+            decision = decide(reply, batch, replace(known, is_accepted=is_accepted))
+        match decision:
+            case Deliver(valid):
+                self._deliver(call, batch, valid)
+            case Resend(without="base64"):
+                _log.info("the server lacks base64; requesting floats from now on")
+                self._encoding = "float"
+                call.send_again(batch)
+            case Resend(without="modality"):
+                _log.info("the server refuses modality; leaving it out for texts from now on")
+                self._sends_modality = False
+                call.send_again(batch)
+            case Split(by_count):
+                self._shrink(batch, by_count)
+                call.send_again(*batch.split())
+            case Isolate(position):
+                call.send_again(*batch.isolate(position))
+            case Fail(refusal, fault):
+                error = protocol.build_error(response, refusal, batch.has_images, fault == "input")
+                if fault == "server":
+                    raise error
+                call.fail(batch, error)
+                if fault == "request":
+                    call.stopped = error
+
+    def _deliver(self, call: Dispatch, batch: RequestBatch, reply: protocol.Reply) -> None:
+        call.deliver(batch, reply.vectors, reply.tokens)
+        self._succeeded = time.monotonic()
+        self._limits.accepted_size = max(self._limits.accepted_size, batch.size)
+        if call.request.dimensions is None:
+            self._width = reply.vectors.shape[1]
 
     async def _probe(self, request: Request, batch: RequestBatch, model: str) -> bool:
-        """Whether the server takes an input that nothing is wrong with, sent as the others are."""
-        has_modality = batch.has_images or self._takes_modality
+        """Return whether the server accepts a valid input, sent as other batches are."""
         try:
-            response = await self._post(request, batch, model, self._encoding, has_modality)
+            response = await self._post(request, batch, model, self._get_known(batch))
         except NeMoRetrieverError:
-            return True  # not refused, at least
-        return not self._client.read_error(response).may_blame_one_input
+            return True  # no refusal of the input
+        return not self._client.read_error(response).is_ambiguous
 
-    async def _parse(
+    async def _read(
         self, response: httpx.Response, n: int, dimensions: int | None
-    ) -> protocol.Reply:
+    ) -> protocol.Reply | protocol.ErrorReply:
+        if not response.is_success:
+            return self._client.read_error(response)
         arguments = (response.content, n, dimensions, self._client.mask)
         if len(response.content) < _LARGE_REPLY:
             return protocol.parse_reply(*arguments)
         return await asyncio.to_thread(protocol.parse_reply, *arguments)
 
-    def _shrink(self, batch: RequestBatch, reply: protocol.ErrorReply) -> None:
-        if reply.is_about_count:
+    def _shrink(self, batch: RequestBatch, by_count: bool) -> None:
+        if by_count:
             self._limits.inputs = min(self._limits.inputs, len(batch.rows) // 2)
         else:
             self._limits.shrink_below(batch.size)
-        _log.info("too large for the server: %d inputs, %d bytes", len(batch.rows), batch.size)
+        _log.info("%d inputs of %d bytes are too large a request", len(batch.rows), batch.size)
 
     @property
-    def _is_settled(self) -> bool:
-        """Whether it is known which model the vectors are of."""
+    def _is_model_known(self) -> bool:
+        """Whether the options or the server have named the model."""
         return self._options.is_model_given or self._served is not None
 
-    @property
-    def _takes_modality(self) -> bool:
-        """Whether to say that a text is one; a multimodal NIM takes some for images otherwise."""
-        is_known_text_model = self._spec is not None and not self._spec.is_multimodal
-        return self._sends_modality and not is_known_text_model
+    def _get_known(self, batch: RequestBatch) -> Known:
+        """Return how a batch is sent now.
+
+        Texts have a `modality` too, as a multimodal NIM may take some of them for images.
+        """
+        is_text_model = self._spec is not None and not self._spec.is_multimodal
+        has_modality = batch.has_images or (self._sends_modality and not is_text_model)
+        return Known(self._encoding, has_modality)
 
     async def _post(
-        self, request: Request, batch: RequestBatch, model: str, encoding: str, has_modality: bool
+        self, request: Request, batch: RequestBatch, model: str, known: Known
     ) -> httpx.Response:
         fields = {
             "model": model,
             "input_type": INPUT_TYPE[request.role],
-            "encoding_format": encoding,
+            "encoding_format": known.encoding,
             "truncate": request.truncate,
             "dimensions": request.dimensions,
-            "modality": batch.modality if has_modality else None,
+            "modality": batch.modality if known.has_modality else None,
             "user": self._options.user,
         }
         width = protocol.MOST_VALUES if self._spec is None else self._spec.hidden_size
@@ -371,7 +381,7 @@ class NimBackend(Backend):
         )
 
     async def _find_model(self) -> str:
-        async with self._asking:
+        async with self._finding_model:
             if self._served is None:
                 listed = protocol.list_models(await self._client.get_models())
                 self._served = self._match_served_model(listed)
@@ -384,12 +394,13 @@ class NimBackend(Backend):
         return [AvailableModel(*item) for item in protocol.list_models(response).items()]
 
     def _match_served_model(self, listed: dict[str, str | None]) -> str:
-        """Return the name under which the server serves the model; what it lists may be nothing.
+        """Return the server's name of the model, which is the only one if none was given.
 
-        Where no model was asked for, the only one that it serves is taken.
+        Args:
+            listed: Names of the server's models, each with its root; may be empty.
 
         Raises:
-            ModelNotFoundError: it serves others.
+            ModelNotFoundError: the server has other models only.
         """
         names = [self._name, *(self._spec.names if self._spec else ())]
         by_root = [name for name, root in listed.items() if root in names]
@@ -399,18 +410,18 @@ class NimBackend(Backend):
             return self._name
         if len(listed) == 1 and not self._options.is_model_given:
             (only,) = listed
-            _log.info("no model= was given; using the only one of %s: %r", self._base_url, only)
+            _log.info("model= is not given; using the only one of %s: %r", self._base_url, only)
             self._spec = lookup(only)
             self._name = only
             return only
         some = ", ".join(protocol.make_printable(name[:100]) for name in list(listed)[:20])
         raise ModelNotFoundError(
-            f"{self._base_url} serves {some}, not {self._name}; give one of them as model="
+            f"{self._base_url} serves {some}, not {self._name}; use one of them as model="
         )
 
 
 async def _finish_tasks() -> None:
-    """Wait for all other tasks, and for those that close the generators of replies cut off."""
+    """Wait for all other tasks, and for those that close generators of unfinished replies."""
     await asyncio.sleep(0)
     while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,7 +1,7 @@
-"""One caller's documents on their way to a NIM: which are sent together, and what came of each.
+"""One call on its way to a NIM: which documents are sent together, and the results of each.
 
-Policy only: nothing is sent here, and one event loop uses it. Images are encoded in threads of the
-backend, a few before their batch is made, and dropped when it is answered.
+Nothing is sent here, and everything runs in one event loop. The backend encodes images in threads:
+a few before their batch is built, and they are dropped when the batch is answered.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,89 +26,93 @@ from shared_engine.errors import (
 )
 from shared_engine.nim.protocol import PROBES, encode_input
 
-IMAGES_AHEAD = 8
-"""Images of one call that are encoded before there is a batch for them."""
+INPUTS_AHEAD = 8
+"""Inputs of a call whose encoding has started before they are in a batch."""
 MOST_HELD = 128 * 2**20
-"""Bytes of a call's batches without a reply, from which on no further batch is made."""
+"""Bytes of a call's unanswered batches above which no further batch is built."""
 _OF_ONE_INPUT = (InvalidRequestError, PayloadTooLargeError)
-"""Errors of a request that are its only input's: with another input it might be accepted."""
+"""Errors of a request with one input that belong to the input: another might be accepted."""
 Encode = Callable[[EmbeddingInput], "asyncio.Future[bytes]"]
 
 
 @dataclass
 class BatchLimits:
-    """The most that one request may hold; learned from what the server takes and refuses."""
+    """The most that one request may hold, learned from the server's replies."""
 
     inputs: int
     size: int = 2_000_000
-    """Bytes. Common HTTP servers refuse bodies over 2 MB unless told otherwise."""
-    passed: int = 0
-    """Bytes of the largest batch that was taken."""
+    """Bytes. Common HTTP servers refuse bodies over 2 MB by default."""
+    accepted_size: int = 0
+    """Bytes of the largest batch that the server accepted."""
 
     def shrink_below(self, size: int) -> None:
-        """Learn that a batch of `size` bytes was refused; one large input may be why."""
-        self.size = min(self.size, max(size // 2, self.passed))
+        """Take over that a batch of `size` bytes was refused, maybe for one large input."""
+        self.size = min(self.size, max(size // 2, self.accepted_size))
 
 
 @dataclass(frozen=True)
 class RequestBatch:
-    """Documents of one modality that go into one request."""
+    """Documents of one modality for one request."""
 
     rows: tuple[int, ...]
-    """Where they are in the caller's list."""
+    """Their positions in the caller's list."""
     inputs: tuple[bytes, ...]
-    """What is sent for each."""
+    """Each as an item of `input`, in JSON."""
     modality: Modality
     malformed: int = 0
-    """Replies to it that were not valid."""
+    """Malformed replies to this batch so far."""
 
     @property
     def size(self) -> int:
-        """Bytes of its inputs, with the commas."""
+        """Bytes of the inputs and their commas."""
         return sum(map(len, self.inputs)) + len(self.inputs)
 
     @property
     def has_images(self) -> bool:
-        """Whether its inputs are images, alone or with a text."""
+        """Whether the inputs are images, alone or with a text."""
         return self.modality != "text"
 
     def split(self) -> tuple[RequestBatch, RequestBatch]:
-        """Return the shorter inputs and the longer ones, where a single culprit most often is."""
+        """Return the shorter inputs and the longer ones, which are more often at fault."""
         by_size = sorted(range(len(self.rows)), key=lambda i: len(self.inputs[i]))
         middle = len(by_size) // 2
         return self.select(by_size[:middle]), self.select(by_size[middle:])
 
     def isolate(self, position: int | None) -> tuple[RequestBatch, RequestBatch]:
-        """Return the input at `position` and the others, or halves if there is no such one."""
+        """Return the input at `position` and the others; halves if there is no such position."""
         if position is None or not 0 <= position < len(self.rows):
             return self.split()
-        return self.select([position]), self.select(
-            [i for i in range(len(self.rows)) if i != position]
-        )
+        others = [i for i in range(len(self.rows)) if i != position]
+        return self.select([position]), self.select(others)
 
     def select(self, positions: list[int]) -> RequestBatch:
-        """Return some of its inputs, in their order in the caller's list."""
+        """Return some of the inputs, in the order of the caller's list."""
         chosen = sorted(positions)
         rows = tuple(self.rows[i] for i in chosen)
         return RequestBatch(rows, tuple(self.inputs[i] for i in chosen), self.modality)
 
 
 class Dispatch:
-    """A request's rows on their way: waiting, in a batch, or finished."""
+    """The rows of a request: waiting, encoded, in a batch, or finished."""
 
     def __init__(self, request: Request, encode: Encode, width: int = 0) -> None:
-        """Queue the rows; `encode` does in a thread what `encode_input` does.
+        """Queue the rows.
 
-        `width` is the length of a vector, or 0 where no one knows yet.
+        Args:
+            encode: Runs `encode_input` for an image in a thread.
+            width: Length of a vector; 0 if unknown.
         """
         self.request = request
-        self._encode = encode
         self.stopped: NeMoRetrieverError | None = None
-        """Why nothing more is sent, if so."""
+        """The reason why nothing more is sent, if there is one."""
+        self._encode = encode
         documents = request.documents
-        self._rows = deque(sorted(range(len(documents)), key=lambda row: documents[row].modality))
+        self._waiting = deque(
+            sorted(range(len(documents)), key=lambda row: documents[row].modality)
+        )
+        self._ahead: deque[tuple[int, asyncio.Future[bytes] | None]] = deque()
+        """The next rows, and the encoding of their images."""
         self._ready: deque[RequestBatch] = deque()
-        self._ahead: dict[int, asyncio.Future[bytes]] = {}
         self._building = asyncio.Lock()
         self._held = 0
         self._accepted: set[Modality] = set()
@@ -122,35 +124,42 @@ class Dispatch:
         self._unfinished = set(range(len(documents)))
 
     async def next_batch(self, limits: BatchLimits) -> RequestBatch | None:
-        """Return the next inputs to send, or None where none are left."""
+        """Return the next inputs to send, or None if there are none."""
         if not self._ready:
-            async with self._building:  # one after the other, so that batches are full
-                while self._rows and not self._ready and self.stopped is None:
+            async with self._building:  # one at a time, so that batches are full
+                while not self._ready and self.stopped is None and self._look_ahead():
                     await self._build(limits)
         return self._ready.popleft() if self._ready and self.stopped is None else None
 
+    def _look_ahead(self) -> bool:
+        """Start to encode the next inputs; return whether there are any."""
+        while self._waiting and len(self._ahead) < INPUTS_AHEAD:
+            row = self._waiting.popleft()
+            document = self.request.documents[row]
+            encoding = None if document.image is None else self._encode(document)
+            self._ahead.append((row, encoding))
+        return bool(self._ahead)
+
     async def _build(self, limits: BatchLimits) -> None:
+        """Build a batch of the next inputs of one modality."""
         while self._held > MOST_HELD:
             self._answered.clear()
             await self._answered.wait()
         documents = self.request.documents
-        modality = documents[self._rows[0]].modality
+        modality = documents[self._ahead[0][0]].modality
         rows: list[int] = []
         inputs: list[bytes] = []
         size = 0
-        while self._rows and len(rows) < limits.inputs and self.stopped is None:
-            row = self._rows[0]
+        while len(rows) < limits.inputs and self.stopped is None and self._look_ahead():
+            row, encoding = self._ahead[0]
             if documents[row].modality != modality:
                 break
-            item = await self._get_input(row)
+            item = await self._finish_encoding(row, encoding)
             size += 0 if item is None else len(item) + 1
             if rows and size > limits.size:
                 break
-            self._rows.popleft()
-            self._ahead.pop(row, None)
-            if item is None:
-                self._count_finished((row,))
-            else:
+            self._ahead.popleft()
+            if item is not None:
                 rows.append(row)
                 inputs.append(item)
         if rows:
@@ -158,38 +167,35 @@ class Dispatch:
             self._held += batch.size
             self._ready.append(batch)
 
-    async def _get_input(self, row: int) -> bytes | None:
-        """Return what is sent for a row, or None where that failed and its error is kept."""
-        documents = self.request.documents
+    async def _finish_encoding(
+        self, row: int, encoding: asyncio.Future[bytes] | None
+    ) -> bytes | None:
+        """Return an encoded input, or None if that failed and the row has an error."""
         try:
-            if documents[row].image is None:
-                return encode_input(documents[row])
-            for other in islice(self._rows, IMAGES_AHEAD):
-                if other not in self._ahead and documents[other].image is not None:
-                    self._ahead[other] = self._encode(documents[other])
-            return await self._ahead[row]
+            return encode_input(self.request.documents[row]) if encoding is None else await encoding
         except NeMoRetrieverError as exc:
             self._errors[row] = exc
         except Exception as exc:
-            self._errors[row] = error = EngineError(f"the image cannot be sent: {exc!r}")
+            self._errors[row] = error = EngineError(f"the image cannot be encoded: {exc!r}")
             error.__cause__ = exc
+        self._count_finished((row,))
         return None
 
     def close(self) -> None:
-        """Drop the images that were encoded for batches that are not made any more."""
-        unfinished: list[asyncio.Future[Any]] = [*self._ahead.values(), *self._probes.values()]
-        for future in unfinished:
-            future.cancel()  # if it has failed already, asyncio will not complain of it either
+        """Cancel the encoding of images and the probes that are no longer needed."""
+        for future in [encoding for _, encoding in self._ahead] + list(self._probes.values()):
+            if future is not None:
+                future.cancel()  # also keeps asyncio from logging an error that nobody retrieved
 
     def send_again(self, *batches: RequestBatch) -> None:
-        """Put batches before all others."""
+        """Put batches in front of all others."""
         self._ready.extendleft(reversed(batches))
 
     def deliver(self, batch: RequestBatch, vectors: NDArray[np.float32], tokens: int) -> None:
-        """Take the vectors of a batch.
+        """Store the vectors of a batch.
 
         Raises:
-            MalformedResponseError: they are not as long as the vectors before them.
+            MalformedResponseError: they differ in length from the vectors before them.
         """
         width = vectors.shape[1]
         if self._vectors is None:
@@ -205,23 +211,24 @@ class Dispatch:
         self._release(batch)
 
     def fail(self, batch: RequestBatch, error: NeMoRetrieverError) -> None:
-        """Take the error of a batch."""
+        """Store the error of a batch."""
         self._errors.update(dict.fromkeys(batch.rows, error))
         self._release(batch)
 
-    async def is_request_accepted(
-        self, batch: RequestBatch, send: Callable[[RequestBatch], Awaitable[bool]]
-    ) -> bool:
-        """Whether inputs are at fault where a batch is refused, rather than all of the request.
+    def is_accepted(self, modality: Modality) -> bool | None:
+        """Whether the server accepts inputs of a modality; None if only a probe can show."""
+        if modality in self._accepted:
+            return True
+        return False if len(self.request.documents) == 1 else None
 
-        Where none of its modality was taken yet, one that nothing is wrong with is sent, once.
-        """
-        if batch.modality in self._accepted or len(self.request.documents) == 1:
-            return batch.modality in self._accepted
-        if batch.modality not in self._probes:
-            probe = RequestBatch((-1,), (PROBES[batch.modality],), batch.modality)
-            self._probes[batch.modality] = asyncio.ensure_future(send(probe))
-        return await asyncio.shield(self._probes[batch.modality])
+    async def probe(
+        self, modality: Modality, send: Callable[[RequestBatch], Awaitable[bool]]
+    ) -> bool:
+        """Return whether the server accepts a valid input of a modality; send it only once."""
+        if modality not in self._probes:
+            batch = RequestBatch((-1,), (PROBES[modality],), modality)
+            self._probes[modality] = asyncio.ensure_future(send(batch))
+        return await asyncio.shield(self._probes[modality])
 
     def _release(self, batch: RequestBatch) -> None:
         self._held -= batch.size
@@ -236,7 +243,7 @@ class Dispatch:
         """Return the vectors and errors of all documents.
 
         Raises:
-            NeMoRetrieverError: all documents failed for this one reason.
+            NeMoRetrieverError: all documents failed for the same reason, which is not an input's.
         """
         reason = self.stopped or EngineError("this input was not embedded")
         errors = {**self._errors, **dict.fromkeys(self._unfinished, reason)}

@@ -1,118 +1,141 @@
-"""The HTTP of a NIM: its addresses, what each request carries, and errors that are ours."""
+"""The HTTP client of a NIM: headers, TLS, requests, and errors of httpx as ours."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
+import ssl
 from collections.abc import Iterable
+from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import httpx
 from pydantic import SecretStr
 
 from shared_engine._version import __version__
-from shared_engine.endpoints import (
-    POLLING,
-    check_header,
-    describe_proxy,
-    is_hosted,
-    split_urls,
-)
+from shared_engine.endpoints import POLLING, check_header, is_hosted
 from shared_engine.errors import (
+    ConfigurationError,
     ConnectionFailedError,
     MalformedResponseError,
+    MissingExtraError,
     NeMoRetrieverError,
     RequestTimeoutError,
 )
-from shared_engine.nim import protocol
-from shared_engine.nim.address import PATH, SENDER, Address, take_client
+from shared_engine.nim import protocol, proxies
 from shared_engine.nim.reading import MOST_BYTES
-from shared_engine.nim.transport import Balanced, Retrying, is_retried
+from shared_engine.nim.transport import Limited, Retrying, Sending, is_retried
 from shared_engine.options import Options
 
-CONNECT_WITHIN = 5.0
-"""Seconds after which another address is tried, where there is one."""
-POLL_EVERY = 0.5
+KEEP_ALIVE = 30.0
+"""Seconds that an idle connection is kept."""
+POLL_INTERVAL = 0.5
 MOST_LISTED = 4 * 2**20
-"""Bytes of a reply that holds no vectors, such as the list of models."""
+"""Bytes of a reply without vectors, such as the list of models."""
+_SECRET_NAME = re.compile(r"auth|key|token|secret|password|cookie", re.IGNORECASE)
 _SHORTEST_SECRET = 4
+
+_log = logging.getLogger("shared_engine")
 
 
 class NimClient:
-    """Sends requests to the addresses of a server; all but the constructor in one event loop."""
+    """Sends requests to one server; all but the constructor runs in one event loop."""
 
     def __init__(self, options: Options, base_url: str, api_key: SecretStr | None) -> None:
-        """Make the httpx clients; nothing is sent yet.
+        """Create the httpx client; nothing is sent yet.
+
+        A key of the environment that would travel unencrypted to a public host is left out; any
+        other secret that would is an error.
 
         Raises:
-            ConfigurationError: a header that cannot be sent, a key that would travel in the clear,
-                or TLS or proxy options that cannot work.
-            MissingExtraError: a SOCKS proxy, without the package for it.
+            ConfigurationError: a secret would travel unencrypted to a public host, or an option
+                cannot work.
+            MissingExtraError: a SOCKS proxy, and the package for it is not installed.
         """
+        try:
+            httpx.URL(base_url)
+        except httpx.InvalidURL as exc:  # for example IPv4 with octal numbers
+            raise ConfigurationError(f"base_url={base_url!r} cannot be used: {exc}") from None
         self.base_url = base_url
         self._timeout = options.timeout
-        headers = build_headers(options, api_key)
-        urls = split_urls(base_url)
-        within = CONNECT_WITHIN if len(urls) > 1 else None
-        client = take_client(options)
-        self._addresses = [Address(url, options, headers, client, within) for url in urls]
-        self._once = Balanced(self._addresses, options.concurrency)
-        self._transport = Retrying(self._once, options.max_retries)
-        proxies = [address.proxy for address in self._addresses if address.proxy]
-        self._proxies = ", ".join(dict.fromkeys(map(describe_proxy, proxies)))
-        self._secrets = list_secrets(
-            pair
-            for address in self._addresses
-            for sent in (address.client.headers, headers, address.proxy_headers)
-            for pair in sent.items()
+        client = create_own_client(options)
+        self._proxy = None if client else proxies.find_proxy(base_url, options.proxy)
+        exposure = None
+        if not options.allow_insecure_key:
+            exposure = proxies.find_exposure(base_url, self._proxy)
+        if exposure and api_key and options.api_key is None:
+            _log.warning("NVIDIA_API_KEY is not sent: it would travel unencrypted to %s", exposure)
+            api_key = None
+        self._headers = build_headers(options, api_key)
+        has_secret = any(map(_SECRET_NAME.search, self._headers))
+        if exposure and has_secret:
+            raise _refuse_key(exposure)
+        self._client = client or build_client(options, self._proxy)
+        is_checked = has_secret and not (self._is_encrypted or options.allow_insecure_key)
+        check_peer = _check_peer if is_checked and self._proxy is None else None
+        self._limited = Limited(
+            Sending(self._client, options.timeout, check_peer), options.concurrency
         )
+        self._retrying = Retrying(self._limited, options.max_retries)
+        sent = [*self._client.headers.items(), *self._headers.items()]
+        if self._proxy is not None:
+            sent += proxies.list_credentials(self._proxy)
+        self._secrets = list_secrets(sent)
+
+    @property
+    def _is_encrypted(self) -> bool:
+        return urlsplit(self.base_url).scheme == "https"
 
     @property
     def most_in_flight(self) -> int:
-        """Requests that may be in flight while no address says that it is busy."""
-        return self._once.most
+        """Requests that may be in flight while the server is not busy."""
+        return self._limited.most
 
     async def aclose(self) -> None:
         """Close the connections."""
-        for client in dict.fromkeys(address.client for address in self._addresses):
-            await client.aclose()
+        await self._client.aclose()
 
     def mask(self, text: str) -> str:
-        """Return a text without the values of headers that were sent, which some servers quote."""
+        """Return a text without the secrets that were sent, which some servers quote."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 
     def read_error(self, response: httpx.Response) -> protocol.ErrorReply:
-        """Return what is known of a reply that is no success."""
+        """Return the status, message and location of a reply that is not a success."""
         reply = protocol.read_error(response, self.mask)
-        sender: Address = response.extensions[SENDER]
-        by = [] if len(self._addresses) == 1 else [sender.base_url]
-        if sender.proxy and urlsplit(sender.base_url).scheme == "http":  # it may be the proxy's
-            by.append(describe_proxy(sender.proxy))
-        return reply._replace(detail=f"{reply.detail} [by {' or '.join(by)}]") if by else reply
+        if self._proxy is None or self._is_encrypted:
+            return reply
+        # The proxy may have replied itself.
+        return reply._replace(detail=f"{reply.detail} [through the proxy {self._proxy.url}]")
 
     async def post_embeddings(
         self, content: bytes, most_bytes: int, urgent: bool = False
     ) -> httpx.Response:
         """Return the reply to a request for vectors, whatever its status.
 
+        Args:
+            most_bytes: The most bytes of a successful reply.
+            urgent: Send it before requests that wait and are not.
+
         Raises:
-            RemoteError: there is no reply, or none that can be read.
+            RemoteError: there is no reply, or it cannot be read.
         """
         request = self._build_request("POST", "/embeddings", most_bytes, content)
         request.extensions["urgent"] = urgent
         return await self._send(request)
 
     async def get_models(self) -> httpx.Response:
-        """Return the reply to `GET /v1/models`; raises as `post_embeddings` does."""
+        """Return the reply to `GET /v1/models`; raises like `post_embeddings`."""
         return await self._send(self._build_request("GET", "/models"))
 
     async def wait_until_ready(self, seconds: float) -> None:
-        """Return when the server says that it is ready, at any of its addresses.
+        """Return when the server replies that it is ready.
 
         Raises:
-            RequestTimeoutError: it did not within so many seconds.
-            RemoteError: it has no such path, or does not let us ask.
+            RequestTimeoutError: it was not ready within `seconds`.
+            RemoteError: it has no such path, or refuses the request.
         """
         last = "no reply"
         try:
@@ -120,7 +143,7 @@ class NimClient:
                 while True:
                     request = self._build_request("GET", "/health/ready")
                     try:
-                        response = await self._exchange(self._once, request)
+                        response = await self._exchange(self._limited, request)
                     except NeMoRetrieverError as exc:
                         last = str(exc)
                     else:
@@ -132,67 +155,112 @@ class NimClient:
                     await asyncio.sleep(min(1.0, seconds / 20))
         except TimeoutError:
             raise RequestTimeoutError(
-                f"{self.base_url} was not ready within {seconds} s: {last}"
+                f"{self.base_url} was not ready within {seconds} s; the last attempt: {last}"
             ) from None
 
     def _build_request(
         self, method: str, url: str, most_bytes: int = MOST_LISTED, content: bytes | None = None
     ) -> httpx.Request:
-        request = self._addresses[0].build_request(method, url, content)
-        request.extensions[MOST_BYTES] = most_bytes
-        if len(self._addresses) > 1:
-            request.extensions[PATH] = url
-        return request
+        """Return a request to a path of the server, or to a whole URL."""
+        return self._client.build_request(
+            method,
+            self.base_url + url if url.startswith("/") else url,
+            content=content,
+            headers=self._headers,
+            timeout=httpx.Timeout(self._timeout, pool=None),  # Limited is the queue, not the pool
+            extensions={MOST_BYTES: most_bytes},
+        )
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
-        response = await self._exchange(self._transport, request)
+        response = await self._exchange(self._retrying, request)
         if response.status_code != 202:
             return response
         try:
-            async with asyncio.timeout(self._timeout) as running:
+            async with asyncio.timeout(self._timeout) as deadline:
                 return await self._poll(response, request.extensions[MOST_BYTES])
         except TimeoutError:
-            if not running.expired():
+            if not deadline.expired():  # a RequestTimeoutError of one poll
                 raise
             raise RequestTimeoutError(
                 f"the catalogue had no result after {self._timeout} s", status=202
             ) from None
 
     async def _poll(self, response: httpx.Response, most_bytes: int) -> httpx.Response:
-        """Ask the catalogue for the reply that it owes."""
+        """Poll the catalogue for the result of a request that it answered with 202."""
         while response.status_code == 202:
-            owed = response.headers.get("nvcf-reqid")
-            if owed is None or not is_hosted(self.base_url):
-                raise MalformedResponseError("the server replied 202, not with vectors", status=202)
-            await asyncio.sleep(POLL_EVERY)
-            request = self._build_request("GET", POLLING + quote(owed, safe=""), most_bytes)
-            response = await self._exchange(self._transport, request)
+            request_id = response.headers.get("nvcf-reqid")
+            if request_id is None or not is_hosted(self.base_url):
+                raise MalformedResponseError("the server replied 202, without vectors", status=202)
+            await asyncio.sleep(POLL_INTERVAL)
+            request = self._build_request("GET", POLLING + quote(request_id, safe=""), most_bytes)
+            response = await self._exchange(self._retrying, request)
         return response
 
     async def _exchange(
         self, transport: httpx.AsyncBaseTransport, request: httpx.Request
     ) -> httpx.Response:
-        """Send; the one place where errors of httpx become ours."""
-        way = f" through the proxy {self._proxies}" if self._proxies else ""
+        """Send a request; the one place where errors of httpx become ours."""
+        server = self.base_url
+        if self._proxy is not None:
+            server += f" through the proxy {self._proxy.url}"
         try:
             return await transport.handle_async_request(request)
         except (httpx.TimeoutException, TimeoutError):
             error: NeMoRetrieverError = RequestTimeoutError(
-                f"no reply from {self.base_url}{way} within timeout={self._timeout} s"
+                f"no reply from {server} within timeout={self._timeout} s"
             )
         except httpx.TransportError as exc:
-            why = self.mask(str(exc))[:300] or type(exc).__name__
-            error = ConnectionFailedError(f"no connection to {self.base_url}{way}: {why}")
+            reason = self.mask(str(exc))[:300] or type(exc).__name__
+            error = ConnectionFailedError(f"no connection to {server}: {reason}")
         except httpx.RequestError as exc:
             error = MalformedResponseError(f"the reply cannot be read: {type(exc).__name__}")
-        raise error  # here, as httpx's own errors hold the request and so the key
+        raise error  # outside of `except`, as httpx's errors hold the request and so the key
+
+
+def create_own_client(options: Options) -> httpx.AsyncClient | None:
+    """Return the client of `http_client_factory=`, or None without that option.
+
+    Raises:
+        ConfigurationError: the function returned something else.
+    """
+    if options.http_client_factory is None:
+        return None
+    client = options.http_client_factory()
+    if not isinstance(client, httpx.AsyncClient):
+        raise ConfigurationError(
+            f"http_client_factory= returned a {type(client).__name__}; expected an "
+            "httpx.AsyncClient"
+        )
+    return client
+
+
+def build_client(options: Options, proxy: httpx.Proxy | None) -> httpx.AsyncClient:
+    """Return a client with the TLS settings, connections and proxy of the options.
+
+    Raises:
+        ConfigurationError: `verify_ssl=` has no certificates.
+        MissingExtraError: a SOCKS proxy, and the package for it is not installed.
+    """
+    trust = _load_trust(options.verify_ssl)
+    limits = httpx.Limits(
+        max_connections=None,  # Limited bounds the requests in flight
+        max_keepalive_connections=options.concurrency,
+        keepalive_expiry=KEEP_ALIVE,
+    )
+    try:
+        transport = httpx.AsyncHTTPTransport(verify=trust, proxy=proxy, limits=limits)
+    except ImportError as exc:
+        raise MissingExtraError(
+            f"the proxy {proxy and proxy.url} needs another package: pip install 'httpx[socks]'"
+        ) from exc
+    return httpx.AsyncClient(transport=transport, trust_env=False)
 
 
 def build_headers(options: Options, api_key: SecretStr | None) -> httpx.Headers:
     """Return the headers of every request.
 
     Raises:
-        ConfigurationError: one cannot be sent.
+        ConfigurationError: HTTP cannot carry one.
     """
     headers = httpx.Headers(
         {
@@ -222,3 +290,30 @@ def list_secrets(headers: Iterable[tuple[str, str]]) -> list[str]:
     values = {value for name, value in headers if name.lower() not in public}
     values |= {value.partition(" ")[2] for value in values}
     return sorted((v for v in values if len(v) >= _SHORTEST_SECRET), key=len, reverse=True)
+
+
+def _check_peer(peer: str) -> None:
+    address = proxies.parse_address(peer)
+    if address is not None and not proxies.is_private(address):
+        raise _refuse_key(f"{peer}, the resolved address of the server")
+
+
+def _refuse_key(host: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"the key would travel unencrypted to {host}; use https, or allow_insecure_key=True in a "
+        "trusted network"
+    )
+
+
+def _load_trust(verify_ssl: bool | str) -> ssl.SSLContext:
+    if isinstance(verify_ssl, bool):
+        return httpx.create_ssl_context(verify=verify_ssl)
+    path = Path(verify_ssl).expanduser()
+    try:
+        if path.is_dir():
+            return ssl.create_default_context(capath=path)
+        return ssl.create_default_context(cafile=path)
+    except OSError as exc:  # includes ssl.SSLError
+        raise ConfigurationError(
+            f"verify_ssl={verify_ssl!r} has no certificates: {exc}; expected a CA file or folder"
+        ) from None

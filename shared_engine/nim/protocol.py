@@ -1,7 +1,7 @@
-"""What goes over the wire to a NIM: one request body, one parser, one table of errors.
+"""The wire protocol of a NIM: one request body, one parser, one table of errors.
 
 Sources: NVIDIA's reference of `POST /v1/embeddings` (Text Embedding NIM 2.0) and replies that users
-have published; NVIDIA calls the wording of errors unstable, so the status decides first.
+have published. NVIDIA calls the wording of errors unstable, so the status decides first.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ PROBES: Mapping[Modality, bytes] = {
     "image": b'"%b"' % _WHITE,
     "text_image": b'"?\\n%b"' % _WHITE,
 }
-"""Inputs that nothing is wrong with, as `encode_input` gives them."""
+"""A valid input of each modality, as `encode_input` returns it."""
 MOST_VALUES = 16_384
-"""Values of a vector, where nobody knows how long it is."""
+"""The most values of a vector whose length is unknown."""
 _BYTES_PER_VALUE = 32
-"""The most that one needs in JSON, indented; base64 needs six, but servers choose."""
+"""The most bytes of one value in indented JSON; base64 takes six, but the server chooses."""
 _LONGEST_DETAIL = 1000
 _DEEPEST = 8
-"""Levels of an error's body that are looked at."""
+"""Nesting levels of an error's body that are read."""
 _NOT_AN_INPUT = frozenset({401, 402, 404, 405, 407, 408, 410, 421, 425, 426, 429})
-"""Statuses of 4xx that are never an input's fault. 403 may be: gateways refuse texts so, too."""
-_TOO_LONG = (  # patterns of (tokens, limit); NIM, vLLM, text-embeddings-inference
+"""4xx statuses that are never an input's fault. 403 may be, as gateways refuse texts with it."""
+_TOO_LONG = (  # the wording of NIM, vLLM and text-embeddings-inference
     re.compile(
         r"length (?P<tokens>\d+) exceeds (?:the )?maximum allowed token size (?P<limit>\d+)"
     ),
@@ -80,14 +80,17 @@ def encode_input(
 ) -> bytes:
     r"""Return a document as one item of `input`, in JSON: a text, a data URL, or both.
 
-    An image is opened and may be converted, which takes up to seconds. One whose data URL has more
-    than `most_characters` is made smaller.
+    Opening and converting an image takes up to seconds.
 
     >>> encode_input(EmbeddingInput(text="a\n"))
     b'"a\\n"'
 
+    Args:
+        allow_image_urls: Whether an image may be fetched over http(s).
+        most_characters: The most characters of a data URL; larger images are reduced.
+
     Raises:
-        InputError: the image cannot be opened; `allow_image_urls` says whether it may be fetched.
+        InputError: the image cannot be opened.
     """
     text = json.dumps(document.text or "", ensure_ascii=False).encode()
     if document.image is None:
@@ -99,7 +102,7 @@ def encode_input(
 
 
 def build_body(fields: Mapping[str, object], inputs: Sequence[bytes]) -> bytes:
-    """Return a request: the fields that are not None, and inputs that `encode_input` gave.
+    """Return the body of a request: the fields that are not None, and the encoded inputs.
 
     >>> build_body({"model": "m", "input_type": "query", "user": None}, [b'"a"', b'"b"'])
     b'{"model":"m","input_type":"query","input":["a","b"]}'
@@ -110,48 +113,44 @@ def build_body(fields: Mapping[str, object], inputs: Sequence[bytes]) -> bytes:
 
 
 def bound_reply(n: int, width: int) -> int:
-    """Return the most bytes that a reply with n vectors of `width` values may need."""
+    """Return the most bytes that a reply with n vectors of `width` values may take."""
     return 64 * 1024 + n * (1024 + width * _BYTES_PER_VALUE)
 
 
 Mask = Callable[[str], str]
 
 
-def _show_all(text: str) -> str:
-    return text
-
-
 class Reply(NamedTuple):
-    """What a server replied, once it was checked."""
+    """A reply whose vectors were checked."""
 
     vectors: NDArray[np.float32]
     """(n, d), in the order of the request."""
     tokens: int
-    """As the server counted them; 0 if it did not say."""
+    """The server's count of tokens; 0 if it sent none."""
 
 
-def parse_reply(
-    content: bytes, n: int, dimensions: int | None = None, mask: Mask = _show_all
-) -> Reply:
-    """Return the vectors of a reply to `n` inputs, each given as floats or as base64 float32.
+def parse_reply(content: bytes, n: int, dimensions: int | None = None, mask: Mask = str) -> Reply:
+    """Return the vectors of a reply to `n` inputs, each a list of floats or base64 float32.
 
-    `mask` takes out of the server's words what nobody may read.
+    Args:
+        dimensions: The length of the vectors, if the request had one.
+        mask: Removes secrets from the server's message.
 
     Raises:
-        MalformedResponseError: not one vector for each input, not all of one length or of
-            `dimensions`, or not all finite. It quotes nothing, but for what the server says where
-            it sent the body of an error.
+        MalformedResponseError: there is not one vector for each input, they differ in length or
+            from `dimensions`, or a value is not finite. It quotes the server's message if the
+            reply is the body of an error, and nothing else.
     """
-    # Each error is raised outside of `except`: what led to it quotes the reply.
+    # Errors are raised outside of `except`, as the cause would quote the reply.
     reply = _load_json(content)
     rows = _sort_items(reply, n)
     if rows is None:
-        words, _ = _find_words(reply, mask)
-        told = f": {words}" if words else ""
-        raise MalformedResponseError(f"the reply is no list of embeddings{told}", detail=words)
+        message, _ = _find_message(reply, mask)
+        quoted = f": {message}" if message else ""
+        raise MalformedResponseError(f"the reply has no list of vectors{quoted}", detail=message)
     if any(row is None for row in rows):
-        given = sum(row is not None for row in rows)
-        raise MalformedResponseError(f"the reply has {given} different vectors for {n} inputs")
+        present = sum(row is not None for row in rows)
+        raise MalformedResponseError(f"the reply has {present} different vectors for {n} inputs")
     vectors = _stack(rows)
     if vectors is None:
         raise MalformedResponseError("a vector of the reply cannot be read")
@@ -160,7 +159,7 @@ def parse_reply(
             f"expected vectors of {dimensions} values, the server sent {vectors.shape[1]}"
         )
     if not np.isfinite(vectors).all():
-        raise MalformedResponseError("the reply holds NaN or infinity")
+        raise MalformedResponseError("the reply has NaN or infinity")
     return Reply(vectors, _read_tokens(reply))
 
 
@@ -172,7 +171,7 @@ def _load_json(content: bytes) -> Any:
 
 
 def _sort_items(reply: Any, n: int) -> list[Any] | None:
-    """Return what is given for each input, None where nothing is, or None if it is no list."""
+    """Return the embedding of each input, None if it is missing; None for an invalid list."""
     rows: list[Any] = [None] * n
     try:
         for item in reply["data"]:
@@ -188,11 +187,11 @@ def _sort_items(reply: Any, n: int) -> list[Any] | None:
 def _stack(rows: list[Any]) -> NDArray[np.float32] | None:
     try:
         if not all(isinstance(row, str) for row in rows):
-            given = np.array(rows)  # (n, d); ValueError where lengths differ
-            if given.dtype.kind not in "fiu":
+            values = np.array(rows)  # (n, d); ValueError if lengths differ
+            if values.dtype.kind not in "fiu":
                 return None
-            with np.errstate(over="ignore"):  # it is infinite then, and refused
-                vectors = given.astype(np.float32)
+            with np.errstate(over="ignore"):  # becomes infinity, which the caller refuses
+                vectors = values.astype(np.float32)
         else:
             parts = [b64decode(row, validate=True) for row in rows]
             if len({len(part) for part in parts}) != 1:
@@ -205,20 +204,20 @@ def _stack(rows: list[Any]) -> NDArray[np.float32] | None:
 
 def _read_tokens(reply: Mapping[str, Any]) -> int:
     usage = reply.get("usage")
-    given = usage.get("total_tokens", usage.get("prompt_tokens")) if isinstance(usage, dict) else 0
-    return given if type(given) is int and given > 0 else 0
+    count = usage.get("total_tokens", usage.get("prompt_tokens")) if isinstance(usage, dict) else 0
+    return count if type(count) is int and count > 0 else 0
 
 
 class ErrorReply(NamedTuple):
-    """What is known of a reply that is not a success."""
+    """The content of a reply that is not a success."""
 
     status: int
     detail: str
-    """The server's own words."""
+    """The server's message."""
     location: tuple[object, ...] = ()
     """The path to the field at fault, if the server names it: ("body", "dimensions")."""
     request_id: str | None = None
-    """The server's name for the request."""
+    """The server's id of the request."""
 
     @property
     def field(self) -> object:
@@ -226,7 +225,7 @@ class ErrorReply(NamedTuple):
         return next((part for part in self.location if part != "body"), None)
 
     def is_about(self, field: str) -> bool:
-        """Whether a field of the request is what the server does not take."""
+        """Whether the server refuses a field of the request."""
         if self.status not in (400, 422):
             return False
         if self.location:
@@ -235,7 +234,7 @@ class ErrorReply(NamedTuple):
 
     @property
     def is_too_large(self) -> bool:
-        """Whether a smaller batch may pass."""
+        """Whether the server may accept a smaller batch."""
         return self.status == 413 or (
             self.status in (400, 422)
             and self.tokens_and_limit is None
@@ -244,24 +243,24 @@ class ErrorReply(NamedTuple):
 
     @property
     def is_about_count(self) -> bool:
-        """Whether it was too large by the number of inputs rather than by bytes."""
+        """Whether the batch was too large by its number of inputs, not by bytes."""
         return _BATCH.search(self.detail.lower()) is not None
 
     @property
-    def blames_one_input(self) -> bool:
-        """Whether one of the inputs is at fault, so that the others pass without it."""
+    def names_input(self) -> bool:
+        """Whether the reply states that an input is at fault, so the others pass without it."""
         if self.tokens_and_limit is not None or self.position is not None:
             return True
         return self._is_input_status and self.field == "input" and not self.is_too_large
 
     @property
-    def may_blame_one_input(self) -> bool:
-        """Whether an input may be at fault, or the request whatever its inputs are."""
+    def is_ambiguous(self) -> bool:
+        """Whether an input may be at fault, or any request would be refused like this one."""
         return self._is_input_status and not (self.location or self.is_too_large)
 
     @property
     def position(self) -> int | None:
-        """Which of the inputs is at fault, if the server says."""
+        """The position of the input at fault in its batch, if the server names it."""
         if not self._is_input_status or self.field != "input":
             return None
         part = self.location[self.location.index("input") + 1 :][:1]
@@ -269,13 +268,13 @@ class ErrorReply(NamedTuple):
 
     @property
     def tokens_and_limit(self) -> tuple[int, int] | None:
-        """Length and limit where a text is too long, 0 for what the server does not say."""
+        """Length and limit of a text that is too long; 0 for a number that is not in the reply."""
         if self.status not in (400, 413, 422):
             return None
         for pattern in _TOO_LONG:
             if match := pattern.search(self.detail):
-                given = match.groupdict()
-                return int(given.get("tokens") or 0), int(given.get("limit") or 0)
+                numbers = match.groupdict()
+                return int(numbers.get("tokens") or 0), int(numbers.get("limit") or 0)
         return None
 
     @property
@@ -283,17 +282,18 @@ class ErrorReply(NamedTuple):
         return 400 <= self.status < 500 and self.status not in _NOT_AN_INPUT
 
 
-def read_error(response: httpx.Response, mask: Mask = _show_all) -> ErrorReply:
-    """Read the words of a server from a reply in any of the shapes that NIMs and gateways use.
+def read_error(response: httpx.Response, mask: Mask = str) -> ErrorReply:
+    """Read the server's message from a reply in any of the shapes that NIMs and gateways use.
 
-    `mask` takes out of a text what nobody may read.
+    Args:
+        mask: Removes secrets from the message.
 
-    >>> def words(**body): return read_error(httpx.Response(400, json=body)).detail
-    >>> words(error="Input length 9 exceeds maximum allowed token size 8")
+    >>> def read(**body): return read_error(httpx.Response(400, json=body)).detail
+    >>> read(error="Input length 9 exceeds maximum allowed token size 8")
     'Input length 9 exceeds maximum allowed token size 8'
-    >>> words(error={"message": "no such model"}), words(detail=[{"msg": "bad", "loc": ["body"]}])
+    >>> read(error={"message": "no such model"}), read(detail=[{"msg": "bad", "loc": ["body"]}])
     ('no such model', 'bad')
-    >>> words(status=429, title="Too Many Requests")
+    >>> read(status=429, title="Too Many Requests")
     'Too Many Requests'
     >>> read_error(httpx.Response(400, json={"object": "error", "message": "Invalid.", "detail": {
     ...     "type": "extra_forbidden", "loc": ["body", "dimensions"], "msg": "Not permitted"}}))[:3]
@@ -302,43 +302,44 @@ def read_error(response: httpx.Response, mask: Mask = _show_all) -> ErrorReply:
     2
     """
     content = _load_json(response.content)
-    words, location = _find_words(content, mask)
-    if not words:
-        words = _shorten(mask(response.content.decode(errors="replace")))
+    message, location = _find_message(content, mask)
+    if not message:
+        message = _shorten(mask(response.content.decode(errors="replace")))
     ids = (response.headers.get(name) for name in ("nvcf-reqid", "x-request-id"))
     request_id = next((_shorten(mask(value))[:100] for value in ids if value), None)
-    return ErrorReply(response.status_code, words, location, request_id)
+    return ErrorReply(response.status_code, message, location, request_id)
 
 
-def _find_words(content: object, mask: Mask) -> tuple[str, tuple[object, ...]]:
-    words: list[str] = []
+def _find_message(content: object, mask: Mask) -> tuple[str, tuple[object, ...]]:
+    """Return the message of an error's body, and the location of the field at fault."""
+    messages: list[str] = []
     locations: list[tuple[object, ...]] = []
-    _collect(content, words, locations)
-    if (index := read_error_index(content)) is not None:  # as our own server says it
+    _collect(content, messages, locations)
+    if (index := read_error_index(content)) is not None:  # sent by `nemoretriever serve`
         locations.append(("body", "input", index))
-    detail = _shorten(mask(" ".join(dict.fromkeys(words))))
+    detail = _shorten(mask(" ".join(dict.fromkeys(messages))))
     return detail, locations[0] if locations else ()
 
 
 def _collect(
-    part: object, words: list[str], locations: list[tuple[object, ...]], depth: int = 0
+    part: object, messages: list[str], locations: list[tuple[object, ...]], depth: int = 0
 ) -> None:
     if depth > _DEEPEST:
         return
     if isinstance(part, str):
-        words.append(part.strip())
+        messages.append(part.strip())
     elif isinstance(part, list):
         for item in part[:5]:
-            _collect(item, words, locations, depth + 1)
+            _collect(item, messages, locations, depth + 1)
     elif isinstance(part, dict):
         if isinstance(part.get("loc"), list):
             locations.append(tuple(part["loc"]))
         for name in ("title", "message", "msg", "error", "detail"):
-            _collect(part.get(name), words, locations, depth + 1)
+            _collect(part.get(name), messages, locations, depth + 1)
 
 
 def make_printable(text: str) -> str:
-    """Return a server's words in one line, without what would command a terminal."""
+    """Return a server's text in one line, without control characters."""
     text = " ".join(text.split())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
@@ -349,49 +350,57 @@ def _shorten(text: str) -> str:
 
 
 _BY_STATUS: Mapping[int, tuple[type[RemoteError], str]] = {
-    401: (AuthenticationError, "the server wants a key that it knows: api_key= or NVIDIA_API_KEY"),
-    403: (PermissionDeniedError, "the key may not use this model"),
-    404: (ModelNotFoundError, "the server has no such model or path; see GET /v1/models"),
-    407: (AuthenticationError, "the proxy wants another user name or password"),
-    408: (RequestTimeoutError, "the server gave up on the request"),
+    401: (AuthenticationError, "authentication failed; pass api_key= or set NVIDIA_API_KEY"),
+    403: (PermissionDeniedError, "access denied; the key may not use this model"),
+    404: (ModelNotFoundError, "no such model or path; see GET /v1/models"),
+    407: (AuthenticationError, "the proxy refused the user name or password"),
+    408: (RequestTimeoutError, "the server timed out"),
     413: (PayloadTooLargeError, "the request is too large, even with one input"),
-    429: (RateLimitError, "the server wants fewer requests"),
-}  # fmt: skip
+    429: (RateLimitError, "too many requests"),
+}
 
 
 def build_error(
-    response: httpx.Response, reply: ErrorReply, has_image: bool = False, blames_one: bool = False
+    response: httpx.Response,
+    reply: ErrorReply,
+    has_image: bool = False,
+    is_input_fault: bool = False,
 ) -> NeMoRetrieverError:
-    """Return the error of a reply that is no success; `reply` is what `read_error` gave for it.
+    """Return the error of a reply that is not a success.
 
-    Where an input is at fault, the words may be its own.
+    Args:
+        reply: The result of `read_error` for the response.
+        has_image: Whether the request had images.
+        is_input_fault: Whether its only input is at fault, so the message may quote that input.
     """
     if (lengths := reply.tokens_and_limit) is not None:
         tokens, limit = lengths
         return InputTooLongError(
-            f"is too long for the server ({reply.detail}); split it, or choose what "
-            'is cut with truncate="START" or "END"',
+            f'is too long for the server ({reply.detail}); split it, or set truncate="END" (or '
+            '"START") to embed a part of it',
             tokens=tokens,
             limit=limit,
         )
-    if reply.is_about("dimensions") and not blames_one:
-        return UnsupportedDimensionsError(f"the server refuses the dimensions: {reply.detail}")
+    if reply.is_about("dimensions") and not is_input_fault:
+        return UnsupportedDimensionsError(f"the server refused dimensions=: {reply.detail}")
     if reply.is_too_large and has_image:
         return ImageTooLargeError(
             f"has an image that is too large for the server ({reply.status}): {reply.detail}"
         )
-    kind, meaning = _BY_STATUS.get(reply.status, (InvalidRequestError, "the server refuses this"))
+    kind, meaning = _BY_STATUS.get(
+        reply.status, (InvalidRequestError, "the server refused the request")
+    )
     if reply.status >= 500:
         kind, meaning = ServerError, "the server failed"
     elif reply.is_too_large:
         kind, meaning = _BY_STATUS[413]
     elif 300 <= reply.status < 400:
         target = _find_target(response)
-        kind, meaning = InvalidRequestError, f"the server redirects to {target}; set base_url to it"
-    words = f"{meaning} ({reply.status}): {reply.detail}"
+        kind, meaning = InvalidRequestError, f"the server redirects to {target}; use its base_url="
+    message = f"{meaning} ({reply.status}): {reply.detail}"
     if reply.request_id:
-        words += f" [request {reply.request_id}]"
-    out = kind(words, status=reply.status, detail=reply.detail, request_id=reply.request_id)
+        message += f" [request {reply.request_id}]"
+    out = kind(message, status=reply.status, detail=reply.detail, request_id=reply.request_id)
     if isinstance(out, RateLimitError):
         out.retry_after = read_retry_after(response.headers)
     return out
@@ -401,12 +410,12 @@ def _find_target(response: httpx.Response) -> str:
     try:
         url = httpx.URL(response.headers["location"])
     except (KeyError, httpx.InvalidURL):
-        return "nowhere"
+        return "an invalid address"
     return f"{url.scheme}://{url.netloc.decode()}" if url.host else "another path"
 
 
 def list_models(response: httpx.Response) -> dict[str, str | None]:
-    """Return the ids that `/v1/models` lists, each with its `root`; none where it cannot.
+    """Return the ids that `/v1/models` lists, each with its `root`; none for an invalid reply.
 
     >>> list_models(httpx.Response(200, json={"data": [{"id": "mine", "root": "nvidia/m"}]}))
     {'mine': 'nvidia/m'}

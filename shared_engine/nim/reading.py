@@ -1,9 +1,7 @@
-"""The content of a reply, however long the server makes it: no more is kept than was asked for."""
+"""Read the content of a response, up to a bound on its bytes."""
 
 from __future__ import annotations
 
-import asyncio
-import zlib
 from collections.abc import AsyncIterator
 
 import httpx
@@ -11,37 +9,36 @@ import httpx
 from shared_engine.errors import MalformedResponseError
 
 MOST_BYTES = "most_bytes"
-"""The extension of a request that says how long the content of a successful reply may be."""
+"""Request extension: the most bytes of a successful reply, before and after decompression."""
 MOST_IN_ERROR = 256 * 1024
-"""Bytes kept of a reply that is no success, beside what it may quote of the request."""
+"""Bytes kept of an error, in addition to the parts of the request that it may quote."""
 _QUOTED = 4
-"""Bytes that one byte of the request may become where the server quotes it with escapes."""
-_PIECE = 1024 * 1024
-"""Bytes that are inflated before others have a turn."""
+"""Bytes that one byte of the request may take where the server quotes it with escapes."""
 
 
 async def read_reply(response: httpx.Response, request: httpx.Request) -> httpx.Response:
-    """Return a reply with its content read, and decompressed where it has to be.
+    """Return a response with its content read and decompressed.
 
-    Of an error only the beginning is kept: its status is what counts.
+    Of an error only the beginning is kept, as its status decides.
 
     Raises:
-        MalformedResponseError: it is no error and longer than the request says, or compressed in
-            a way that nobody asked for.
+        MalformedResponseError: a successful reply is longer than MOST_BYTES of the request.
+        httpx.DecodingError: a successful reply cannot be decompressed.
         httpx.TransportError: the connection broke.
     """
     most = MOST_IN_ERROR + _QUOTED * len(request.content)
     if response.is_success:
         most = request.extensions[MOST_BYTES]
+    if isinstance(response.stream, httpx.AsyncByteStream):
+        response.stream = _BoundedStream(response.stream, most)
     parts: list[bytes] = []
     size = 0
     try:
-        async for part in _decode(response, most):
+        async for part in response.aiter_bytes():
             parts.append(part)
             size += len(part)
-            if size > most:
-                raise _too_long(response, most)
-    except MalformedResponseError:
+            _check_size(size, most)
+    except (MalformedResponseError, httpx.DecodingError):
         if response.is_success:
             raise
     headers = [pair for pair in response.headers.raw if pair[0].lower() != b"content-encoding"]
@@ -49,41 +46,24 @@ async def read_reply(response: httpx.Response, request: httpx.Request) -> httpx.
     return httpx.Response(response.status_code, headers=headers, content=content)
 
 
-def _too_long(response: httpx.Response, most: int) -> MalformedResponseError:
-    return MalformedResponseError(
-        f"the reply is longer than the {most} bytes that it may need", status=response.status_code
-    )
+class _BoundedStream(httpx.AsyncByteStream):
+    """A stream with a bound on its bytes, as compressed bytes may decompress to none."""
 
+    def __init__(self, stream: httpx.AsyncByteStream, most: int) -> None:
+        self._stream = stream
+        self._most = most
 
-async def _decode(response: httpx.Response, most: int) -> AsyncIterator[bytes]:
-    if response.is_stream_consumed:  # by a client of the user's, whose transport had it whole
-        yield response.content
-        return
-    encoding = response.headers.get("content-encoding", "identity").strip().lower()
-    if encoding in ("identity", ""):
-        async for part in response.aiter_raw():
-            yield part
-        return
-    # Identity is what was asked for, but some gateways compress all the same.
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise MalformedResponseError(
-            "the reply is compressed, though no compression was asked for",
-            status=response.status_code,
-        )
-    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by its first bytes
-    size = 0
-    try:
-        async for part in response.aiter_raw():
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for part in self._stream:
             size += len(part)
-            if size > most:  # though nothing may come out of it
-                raise _too_long(response, most)
-            while part:
-                yield inflater.decompress(part, _PIECE)
-                part = inflater.unconsumed_tail  # noqa: PLW2901 - what is left of it
-                await asyncio.sleep(0)
-    except zlib.error:
-        inflater = zlib.decompressobj()
-    if not inflater.eof:
-        raise MalformedResponseError(
-            "the reply cannot be decompressed", status=response.status_code
-        )
+            _check_size(size, self._most)
+            yield part
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        raise MalformedResponseError(f"the reply has more than {most} bytes, the most it may need")

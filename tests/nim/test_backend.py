@@ -1,4 +1,4 @@
-"""What the remote engine sends, keeps secret, shares, and gives back."""
+"""The remote backend: requests, results, keys, sharing and closing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,10 @@ KEY = "nvapi-this-is-secret"
 TEXTS = [f"text {i}" for i in range(230)]
 
 
-@pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NVIDIA_API_KEY", raising=False)
-    monkeypatch.delenv("NVIDIA_BASE_URL", raising=False)
-
-
 # What is sent
 
 
-def test_fields_are_sent_only_when_wanted() -> None:
+def test_fields_are_sent_only_when_set() -> None:
     nim = Nim()
     with nim.embedder() as engine:
         engine.embed(["a"])
@@ -105,7 +100,7 @@ def test_texts_arrive_as_they_are() -> None:
     assert nim.bodies[0]["input"] == texts
 
 
-def test_no_request_before_first_use_and_none_for_nothing() -> None:
+def test_no_request_before_the_first_use_or_for_no_input() -> None:
     nim = Nim()
     with nim.embedder() as engine:
         assert nim.requests == []
@@ -138,7 +133,7 @@ TOO_MANY_ITEMS = {"detail": [{"loc": ["body", "input"], "msg": "should have at m
         (99999, 16, httpx.Response(422, json=TOO_MANY_ITEMS)),
     ],
 )
-def test_what_is_too_large_is_halved_and_the_size_remembered(
+def test_a_batch_that_is_too_large_is_halved_and_the_size_learned(
     most_bytes: int, most_inputs: int, refusal: httpx.Response
 ) -> None:
     refused = []
@@ -169,7 +164,7 @@ def test_one_input_that_is_too_large_alone_fails_alone() -> None:
     assert {k: type(v) for k, v in caught.value.errors.items()} == {230: PayloadTooLargeError}
 
 
-def test_floats_are_asked_for_from_then_on_where_base64_is_refused() -> None:
+def test_floats_are_requested_after_base64_is_refused() -> None:
     def answer(_: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
         if body.get("encoding_format") == "base64":
             nim.refused += 1
@@ -234,7 +229,7 @@ def test_a_model_that_is_not_served_is_not_replaced(model: str | None, listed: l
     assert nim.bodies == []
 
 
-def test_a_model_that_nobody_named_is_known_once_the_server_named_it() -> None:
+def test_without_a_model_the_servers_only_one_is_used() -> None:
     served = "nvidia/llama-nemotron-embed-vl-1b-v2"
     keys = []
     for models in ((served,), ("prod-embed",), (MODEL,)):
@@ -278,14 +273,14 @@ def test_a_listed_root_names_the_model() -> None:
     assert nim.bodies[0]["model"] == "mine"
 
 
-def test_a_server_that_lists_nothing_is_asked_for_the_name_as_it_is() -> None:
+def test_a_server_that_lists_no_models_gets_the_name_unchanged() -> None:
     nim = Nim(lambda r, _: httpx.Response(404) if r.method == "GET" else None)
     with nim.embedder() as engine:
         engine.embed(["a"])
     assert nim.bodies[0]["model"] == MODEL
 
 
-def test_names_of_a_server_command_no_terminal() -> None:
+def test_control_characters_of_a_servers_names_are_replaced() -> None:
     listing = {"data": [{"id": "\x1b[2J\nmine"}, {"id": "yours"}]}
     nim = Nim(lambda r, _: httpx.Response(200, json=listing) if r.method == "GET" else None)
     with nim.embedder() as engine, pytest.raises(ModelNotFoundError) as caught:
@@ -299,7 +294,7 @@ def test_a_suffix_fixes_the_role() -> None:
         engine.embed(["a"])
         assert (nim.bodies[0]["model"], nim.bodies[0]["input_type"]) == (MODEL, "passage")
         assert engine.dimensions == WIDTH
-        with pytest.raises(ConfigurationError, match="only as document"):
+        with pytest.raises(ConfigurationError, match="only as document, not as query"):
             engine.embed(["a"], "query")
 
 
@@ -340,7 +335,7 @@ def test_one_long_text_alone_raises_its_own_error() -> None:
         engine.embed(["long"], "query")
 
 
-def test_the_server_may_say_which_input_is_at_fault() -> None:
+def test_the_server_may_name_the_input_at_fault() -> None:
     def answer(_: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
         for at, text in enumerate(body.get("input", [])):
             if not text:
@@ -356,9 +351,9 @@ def test_the_server_may_say_which_input_is_at_fault() -> None:
     assert len(nim.bodies) == 5
 
 
-@pytest.mark.parametrize("asked", [None, WIDTH])
+@pytest.mark.parametrize("dimensions", [None, WIDTH])
 @pytest.mark.parametrize("words", ["dimensions of a parcel", "modality", "encoding_format"])
-def test_a_refused_input_that_is_quoted_names_no_field(words: str, asked: int | None) -> None:
+def test_a_quoted_input_is_not_mistaken_for_a_field(words: str, dimensions: int | None) -> None:
     def answer(_: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
         for text in body.get("input", []):
             if words in text:
@@ -367,7 +362,7 @@ def test_a_refused_input_that_is_quoted_names_no_field(words: str, asked: int | 
 
     nim = Nim(answer)
     texts = [*TEXTS[:40], f"the {words}", *TEXTS[40:]]
-    with nim.embedder(dimensions=asked) as engine, pytest.raises(PartialResultError) as caught:
+    with nim.embedder(dimensions=dimensions) as engine, pytest.raises(PartialResultError) as caught:
         engine.embed(texts)
     assert {k: type(v) for k, v in caught.value.errors.items()} == {40: InvalidRequestError}
     good = [row for row in range(len(texts)) if row != 40]
@@ -383,16 +378,16 @@ def test_a_refused_input_that_is_quoted_names_no_field(words: str, asked: int | 
         (429, {"title": "Too Many Requests"}, RateLimitError),
     ],
 )
-def test_what_is_true_of_all_inputs_is_raised_itself_and_ends_the_call(
+def test_a_refused_request_is_raised_and_ends_the_call(
     status: int, body: object, kind: type[Exception]
 ) -> None:
     nim = Nim(lambda r, _: httpx.Response(status, json=body) if r.method == "POST" else None)
     with nim.embedder(concurrency=2) as engine, pytest.raises(kind):
         engine.embed(TEXTS * 20)
-    assert len(nim.requests) < 10, "it went on sending what had to fail"
+    assert len(nim.requests) < 10, "it continued to send requests that had to fail"
 
 
-def test_dimensions_are_the_servers_to_judge_and_are_checked() -> None:
+def test_the_server_decides_on_dimensions_and_the_reply_is_checked() -> None:
     with Nim().embedder(dimensions=10) as engine:  # not in the catalogue
         assert engine.embed(["a"]).shape == (1, 10)
 
@@ -405,7 +400,7 @@ def test_dimensions_are_the_servers_to_judge_and_are_checked() -> None:
         engine.embed(["a"])
 
 
-def test_a_deadline_keeps_what_was_finished() -> None:
+def test_a_deadline_keeps_finished_vectors() -> None:
     with FaultyNim() as nim:
         engine = Embedder(Options(model="nvidia/m", base_url=nim.url, deadline=0.5, concurrency=2))
         slow = lambda body: time.sleep(0.05)  # noqa: E731 - blocks the server
@@ -419,7 +414,7 @@ def test_a_deadline_keeps_what_was_finished() -> None:
     assert 0 < len(caught.value.errors) < len(TEXTS) * 20
 
 
-def test_no_server_and_no_reply_are_told_apart() -> None:
+def test_no_server_and_no_reply_are_different_errors() -> None:
     with FaultyNim(latency=5) as nim:
         options = {"model": "nvidia/m", "base_url": nim.url, "max_retries": 0}
         with Embedder(Options(timeout=0.2, **options)) as engine, pytest.raises(TimeoutError):
@@ -428,7 +423,7 @@ def test_no_server_and_no_reply_are_told_apart() -> None:
         engine.embed(["a"])
 
 
-def test_a_server_that_does_not_say_what_it_serves_in_time_is_named() -> None:
+def test_a_slow_list_of_models_is_a_timeout_with_the_address() -> None:
     async def never(_: httpx.Request) -> httpx.Response:
         await asyncio.sleep(60)
         return httpx.Response(200)
@@ -454,13 +449,15 @@ def test_readiness_is_waited_for() -> None:
 # The key
 
 
-def test_which_engine_runs_is_decided_by_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select_backend(Options()).base_url is None
     assert select_backend(Options(api_key=KEY)).base_url == HOSTED
     assert select_backend(Options(nvidia_api_key=KEY)).base_url == HOSTED
     assert select_backend(Options(api_key=KEY, base_url="http://nim")).base_url == "http://nim/v1"
     monkeypatch.setenv("NVIDIA_API_KEY", KEY)
-    assert select_backend(Options()).base_url is None, "a key that lies around switches nothing"
+    assert select_backend(Options()).base_url is None, (
+        "a key in the environment alone selects nothing"
+    )
     assert select_backend(Options(base_url=HOSTED)).api_key.get_secret_value() == KEY
     monkeypatch.setenv("NVIDIA_BASE_URL", "http://env:1")
     assert select_backend(Options()).base_url == "http://env:1/v1"
@@ -540,7 +537,7 @@ def test_the_key_is_in_no_log_and_no_error(caplog: pytest.LogCaptureFixture) -> 
         ("http://localhost.example.com", False),
     ],
 )
-def test_the_key_travels_only_where_nobody_reads_it(
+def test_the_key_travels_encrypted_or_to_private_hosts_only(
     url: str, sent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nim = Nim()
@@ -556,7 +553,7 @@ def test_the_key_travels_only_where_nobody_reads_it(
         engine.embed(["a"])
     assert nim.requests[-1].headers["authorization"] == f"Bearer {KEY}"
     monkeypatch.setenv("NVIDIA_API_KEY", KEY)
-    with nim.embedder(base_url=url) as engine:  # one that lies around is left out instead
+    with nim.embedder(base_url=url) as engine:  # a key of the environment is left out
         engine.embed(["a"])
     assert ("authorization" in nim.requests[-1].headers) is sent
 
@@ -579,7 +576,7 @@ def test_no_redirect_is_followed_with_the_key(target: str) -> None:
     assert {request.url.host for request in nim.requests} == {"nim"}
 
 
-def test_the_catalogue_is_polled_for_what_it_owes() -> None:
+def test_the_catalogue_is_polled_after_202() -> None:
     def answer(request: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
         if request.url.host == "integrate.api.nvidia.com":
             owed.append(body)
@@ -673,7 +670,7 @@ def test_a_forked_child_opens_its_own_connections() -> None:
         np.testing.assert_allclose(engine.embed(TEXTS), expected, atol=1e-6)
 
 
-async def test_cancelling_stops_what_was_not_sent() -> None:
+async def test_cancelling_stops_unsent_requests() -> None:
     with FaultyNim(latency=0.05) as nim:
         options = Options(model="nvidia/m", base_url=nim.url, concurrency=2, max_batch_size=10)
         with Embedder(options) as engine:
@@ -689,7 +686,7 @@ async def test_cancelling_stops_what_was_not_sent() -> None:
 
 
 @pytest.mark.parametrize("cancel", [False, True])
-def test_close_finishes_or_cancels_what_was_accepted(cancel: bool) -> None:
+def test_close_finishes_or_cancels_accepted_requests(cancel: bool) -> None:
     others = set(threading.enumerate())  # of tests before, whose engines may still be there
     with FaultyNim(latency=0.05) as nim:  # a second at least, so that it is closed in the middle
         options = Options(model="nvidia/m", base_url=nim.url, concurrency=2, max_batch_size=10)
@@ -715,6 +712,32 @@ def test_close_finishes_or_cancels_what_was_accepted(cancel: bool) -> None:
         assert "nemoretriever-nim" not in {thread.name for thread in begun}
 
 
+@pytest.mark.parametrize("wait", ["list_models", "wait_until_ready", "fingerprint"])
+def test_closing_ends_a_call_that_waits_for_the_server(wait: str) -> None:
+    started = threading.Event()
+
+    async def never(_: httpx.Request) -> httpx.Response:
+        started.set()
+        await asyncio.sleep(60)
+        return httpx.Response(200)
+
+    options = Options(
+        http_client_factory=lambda: httpx.AsyncClient(transport=httpx.MockTransport(never))
+    )
+    backend = NimBackend(options, "http://nim/v1")
+    calls = {
+        "list_models": backend.list_models,
+        "wait_until_ready": lambda: backend.wait_until_ready(60),
+        "fingerprint": lambda: backend.fingerprint,
+    }
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(calls[wait])
+        assert started.wait(30)
+        backend.close(cancel=True)
+        with pytest.raises(EngineClosedError):
+            call.result(30)
+
+
 def test_the_remote_path_needs_no_torch() -> None:
     code = """
 import sys, httpx
@@ -730,45 +753,22 @@ except ConnectionFailedError:
     assert (out.stdout.strip(), out.stderr) == ("[]", "")
 
 
-def test_a_client_must_be_made_in_the_engines_own_loop() -> None:
-    with pytest.raises(ValueError, match="a function that makes the client"):
+def test_a_client_is_created_by_a_function() -> None:
+    with pytest.raises(ValueError, match="a function that returns a client"):
         Options(http_client_factory=httpx.AsyncClient())
     engine = Embedder(Options(base_url="http://nim", http_client_factory=dict))
-    with engine, pytest.raises(ConfigurationError, match="made a dict"):
+    with engine, pytest.raises(ConfigurationError, match="returned a dict"):
         engine.embed(["a"])
 
 
-def test_tls_and_proxy_options_that_cannot_work_say_so() -> None:
+def test_invalid_tls_and_proxy_options_are_errors() -> None:
     for wrong in ({"verify_ssl": "/no/such.pem"}, {"proxy": "gopher://proxy"}):
         engine = Embedder(Options(base_url="https://nim", **wrong))
         with engine, pytest.raises(ConfigurationError):
             engine.embed(["a"])
 
 
-def test_a_proxy_is_used() -> None:
-    with FaultyNim() as proxy:
-        options = Options(model="nvidia/m", base_url="http://nim.internal:1", proxy=proxy.url)
-        with Embedder(options) as engine:
-            np.testing.assert_allclose(engine.embed(["a"]), vectors(["a"]), atol=1e-6)
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
-def test_a_proxy_of_the_environment_is_used_but_for_the_hosts_it_leaves_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    options = Options(model="nvidia/m", base_url="http://nim.internal:1", max_retries=0)
-    with FaultyNim() as proxy:
-        monkeypatch.setenv("http_proxy", proxy.url)
-        with Embedder(options) as engine:
-            assert engine.embed(["a"]).shape == (1, WIDTH)
-        seen = len(proxy.seen)
-        monkeypatch.setenv("no_proxy", "nim.internal")
-        with Embedder(options) as engine, pytest.raises(ConnectionFailedError):
-            engine.embed(["a"])
-        assert len(proxy.seen) == seen
-
-
-def test_a_server_without_tls_is_not_asked_again() -> None:
+def test_a_server_without_tls_is_not_retried() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever).start()
         url = f"https://127.0.0.1:{server.server_port}"
@@ -777,12 +777,13 @@ def test_a_server_without_tls_is_not_asked_again() -> None:
                 start = time.monotonic()
                 with pytest.raises(ConnectionFailedError, match=r"WRONG_VERSION|RECORD_LAYER"):
                     engine.embed(["a"])
-                assert time.monotonic() - start < 10, "it was tried again"
+                assert time.monotonic() - start < 10, "it was retried"
         finally:
             server.shutdown()
 
 
-def test_certificates_are_checked_against_what_is_trusted(tmp_path: Path) -> None:
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_certificates_are_verified(tmp_path: Path) -> None:
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
     files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"]
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
@@ -799,12 +800,12 @@ def test_certificates_are_checked_against_what_is_trusted(tmp_path: Path) -> Non
             start = time.monotonic()
             with pytest.raises(ConnectionFailedError, match="CERTIFICATE_VERIFY_FAILED"):
                 engine.embed(["a"])
-            assert time.monotonic() - start < 2, "it was tried again"
+            assert time.monotonic() - start < 2, "it was retried"
         assert len(nim.seen) == seen
 
 
 @pytest.mark.parametrize("name", ["on_progress", "on_usage"])
-def test_what_a_callback_raises_is_logged_and_loses_no_vector(caplog, name):
+def test_an_error_of_a_callback_is_logged_and_loses_no_vector(caplog, name):
     def fail(_: int) -> None:
         raise OSError("standard error is closed")
 

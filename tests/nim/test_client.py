@@ -1,4 +1,4 @@
-"""What may go where: keys, proxies, the words of errors; and connections to whom."""
+"""Keys, proxies and secrets in errors: what is sent to whom, and what is shown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from httpcore._backends.anyio import AnyIOStream
 from pydantic import ValidationError
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
@@ -27,7 +26,8 @@ from shared_engine import (
     NeMoRetrieverError,
     Options,
 )
-from shared_engine.endpoints import find_proxy, is_safe_for_keys
+from shared_engine.nim import proxies
+from shared_engine.nim.proxies import find_proxy, is_safe_for_keys
 from shared_engine.routing import select_backend
 from tests.support import nim
 from tests.support.faulty_nim import FaultyNim
@@ -36,17 +36,10 @@ from tests.support.raw_server import RawServer, whole
 
 KEY = "nvapi-this-is-secret"
 KINDS = [Options, NeMoRetrieverEmbeddings, NeMoRetrieverEmbedding]
-PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-
-
-@pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NVIDIA_API_KEY", "NVIDIA_BASE_URL", *PROXIES, *map(str.upper, PROXIES)):
-        monkeypatch.delenv(name, raising=False)
 
 
 def show(error: BaseException) -> str:
-    """Return all that can be read on an error and on what led to it."""
+    """Return the text and attributes of an error and of its causes."""
     shown = ""
     seen: BaseException | None = error
     while seen is not None:
@@ -62,7 +55,7 @@ def show(error: BaseException) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("space", ["\n", "\r\n", " ", "\t", "\n\n"])
-def test_a_key_is_the_same_with_space_around_it(
+def test_space_around_a_key_is_removed(
     kind: type[Options], space: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("api_key", "nvidia_api_key"):
@@ -87,7 +80,7 @@ def test_a_key_is_the_same_with_space_around_it(
         {"default_headers": {"transfer-encoding": KEY}},
     ],
 )  # fmt: skip
-def test_what_no_header_can_carry_is_refused_at_once_and_not_shown(
+def test_an_invalid_header_is_refused_and_not_shown(
     kind: type[Options], given: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigurationError) as caught:
@@ -98,7 +91,7 @@ def test_what_no_header_can_carry_is_refused_at_once_and_not_shown(
     assert KEY not in show(caught.value)
 
 
-def test_a_key_of_the_environment_that_no_header_can_carry_is_not_shown(
+def test_an_invalid_key_of_the_environment_is_not_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("NVIDIA_API_KEY", f"{KEY}\nx")
@@ -124,11 +117,9 @@ def test_a_key_of_the_environment_that_no_header_can_carry_is_not_shown(
         {"verify_ssl": [KEY]},
     ],
 )
-def test_no_error_of_an_option_holds_what_was_given(
-    kind: type[Options], given: dict[str, Any]
-) -> None:
+def test_no_error_of_an_option_shows_its_value(kind: type[Options], given: dict[str, Any]) -> None:
     for make in (lambda: kind(**given), lambda: kind.model_validate(given)):
-        with pytest.raises(ValueError) as caught:  # noqa: PT011 - it is what it holds that counts
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the test is about its content
             make()
         assert KEY not in show(caught.value)
         assert KEY not in str(pickle.dumps(str(caught.value)))
@@ -139,7 +130,7 @@ SENT = {"x-team": "search-team", "x-secret": "a b c d", "cookie": "session=hunte
 
 @pytest.mark.parametrize("status", [200, 400, 401, 500])
 @pytest.mark.parametrize("quoted", [f"Bearer {KEY}", KEY, *SENT.values()])
-def test_no_error_holds_a_header_that_was_sent(
+def test_no_error_shows_a_header_that_was_sent(
     status: int, quoted: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -168,7 +159,7 @@ def test_no_error_holds_a_header_that_was_sent(
     assert quoted not in caplog.text
 
 
-def test_the_headers_of_a_ready_client_are_not_told_either() -> None:
+def test_the_headers_of_a_given_client_are_not_shown_either() -> None:
     def client() -> httpx.AsyncClient:
         refuse = httpx.MockTransport(lambda r: httpx.Response(401, json={"error": f"not {KEY}"}))
         return httpx.AsyncClient(transport=refuse, headers={"x-api-key": KEY})
@@ -178,7 +169,7 @@ def test_the_headers_of_a_ready_client_are_not_told_either() -> None:
         engine.embed(["a"])
 
 
-def test_a_reply_that_is_no_http_quotes_no_key(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_invalid_http_reply_shows_no_key(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "shared_engine")
 
     async def respond(request: bytes, _: int) -> AsyncIterator[bytes]:
@@ -191,7 +182,7 @@ def test_a_reply_that_is_no_http_quotes_no_key(caplog: pytest.LogCaptureFixture)
     assert KEY not in show(caught.value) + caplog.text
 
 
-# Where a key may go
+# Where a key may be sent
 
 
 @pytest.mark.parametrize(
@@ -216,7 +207,7 @@ def test_a_reply_that_is_no_http_quotes_no_key(caplog: pytest.LogCaptureFixture)
         )),
     ],
 )  # fmt: skip
-def test_a_key_goes_unencrypted_to_private_hosts_only(host: str, is_safe: bool) -> None:
+def test_a_key_is_sent_unencrypted_to_private_hosts_only(host: str, is_safe: bool) -> None:
     assert is_safe_for_keys(f"http://{host}:8000/v1") is is_safe
     assert is_safe_for_keys(f"https://{host}/v1")
     server = Nim()
@@ -230,13 +221,13 @@ def test_a_key_goes_unencrypted_to_private_hosts_only(host: str, is_safe: bool) 
 
 
 @pytest.mark.parametrize("host", ["0177.0.0.1", "1.2.3.256", "ä" * 70])
-def test_an_address_that_is_none_is_refused(host: str) -> None:
+def test_a_host_that_httpx_refuses_is_an_error(host: str) -> None:
     with Nim().embedder(base_url=f"http://{host}") as engine, pytest.raises(ConfigurationError):
         engine.embed(["a"])
 
 
 @pytest.mark.parametrize("name", ["X-Api-Key", "api-key", "Cookie", "X-Auth-Token", "secret"])
-def test_a_header_that_is_a_key_by_its_name_is_kept_as_one(name: str) -> None:
+def test_a_header_named_like_a_key_is_protected_like_one(name: str) -> None:
     server = Nim()
     given = {"base_url": "http://nim.example.com", "default_headers": {name: KEY}}
     with server.embedder(**given) as engine, pytest.raises(ConfigurationError, match="unencrypted"):
@@ -248,28 +239,23 @@ def test_a_header_that_is_a_key_by_its_name_is_kept_as_one(name: str) -> None:
         engine.embed(["a"])
 
 
-@pytest.mark.parametrize(("peer", "is_safe"), [("127.0.0.1", True), ("8.8.8.8", False)])
-def test_what_a_name_resolves_to_is_looked_at_before_the_key_is_sent(
-    peer: str, is_safe: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_private", [True, False])
+def test_the_resolved_address_is_checked_before_the_key_is_sent(
+    is_private: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with FaultyNim() as server:
         server.models = [{"id": MODEL}]
-
-        def say(stream: object, name: str) -> object:
-            return (peer, 80) if name == "server_addr" else get_extra_info(stream, name)
-
-        get_extra_info = AnyIOStream.get_extra_info
-        monkeypatch.setattr(AnyIOStream, "get_extra_info", say)
         resolve = socket.getaddrinfo
         monkeypatch.setattr(
             socket, "getaddrinfo", lambda host, *a, **k: resolve("127.0.0.1", *a, **k)
         )
+        monkeypatch.setattr(proxies, "is_private", lambda _: is_private)
         options = {"model": MODEL, "base_url": f"http://nim:{server.port}", "max_retries": 0}
         with Embedder(Options(api_key=KEY, **options)) as engine:
-            if is_safe:
+            if is_private:
                 assert engine.embed(["a"]).shape == (1, WIDTH)
             else:
-                with pytest.raises(ConfigurationError, match=r"unencrypted to 8\.8\.8\.8"):
+                with pytest.raises(ConfigurationError, match=r"unencrypted to 127\.0\.0\.1"):
                     engine.embed(["a"])
                 assert server.seen == []
         for given in ({}, {"api_key": KEY, "allow_insecure_key": True}):
@@ -277,70 +263,91 @@ def test_what_a_name_resolves_to_is_looked_at_before_the_key_is_sent(
                 assert engine.embed(["a"]).shape == (1, WIDTH)
 
 
+def test_a_key_of_the_environment_is_withheld_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NVIDIA_API_KEY", KEY)
+    server = Nim()
+    with server.embedder(base_url="http://nim.example.com") as engine:
+        engine.embed(["a"])
+    assert all("authorization" not in request.headers for request in server.requests)
+    assert "NVIDIA_API_KEY is not sent" in caplog.text
+    assert "http://nim.example.com/v1" in caplog.text
+    assert KEY not in caplog.text
+
+
 # Proxies
 
 
-@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
-def test_a_key_goes_through_no_plain_proxy_of_the_environment(
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_an_http_address_uses_no_proxy_of_the_environment(
     variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with FaultyNim() as server, FaultyNim() as proxy:
+        monkeypatch.setenv(variable, proxy.url)
+        with Embedder(Options(model="nvidia/m", base_url=server.url, api_key=KEY)) as engine:
+            assert engine.embed(["a"]).shape == (1, WIDTH)
+        assert server.embedded[-1].headers["authorization"] == f"Bearer {KEY}"
+        assert proxy.seen == []
+
+
+def test_a_key_takes_an_explicit_proxy_that_is_private() -> None:
     options = {"model": "nvidia/m", "base_url": "http://nim.internal", "max_retries": 0}
     with FaultyNim() as proxy:
-        monkeypatch.setenv(variable, proxy.url)
-        refused = pytest.raises(ConfigurationError, match=r"through .*the environment's proxy")
-        with Embedder(Options(api_key=KEY, **options)) as engine, refused:
+        with Embedder(Options(api_key=KEY, proxy=proxy.url, **options)) as engine:
+            np.testing.assert_allclose(engine.embed(["a"]), vectors(["a"]), atol=1e-6)
+        assert proxy.seen[-1].headers["authorization"] == f"Bearer {KEY}"
+        proxy.seen.clear()
+        public = {**options, "base_url": "http://nim.example.com", "proxy": proxy.url}
+        refused = pytest.raises(
+            ConfigurationError, match=r"unencrypted to http://nim\.example\.com"
+        )
+        with Embedder(Options(api_key=KEY, **public)) as engine, refused:
             engine.embed(["a"])
         assert proxy.seen == []
-        for given in ({"allow_insecure_key": True}, {"proxy": proxy.url}):
-            with Embedder(Options(api_key=KEY, **options, **given)) as engine:
-                assert engine.embed(["a"]).shape == (1, WIDTH)
-        assert proxy.seen[-1].headers["authorization"] == f"Bearer {KEY}"
-        monkeypatch.setenv("NVIDIA_API_KEY", KEY)  # one that nobody gave is left out instead
-        with Embedder(Options(**options)) as engine:
+        with Embedder(Options(api_key=KEY, allow_insecure_key=True, **public)) as engine:
             assert engine.embed(["a"]).shape == (1, WIDTH)
-        assert "authorization" not in proxy.seen[-1].headers
-    for wrong in ("http://8.8.8.8:3128", "http://134744072:3128", "http://proxy.example.com"):
-        engine = Embedder(Options(api_key=KEY, proxy=wrong, **options))
-        with engine, pytest.raises(ConfigurationError, match="to the proxy"):
-            engine.embed(["a"])
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://8.8.8.8:3128", "http://134744072:3128", "http://proxy.example.com"]
+)
+def test_a_key_takes_no_public_http_proxy(proxy: str) -> None:
+    engine = Embedder(Options(base_url="http://nim.internal", api_key=KEY, proxy=proxy))
+    with engine, pytest.raises(ConfigurationError, match="unencrypted to http://"):
+        engine.embed(["a"])
 
 
 @pytest.mark.parametrize(
     ("url", "no_proxy", "expected"),
     [
-        ("http://nim.example.com/v1", "", "http://proxy:3128"),
         ("https://nim.example.com/v1", "", "http://secure:3128"),
+        ("https://nim.example.com/v1", "other.example", "http://secure:3128"),
+        ("https://nim.team.example/v1", "team.example", None),
+        ("https://nim.team.example/v1", ".example", None),
+        ("https://nim.team.example:8000/v1", "nim.team.example:8000", None),
+        ("https://nim.team.example/v1", "*", None),
+        ("https://10.1.2.3/v1", "10.1.2.3", None),
+        ("http://nim.example.com/v1", "", None),
         ("http://localhost:8000/v1", "", None),
-        ("http://nim.localhost/v1", "", None),
-        ("http://127.0.0.1:8000/v1", "", None),
-        ("http://127.8.9.1/v1", "", None),
-        ("http://2130706433/v1", "", None),
-        ("https://[::1]:8000/v1", "", None),
-        ("http://[::ffff:127.0.0.1]/v1", "", None),
-        ("http://10.1.2.3/v1", "10.0.0.0/8", None),
-        ("http://10.1.2.3/v1", "192.168.0.0/16, 10.1.2.3", None),
-        ("http://10.1.2.3/v1", "192.168.0.0/16", "http://proxy:3128"),
-        ("http://[fd00::7]:8000/v1", "fd00::/8", None),
-        ("http://[fd00::7]:8000/v1", "[fd00::7]", None),
-        ("http://nim.team.example/v1", "team.example", None),
-        ("http://nim.team.example/v1", ".example", None),
-        ("http://nim.team.example:8000/v1", "nim.team.example:8000", None),
-        ("http://nim.team.example/v1", "*", None),
-        ("http://nim.team.example/v1", "other.example,10.0.0.0/8", "http://proxy:3128"),
     ],
 )
-def test_which_proxy_of_the_environment(
-    url: str, no_proxy: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variable", ["https_proxy", "all_proxy"])
+def test_https_uses_the_proxy_of_the_environment(
+    variable: str, url: str, no_proxy: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert find_proxy(url) is None
-    monkeypatch.setenv("http_proxy", "proxy:3128")
-    monkeypatch.setenv("https_proxy", "http://secure:3128")
+    assert find_proxy(url, None) is None
+    monkeypatch.setenv(variable, "secure:3128")
     monkeypatch.setenv("no_proxy", no_proxy)
-    assert find_proxy(url) == expected
+    found = find_proxy(url, None)
+    assert (found and str(found.url)) == expected
+    explicit = find_proxy(url, "http://explicit:3128")
+    assert explicit is not None
+    assert str(explicit.url) == "http://explicit:3128"
 
 
 @pytest.mark.parametrize("where", ["option", "environment"])
-def test_a_socks_proxy_needs_a_package_and_says_which(
+def test_a_socks_proxy_without_its_package_is_an_error_with_the_pip_line(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "socksio", None)
@@ -356,22 +363,22 @@ def test_a_socks_proxy_needs_a_package_and_says_which(
 @pytest.mark.parametrize(
     "proxy", ["gopher://proxy", "proxy", "http://", "http://u:hunter2@proxy:port", "http://["]
 )
-def test_a_proxy_that_cannot_be_one_is_refused_without_its_password(
+def test_an_invalid_proxy_is_refused_without_its_password(
     proxy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Embedder(Options(base_url="https://nim", proxy=proxy))
     with engine, pytest.raises(ConfigurationError, match="proxy") as caught:
         engine.embed(["a"])
     assert "hunter2" not in show(caught.value)
-    monkeypatch.setenv("NVIDIA_API_KEY", KEY)
-    engine = Embedder(Options(base_url="http://nim", proxy=proxy))
-    with engine, pytest.raises(ConfigurationError, match="proxy") as caught:
+    monkeypatch.setenv("https_proxy", proxy if "://" in proxy else f"gopher://{proxy}")
+    engine = Embedder(Options(base_url="https://nim"))
+    with engine, pytest.raises(ConfigurationError, match="HTTPS_PROXY") as caught:
         engine.embed(["a"])
     assert "hunter2" not in show(caught.value)
 
 
 @pytest.mark.parametrize("target", ["http://nim.example.com", "https://nim.example.com"])
-def test_an_error_of_a_proxy_names_it(target: str) -> None:
+def test_an_error_through_a_proxy_names_the_proxy(target: str) -> None:
     async def refuse(request: bytes, _: int) -> AsyncIterator[bytes]:
         yield whole(b"I do not know " + request, 407)
 
@@ -391,9 +398,9 @@ def test_an_error_of_a_proxy_names_it(target: str) -> None:
     assert "hunter2" not in show(caught.value)
 
 
-def test_a_ready_client_decides_about_proxies_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", "http://proxy.example.com")
+def test_a_given_client_has_its_own_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "gopher://proxy.example.com")
     server = Nim()
-    with server.embedder(base_url="http://10.0.0.1", api_key=KEY) as engine:
+    with server.embedder(base_url="https://nim", api_key=KEY) as engine:
         np.testing.assert_allclose(engine.embed(["a"]), vectors(["a"]), atol=1e-6)
     assert server.bodies[0]["model"] == nim.MODEL

@@ -38,9 +38,9 @@ def assert_right_and_once(nim: FaultyNim, out: np.ndarray, texts: list[str]) -> 
 
 
 @pytest.mark.slow
-def test_every_row_arrives_right_and_once_through_every_fault() -> None:
+def test_every_row_arrives_correctly_and_once_through_every_fault() -> None:
     with FaultyNim(RATES, latency=0.005) as nim, embedder(nim, max_batch_size=20) as engine:
-        out = asyncio.run(engine.aembed(TEXTS))  # the images' twin of this test is synchronous
+        out = asyncio.run(engine.aembed(TEXTS))  # the same test with images is synchronous
         assert set(nim.happened) == set(FAULTS), "a fault never happened"
         assert_right_and_once(nim, out, TEXTS)
         assert engine.usage == 5 * len(TEXTS)
@@ -64,7 +64,7 @@ def test_every_row_arrives_though_the_server_is_killed_and_restarted() -> None:
         assert_right_and_once(nim, out, TEXTS)
 
 
-def test_what_succeeded_is_kept_when_the_server_dies_for_good() -> None:
+def test_vectors_are_kept_when_the_server_dies() -> None:
     with FaultyNim(latency=0.02) as nim, embedder(nim, max_retries=0) as engine:
 
         def kill() -> None:
@@ -86,7 +86,7 @@ def test_what_succeeded_is_kept_when_the_server_dies_for_good() -> None:
         assert np.isnan(caught.value.vectors[list(failed)]).all()
 
 
-def test_fewer_requests_are_in_flight_while_the_server_says_that_it_is_busy(
+def test_fewer_requests_are_in_flight_while_the_server_is_busy(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "shared_engine")

@@ -1,4 +1,4 @@
-"""Replies of servers that are broken or hostile: bounded, told as such, and printable."""
+"""Replies of broken or hostile servers: bounded, reported, and printable."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.support.raw_server import RawServer, head, whole
 
 MODELS = whole(nim.write_models([MODEL]))
 FEW_BYTES = 16 * 2**20
-"""More than a reply may need, and what lies in the sockets' buffers."""
+"""More than a reply may need, with the buffers of the sockets."""
 CHUNK = bytes(64 * 1024)
 
 
@@ -57,10 +57,10 @@ def engine_for(server: RawServer, **options: Any) -> Embedder:
 
 @cache
 def compress(kind: int) -> bytes:
-    """Return 400 MB of zeros, compressed."""
+    """Return 100 MB of zeros in fewer bytes than a reply may have."""
     compressor = zlib.compressobj(9, wbits=kind)
     zeros = bytes(4 * 2**20)
-    return b"".join([*(compressor.compress(zeros) for _ in range(100)), compressor.flush()])
+    return b"".join([*(compressor.compress(zeros) for _ in range(25)), compressor.flush()])
 
 
 async def chunks() -> AsyncIterator[bytes]:
@@ -87,7 +87,7 @@ async def bomb(encoding: str) -> AsyncIterator[bytes]:
 
 
 async def empty_blocks() -> AsyncIterator[bytes]:
-    """Yield compressed data that nothing comes out of, for ever."""
+    """Yield compressed data without end that decompresses to nothing."""
     yield head(200, "Content-Encoding: deflate", "Transfer-Encoding: chunked")
     yield b"2\r\n\x78\x9c\r\n"
     blocks = b"\x00\x00\x00\xff\xff" * 10_000
@@ -108,7 +108,6 @@ FLOODS = {
     "length": three_gigabytes,
     "until closed": until_closed,
     "gzip": lambda: bomb("gzip"),
-    "x-gzip": lambda: bomb("X-GZIP"),
     "deflate": lambda: bomb("deflate"),
     "empty blocks": empty_blocks,
     "trailing data": trailing_data,
@@ -119,7 +118,7 @@ FLOODS = {
     ("flood", "path"),
     [*((name, b"/v1/embeddings") for name in FLOODS), ("chunks", b"/v1/models")],
 )
-def test_a_flood_is_cut_off_and_stops_nobody_else(flood: str, path: bytes) -> None:
+def test_a_flood_is_cut_off_and_other_callers_are_served(flood: str, path: bytes) -> None:
     async def respond(request: bytes, _: int) -> AsyncIterator[bytes]:
         asked = request.split()[1]
         body = body_of(request)
@@ -130,7 +129,7 @@ def test_a_flood_is_cut_off_and_stops_nobody_else(flood: str, path: bytes) -> No
             yield whole(nim.answer(body)) if body else MODELS
 
     for bits in (15, 31):
-        compress(bits)  # takes seconds on a busy machine, in which the server would answer nobody
+        compress(bits)  # before the server runs, as it takes seconds on a busy machine
     with RawServer(respond) as server, engine_for(server) as engine:
         if path == b"/v1/embeddings":
             engine.embed(["good"])
@@ -147,20 +146,20 @@ def test_a_flood_is_cut_off_and_stops_nobody_else(flood: str, path: bytes) -> No
             other = threading.Thread(target=ask)
             other.start()
         begun = time.monotonic()
-        with pytest.raises(MalformedResponseError):
+        with pytest.raises(MalformedResponseError, match=r"more than \d+ bytes"):
             engine.embed(["bad"])
         assert time.monotonic() - begun < 15
         if path == b"/v1/embeddings":
             stop.set()
             other.join()
             assert slowest < 5, "another caller waited for the flood"
-        assert server.sent < 3 * FEW_BYTES  # a malformed reply is asked for three times
+        assert server.sent < 3 * FEW_BYTES  # a malformed reply is requested three times
 
 
 @pytest.mark.parametrize(
     ("status", "kind"), [(400, InvalidRequestError), (500, ServerError), (307, InvalidRequestError)]
 )
-def test_of_an_endless_error_the_beginning_is_told(status: int, kind: type[Exception]) -> None:
+def test_the_beginning_of_an_endless_error_is_reported(status: int, kind: type[Exception]) -> None:
     async def respond(request: bytes, _: int) -> AsyncIterator[bytes]:
         if not body_of(request):
             yield MODELS
@@ -194,7 +193,7 @@ def test_an_error_that_cannot_be_decompressed_counts_by_its_status(
 
 
 @pytest.mark.parametrize("value", ["0.5", True, "NaN", None, [0.5], {}, 1e39, -1e300, 10**400])
-def test_a_vector_of_anything_but_numbers_is_no_vector(value: object) -> None:
+def test_a_vector_has_finite_numbers_only(value: object) -> None:
     def answer(request: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
         if request.method == "GET":
             return None
@@ -205,13 +204,13 @@ def test_a_vector_of_anything_but_numbers_is_no_vector(value: object) -> None:
         engine.embed(["a"])
 
 
-def test_what_is_compressed_all_the_same_is_read() -> None:
+def test_a_compressed_reply_is_read() -> None:
     async def respond(request: bytes, number: int) -> AsyncIterator[bytes]:
         body = body_of(request)
         if not body:
             yield MODELS
             return
-        compressor = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+        compressor = {"gzip": 31, "deflate": 15}
         (encoding,) = body["input"]
         content = zlib.compressobj(wbits=compressor.get(encoding, 15))
         packed = content.compress(nim.answer(body)) + content.flush()
@@ -219,16 +218,16 @@ def test_what_is_compressed_all_the_same_is_read() -> None:
         yield whole(packed, 200, f"Content-Encoding: {encoding}")
 
     with RawServer(respond) as server, engine_for(server, concurrency=1) as engine:
-        for encoding in ("gzip", "x-gzip", "deflate"):
+        for encoding in ("gzip", "deflate"):
             np.testing.assert_allclose(engine.embed([encoding]), vectors([encoding]), atol=1e-6)
         for encoding in ("br", "zstd", "gzip, gzip"):
-            with pytest.raises(MalformedResponseError, match="compressed"):
+            with pytest.raises(MalformedResponseError):
                 engine.embed([encoding])
 
 
 @pytest.mark.parametrize("values", [2048, 4096])
-def test_what_a_reply_may_need_is_enough_for_any_that_is_right(values: int) -> None:
-    """As floats in the longest way that JSON has, with an indent."""
+def test_the_bound_of_a_reply_admits_the_longest_valid_one(values: int) -> None:
+    """Floats in their longest JSON form, indented."""
 
     def answer(_: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
         if not body:
@@ -245,7 +244,7 @@ def test_what_a_reply_may_need_is_enough_for_any_that_is_right(values: int) -> N
 # Connections
 
 
-def test_a_connection_that_the_server_had_closed_is_no_failure() -> None:
+def test_a_stale_connection_is_not_a_failure() -> None:
     async def respond(request: bytes, number: int) -> AsyncIterator[bytes]:
         body = body_of(request)
         if number == 0:  # any further request on a connection meets its end
@@ -260,7 +259,7 @@ def test_a_connection_that_the_server_had_closed_is_no_failure() -> None:
 
 
 @pytest.mark.parametrize("when", ["first", "new", "half"])
-def test_a_connection_that_breaks_otherwise_is_one(when: str) -> None:
+def test_any_other_broken_connection_is_a_failure(when: str) -> None:
     async def respond(request: bytes, number: int) -> AsyncIterator[bytes]:
         body = body_of(request)
         if not body:
@@ -282,7 +281,7 @@ def test_a_connection_that_breaks_otherwise_is_one(when: str) -> None:
         assert server.requests - before <= (1 if when == "half" else 3)
 
 
-# What an error says is data
+# The content of an error is data
 
 
 def nested(n: int, opening: str, closing: str) -> str:
@@ -324,7 +323,7 @@ HEADERS = (
 
 
 def check_error(error: BaseException) -> None:
-    """Any error is of ours, can be printed and sent to another process."""
+    """Check that an error is ours, printable, and can be sent to another process."""
     assert isinstance(error, NeMoRetrieverError), repr(error)
     assert not isinstance(error, EngineError), repr(error)
     str(error).encode()
@@ -338,9 +337,7 @@ def check_error(error: BaseException) -> None:
 
 @pytest.mark.parametrize("status", [200, 204, 307, 400, 413, 422, 429, 500, 529, 599])
 @pytest.mark.parametrize("name", BODIES)
-def test_whatever_an_error_holds_it_is_told_and_asked_a_bounded_number_of_times(
-    name: str, status: int
-) -> None:
+def test_any_error_is_reported_after_a_bounded_number_of_requests(name: str, status: int) -> None:
     content = BODIES[name].encode("utf-8", "surrogateescape")
     for headers in HEADERS if name in ("half", "no words") else HEADERS[:1]:
         refusing = Nim(
@@ -357,11 +354,11 @@ def test_whatever_an_error_holds_it_is_told_and_asked_a_bounded_number_of_times(
                 assert len(refusing.requests) <= MOST_SENDS * (2 * n - 1) + 2
 
 
-def test_the_words_of_an_error_with_status_200_are_kept() -> None:
+def test_the_message_of_an_error_with_status_200_is_kept() -> None:
     words = {"error": {"message": "model overloaded", "code": 1}}
     answer = Nim(lambda r, body: httpx.Response(200, json=words) if body else None)
-    told = pytest.raises(MalformedResponseError, match="model overloaded")
-    with answer.embedder() as engine, told as caught:
+    refused = pytest.raises(MalformedResponseError, match="model overloaded")
+    with answer.embedder() as engine, refused as caught:
         engine.embed(["a"])
     assert caught.value.detail == "model overloaded"
 
@@ -389,13 +386,13 @@ REPLIES = st.none() | st.tuples(
     st.sampled_from([200, 202, 204, 301, 400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 529]),
     ERRORS,
 )
-"""None is a right reply."""
+"""None stands for a valid reply."""
 
 
 @pytest.mark.slow
 @given(n=st.integers(1, 12), replies=st.lists(REPLIES, min_size=1, max_size=30), data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_the_requests_for_n_inputs_have_a_bound(
+def test_n_inputs_take_a_bounded_number_of_requests(
     n: int, replies: list[tuple[int, dict[str, Any]] | None], data: st.DataObject
 ) -> None:
     sent = 0
@@ -434,7 +431,7 @@ def test_the_requests_for_n_inputs_have_a_bound(
     size=st.sampled_from([1, 7, 50]),
 )
 @settings(max_examples=40, deadline=None)
-def test_exactly_the_bad_inputs_fail_where_the_server_names_none(
+def test_exactly_the_bad_inputs_fail_if_the_server_names_none(
     bad: set[int], status: int, words: str, size: int
 ) -> None:
     def answer(_: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
@@ -458,7 +455,7 @@ def test_exactly_the_bad_inputs_fail_where_the_server_names_none(
 
 
 @pytest.mark.parametrize("status", [400, 403, 415, 422])
-def test_what_is_refused_whatever_its_inputs_is_not_asked_for_each(status: int) -> None:
+def test_a_refusal_of_all_requests_is_not_bisected(status: int) -> None:
     server = Nim(lambda _, body: httpx.Response(status, text="never") if body else None)
     with server.embedder(concurrency=2) as engine, pytest.raises(NeMoRetrieverError, match="never"):
         engine.embed([f"text {i}" for i in range(2000)])

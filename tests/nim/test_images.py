@@ -1,4 +1,4 @@
-"""Images on their way to a NIM: what is sent, in which order, how much at once, and what fails."""
+"""Images for a NIM: what is sent, in which batches, how much is held, and what fails."""
 
 from __future__ import annotations
 
@@ -45,12 +45,6 @@ VL = "nvidia/llama-nemotron-embed-vl-1b-v2"
 TEXT_ONLY = "nvidia/llama-nemotron-embed-1b-v2"
 UNKNOWN = "nvidia/m"
 Answer = tuple[int, dict[str, str], bytes]
-
-
-@pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NVIDIA_API_KEY", raising=False)
-    monkeypatch.delenv("NVIDIA_BASE_URL", raising=False)
 
 
 def picture(seed: int = 0, side: int = 8) -> Image.Image:
@@ -116,7 +110,7 @@ def refused(status: int, words: str, **more: object) -> Answer:
 
 
 @pytest.mark.parametrize("model", [VL, UNKNOWN])
-def test_each_kind_goes_in_its_form_with_its_modality_and_all_as_passages(model: str) -> None:
+def test_each_modality_has_its_format_and_all_are_passages(model: str) -> None:
     items = documents(9)
     with connected(model=model) as (nim, engine):
         np.testing.assert_allclose(engine.embed(items), expected(items), atol=1e-6)
@@ -157,7 +151,7 @@ def test_a_text_that_looks_like_an_image_is_sent_as_text(model: str) -> None:
         assert [seen.body["input"] for seen in nim.embedded] == [texts, texts]
 
 
-def test_a_model_for_text_alone_is_asked_without_modality_and_takes_no_image() -> None:
+def test_a_text_model_gets_no_modality_and_refuses_images() -> None:
     with connected(model=TEXT_ONLY) as (nim, engine):
         engine.embed(["a"])
         assert "modality" not in nim.embedded[0].body
@@ -167,7 +161,7 @@ def test_a_model_for_text_alone_is_asked_without_modality_and_takes_no_image() -
         assert len(nim.embedded) == 1
 
 
-def test_modality_is_left_out_with_texts_where_the_server_forbids_it() -> None:
+def test_modality_is_left_out_for_texts_if_the_server_forbids_it() -> None:
     def strict(body: dict[str, Any]) -> Answer | None:
         detail = {"type": "extra_forbidden", "loc": ["body", "modality"], "msg": "Not permitted"}
         return refused(400, "", detail=detail) if "modality" in body else None
@@ -180,7 +174,7 @@ def test_modality_is_left_out_with_texts_where_the_server_forbids_it() -> None:
             engine.embed([EmbeddingInput(image=png())])
 
 
-def test_an_image_is_no_query() -> None:
+def test_an_image_is_not_a_query() -> None:
     with connected() as (nim, engine):
         with pytest.raises(UnsupportedModalityError) as caught:
             engine.embed(["a", EmbeddingInput(image=png())], "query")
@@ -205,7 +199,7 @@ def test_any_source_becomes_a_data_url_and_no_file_name_is_sent(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("allow_image_urls", [False, True])
-def test_images_are_fetched_only_where_that_was_asked_for(
+def test_images_are_fetched_only_if_allowed(
     allow_image_urls: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
@@ -232,7 +226,7 @@ def test_images_are_fetched_only_where_that_was_asked_for(
         ("http://nim", {}, None),
     ],
 )
-def test_images_are_made_as_small_as_the_server_takes_them(
+def test_images_are_reduced_to_the_servers_limit(
     base_url: str, given: dict[str, Any], most: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "shared_engine")
@@ -255,10 +249,10 @@ def test_images_are_made_as_small_as_the_server_takes_them(
     else:
         assert all(len(one) <= most for one in sent)
         assert all(len(one) > most / 4 for one in sent if one != url(small))
-    assert caplog.text.count("are made smaller") == (most is not None)
+    assert caplog.text.count("are reduced") == (most is not None)
 
 
-# How much at once
+# Bounds
 
 
 def test_batches_are_bounded_by_bytes_and_by_count() -> None:
@@ -273,7 +267,7 @@ def test_batches_are_bounded_by_bytes_and_by_count() -> None:
     assert sorted(map(len, batches)) == [1, 6, 7, 7, 10, 10, 10]
 
 
-def test_images_of_fewer_inputs_than_a_batch_holds_are_sent_at_once() -> None:
+def test_a_few_large_images_are_sent_in_parallel() -> None:
     items = [EmbeddingInput(image=png(i, 512)) for i in range(20)]  # a megabyte each
     with connected(latency=0.2) as (nim, engine):
         engine.embed(items)
@@ -281,7 +275,7 @@ def test_images_of_fewer_inputs_than_a_batch_holds_are_sent_at_once() -> None:
 
 
 @pytest.mark.parametrize("status", [413, 422])
-def test_what_is_too_large_is_halved_and_the_size_remembered(status: int) -> None:
+def test_a_batch_that_is_too_large_is_halved_and_the_size_learned(status: int) -> None:
     refusals: list[int] = []
 
     def small(body: dict[str, Any]) -> Answer | None:
@@ -300,14 +294,14 @@ def test_what_is_too_large_is_halved_and_the_size_remembered(status: int) -> Non
         assert len(refusals) == before
 
 
-@pytest.mark.parametrize("says_index", [False, True])
+@pytest.mark.parametrize("has_index", [False, True])
 def test_images_that_are_too_large_alone_fail_alone_and_leave_the_batches_full(
-    says_index: bool,
+    has_index: bool,
 ) -> None:
     def answer(body: dict[str, Any]) -> Answer | None:
         for index, item in enumerate(body["input"]):
             if item in many_pixels:
-                more = {"index": index} if says_index else {}
+                more = {"index": index} if has_index else {}
                 return refused(413, "reduce the payload or image size", **more)
         return None
 
@@ -329,7 +323,7 @@ def test_images_that_are_too_large_alone_fail_alone_and_leave_the_batches_full(
             engine.embed([items[17]])
 
 
-def test_only_so_many_encoded_images_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoded_images_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = 0
     most = 0
     lock = threading.Lock()
@@ -348,18 +342,18 @@ def test_only_so_many_encoded_images_are_held(monkeypatch: pytest.MonkeyPatch) -
     with connected(latency=0.01, concurrency=4, max_batch_size=10) as (nim, engine):
         engine.embed([EmbeddingInput(image=one) for one in content])
         assert encoded == 2000
-        # 2 x 4 workers, the batch that is built, and what is ahead of it; answers are counted late.
-        assert most <= 13 * 10 + nim_batches.IMAGES_AHEAD
+        # 2 x 4 workers, the batch that is built, and inputs ahead; answers are counted late.
+        assert most <= 13 * 10 + nim_batches.INPUTS_AHEAD
         monkeypatch.setattr(nim_batches, "MOST_HELD", 15 * len(url(content[0])))
         nim.answered.clear()
         nim.latency = 0.1
         encoded = most = 0
         engine.embed([EmbeddingInput(image=one) for one in content[:300]])
         assert encoded == 300
-        assert most <= 40 + nim_batches.IMAGES_AHEAD
+        assert most <= 40 + nim_batches.INPUTS_AHEAD
 
 
-def test_a_slow_image_keeps_nobody_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_image_does_not_delay_other_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     started, go_on = threading.Event(), threading.Event()
 
     def slow(image: object, urls: bool = False, limit: int | None = None) -> str:
@@ -433,12 +427,12 @@ def test_nothing_more_is_encoded_for_a_call_that_ended(
     assert "nemoretriever-nim" not in {thread.name for thread in begun}
 
 
-def test_an_image_that_failed_for_nobody_is_no_noise_in_the_log(
+def test_a_failed_image_of_an_ended_call_is_not_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def failing(image: object, urls: bool = False, limit: int | None = None) -> str:
         if image == first:
-            assert go_on.wait(30)  # the others are ready and nobody has looked at them
+            assert go_on.wait(30)  # the others have failed and nobody has retrieved their errors
         raise ImageError("is broken")
 
     monkeypatch.setattr(images, "encode_data_url", failing)
@@ -485,7 +479,9 @@ def test_an_image_that_cannot_be_read_fails_alone() -> None:
         assert len(nim.embedded) == before
 
 
-def test_a_failure_of_ours_in_one_image_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_of_an_image_is_an_engine_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     encode_data_url = images.encode_data_url
 
     def failing(image: object, urls: bool = False, limit: int | None = None) -> str:
@@ -516,7 +512,7 @@ def test_an_input_over_the_token_limit_is_named() -> None:
     assert (row, error.index, error.tokens, error.limit) == (20, 20, 3000, 2048)
 
 
-def test_an_image_that_the_server_cannot_read_fails_alone_whatever_it_says() -> None:
+def test_an_image_that_the_server_cannot_read_fails_alone() -> None:
     bad = [url(png(i)) for i in (4, 13, 40)]
 
     def answer(body: dict[str, Any]) -> Answer | None:
@@ -542,7 +538,7 @@ def test_an_image_that_the_server_cannot_read_fails_alone_whatever_it_says() -> 
         ("dimensions must be positive", UnsupportedDimensionsError),
     ],
 )
-def test_what_is_true_of_all_images_ends_the_call(words: str, kind: type[Exception]) -> None:
+def test_a_refusal_of_all_images_ends_the_call(words: str, kind: type[Exception]) -> None:
     items = [EmbeddingInput(image=png(i)) for i in range(500)]
     with connected(lambda _: refused(400, words), concurrency=2) as (nim, engine):
         with pytest.raises(kind):
@@ -550,9 +546,7 @@ def test_what_is_true_of_all_images_ends_the_call(words: str, kind: type[Excepti
         assert len(nim.embedded) < 300
 
 
-def test_a_server_that_names_the_input_is_asked_about_it_once_more_and_not_of_its_neighbours() -> (
-    None
-):
+def test_an_input_that_the_server_names_is_sent_once_more_alone() -> None:
     def answer(body: dict[str, Any]) -> Answer | None:
         for index, item in enumerate(body["input"]):
             if item == url(png(30)):
@@ -567,18 +561,18 @@ def test_a_server_that_names_the_input_is_asked_about_it_once_more_and_not_of_it
         assert [len(seen.body["input"]) for seen in nim.embedded] == [50, 1, 49]
 
 
-def test_every_row_arrives_right_and_once_through_every_fault() -> None:
+def test_every_row_arrives_correctly_and_once_through_every_fault() -> None:
     rates = dict.fromkeys(FAULTS, 0.04)
     items = documents(1500)
     with connected(rates=rates, latency=0.005, max_retries=5, max_batch_size=10) as (nim, engine):
-        out = engine.embed(items)  # the texts' twin of this test is asynchronous
+        out = engine.embed(items)  # the same test with texts is asynchronous
         assert set(nim.happened) == set(FAULTS), "a fault never happened"
         np.testing.assert_allclose(out, expected(items), atol=1e-6)
         assert set(nim.answered.values()) == {1}
         assert len(nim.answered) == len(items)
 
 
-def test_what_succeeded_is_kept_when_time_is_up() -> None:
+def test_vectors_are_kept_at_the_deadline() -> None:
     items = documents(300)
     with connected(latency=0.1, deadline=1.0, concurrency=2, max_batch_size=10) as (_, engine):
         with pytest.raises(PartialResultError) as caught:

@@ -1,4 +1,4 @@
-"""Replies of NIMs as they were reported, each with its source: `replies/*.json`."""
+"""Recorded replies of NIMs, each with its source: `replies/*.json`."""
 
 from __future__ import annotations
 

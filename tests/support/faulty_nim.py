@@ -1,4 +1,4 @@
-"""A NIM on a real socket that misbehaves as told, and remembers what it answered."""
+"""A NIM on a real socket with faults to order, which keeps its requests and replies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAULTS = ("429", "503", "reset", "slow", "truncated", "missing", "doubled", "nan
 
 @dataclass
 class Seen:
-    """One request as the server got it."""
+    """One request that the server received."""
 
     path: str
     headers: dict[str, str]
@@ -35,10 +35,10 @@ class Seen:
 
 @dataclass
 class FaultyNim:
-    """Runs in a thread of its own between `start` and `stop`; `with` does both."""
+    """A server in its own thread, within `with`."""
 
     rates: dict[str, float] = field(default_factory=dict)
-    """How often each of FAULTS happens, at most three times to one batch."""
+    """Probability of each of FAULTS; one batch has at most three."""
     latency: float = 0.0
     shuffle: bool = True
     models: list[dict[str, Any]] = field(default_factory=lambda: [{"id": "nvidia/m"}])
@@ -50,7 +50,7 @@ class FaultyNim:
     def __post_init__(self) -> None:
         self.seen: list[Seen] = []
         self.answered: Counter[str] = Counter()
-        """How often each text's vector reached its client."""
+        """Number of times that the vector of each text was sent."""
         self.happened: Counter[str] = Counter()
         self.most_in_flight = 0
         self.ready = True
@@ -85,11 +85,11 @@ class FaultyNim:
         self._loop.close()
 
     def up(self) -> None:
-        """Listen, on the port of last time."""
+        """Listen, on the same port as before."""
         asyncio.run_coroutine_threadsafe(self._up(), self._loop).result()
 
     def down(self) -> None:
-        """Die: requests that wait for their reply get none."""
+        """Stop listening and close all connections; pending requests get no reply."""
         asyncio.run_coroutine_threadsafe(self._die(), self._loop).result()
 
     async def _up(self) -> None:
@@ -113,7 +113,7 @@ class FaultyNim:
                 }
                 content = await reader.readexactly(int(headers.get("content-length", 0)))
                 body = json.loads(content) if content else {}
-                path = urlsplit(head[0].split()[1]).path  # a whole URL, where we are a proxy
+                path = urlsplit(head[0].split()[1]).path  # a whole URL in a request to a proxy
                 self.seen.append(Seen(path, headers, body, number))
                 self._in_flight += 1
                 self.most_in_flight = max(self.most_in_flight, self._in_flight)
@@ -161,7 +161,7 @@ class FaultyNim:
             chance -= self.rates.get(fault, 0.0)
             if chance < 0:
                 self._faults_of[batch] += 1
-                # A malformed reply is asked for again twice, so not three of them.
+                # The client sends a request again twice after malformed replies.
                 allowed = 3 if fault in FAULTS[:5] else 2
                 if self._faults_of[batch] > allowed:
                     return None

@@ -1,6 +1,6 @@
-"""What a NIM says, for every fake of one: vectors that depend on the text alone, and one writer.
+"""Replies of a NIM, for all fakes: vectors that depend on the text alone, and one writer.
 
-A row that is lost, swapped or made up shows, as no two texts have the same vector.
+No two texts have the same vector, so a test notices a row that is lost, swapped or invented.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def vectors(texts: Sequence[str], input_type: str = "passage") -> NDArray[np.flo
 
 
 def encode_vector(row: NDArray[np.float32], encoding: str = "float") -> bytes:
-    """Return the JSON of a vector as `encoding_format` asks for it."""
+    """Return the JSON of a vector in the requested `encoding_format`."""
     if encoding == "base64":
         return b'"%b"' % base64.b64encode(row.astype("<f4").tobytes())
     return json.dumps(row.tolist()).encode()
@@ -42,7 +42,7 @@ def encode_vector(row: NDArray[np.float32], encoding: str = "float") -> bytes:
 def write_reply(
     values: Iterable[tuple[int, bytes]], model: str = MODEL, tokens: int | None = None
 ) -> bytes:
-    """Return the body of a reply with the JSON of vectors, each with its index, as they come."""
+    """Return the body of a reply with the JSON of vectors, each with its index, in this order."""
     items = b",".join(
         b'{"object":"embedding","index":%d,"embedding":%b}' % (index, value)
         for index, value in values
@@ -55,7 +55,7 @@ def write_reply(
 
 
 def embed(body: Mapping[str, Any]) -> list[tuple[int, NDArray[np.float32]]]:
-    """Return the vectors that a request asks for, each with its index."""
+    """Return the vectors that a request is about, each with its index."""
     width = body.get("dimensions", WIDTH)
     rows = vectors(body["input"], body["input_type"])[:, :width]
     return list(enumerate(rows))
@@ -64,7 +64,11 @@ def embed(body: Mapping[str, Any]) -> list[tuple[int, NDArray[np.float32]]]:
 def answer(
     body: Mapping[str, Any], rows: Iterable[tuple[int, NDArray[np.float32]]] | None = None
 ) -> bytes:
-    """Return what a NIM replies to a request, or to one with other vectors than it asks for."""
+    """Return the body of a NIM's reply to a request.
+
+    Args:
+        rows: Vectors to send instead of the right ones, each with its index.
+    """
     rows = embed(body) if rows is None else rows
     encoding = body.get("encoding_format", "float")
     tokens = sum(len(text.split()) for text in body["input"])
@@ -73,7 +77,7 @@ def answer(
 
 
 def write_models(models: Iterable[str | Mapping[str, Any]]) -> bytes:
-    """Return the list of models that a server serves, given by name or as rows."""
+    """Return the body of a list of models, given by name or as rows."""
     rows = [{"id": row, "object": "model"} if isinstance(row, str) else row for row in models]
     return json.dumps({"object": "list", "data": rows}).encode()
 
@@ -82,15 +86,17 @@ Answer = Callable[[httpx.Request, dict[str, Any]], httpx.Response | None]
 
 
 class Nim:
-    """A NIM without a socket, which keeps what it was sent.
-
-    `answer` may reply in its place.
-    """
+    """A NIM without a socket, which keeps its requests."""
 
     def __init__(self, answer: Answer | None = None, models: tuple[str, ...] = (MODEL,)) -> None:
+        """Create the server.
+
+        Args:
+            answer: Called first with each request; a response that it returns is the reply.
+        """
         self.requests: list[httpx.Request] = []
         self.bodies: list[dict[str, Any]] = []
-        """What it gave vectors for."""
+        """Bodies of the requests that it answered with vectors."""
         self._answer = answer
         self._models = models
 

@@ -1,4 +1,4 @@
-"""A server on a real socket that sends whatever bytes it is told to, in a thread of its own."""
+"""A server on a real socket that sends any bytes, in its own thread."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ def head(status: int = 200, *headers: str, length: int | None = None) -> bytes:
 
 
 def whole(content: bytes, status: int = 200, *headers: str) -> bytes:
-    """Return a reply that is as it should be."""
+    """Return a valid reply."""
     return head(status, *headers, length=len(content)) + content
 
 
 async def end_connections(server: asyncio.Server, writers: list[asyncio.StreamWriter]) -> None:
-    """Stop listening, and leave no connection open: its socket would warn in a later test."""
+    """Stop listening and close all connections, as open sockets warn in later tests."""
     server.close()
-    # A task that is cancelled before its first step leaves its socket open, and it takes four
-    # turns of the loop from an accepted connection to the first step of what serves it.
+    # A task that is cancelled before its first step leaves its socket open. From an accepted
+    # connection to the first step of its task, the event loop takes four iterations.
     for _ in range(5):
         await asyncio.sleep(0)
     for writer in writers:
-        writer.close()  # sends what was written, then ends: a reply is never half counted
+        writer.close()  # after sending the buffered bytes, so no counted reply is incomplete
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
     for writer in writers:
-        writer.transport.abort()  # or it would wait for somebody to read what was written
+        writer.transport.abort()  # otherwise it waits for the client to read the buffered bytes
     writers.clear()
     await asyncio.sleep(0)
 
@@ -53,7 +53,7 @@ class RawServer:
         self.requests = 0
         self.connections = 0
         self.sent = 0
-        """Bytes that were taken off its hands."""
+        """Bytes that were written to the sockets."""
         self._writers: list[asyncio.StreamWriter] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
