@@ -113,7 +113,7 @@ def test_a_step_of_texts(new_varlen, lengths, name, step):
 def test_a_step_without_triton_launches_torchs_operators():
     with fake_gpu(fused=False):
         log, placement = run(checkpoint("300M"), UNIFORM)
-    assert "Triton's kernels do not run here" in placement.reasons
+    assert "Triton's kernels are not usable" in placement.reasons
     assert log.launches <= LAYERS * 16 + 13
 
 

@@ -105,7 +105,7 @@ def fail(*_):
     ("record", "said"),
     [
         (fail, "no CUDA graphs: operation not permitted when stream is capturing"),
-        (lambda *_: lambda: None, "no CUDA graphs: their values are off by"),
+        (lambda *_: lambda: None, "no CUDA graphs: their values differ by"),
     ],
 )
 def test_graphs_that_fail_or_differ_change_nothing_but_the_description(

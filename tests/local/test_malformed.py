@@ -228,7 +228,7 @@ def test_weights_of_another_kind_of_number_are_refused(request, tmp_path, kind, 
     weights = load_file(path)
     name = next(name for name in weights if name.endswith("proj.weight"))
     save_file(weights | {name: torch.ones(weights[name].shape).to(dtype)}, path)
-    with pytest.raises(CheckpointError, match=f"{name}.* is of {dtype}; expected one of"):
+    with pytest.raises(CheckpointError, match=f"{name}.* has dtype {dtype}; expected one of"):
         LocalBackend(Options(model=path.parent, device="cpu"))
 
 

@@ -270,10 +270,10 @@ def test_tokenising_runs_a_bounded_way_ahead():
     scheduler, big, small = Scheduler(100), job(5 * TEXTS_PER_CHUNK), job(3)
     scheduler.put(big)
     assert len(tokenise(scheduler)) == TEXTS_PER_CHUNK  # 2,560 tokens: more than enough ahead
-    assert scheduler.find_turn(big).ready_cost >= STEPS_AHEAD * 100
+    assert scheduler.queue_of(big).ready_cost >= STEPS_AHEAD * 100
     scheduler.put(small)
     assert tokenise(scheduler) == [(small, row) for row in range(3)]  # big waits, small does not
-    while scheduler.find_turn(big).ready_cost >= STEPS_AHEAD * 100:
+    while scheduler.queue_of(big).ready_cost >= STEPS_AHEAD * 100:
         assert not tokenise(scheduler)
         scheduler.next_step()
     assert {owner for owner, _ in tokenise(scheduler)} == {big}
@@ -285,7 +285,7 @@ def test_many_callers_have_a_step_each_ahead():
         scheduler.put(each)
     while tokenise(scheduler, 1):
         pass
-    assert all(100 <= scheduler.find_turn(each).ready_cost < 100 + TEXTS_PER_CHUNK for each in jobs)
+    assert all(100 <= scheduler.queue_of(each).ready_cost < 100 + TEXTS_PER_CHUNK for each in jobs)
 
 
 def test_small_jobs_share_a_chunk():
@@ -319,8 +319,8 @@ def test_a_cancelled_job_leaves_the_queue():
     put(scheduler, stays, [10] * 2)
     assert gone.future.cancel()
     assert owners(scheduler.next_step()) == [stays]
-    assert not scheduler.find_turn(gone).ready
-    assert scheduler.find_turn(gone).ready_cost == 0
+    assert not scheduler.queue_of(gone).ready
+    assert scheduler.queue_of(gone).ready_cost == 0
     late = job(3)
     scheduler.put(late)
     late.future.cancel()
@@ -338,7 +338,7 @@ def test_cancelling_while_its_rows_are_tokenised_drops_them():
     assert not scheduler.take_step()
     scheduler.add([TokenSequence(*pair, ids(10)) for pair in chunk])
     assert not scheduler.take_step()
-    assert not scheduler.find_turn(gone).ready
+    assert not scheduler.queue_of(gone).ready
 
 
 def test_cancelling_one_batch_of_a_stream_leaves_the_others():
@@ -349,7 +349,7 @@ def test_cancelling_one_batch_of_a_stream_leaves_the_others():
     tokenise(scheduler, 1)
     first.future.cancel()
     assert tokenise(scheduler, 1) == [(second, row) for row in range(3)]
-    assert scheduler.find_turn(second).ready_cost == 3
+    assert scheduler.queue_of(second).ready_cost == 3
     assert owners(scheduler.next_step()) == [second]
     assert not scheduler.take_step()
     assert not scheduler.take_chunk()
@@ -365,7 +365,7 @@ def test_a_stream_goes_on_after_all_its_batches_were_cancelled():
     scheduler.put(job(TEXTS_PER_CHUNK + 5, flow=flow))
     scheduler.put(job(TEXTS_PER_CHUNK + 5))
     first, second = scheduler.take_chunk(), scheduler.take_chunk()
-    assert first[0][0] is not second[0][0]  # in turns, so it stands there once
+    assert first[0][0] is not second[0][0]  # the flows alternate
 
 
 def test_closing_drains_or_cancels_and_refuses_more():
@@ -625,7 +625,7 @@ def test_what_is_cancelled_takes_no_step_and_no_memory_any_more():
     late = [step for start, step in simulation.steps if start >= cancelled_at]
     assert {s.job for step in late for s in step} == {stays}
     assert all(
-        each.future.cancelled() and not simulation.scheduler.find_turn(each).ready for each in gone
+        each.future.cancelled() and not simulation.scheduler.queue_of(each).ready for each in gone
     )
     assert stays.future.done()
     early = {s.job for start, step in simulation.steps for s in step if start < cancelled_at}
@@ -714,15 +714,15 @@ class Driven:
         for s in step:
             self.computed[s.job, s.row] += 1
             s.job.deliver([s.row], np.full((1, 2), s.row), s.cost)
-        turns = [self.scheduler.find_turn(each) for each in self.lengths]
-        assert all(turn.ready_cost == cost(turn.ready) for turn in turns)
+        queues = [self.scheduler.queue_of(each) for each in self.lengths]
+        assert all(queue.ready_cost == cost(queue.ready) for queue in queues)
         assert all(each.jobs for each in self.scheduler._to_prepare)
-        assert all(each.ready for turns in self.scheduler._to_run.values() for each in turns)
+        assert all(each.ready for queues in self.scheduler._to_run.values() for each in queues)
         return bool(step)
 
     def check(self, each: Job) -> None:
         assert each.future.done()
-        assert not self.scheduler.find_turn(each).ready
+        assert not self.scheduler.queue_of(each).ready
         if each.is_cancelled:
             return
         rows = range(len(self.lengths[each]))

@@ -12,7 +12,12 @@ import pytest
 
 from shared_engine import Embedder, InputTooLongError, Options
 from shared_engine.local.checkpoint import resolve
-from shared_engine.local.tokenizer import CHARACTERS_AT_ONCE, TEXTS_AT_ONCE, TextTokenizer, shorten
+from shared_engine.local.tokenizer import (
+    CHARACTERS_PER_CALL,
+    TEXTS_PER_CALL,
+    TextTokenizer,
+    shorten,
+)
 from tests.support.checkpoints import BOS, EOS, tokenizer
 from tests.support.vl_checkpoints import build_vl_checkpoint, vl_tokenizer
 
@@ -83,7 +88,7 @@ def test_a_text_over_the_limit_is_an_error_in_its_place(made):
 
 
 def test_many_texts_give_as_many_rows(made):
-    texts = [f"text {i}" for i in range(2 * TEXTS_AT_ONCE + 3)]
+    texts = [f"text {i}" for i in range(2 * TEXTS_PER_CALL + 3)]
     rows = made().encode(texts, "document", "NONE")
     assert [list(row) for row in rows] == [
         tokenizer().encode(f"passage: {text}").ids for text in texts
@@ -183,13 +188,13 @@ def test_what_is_tokenised_at_once_is_bounded(made):
             calls.append(texts)
             return real.encode_batch_fast(texts, **given)
 
-    texts = ["word " * length for length in (3, 20_000, 100_000) * 9] + ["a"] * TEXTS_AT_ONCE
+    texts = ["word " * length for length in (3, 20_000, 100_000) * 9] + ["a"] * TEXTS_PER_CALL
     expected = [*tokens.encode(texts, "query", "END")]
     tokens._tokenizer = Spy()
     for ids, wanted in zip(tokens.encode(texts, "query", "END"), expected, strict=True):
         assert np.array_equal(ids, wanted)
-    assert all(sum(map(len, texts)) <= 1.2 * CHARACTERS_AT_ONCE for texts in calls)
-    assert max(map(len, calls)) <= TEXTS_AT_ONCE
+    assert all(sum(map(len, texts)) <= 1.2 * CHARACTERS_PER_CALL for texts in calls)
+    assert max(map(len, calls)) <= TEXTS_PER_CALL
     assert len(calls) < 10
 
 
