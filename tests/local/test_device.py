@@ -79,7 +79,7 @@ def test_a_cpu_has_bfloat16_where_it_multiplies_it(monkeypatch, has, dtype, said
     assert said in placement.description
 
 
-def test_a_fork_of_a_process_that_used_the_gpu_is_told_to_spawn(monkeypatch):
+def test_a_fork_of_a_process_that_used_the_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     for name in ("auto", "cuda", "cuda:0"):
         with pytest.raises(ConfigurationError, match=r'forked .* start it with .*"spawn"'):
@@ -87,7 +87,7 @@ def test_a_fork_of_a_process_that_used_the_gpu_is_told_to_spawn(monkeypatch):
     assert device.select_devices("cpu", "auto", None, config("tiny"))
 
 
-def test_a_step_that_is_asked_for_is_taken():
+def test_a_requested_step_size_is_used():
     (placement,) = device.select_devices("cpu", "float32", 77, config("tiny"))
     assert placement.max_batch_tokens == 77
     assert "step: requested" in placement.description
@@ -96,13 +96,13 @@ def test_a_step_that_is_asked_for_is_taken():
 @pytest.mark.parametrize(
     ("name", "said"), [("moon", "is unknown to torch"), ("cuda:0", "finds no CUDA GPU")]
 )
-def test_a_device_that_is_not_there_is_refused(monkeypatch, name, said):
+def test_an_unavailable_device_is_refused(monkeypatch, name, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigurationError, match=said):
         device.select_devices(name, "auto", None, config("tiny"))
 
 
-def test_memory_that_is_not_there_is_not_reserved():
+def test_a_reserve_without_memory_does_nothing():
     buffer = memory.Buffer(device.select_devices("cpu", "float32", None, config("tiny"))[0])
     buffer.reserve(4, 100)
     address = buffer(1).data_ptr()

@@ -23,7 +23,7 @@ def dtype(request):
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 300])
-def test_rotation_turns_pairs_of_numbers(dtype, tokens):
+def test_rotation_rotates_pairs_of_numbers(dtype, tokens):
     kind, tolerance = dtype
     packed = torch.randn(tokens, 7, 16).to(kind)
     angles = torch.randn(tokens, 8)

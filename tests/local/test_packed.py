@@ -21,7 +21,7 @@ PACKS, WHY = packed.select(CPU, torch.bfloat16)
 
 @pytest.mark.skipif(not PACKS, reason=f"weights stay {WHY}")
 @pytest.mark.parametrize("tokens", [1, 63, 300])
-def test_a_packed_gate_is_the_plain_one(tokens):
+def test_a_packed_gate_equals_a_plain_one(tokens):
     torch.manual_seed(0)
     x, gate, up = (torch.randn(n, 48).bfloat16() for n in (tokens, 100, 100))
     exact = F.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)

@@ -72,7 +72,7 @@ def test_an_empty_text_without_prefix_and_bos_is_a_lone_bos(checkpoint, tmp_path
     assert np.abs(vectors[0] - vectors[2]).max() <= 1e-6
 
 
-def test_a_text_at_the_limit_is_left_alone(made):
+def test_a_text_at_the_limit_is_not_cut(made):
     (ids,) = made().encode([LONG], "document", "NONE")
     for how in ("NONE", "START", "END"):
         assert np.array_equal(made(len(ids)).encode([LONG], "document", how)[0], ids)
@@ -169,7 +169,7 @@ def test_the_beginning_of_any_very_long_text_has_the_tokens_of_the_whole(made, s
 
 
 @pytest.mark.parametrize("unit", ["word ", "a", " ", "1234567890", "日本語", "\n "], ids=ascii)
-def test_what_is_tokenised_of_twenty_million_characters_is_bounded(made, unit):
+def test_tokenization_of_twenty_million_characters_is_bounded(made, unit):
     text = unit * (20_000_000 // len(unit))
     for truncate in ("NONE", "START", "END"):
         assert 40_000 <= len(shorten(text, 40_000, truncate)) <= 40_128
@@ -178,7 +178,7 @@ def test_what_is_tokenised_of_twenty_million_characters_is_bounded(made, unit):
         assert time.perf_counter() - began < 5  # tens of milliseconds; the whole takes 30 s
 
 
-def test_what_is_tokenised_at_once_is_bounded(made):
+def test_one_call_of_the_tokenizer_is_bounded(made):
     """For many long texts too: the library holds some 70 bytes for a character."""
     tokens = made(200)
     real, calls = tokens._tokenizer, []
