@@ -354,7 +354,7 @@ def test_the_choice_is_logged_once_with_its_reason(checkpoint, caplog):
     choice, message = [record.message for record in caplog.records]
     assert choice == "neither base_url= nor api_key= is given, so this process"
     assert message == embedder.description
-    assert "on cpu, float32, 2048 tokens per step (device: asked for; dtype: asked for" in message
+    assert "on cpu, float32, 2048 tokens per step (device: requested; dtype: requested" in message
 
 
 def test_the_progress_bar_counts_to_the_end(checkpoint, capfd):
@@ -398,7 +398,7 @@ def test_out_of_memory_halves_the_step_and_loses_nothing(checkpoint, expected, e
         assert np.abs(embedder.embed(TEXTS) - expected).max() <= 1e-6
         assert max(faulty.steps) <= 100
         assert embedder.load()._scheduler.max_batch_tokens <= 200  # grown back once at most
-        assert "going on with half" in caplog.text
+        assert "retrying its halves" in caplog.text
 
 
 def test_a_text_that_does_not_fit_alone_is_named_and_the_others_kept(checkpoint, expected):
@@ -588,7 +588,7 @@ def test_a_gpu_has_its_next_step_before_the_last_is_collected(checkpoint):
 def test_devices_of_different_kinds_are_refused(checkpoint, monkeypatch):
     dtypes = iter([(torch.float32, "slow"), (torch.bfloat16, "fast")])
     monkeypatch.setattr("shared_engine.local.device._select_dtype", lambda *_: next(dtypes))
-    with pytest.raises(ConfigurationError, match="different kinds"):
+    with pytest.raises(ConfigurationError, match="different dtypes"):
         Embedder(Options(model=checkpoint, device="cpu,cpu")).embed(["x"])
 
 

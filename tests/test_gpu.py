@@ -43,7 +43,7 @@ def embedder(checkpoint: Path) -> Iterator[Embedder]:
         yield made
 
 
-def test_memory_is_given_back_at_the_last_close(checkpoint):
+def test_memory_is_released_at_the_last_close(checkpoint):
     """The first test here: while another engine is open, cuBLAS keeps its workspaces."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
@@ -139,7 +139,7 @@ def test_fused_kernels_are_torchs_operators_at_scale(dtype):
     torch.testing.assert_close(ours.float(), expected, atol=most, rtol=most)
 
 
-def test_a_search_by_graph_is_a_search_without(embedder):
+def test_queries_with_and_without_graphs_have_equal_vectors(embedder):
     encoder: Any = embedder.load()._encoders[0]
     if encoder._graphs is None:
         pytest.skip(embedder.description)
@@ -153,7 +153,7 @@ def test_a_search_by_graph_is_a_search_without(embedder):
     assert (by_graph * without).sum(1).min() >= 0.9999
 
 
-def test_a_search_by_graph_is_the_same_after_another_engine_came_and_went(embedder, checkpoint):
+def test_a_graph_is_unchanged_after_another_engine_was_closed(embedder, checkpoint):
     """Which gives memory back that a graph would replay over if nobody kept it."""
     queries = [" ".join(["word"] * n) for n in (1, 9, 25, 50, 90)]
     before = np.concatenate([embedder.embed([query], role="query") for query in queries])
@@ -185,7 +185,7 @@ def test_a_vector_depends_on_its_batch_to_rounding_only(embedder):
         assert (embedder.embed(batch)[:64] * alone).sum(1).min() >= 0.9999
 
 
-def test_a_search_does_not_depend_on_the_ingest_beside_it(embedder):
+def test_a_search_does_not_depend_on_a_concurrent_ingest(embedder):
     alone = embedder.embed(["what is asked"], role="query")
     stop = threading.Event()
 
@@ -204,7 +204,7 @@ def test_a_search_does_not_depend_on_the_ingest_beside_it(embedder):
         thread.join()
 
 
-def test_no_number_of_tiles_makes_the_device_stall(tmp_path):
+def test_no_number_of_tiles_delays_a_step(tmp_path):
     """The first step of a number of tiles is about as fast as the second: cuDNN plans no more.
 
     It plans for heads of a multiple of 8 only; these have 72, as the public model has.

@@ -1,4 +1,4 @@
-"""Models in this process: the only room with torch, tokenizers and safetensors."""
+"""Models in this process: the only package that imports torch, tokenizers or safetensors."""
 
 from shared_engine.errors import MissingExtraError
 

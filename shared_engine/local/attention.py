@@ -1,7 +1,8 @@
-"""Attention within each sequence of a packed row: one function, several kernels behind it.
+"""Bidirectional attention within each sequence of a step, by one of several kernels.
 
-A packed row holds the tokens of several sequences one after another, without padding. Every token
-attends to all tokens of its own sequence, before and after it, and to no other.
+The tokens of all sequences are concatenated without padding. Each token attends to all tokens of
+its sequence, and to no token of another sequence. T is the number of tokens of a step, S the number
+of its sequences, d the size of a head.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from shared_engine.local.config import ModelConfig
 from shared_engine.local.device_errors import is_fatal
 
 _LONG = 1024
-"""Tokens from which copying keys and values pays on a CPU: 7 to 15 % of a step, measured."""
+"""Tokens from which a CPU is faster with contiguous keys and values, by 7 to 15 % (measured)."""
 _HAS_SPLITS = "num_splits" in str(torch.ops.aten._flash_attention_forward.default._schema)
 _ONE_SPLIT = {"num_splits": 1} if _HAS_SPLITS else {}
-"""So that the order of a sum, and a vector's last bits, never depend on the step. The operator of
-torch before 2.12 has no such option, and one split."""
-_CLOSE = 0.05
-"""How far a kernel's values may be from one SDPA call per sequence, for numbers of about 1."""
+"""Makes the order of sums, and so the last bits of a vector, independent of the step. The operator
+of torch before 2.12 always uses one split and does not have this option."""
+_TOLERANCE = 0.05
+"""Maximum difference between a kernel and one SDPA call per sequence, for values of about 1."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a packed row begin and end."""
+    """Boundaries of the sequences of a step."""
 
     lengths: list[int]
     """Tokens of each sequence."""
     cu_seqlens: Tensor
-    """(S + 1,) int32 on the device: start of each sequence, then the total."""
+    """(S + 1,) int32 on the device: the start of each sequence, then the total."""
 
     @cached_property
     def max_seqlen(self) -> int:
@@ -44,7 +45,7 @@ class Layout:
         return max(self.lengths)
 
     def runs(self) -> list[tuple[int, int, int]]:
-        """Neighbours of equal length as (first token, sequences, tokens of each)."""
+        """Return runs of sequences of equal length as (first token, sequences, tokens of each)."""
         out, start = [], 0
         for length, group in groupby(self.lengths):
             count = len(list(group))
@@ -60,9 +61,9 @@ Attention = Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
 def select_kernel(
     device: torch.device, dtype: torch.dtype, config: ModelConfig
 ) -> tuple[Attention, str]:
-    """Return the fastest kernel that computes the model's heads on this device, and why."""
+    """Return the fastest kernel that supports the model's heads on this device, and the reason."""
     if device.type != "cuda":
-        return per_sequence, "one SDPA call for each sequence length"
+        return per_sequence, "one SDPA call per sequence length"
     flash = dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
     reasons = [] if flash else ["flash needs bfloat16 or float16 and compute capability 8.0"]
     kernels = {
@@ -74,23 +75,23 @@ def select_kernel(
         if flash or kernel is efficient:
             try:
                 _check_kernel(kernel, device, dtype, config)
-            except Exception as exc:  # not in this torch, or refused: there is another
+            except Exception as exc:  # missing in this torch or unsupported: try the next
                 if is_fatal(exc):
                     raise
-                reasons.append(f"{kernel.__name__} does not run here: {first_line(exc)}")
+                reasons.append(f"{kernel.__name__} is not usable: {first_line(exc)}")
             else:
                 return kernel, "; ".join([name, *reasons])
-    return per_sequence, "; ".join(["one SDPA call for each sequence length", *reasons])
+    return per_sequence, "; ".join(["one SDPA call per sequence length", *reasons])
 
 
 def _check_kernel(
     kernel: Attention, device: torch.device, dtype: torch.dtype, config: ModelConfig
 ) -> None:
-    """Run a kernel on two sequences of the model's heads, laid out as in a step.
+    """Run a kernel on two sequences with the strides and heads of the model.
 
     Raises:
-        RuntimeError: it gives other values than `per_sequence`.
-        Exception: it refuses them, each torch with an error of its own.
+        RuntimeError: the values differ from those of `per_sequence`.
+        Exception: the kernel does not support them; the type depends on the version of torch.
     """
     layout = Layout([5, 3], torch.tensor([0, 5, 8], dtype=torch.int32).to(device))
     random = torch.Generator().manual_seed(0)
@@ -99,13 +100,13 @@ def _check_kernel(
     q, k, v = torch.split(qkv, heads, dim=1)
     out, expected = kernel(q, k, v, layout), per_sequence(q, k, v, layout)
     difference = (out.float() - expected.float()).abs().max().item()
-    if not difference < _CLOSE:
-        raise RuntimeError(f"its values are off by {difference:.2g}")
+    if not difference < _TOLERANCE:
+        raise RuntimeError(f"its values differ by {difference:.2g}")
 
 
 def per_sequence(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Attend with scaled_dot_product_attention, one call for neighbours of equal length."""
-    if k.is_cuda:  # there grouped heads have no kernel in float32 but one of T x T intermediates
+    """Attend with scaled_dot_product_attention, one call per run of sequences of equal length."""
+    if k.is_cuda:  # in float32, the only kernel for grouped heads stores T x T scores
         k, v = _repeat(k, q), _repeat(v, q)
     grouped = k.shape[1] != q.shape[1]
     pieces = []
@@ -122,7 +123,7 @@ def per_sequence(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Attend with the variable-length flash kernel (CUDA, 16-bit types).
 
-    torch's wrapper, `varlen_attn`, would import all of torch._dynamo: as long as `import torch`.
+    torch's wrapper, `varlen_attn`, imports torch._dynamo, which takes as long as `import torch`.
     """
     ends, longest = layout.cu_seqlens, layout.max_seqlen
     no_dropout, is_causal, returns_mask = 0.0, False, False
@@ -133,7 +134,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 def varlen_repeated(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Do as `varlen` does, for a torch that does not take grouped heads."""
+    """Attend as `varlen` does, for versions of torch without support for grouped heads."""
     return varlen(q, _repeat(k, q), _repeat(v, q), layout)
 
 
@@ -149,5 +150,5 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 def _repeat(x: Tensor, q: Tensor) -> Tensor:
-    """Return keys or values (T, kv_heads, d) for each of the heads of q: (T, heads, d)."""
+    """Repeat keys or values (T, kv_heads, d) for each head of q: (T, heads, d)."""
     return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)

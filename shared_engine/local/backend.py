@@ -1,11 +1,12 @@
-"""The model in this process: worker threads between a queue and its devices.
+"""The backend of a model in this process: a queue, and threads that prepare and compute.
 
-    submit ──► prepare (ahead of the devices) ──► steps (a thread each) ──► the caller's rows
+    submit ──► prepare (threads) ──► steps (one thread per device) ──► rows of the caller
 
-To prepare is to tokenise, which the tokenizers library spreads over the cores by itself, and to
-decode and cut images, for which there is a thread for each core. Queries are short and urgent: they
-are tokenised by their caller and never wait behind documents. On a CPU, where a step of documents
-takes seconds, the step pauses several times in every layer, and queries that wait run then.
+- Preparation tokenizes texts and decodes images, a few steps in advance. The tokenizers library
+  uses all cores in one call; images have one thread per core.
+- The caller's thread tokenizes queries, which are short, so they do not wait for documents.
+- On a CPU, a step of documents takes seconds. It pauses several times in every layer, and waiting
+  queries run in these pauses.
 """
 
 from __future__ import annotations
@@ -49,16 +50,16 @@ from shared_engine.options import Options
 from shared_engine.threads import run_in_own_thread
 
 Running: TypeAlias = tuple[list[TokenSequence], PooledOutput | Exception]
-"""A step that was started, or could not be."""
+"""A step, and its output or the error of its start."""
 
-_MOST_PREPARING = 16
+_MAX_PREPARE_THREADS = 16
 _gpu_users: WeakSet[LocalBackend] = WeakSet()
-"""The backends of this process that use a GPU, from the start of their loading to their end."""
+"""The backends of this process that use a GPU, from the start of loading to the last step."""
 _log = logging.getLogger("shared_engine")
 
 
 class LocalBackend(Backend):
-    """An embedding model on one device or several, shared by any number of callers."""
+    """An embedding model on one or more devices, shared by any number of callers."""
 
     modalities: frozenset[Modality] = frozenset()
     dimensions: tuple[int, ...] = ()
@@ -66,13 +67,14 @@ class LocalBackend(Backend):
     failure: Exception | None = None
 
     def __init__(self, options: Options, load: Callable[..., Encoder] = Encoder) -> None:
-        """Find the checkpoint, download it if need be, load it, and start the workers.
+        """Find or download the checkpoint, load it, and start the worker threads.
 
-        `load` makes the encoder of a device, called as `Encoder` is.
+        Args:
+            load: Creates the encoder of a device, with the arguments of `Encoder`.
 
         Raises:
-            CheckpointError: no such checkpoint, or not one the engine computes.
-            ConfigurationError: no such device.
+            CheckpointError: the checkpoint is missing or not supported.
+            ConfigurationError: a device is not available.
         """
         self._checkpoint = resolve(options)
         self._files = list_files(self._checkpoint.folder)
@@ -81,23 +83,23 @@ class LocalBackend(Backend):
         kinds: tuple[Modality, ...] = ("text", "image", "text_image")
         self.modalities = frozenset(kinds if self._vision else kinds[:1])
         self._tokenizer = TextTokenizer(self._checkpoint)
-        # In a thread of its own: torch's OpenMP workers belong to the thread that first computes,
-        # and a caller who forks later would wait for workers that stayed with the parent.
+        # In a new thread: torch's OpenMP workers belong to the thread that computes first. If that
+        # were the caller's thread, a child that it forks later would wait for these workers.
         placements, self._encoders = run_in_own_thread(self._load, options, load)
         self._scheduler = Scheduler(placements[0].max_batch_tokens)
         self._dtype = placements[0].dtype
         self._cuts_on_device = placements[0].device.type == "cuda"
         self.dimensions = self._checkpoint.dimensions
-        places = "; ".join(encoder.description for encoder in self._encoders.values())
-        self.description = f"{self._checkpoint.name} in this process on {places}"
+        devices = "; ".join(encoder.description for encoder in self._encoders.values())
+        self.description = f"{self._checkpoint.name} in this process on {devices}"
         if self._vision:
             self.description += f", at most {self._vision.max_tiles} tiles per image"
         _log.info("%s", self.description)
-        preparing = min(os.cpu_count() or 1, _MOST_PREPARING) if self._vision else 1
+        prepare_threads = min(os.cpu_count() or 1, _MAX_PREPARE_THREADS) if self._vision else 1
         work: dict[str, Callable[[], None]] = {
             f"nemoretriever-compute-{n}": partial(self._compute, n) for n in range(len(placements))
         }
-        work |= {f"nemoretriever-prepare-{n}": self._prepare for n in range(preparing)}
+        work |= {f"nemoretriever-prepare-{n}": self._prepare for n in range(prepare_threads)}
         self._workers = [
             threading.Thread(target=target, name=name, daemon=True) for name, target in work.items()
         ]
@@ -121,23 +123,23 @@ class LocalBackend(Backend):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of every byte of the checkpoint, and of what the options make of it.
+        """A digest of the checkpoint's files and of the options that determine a vector.
 
-        The first call reads all weights, at about 1 GB per second and core.
+        The first access reads all weights, at about 1 GB per second and core.
 
         Raises:
-            CheckpointError: the files were changed after they were loaded, before this call.
+            CheckpointError: a file changed between loading and the first access.
         """
-        found = self._checkpoint
-        tiles = found.vision and found.vision.max_tiles
-        limits = (found.max_tokens, found.max_tokens_with_image)
-        files = digest_files(found.folder, self._files)
-        built = (found.prompts, str(self._dtype), tiles, limits, files)
-        return hashlib.sha256(repr(built).encode()).hexdigest()[:16]
+        checkpoint = self._checkpoint
+        tiles = checkpoint.vision and checkpoint.vision.max_tiles
+        limits = (checkpoint.max_tokens, checkpoint.max_tokens_with_image)
+        files = digest_files(checkpoint.folder, self._files)
+        parts = (checkpoint.prompts, str(self._dtype), tiles, limits, files)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @property
     def step_stats(self) -> StepStats:
-        """How many steps and tokens the devices have computed."""
+        """Numbers of steps and tokens of all devices, and the current step size in tokens."""
         scheduler = self._scheduler
         return StepStats(scheduler.steps, scheduler.tokens, scheduler.max_batch_tokens)
 
@@ -146,7 +148,7 @@ class LocalBackend(Backend):
         if self.failure is not None:
             raise EngineError(
                 f"the device failed ({first_line(self.failure)}), and this process "
-                "cannot use it any more; restart it"
+                "cannot use it again; restart the process"
             ) from self.failure
         rows = list(range(len(request.documents)))
         width = request.dimensions or self.dimensions[-1]
@@ -159,20 +161,20 @@ class LocalBackend(Backend):
         return job.future
 
     def close(self, cancel: bool = False, wait: bool = True) -> None:
-        """Finish what was accepted, or cancel what has not started, then stop the workers."""
+        """Finish the accepted requests, or cancel them with `cancel`, and stop the workers."""
         self._scheduler.close(cancel)
         for worker in self._workers if wait else ():
             if worker is not threading.current_thread():
                 worker.join()
 
     def _prepare(self) -> None:
-        """Work of the first threads: documents to sequences, a few steps ahead of the device."""
+        """Prepare chunks of documents until the scheduler is closed; run by each prepare thread."""
         while (chunk := self._scheduler.next_chunk()) is not None:
             self._scheduler.add(self._prepare_chunk(chunk))
-            del chunk  # else a thread that waits would keep the last documents in memory
+            del chunk  # otherwise a waiting thread would keep the last documents in memory
 
     def _prepare_chunk(self, chunk: list[tuple[Job, int]]) -> list[TokenSequence]:
-        """Return the sequences of some documents, each a job and its row there."""
+        """Return the sequences of (job, row) pairs, without the rows that failed."""
         sequences: list[TokenSequence] = []
         for job, pairs in groupby(chunk, key=lambda pair: pair[0]):
             rows: dict[bool, list[int]] = {False: [], True: []}
@@ -185,7 +187,7 @@ class LocalBackend(Backend):
         return sequences
 
     def _tokenize(self, job: Job, rows: list[int]) -> list[TokenSequence]:
-        """Return the sequences of texts, without those that failed."""
+        """Return the sequences of the texts in these rows, without the rows that failed."""
         request = job.request
         texts = [request.documents[row].text or "" for row in rows]
         try:
@@ -194,21 +196,21 @@ class LocalBackend(Backend):
             _fail(job, rows, EngineError(f"the tokenizer failed: {exc}"), exc)
             return []
         sequences = []
-        for row, given in zip(rows, ids, strict=True):
-            if isinstance(given, InputTooLongError):
-                job.fail(row, given)
+        for row, result in zip(rows, ids, strict=True):
+            if isinstance(result, InputTooLongError):
+                job.fail(row, result)
             else:
-                sequences.append(TokenSequence(job, row, given))
+                sequences.append(TokenSequence(job, row, result))
         return sequences
 
     def _prepare_image(self, job: Job, row: int) -> list[TokenSequence]:
-        """Return the sequence of an image, with its text if it has one; none where it failed."""
+        """Return the sequence of an image and its text as a list, which is empty if it failed."""
         assert self._vision is not None
         document, vision = job.request.documents[row], self._vision
         try:
             prepare = images.decode_picture if self._cuts_on_device else images.cut_tiles
             tiles = prepare(document.image, vision.max_tiles, vision.tile_size, self._image_urls)
-            if self._cuts_on_device:  # here: the one thread that computes would keep a GPU waiting
+            if self._cuts_on_device:  # not in the compute thread, for which a GPU would wait
                 tiles = pin_image(tiles)
             ids = self._tokenizer.encode_with_image(
                 len(tiles), document.text or "", job.request.truncate
@@ -217,17 +219,14 @@ class LocalBackend(Backend):
             job.fail(row, exc)
             return []
         except Exception as exc:
-            _fail(job, [row], EngineError(f"preparing it failed: {exc}"), exc)
+            _fail(job, [row], EngineError(f"preparing the image failed: {exc}"), exc)
             return []
         return [TokenSequence(job, row, ids, tiles, len(tiles) * vision.patches_per_tile)]
 
     def _compute(self, device: int) -> None:
-        """Work of a device's thread: one step after another.
-
-        A GPU is given a step while it computes the one before, and so never waits for this thread.
-        """
+        """Run steps on one device until the scheduler is closed; run by each compute thread."""
         if is_gpu := (gpu := self._encoders[device].device).type == "cuda":
-            torch.cuda.set_device(gpu)  # else pinned memory would wake the first GPU, too
+            torch.cuda.set_device(gpu)  # otherwise pinned memory would initialize GPU 0 too
         self._run_steps(device)
         del self._encoders[device]
         if is_gpu:
@@ -236,6 +235,8 @@ class LocalBackend(Backend):
             release_gpu_memory(of_cublas=not _gpu_users)
 
     def _run_steps(self, device: int) -> None:
+        # A GPU gets its next step before the last one is collected, so it does not wait for this
+        # thread.
         running: deque[Running] = deque()
         while True:
             step = self._scheduler.take_step() if running else self._scheduler.next_step()
@@ -245,12 +246,12 @@ class LocalBackend(Backend):
             running += self._start(step, encoder)
             while running and not (step and encoder.runs_ahead and len(running) == 1):
                 self._collect(*running.popleft())
-            del step  # as in `_prepare`
+            del step  # see `_prepare`
 
     def _start(
         self, step: list[TokenSequence], encoder: Encoder, is_retry: bool = False
     ) -> list[Running]:
-        """Start a step; where memory runs out, its halves, and a lone sequence once more."""
+        """Start a step; if memory runs out, retry its halves, or a single sequence once."""
         if not step:
             return []
         try:
@@ -259,7 +260,7 @@ class LocalBackend(Backend):
                 return [(step, encoder(ids, tiles))]
             return [(step, encoder(ids, tiles, partial(self._run_queries, encoder)))]
         except Exception as exc:
-            error = exc.with_traceback(None)  # the traceback would keep the step's tensors alive
+            error = exc.with_traceback(None)  # a traceback keeps the tensors of its frames
         if not is_out_of_memory(error) or is_retry:
             return [(step, error)]
         if encoder.device.type == "cuda":
@@ -268,17 +269,17 @@ class LocalBackend(Backend):
             return self._start(step, encoder, is_retry=True)
         tokens = _cost(step)
         self._scheduler.shrink(tokens // 2)
-        _log.warning("out of memory at %d tokens per step; going on with half", tokens)
+        _log.warning("out of memory in a step of %d tokens; retrying its halves", tokens)
         half = len(step) // 2
         return [*self._start(step[:half], encoder), *self._start(step[half:], encoder)]
 
     def _run_queries(self, encoder: Encoder) -> None:
-        """Run the queries that wait, in a pause of a step of documents."""
+        """Run waiting queries in a pause of a step of documents."""
         for running in self._start(self._scheduler.take_queries(), encoder):
             self._collect(*running)
 
     def _collect(self, step: list[TokenSequence], pooled: PooledOutput | Exception) -> None:
-        """Wait for a step and deliver its rows, or what went wrong."""
+        """Wait for a step, and deliver its vectors or its error to the jobs."""
         error = None
         try:
             if isinstance(pooled, Exception):

@@ -74,10 +74,10 @@ def resolve(options: Options) -> Checkpoint:
     path = folder / "config.json"
     file = read_config(path)
     if isinstance(file, MultimodalFile):
-        config, inside = file.llm_config, "llm_config."
+        config, prefix = file.llm_config, "llm_config."
         vision = read_vision(path, file, options.max_tiles)
     else:
-        config, inside, vision = file, "", None
+        config, prefix, vision = file, "", None
     if spec is None:  # all models of the catalogue use mean pooling and unit length
         read(folder / "modules.json", Modules)
         read(folder / "1_Pooling" / "config.json", PoolingConfig)
@@ -89,7 +89,7 @@ def resolve(options: Options) -> Checkpoint:
             ("num_hidden_layers", config.layers, spec.num_hidden_layers),
         ):
             if value != expected:
-                refuse(path, f"{inside}{field}", value, f"{expected}, the value of {spec.name}")
+                refuse(path, f"{prefix}{field}", value, f"{expected}, the value of {spec.name}")
     limits = [
         config.max_position_embeddings,
         spec.max_tokens if spec else None,

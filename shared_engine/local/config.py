@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint, typed; a field that the engine does not compute is an error.
+"""Types of the JSON files of a checkpoint; a value that the engine does not support is an error.
 
 Each class is a file or a part of one. Aliases are the names in the file, which errors use.
 Source: the files of nvidia/llama-nemotron-embed-1b-v2 and nvidia/llama-nemotron-embed-vl-1b-v2 on
@@ -25,10 +25,10 @@ from pydantic import (
 
 from shared_engine.errors import CheckpointError
 
-_MOST_TILES = 12
-_MOST_POSITIONS = 2**20
+_MAX_TILES = 12
+_MAX_POSITIONS = 2**20
 """Rows of the rotary tables: eight times the family's maximum, 0.5 GB at the usual head size."""
-_LARGEST_TILE = 8192
+_MAX_TILE_SIZE = 8192
 """Pixels per side; 512 in the family."""
 
 Size = Annotated[int, Field(gt=0)]
@@ -49,15 +49,15 @@ FileT = TypeVar("FileT", bound=BaseModel)
 
 
 class _WrongValueError(ValueError):
-    """A field whose value does not fit to another field."""
+    """A field whose value does not match another field."""
 
     def __init__(self, field: str, value: object, expected: str) -> None:
         super().__init__(expected)
         self.field, self.value = field, value
 
 
-def _require(is_right: bool, field: str, value: object, expected: str) -> None:
-    if not is_right:
+def _require(is_valid: bool, field: str, value: object, expected: str) -> None:
+    if not is_valid:
         raise _WrongValueError(field, value, expected)
 
 
@@ -77,7 +77,7 @@ class Llama3Rope(_File):
     factor: float = Field(ge=1)
     low_freq_factor: float = Field(gt=0)
     high_freq_factor: float
-    original_max_position_embeddings: int = Field(gt=0, le=_MOST_POSITIONS)
+    original_max_position_embeddings: int = Field(gt=0, le=_MAX_POSITIONS)
     partial_rotary_factor: One | None = None
 
     @model_validator(mode="after")
@@ -97,7 +97,7 @@ class ModelConfig(_File):
     heads: Size = Field(alias="num_attention_heads")
     kv_heads: Size = Field(alias="num_key_value_heads")
     head_dim: Size
-    max_position_embeddings: int = Field(gt=0, le=_MOST_POSITIONS)
+    max_position_embeddings: int = Field(gt=0, le=_MAX_POSITIONS)
     rms_norm_eps: Epsilon = 1e-6
     rope: Rope | Llama3Rope = Field(
         validation_alias=AliasChoices("rope_parameters", "rope_scaling"), discriminator="rope_type"
@@ -115,9 +115,9 @@ class ModelConfig(_File):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, data: Any) -> Any:
-        """Unify the spellings of RoPE, and fill in the defaults of the heads.
+        """Unify the field names of RoPE, and add the defaults of the heads.
 
-        transformers 4 writes rope_theta and rope_scaling or null, transformers 5 rope_parameters.
+        transformers 4 writes rope_theta and rope_scaling, transformers 5 writes rope_parameters.
         """
         if not isinstance(data, dict):
             return data
@@ -162,7 +162,7 @@ class TowerConfig(_File):
     intermediate_size: Size
     layers: Size = Field(alias="num_hidden_layers")
     heads: Size = Field(alias="num_attention_heads")
-    image_size: int = Field(gt=0, le=_LARGEST_TILE)
+    image_size: int = Field(gt=0, le=_MAX_TILE_SIZE)
     patch_size: Size
     layer_norm_eps: Epsilon = 1e-6
 
@@ -365,19 +365,19 @@ def read_vision(path: Path, file: MultimodalFile, max_tiles: int | None) -> Visi
         CheckpointError: images are cut in a way that the engine does not support.
     """
     processor = read(path.with_name("processor_config.json"), ProcessorConfig)
-    said: dict[str, Any] = {}
+    tiling: dict[str, Any] = {}
     for part in (file, processor.image_processor, processor):
-        said |= part.model_dump(include=set(Tiling.model_fields), exclude_none=True)
-    most = said.get("max_input_tiles", 2) if said.get("dynamic_image_size", True) else 1
+        tiling |= part.model_dump(include=set(Tiling.model_fields), exclude_none=True)
+    default = tiling.get("max_input_tiles", 2) if tiling.get("dynamic_image_size", True) else 1
     if max_tiles is None:
-        if not 1 <= most <= _MOST_TILES:
-            refuse(path.parent, "max_input_tiles", most, f"1 to {_MOST_TILES}")
+        if not 1 <= default <= _MAX_TILES:
+            refuse(path.parent, "max_input_tiles", default, f"1 to {_MAX_TILES}")
         for name, value in (
-            {"use_thumbnail": True, "min_input_tiles": 1}.items() if most > 1 else ()
+            {"use_thumbnail": True, "min_input_tiles": 1}.items() if default > 1 else ()
         ):
-            if (given := said.get(name, value)) != value:
+            if (given := tiling.get(name, value)) != value:
                 refuse(path.parent, name, given, repr(value))
-    return VisionConfig(file.vision_config, file.img_context_token_id, max_tiles or most)
+    return VisionConfig(file.vision_config, file.img_context_token_id, max_tiles or default)
 
 
 def read(path: Path, kind: type[FileT], required: bool = False) -> FileT:

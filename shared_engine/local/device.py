@@ -1,4 +1,4 @@
-"""Where the model runs, decided once and with the reason kept."""
+"""Select the device, dtype, kernels and step size of a model, with the reason for each."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from shared_engine.options import DType
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STEP_FLOP = 12.5e12
-"""Of a step on a GPU: about 26 ms of an H100 (estimated), so that a query waits no longer; and 8
-pages of one tile, which the vision tower computes in one pass."""
-_MOST_TOKENS = 16_384
-"""Of a step on a GPU: more keep a data-centre GPU no busier (estimated)."""
+"""Work of a step on a GPU: about 26 ms on an H100 (estimated), the longest wait of a query. It is
+also about 8 pages of one tile, which the vision tower computes in one pass."""
+_MAX_TOKENS = 16_384
+"""Maximum of a step; more tokens do not use a data-centre GPU better (estimated)."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Device, number type, attention kernel and step size, each with its why in `reasons`."""
+    """Device, dtype, kernels and step size of a model, with the reason for each."""
 
     device: torch.device
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class Placement:
 
     @property
     def description(self) -> str:
-        """One line for a log or a person."""
+        """The placement and its reasons in one line."""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.device}, {dtype}, {self.max_batch_tokens} tokens per step ({self.reasons})"
 
@@ -43,19 +43,21 @@ class Placement:
 def select_devices(
     devices: str, dtype: DType, max_batch_tokens: int | None, config: ModelConfig
 ) -> list[Placement]:
-    """Decide how each device, with commas between, computes such a model.
+    """Return a placement for each device. All use the smallest step size among them.
 
-    All get the step of the one with the least memory.
+    Args:
+        devices: Names of devices, separated by commas.
+        max_batch_tokens: Step size in tokens; None selects it.
 
     Raises:
-        ConfigurationError: a device that torch does not know or that is not there, devices that
-            would compute in different number types, or a GPU in the fork of a process that used it.
+        ConfigurationError: a device is unknown or not available, devices differ in dtype, or this
+            process was forked from one that had used the GPU.
     """
     placements = [_place(device, dtype, max_batch_tokens, config) for device in devices.split(",")]
     if len({placement.dtype for placement in placements}) > 1:
         raise ConfigurationError(
-            f"device={devices!r} are of different kinds, so a vector would depend on where it "
-            "is computed; give dtype=, or devices of one kind"
+            f"device={devices!r} would compute in different dtypes, so a vector would depend on "
+            "its device; set dtype=, or use devices of one kind"
         )
     step = min(placement.max_batch_tokens for placement in placements)
     return [replace(placement, max_batch_tokens=step) for placement in placements]
@@ -70,7 +72,7 @@ def _place(name: str, dtype: DType, max_batch_tokens: int | None, config: ModelC
     packs_weights, why_weights = packed.select(device, number)
     step, why_step = _select_step(device, config)
     if max_batch_tokens:
-        step, why_step = max_batch_tokens, "asked for"
+        step, why_step = max_batch_tokens, "requested"
     reasons = (
         f"device: {why_device}; dtype: {why_dtype}; attention: {why_kernel}; "
         f"elementwise: {why_operators}; weights: {why_weights}; step: {why_step}"
@@ -79,9 +81,9 @@ def _place(name: str, dtype: DType, max_batch_tokens: int | None, config: ModelC
 
 
 def make_current(device: torch.device) -> AbstractContextManager[object]:
-    """Let a GPU be the one that this thread's kernels are launched on.
+    """Make a GPU the current one of this thread; do nothing for another device.
 
-    Triton launches on the current GPU, wherever its tensors are.
+    Triton launches kernels on the current GPU, even if their tensors are on another.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -90,49 +92,51 @@ def _select_device(name: str) -> tuple[torch.device, str]:
     try:
         device = torch.device("cuda" if name == "auto" else name)
     except RuntimeError as exc:
-        raise ConfigurationError(f"device={name!r} is not one torch knows: {exc}") from exc
+        raise ConfigurationError(f"device={name!r} is unknown to torch: {exc}") from exc
     if device.type != "cuda":
-        return device, "asked for"
+        return device, "requested"
     if torch.cuda._is_in_bad_fork():
         raise ConfigurationError(
             f"device={name!r}, but this process was forked from one that had used the GPU, which "
-            'CUDA does not allow; start it with "spawn", as in multiprocessing.get_context("spawn")'
+            'CUDA does not support; start it with multiprocessing.get_context("spawn")'
         )
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device()), "a CUDA GPU is there"
-        return torch.device("cpu"), "no CUDA GPU is there"
+            return torch.device("cuda", torch.cuda.current_device()), "a CUDA GPU is available"
+        return torch.device("cpu"), "no CUDA GPU is available"
     if not torch.cuda.is_available():
         raise ConfigurationError(
-            f"device={name!r}, but this torch ({torch.__version__}) sees no CUDA GPU"
+            f"device={name!r}, but torch {torch.__version__} finds no CUDA GPU; check nvidia-smi "
+            "and that torch is a CUDA build, or use device='cpu'"
         )
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise ConfigurationError(
-            f"device={name!r}, but there are {torch.cuda.device_count()} CUDA GPUs"
+            f"device={name!r}, but the number of CUDA GPUs is {torch.cuda.device_count()}"
         )
-    return torch.device("cuda", device.index or 0), "asked for"
+    return torch.device("cuda", device.index or 0), "requested"
 
 
 def _select_dtype(device: torch.device, name: DType) -> tuple[torch.dtype, str]:
     if name != "auto":
-        return _DTYPES[name], "asked for"
+        return _DTYPES[name], "requested"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
-            return torch.bfloat16, "this GPU multiplies bfloat16"
-        return torch.float16, "this GPU does not multiply bfloat16"
+            return torch.bfloat16, "this GPU supports bfloat16"
+        return torch.float16, "this GPU does not support bfloat16"
     if device.type != "cpu":
-        return torch.float32, "this device is not known to multiply bfloat16"
+        return torch.float32, "this device may not support bfloat16"
     if instructions := find_bfloat16_instructions():
-        return torch.bfloat16, f"this CPU multiplies bfloat16 ({instructions})"
-    return torch.float32, "this CPU does not multiply bfloat16"
+        return torch.bfloat16, f"this CPU has bfloat16 instructions ({instructions})"
+    return torch.float32, "this CPU has no bfloat16 instructions"
 
 
 def find_bfloat16_instructions() -> str:
-    """Return with what this CPU multiplies bfloat16: "AMX", "AVX512_BF16", "BF16", or nothing.
+    """Return the instructions of this CPU that multiply bfloat16, or "" if it has none.
 
-    As the processor says. A race of the two types ends either way beside other work, and then two
-    processes of one machine would give different vectors. Measured in quiet: 1.7 to 2.3 times as
-    fast as float32 with AMX, 1.2 with AVX512_BF16 alone.
+    They are "AMX", "AVX512_BF16" or "BF16". The dtype depends on the processor and not on a
+    benchmark, whose result would depend on the machine's load: two processes could then compute
+    different vectors. Measured on an idle machine, relative to float32: 1.7 to 2.3 times as fast
+    with AMX, 1.2 times with AVX512_BF16 alone.
     """
     if torch.cpu._is_amx_tile_supported():
         return "AMX"
@@ -144,11 +148,12 @@ def find_bfloat16_instructions() -> str:
 
 def _select_step(device: torch.device, config: ModelConfig) -> tuple[int, str]:
     if device.type != "cuda":
-        return 2_048, "as much as suits the caches of a CPU"
-    # A token takes about 0.1 MB of intermediates, and the weights, 1 to 3 GB, are not loaded yet.
+        return 2_048, "fits the caches of a CPU"
+    # A token needs about 0.1 MB. So 1 token per MB leaves memory for the weights, which need 1 to
+    # 3 GB and are not loaded yet.
     free = torch.cuda.mem_get_info(device)[0] // 2**20
     attended = 2 * (config.heads + config.kv_heads) * config.head_dim
     weights = config.layers * config.hidden_size * (attended + 3 * config.intermediate_size)
-    quick = int(_STEP_FLOP / (2 * weights)) // 128 * 128
-    step = max(1_024, min(_MOST_TOKENS, quick, free))
-    return step, f"about 26 ms of a data-centre GPU at most; {free:,} MB are free"
+    fast = int(_STEP_FLOP / (2 * weights)) // 128 * 128
+    step = max(1_024, min(_MAX_TOKENS, fast, free))
+    return step, f"at most about 26 ms on a data-centre GPU; {free:,} MB are free"

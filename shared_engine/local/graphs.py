@@ -1,7 +1,7 @@
-"""Steps of a few tokens as CUDA graphs: a search waits for one launch instead of a hundred.
+"""CUDA graphs for small steps of queries: one launch replaces more than a hundred.
 
-A graph replays kernels with the shapes and addresses that they were recorded with, so a step goes
-into a bucket: its tokens, then a last sequence of padding, which nobody attends to or averages.
+A graph replays kernels with the shapes and addresses of its recording, so a step is padded to a
+bucket. Its padding is a last sequence, to which no token of another attends and which has no mean.
 """
 
 from __future__ import annotations
@@ -20,40 +20,45 @@ from shared_engine.local.memory import pin
 from shared_engine.local.pooling import mean_by_product
 
 SIZES = (16, 32, 64, 128)
-"""Tokens of the buckets."""
+"""Number of tokens of each bucket."""
 _SEQUENCES = 8
-"""The most of a step: a search has one, and several callers may share a step."""
-_CLOSE = 0.02
-"""How far a replay may be from the same step without a graph, per unit of its largest number."""
+"""Maximum number of sequences of a step; a search has one, and several may share a step."""
+_TOLERANCE = 0.02
+"""Maximum difference between a replay and the same step without a graph, relative to its largest
+absolute value."""
 
 Forward = Callable[[Tensor, Tensor, Layout], Tensor]
 """(ids (T,), positions (T,), layout) -> hidden states (T, hidden)."""
 Record = Callable[[Callable[[], None]], Callable[[], Any]]
-"""From a function of tensors that stay where they are to one that does the same again."""
+"""From a function that uses tensors at fixed addresses to a function that repeats its kernels."""
 
 
 class QueryGraphs:
-    """A bucket of each size, recorded once. Calls are not concurrent."""
+    """One recorded bucket of each size. Not thread-safe."""
 
     def __init__(
         self, forward: Forward, width: int, device: torch.device, record: Record | None = None
     ) -> None:
-        """Record `forward`, which gives hidden states of that width.
+        """Record `forward` in every bucket.
 
-        The caller keeps all tensors that `forward` reads and writes beside its arguments: a graph
-        knows their addresses only. It does not keep `forward`, which may refer to what has it.
+        The caller must keep all other tensors that `forward` reads or writes, because a graph holds
+        only their addresses. The graphs hold no reference to `forward`, which avoids a cycle.
+
+        Args:
+            width: Width of the hidden states.
+            record: Replaces the recording of CUDA graphs.
         """
         record = record or _make_recorder(device)
         self._device = device
-        # The largest first: the others take its memory.
+        # The largest first: the others reuse its memory.
         self._buckets = {
             size: _Bucket(size, forward, width, device, record) for size in reversed(SIZES)
         }
 
     def __call__(self, sequences: Sequence[NDArray[np.int32]]) -> Tensor | None:
-        """Return the means of a step (S, width), valid until the next; None if it fits no bucket.
+        """Return the mean of each sequence's hidden states, or None if the step fits no bucket.
 
-        They are over the hidden states of each sequence, in float32.
+        The result, (S, width) float32, is valid until the next call.
         """
         lengths = [len(ids) for ids in sequences]
         tokens = sum(lengths)
@@ -64,7 +69,7 @@ class QueryGraphs:
         ids, positions, cu_seqlens = np.split(inputs, [size, 2 * size])
         ids[:tokens] = np.concatenate(sequences)
         positions[:tokens] = np.concatenate([np.arange(length) for length in lengths])
-        cu_seqlens[1:-1] = tokens  # sequences that are not there are empty
+        cu_seqlens[1:-1] = tokens  # the other sequences are empty
         cu_seqlens[1 : len(lengths) + 1] = np.cumsum(lengths)
         cu_seqlens[-1] = size
         bucket = self._buckets[size]
@@ -74,7 +79,7 @@ class QueryGraphs:
 
 
 class _Bucket:
-    """Tensors that stay where they are, and a recording that computes one from the other."""
+    """Inputs and outputs at fixed addresses, and a recording that computes the outputs."""
 
     def __init__(
         self, size: int, forward: Forward, width: int, device: torch.device, record: Record
@@ -92,10 +97,10 @@ class _Bucket:
 
 
 def _make_recorder(device: torch.device) -> Record:
-    """Return what records steps as CUDA graphs that share memory.
+    """Return a function that records steps as CUDA graphs, which share a memory pool.
 
-    A pool of memory serves one stream. Each model has a stream of its own, because the graphs write
-    to the cuBLAS workspace of their stream, where the recording of another model would interfere.
+    A memory pool belongs to one stream. Each model has its own stream, because graphs write to the
+    cuBLAS workspace of their stream, and a recording of another model would change it.
     """
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return partial(_capture, device, stream, torch.cuda.graph_pool_handle())
@@ -104,11 +109,11 @@ def _make_recorder(device: torch.device) -> Record:
 def _capture(
     device: torch.device, stream: torch.cuda.Stream, pool: Any, step: Callable[[], None]
 ) -> Callable[[], Any]:
-    """Record a step as a CUDA graph, while other threads may use the device."""
+    """Record a step as a CUDA graph; other threads may use the device during it."""
     with torch.cuda.device(device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step()  # what libraries and Triton make once is no part of the graph
+            step()  # libraries and Triton initialize here, outside the graph
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -122,15 +127,15 @@ def check_graphs(
     """Compare replays of every bucket with the same steps computed without a graph.
 
     Raises:
-        RuntimeError: they differ.
+        RuntimeError: the values differ.
     """
     random = np.random.default_rng(0)
-    for size in (*SIZES, *SIZES):  # again, over what the others left
+    for size in (*SIZES, *SIZES):  # twice, so that each runs after all others
         lengths = [min(length, longest) for length in (size - 5, 3)]
         sequences = [random.integers(0, vocabulary, n).astype(np.int32) for n in lengths]
         means = graphs(sequences)
         assert means is not None
         expected = compute(sequences)
         difference = ((means - expected).abs().max() / expected.abs().max()).item()
-        if not difference < _CLOSE:
-            raise RuntimeError(f"their values are off by {difference:.2g}")
+        if not difference < _TOLERANCE:
+            raise RuntimeError(f"their values differ by {difference:.2g}")

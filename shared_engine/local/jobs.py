@@ -1,4 +1,4 @@
-"""What callers want of a device: jobs, and the sequences that they are made into."""
+"""Jobs, one for each request, and the token sequences that are made of their documents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Job:
-    """One caller's request on its way: how far it is, and where its vectors go."""
+    """A request in progress, with its vectors, errors and future."""
 
     request: Request
     vectors: NDArray[np.float32]
@@ -29,9 +29,9 @@ class Job:
     future: Future[Rows] = field(default_factory=Future)
     errors: dict[int, NeMoRetrieverError] = field(default_factory=dict)
     next_row: int = 0
-    """The first row that nobody has taken to prepare."""
+    """The first row that no thread prepares yet."""
     unfinished: int = field(init=False)
-    """Rows without vector or error."""
+    """Number of rows without a vector or an error."""
     lock: Lock = field(default_factory=Lock)
     """Held while rows are marked as finished."""
 
@@ -40,18 +40,23 @@ class Job:
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether the caller is gone."""
+        """Whether the caller cancelled the request."""
         return self.future.cancelled()
 
     def deliver(self, rows: list[int], vectors: NDArray[np.float32], tokens: int) -> None:
-        """Take the full vectors (len(rows), hidden) of some rows, made of so many tokens."""
+        """Store the vectors of some rows, cut to the requested dimensions.
+
+        Args:
+            vectors: (len(rows), hidden), in full size.
+            tokens: Number of tokens that were embedded.
+        """
         self.vectors[rows] = vectors[:, : self.vectors.shape[1]]
         if not self.is_cancelled:
             self.request.report_usage(tokens)
         self._finish(len(rows))
 
     def fail(self, row: int, error: NeMoRetrieverError) -> None:
-        """Take the error of one row."""
+        """Store the error of one row."""
         self.vectors[row] = math.nan
         self.errors[row] = error
         self._finish(1)
@@ -67,17 +72,17 @@ class Job:
 
 
 class TokenSequence(NamedTuple):
-    """One document, ready to compute: which job and row it belongs to."""
+    """A prepared document, with its job and its row there."""
 
     job: Job
     row: int
     ids: NDArray[np.int32]
     tiles: Tiles | None = None
-    """Its image."""
+    """The document's image; None for a text."""
     patches: int = 0
-    """Of the image."""
+    """Number of patches of the image."""
 
     @property
     def cost(self) -> int:
-        """Its share of a step, in tokens; a patch takes half the time of a token."""
+        """Cost in tokens; a patch takes half the time of a token."""
         return len(self.ids) + self.patches // 2

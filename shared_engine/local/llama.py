@@ -1,9 +1,9 @@
-"""The bidirectional Llama over packed rows: tokens and tiles in, one mean vector per sequence out.
+"""The bidirectional Llama encoder: token ids and tiles in, one mean vector per sequence out.
 
-The decoder stack of Llama 3.2 without its causal mask and without padding: linear layers and norms
-see the tokens of all sequences in one row (T, hidden), attention keeps each sequence to itself.
-Where a sequence has an image, the rows of the vision tower stand in for its context tokens.
-T is the tokens of a step, S its sequences.
+It is the decoder stack of Llama 3.2 without causal mask and padding. Linear layers and norms read
+the tokens of all sequences as one matrix (T, hidden); attention is within each sequence. Rows of
+the vision tower replace the embeddings of an image's context tokens. T is the number of tokens of
+a step, S the number of its sequences, d the size of a head.
 
 Source of the arithmetic: `LlamaBidirectionalModel` of the public checkpoints (mean pooling, no
 causal mask) and transformers' `modeling_llama.py`.
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
 
 
 _WARM_LENGTH = 512
-"""Tokens of the texts that a GPU computes while a model is loaded."""
+"""Tokens of each text of the warm-up on a GPU."""
 _FEW_ROWS = 256
-"""Up to which a step is filled up to 16 rows, and over it to 64, where kernels are made by rows."""
+"""Maximum number of rows that are padded to a multiple of 16 on a CPU in 16 bits; more, to 64."""
 _MLP_ROWS = 512
 """Rows of an MLP between two pauses on a CPU; more rows are not faster (measured)."""
 
 
 @dataclass(frozen=True)
 class LlamaLayer:
-    """Weights of one layer; projections that share their input lie in one matrix."""
+    """Weights of one layer; projections of the same input share one matrix."""
 
     attention_norm: Tensor  # (hidden,)
     qkv: Tensor  # ((heads + 2 * kv_heads) * d, hidden)
@@ -61,10 +61,15 @@ class LlamaLayer:
 
 
 class PooledOutput:
-    """The mean vectors of a step, computed on a CPU, on their way from a GPU."""
+    """The mean vectors of a step; from a GPU, they are copied asynchronously."""
 
     def __init__(self, means: Tensor, order: NDArray[np.intp]) -> None:
-        """Take means (S, hidden) float32, of the sequences in this order."""
+        """Start the copy to the host.
+
+        Args:
+            means: (S, hidden) float32.
+            order: Row of each mean in the caller's order.
+        """
         self._means, self._order = means, order
         self._arrived: torch.cuda.Event | None = None
         if means.is_cuda:
@@ -74,7 +79,7 @@ class PooledOutput:
             self._arrived.record(torch.cuda.current_stream(means.device))
 
     def numpy(self) -> NDArray[np.float32]:
-        """Wait for them, and return them in the caller's order: (S, hidden)."""
+        """Wait for the means and return them in the caller's order: (S, hidden) float32."""
         if self._arrived is not None:
             self._arrived.synchronize()
         out = np.empty(self._means.shape, np.float32)
@@ -83,21 +88,26 @@ class PooledOutput:
 
 
 class Encoder:
-    """A loaded model on one device. Calls are not concurrent: its worker thread owns it.
+    """A loaded model on one device. Not thread-safe: one worker thread owns it.
 
-    A call may be made in a pause of another: no buffer holds anything then that is read again.
+    `on_pause` may call the encoder again: during a pause, no buffer holds data that is read later.
     """
 
     def __init__(self, checkpoint: Checkpoint, placement: Placement, vocabulary: int = 0) -> None:
-        """Load the weights; a `vocabulary` larger than the table of embeddings gets zeros.
+        """Load the weights and warm up a GPU.
+
+        Args:
+            vocabulary: Number of token ids. If it exceeds the embedding table, the table is padded
+                with zeros.
 
         Raises:
-            CheckpointError: a weight file or tensor is missing, unknown or of another shape.
+            CheckpointError: a weight file is missing, or a tensor is missing, unexpected or of
+                another shape.
         """
         config = checkpoint.config
         self.device = placement.device
         self.runs_ahead = placement.device.type == "cuda"
-        """Whether a step goes on after it was started, so that the next can be started."""
+        """Whether a call returns before its step is computed, so that the next can be queued."""
         self._attend: Attention = placement.kernel
         self._heads, self._kv_heads = config.heads, config.kv_heads
         self._head_dim, self._eps = config.head_dim, config.rms_norm_eps
@@ -116,17 +126,17 @@ class Encoder:
             self._mlp_rows = min(self._mlp_rows, _MLP_ROWS)
         self._rotate, self._gate = placement.elementwise
         self._buffers = Buffers(placement)
-        self._graph_buffers = Buffers(placement)  # whose addresses graphs know
+        self._graph_buffers = Buffers(placement)  # CUDA graphs hold its addresses
         self._has_kernels_by_rows = self.device.type == "cpu" and placement.dtype != torch.float32
         self._graphs: QueryGraphs | None = None
         self.description = placement.description
-        """What it computes with and why, in one line."""
+        """Device, dtype, kernels and step size, with reasons, in one line."""
         if placement.device.type == "cuda":
             layer = self._layers[0]
             self._buffers.mlp.reserve(
                 self._max_batch_tokens, max(len(layer.qkv), 2 * config.intermediate_size)
             )
-            if placement.elementwise == EAGER:  # which rotates from one place to another
+            if placement.elementwise == EAGER:  # EAGER does not rotate in place
                 rotated = (self._heads + self._kv_heads) * self._head_dim
                 self._buffers.hidden.reserve(
                     max(self._max_batch_tokens, checkpoint.longest), rotated
@@ -138,9 +148,9 @@ class Encoder:
 
     @torch.inference_mode()
     def _record_graphs(self, placement: Placement) -> tuple[QueryGraphs | None, str]:
-        """Return graphs for the steps of searches, if they give the same values, and why not."""
+        """Return CUDA graphs for small steps of queries, or None, and the reason."""
         if placement.kernel not in (varlen, varlen_repeated):
-            return None, "no CUDA graphs, as attention is no varlen kernel"
+            return None, "no CUDA graphs, because attention does not use a varlen kernel"
 
         def forward(ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
             x = F.embedding(ids, self._embedding)
@@ -150,7 +160,7 @@ class Encoder:
         try:
             graphs = QueryGraphs(forward, width, self.device)
             check_graphs(graphs, self._compute, vocabulary, len(self._cos))
-        except Exception as exc:  # a search is slower without, and as right
+        except Exception as exc:  # steps without graphs are slower and equally correct
             if is_fatal(exc):
                 raise
             return None, f"no CUDA graphs: {first_line(exc)}"
@@ -158,10 +168,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Compute a full step and every number of tiles, so that a GPU has loaded its kernels.
-
-        Else the first requests would wait for that.
-        """
+        """Compute a full step and every number of tiles, so that no request waits for kernels."""
         length = min(_WARM_LENGTH, len(self._cos))
         try:
             self._compute([np.zeros(length, np.int32)] * max(1, self._max_batch_tokens // length))
@@ -178,14 +185,17 @@ class Encoder:
         tiles: Sequence[Tiles | None] = (),
         on_pause: Callable[[], None] = no_pause,
     ) -> PooledOutput:
-        """Start to compute the mean of the last hidden states of every sequence.
+        """Compute the mean of the last hidden states of every sequence.
 
-        `tiles` are the images of the sequences, or None for a text. The means are neither cut nor
-        scaled. Each is over all tokens of its sequence, prefix and special tokens included. It does
-        not depend on the other sequences; on a GPU, whose matrix products are summed in an order
-        that depends on how many rows they have, to rounding.
+        A GPU computes asynchronously, and `PooledOutput.numpy` waits for it. A mean includes all
+        tokens of its sequence, also prefix and special tokens. It is not cut or normalized. It does
+        not depend on the other sequences, except for rounding on a GPU, where the order of a sum
+        depends on the number of rows.
 
-        `on_pause` is called several times in every layer, and may call this encoder.
+        Args:
+            sequences: Token ids of each sequence.
+            tiles: The image of each sequence, or None for a text.
+            on_pause: Called several times in every layer; it may call this encoder.
         """
         # Neighbours of equal length share an attention call on a CPU.
         order = np.argsort([len(ids) for ids in sequences], kind="stable")
@@ -202,10 +212,11 @@ class Encoder:
         images: Sequence[Tiles] = (),
         on_pause: Callable[[], None] = no_pause,
     ) -> Tensor:
-        """Return the means of sequences, with the images in their order: (S, hidden) float32."""
+        """Return the means of sequences and their images, if any: (S, hidden) float32."""
         count, tokens = len(sequences), sum(map(len, sequences))
         if padding := -tokens % self._multiple(tokens):
-            sequences = [*sequences, *[np.zeros(1, np.int32)] * padding]  # nobody attends to them
+            # Sequences of their own, so no other token attends to them.
+            sequences = [*sequences, *[np.zeros(1, np.int32)] * padding]
         lengths = [len(ids) for ids in sequences]
         cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=cu_seqlens[1:])
@@ -215,16 +226,16 @@ class Encoder:
         ids = np.concatenate(sequences)
         x = F.embedding(to_device(ids, self.device), self._embedding)  # (T, hidden)
         if images and self._vision:
-            places = np.flatnonzero(ids[:tokens] == self._vision.context_token)
-            x[to_device(places, self.device)] = self._vision(images, on_pause)
+            image_rows = np.flatnonzero(ids[:tokens] == self._vision.context_token)
+            x[to_device(image_rows, self.device)] = self._vision(images, on_pause)
         hidden = self._forward(x, positions, layout, self._buffers, on_pause)  # (T, hidden)
         return pool(hidden, layout, count)
 
     def _multiple(self, tokens: int) -> int:
-        """Return what the rows of a step are to be a multiple of.
+        """Return the number of which the rows of a step must be a multiple.
 
-        oneDNN makes a kernel for every number of rows that it sees, which takes it milliseconds,
-        and keeps the last 1,024 of them, 1.4 MB each.
+        In 16 bits, oneDNN compiles a kernel for each number of rows. This takes milliseconds, and
+        it caches the last 1,024 kernels of 1.4 MB each.
         """
         if not self._has_kernels_by_rows:
             return 1
@@ -238,11 +249,11 @@ class Encoder:
         buffers: Buffers,
         on_pause: Callable[[], None] = no_pause,
     ) -> Tensor:
-        """Return the last hidden states of embeddings x (T, hidden), which they overwrite.
+        """Return the last hidden states (T, hidden) of embeddings x (T, hidden), and overwrite x.
 
-        Every layer writes to the same buffers. A tensor in `hidden` or `mlp` is valid until the
-        buffer is used again, as is the result. In a pause no buffer holds a tensor that is read
-        later, so another pass may use them.
+        Every layer writes to the same buffers. A tensor in a buffer, such as the result, is valid
+        until the buffer is used again. During a pause, no buffer holds a tensor that is read later,
+        so another pass may use the buffers.
         """
         hidden, mlp = buffers.hidden, buffers.mlp
 
@@ -250,28 +261,28 @@ class Encoder:
             return rms_norm(x, weight, self._eps, hidden, buffers.float32)
 
         cos, sin = self._cos[positions], self._sin[positions]  # (T, d / 2)
-        heads, rotated = self._heads, self._heads + self._kv_heads  # values are not rotated
+        heads, qk_heads = self._heads, self._heads + self._kv_heads  # values are not rotated
         for layer in self._layers:
             on_pause()
             normed = normalize(x, layer.attention_norm)  # in hidden
             qkv = torch.mm(normed, layer.qkv.T, out=mlp(len(x), len(layer.qkv)))
             qkv = qkv.view(len(x), -1, self._head_dim)  # (T, heads + 2 * kv_heads, d), in mlp
-            # Over normed, which is not read again; or over qkv, where a fused kernel rotates.
-            turned = self._rotate(qkv[:, :rotated], cos, sin, hidden)
-            q, k, v = turned[:, :heads], turned[:, heads:], qkv[:, rotated:]
-            attended = self._attend(q, k, v, layout)  # (T, heads, d), in memory of its own
+            # Overwrites normed, which is not read again; a fused kernel overwrites qkv instead.
+            qk = self._rotate(qkv[:, :qk_heads], cos, sin, hidden)  # (T, heads + kv_heads, d)
+            q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, qk_heads:]
+            attended = self._attend(q, k, v, layout)  # (T, heads, d), newly allocated
             x.addmm_(attended.flatten(1), layer.o.T)
-            # In parts of a step, so that a longer text takes no more memory.
+            # In parts of a fixed number of rows, so that a longer text needs no more memory.
             for rows in torch.split(x, self._mlp_rows):
                 on_pause()
-                normed = normalize(rows, layer.mlp_norm)  # over turned, which is not read again
+                normed = normalize(rows, layer.mlp_norm)  # overwrites qk, which is not read again
                 if isinstance(layer.gate_up, PackedGate):
-                    inner = layer.gate_up(normed)  # (T, intermediate), in memory of its own
+                    inner = layer.gate_up(normed)  # (rows, intermediate), newly allocated
                 else:
-                    gate_up = mlp(len(rows), len(layer.gate_up))  # over qkv, not read again
+                    gate_up = mlp(len(rows), len(layer.gate_up))  # overwrites qkv
                     torch.mm(normed, layer.gate_up.T, out=gate_up)
-                    inner = self._gate(gate_up)  # over its first half
-                rows.addmm_(inner, layer.down.T)  # rows are of x
+                    inner = self._gate(gate_up)  # in its first half
+                rows.addmm_(inner, layer.down.T)  # rows are a view of x
         return normalize(x, self._norm)
 
 
@@ -280,16 +291,15 @@ def _rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """Return cosines and sines for every position, each (max_tokens, d / 2).
 
-    "llama3" stretches the slow frequencies: those whose wavelength exceeds the original context
-    are divided by `factor`, the fast ones kept, those between interpolated. Computed in float32 as
-    transformers does, so that long texts agree with it to the last bits.
+    "llama3" divides low frequencies by `factor`, keeps high ones, and interpolates between them.
+    Computed in float32 as in transformers, so that vectors of long texts equal its vectors.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / rope.theta**exponents
     if isinstance(rope, Llama3Rope):
         low, high = rope.low_freq_factor, rope.high_freq_factor
-        turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: kept
+        rotations = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+        kept = ((rotations - low) / (high - low)).clamp(0, 1)  # 0: divided, 1: kept
         frequencies = (1 - kept) * frequencies / rope.factor + kept * frequencies
     angles = torch.arange(max_tokens, dtype=torch.float32)[:, None] * frequencies
     return (
@@ -301,7 +311,7 @@ def _rotary_tables(
 def _load(
     weights: Weights, prefix: str, config: ModelConfig, packs_weights: bool
 ) -> tuple[Tensor, list[LlamaLayer], Tensor]:
-    """Return the table of embeddings, the layers and the last norm."""
+    """Return the embedding table, the layers and the weight of the last norm."""
 
     def take(name: str, *shape: int) -> Tensor:
         return weights(prefix + name, *shape)

@@ -1,4 +1,4 @@
-"""Memory of a device: buffers that are used again, and copies that do not wait."""
+"""Memory of a device: reusable buffers and asynchronous copies."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ if TYPE_CHECKING:
 
 
 class Buffer:
-    """Memory for an intermediate of a layer, written again in the next layer and the next step.
+    """Memory for an intermediate result, reused in every layer and step.
 
-    Fresh memory would be cleared by the system page by page: 8 % of a step on a CPU.
+    The system would clear newly allocated memory, which takes 8 % of a step on a CPU.
     """
 
     def __init__(self, placement: Placement) -> None:
-        """Take none yet."""
+        """Create an empty buffer."""
         self._empty = torch.empty(0, dtype=placement.dtype, device=placement.device)
         self._memory = self._empty
 
     def __call__(self, *shape: int) -> torch.Tensor:
-        """Return an uninitialised tensor; the one before is overwritten."""
+        """Return an uninitialized tensor of this shape; it overwrites the previous one."""
         size = math.prod(shape)
         if size > len(self._memory):
-            self._memory = self._empty  # never the old and the new at once
+            self._memory = self._empty  # free the old memory first
             self._memory = self._empty.new_empty(size)
         return self._memory[:size].view(shape)
 
     def reserve(self, *shape: int) -> None:
-        """Take the memory of such a tensor now, if there is enough.
+        """Allocate memory for a tensor of this shape, if enough is free.
 
-        Else it grows with the largest step so far, and leaves holes too small for the next.
+        Without it, the buffer grows step by step and fragments the memory.
         """
         with contextlib.suppress(torch.OutOfMemoryError):
             self(*shape)
 
 
 class Buffers:
-    """The memory of a model's intermediates, on a device."""
+    """The buffers of a language model on one device."""
 
     def __init__(self, placement: Placement) -> None:
-        """Take none yet."""
+        """Create empty buffers."""
         self.hidden, self.mlp = Buffer(placement), Buffer(placement)
         self.float32 = Buffer(replace(placement, dtype=torch.float32))
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Copy an array to the device, without waiting for it where that is a GPU."""
+    """Copy an array to the device; a copy to a GPU is asynchronous."""
     return pin(array, device).to(device, non_blocking=device.type == "cuda")
 
 
 def pin(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Return an array as a tensor in memory that a copy to this device does not wait for."""
+    """Return an array as a CPU tensor, in pinned memory for a GPU."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def pin_image(image: Tiles) -> Tiles:
-    """Copy an image to memory that a copy to a GPU does not wait for; `pin` leaves it there."""
+    """Copy an image to pinned memory, which `pin` then does not copy again."""
 
     def pinned(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return torch.from_numpy(np.ascontiguousarray(pixels)).pin_memory().numpy()
@@ -77,12 +77,13 @@ def pin_image(image: Tiles) -> Tiles:
 
 
 def release_gpu_memory(*, of_cublas: bool) -> None:
-    """Give memory that torch keeps and nobody uses back to the system, for other processes.
+    """Return unused memory of torch to the GPU, for other processes.
 
-    With `of_cublas` also the workspaces of matrix products, 32 MB for each stream and thread of an
-    H100: no engine of this process may be computing, as torch takes them away from running threads.
+    Args:
+        of_cublas: Also free the workspaces of cuBLAS, 32 MB for each stream and thread on an H100.
+            Running threads would lose theirs, so no engine of this process may compute on a GPU.
     """
-    # Private, and missing in a torch without CUDA, which tests have.
+    # Private, and missing in a torch without CUDA.
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
     if of_cublas and clear is not None:
         clear()

@@ -8,13 +8,14 @@ from torch import Tensor
 from shared_engine.local.attention import Layout
 
 _GROUP = 1_024
-"""Sequences of one product: with 16,384 tokens they take 34 MB, and most steps have fewer."""
+"""Maximum number of sequences of one product. With 16,384 tokens, its mask needs 34 MB."""
 
 
 def pool(hidden: Tensor, layout: Layout, count: int) -> Tensor:
     """Return the means of the first `count` sequences of hidden states (T, width): (count, width).
 
-    A CPU reads each sequence once. A GPU would launch a kernel for each, so it multiplies.
+    A CPU averages one sequence after the other. A GPU would launch a kernel for each, so it uses
+    matrix products.
     """
     if hidden.is_cuda:
         ends = [*range(_GROUP, count, _GROUP), count]
@@ -27,10 +28,16 @@ def pool(hidden: Tensor, layout: Layout, count: int) -> Tensor:
 
 
 def mean_by_product(hidden: Tensor, cu_seqlens: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the means of S sequences with these boundaries (S + 1,): (S, width), in one product.
+    """Return the means of S sequences by one matrix product: (S, width) float32.
 
-    The boundaries are read on the device, so a recorded call may be given others. The mean of an
-    empty sequence is 0; in float16, that of a sequence with NaN or infinity is NaN.
+    The mean of an empty sequence is 0. In float16, the mean of a sequence with NaN or infinity is
+    NaN.
+
+    Args:
+        hidden: Hidden states, (T, width).
+        cu_seqlens: Boundaries of the sequences, (S + 1,). They are read on the device, so a CUDA
+            graph can replay the call with other boundaries.
+        out: Tensor for the result.
     """
     rows = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
     starts, ends = cu_seqlens[:-1, None], cu_seqlens[1:, None]
@@ -38,11 +45,11 @@ def mean_by_product(hidden: Tensor, cu_seqlens: Tensor, out: Tensor | None = Non
     torch.logical_and(rows >= starts, rows < ends, out=is_inside)
     if hidden.dtype != torch.float16:
         sums = _multiply_in_float32(is_inside, hidden)
-    else:  # may overflow, and 0 times infinity is NaN in every sequence
+    else:  # may hold infinity, and 0 * infinity would be NaN in every sequence
         totals = hidden.sum(dim=1, keepdim=True, dtype=torch.float32)  # (T, 1)
-        is_lost = totals - totals != 0
-        sums = _multiply_in_float32(is_inside, hidden.masked_fill(is_lost, 0))
-        sums.masked_fill_(torch.mm(is_inside, is_lost.to(is_inside.dtype)) > 0, torch.nan)
+        is_invalid = totals - totals != 0  # NaN or infinite
+        sums = _multiply_in_float32(is_inside, hidden.masked_fill(is_invalid, 0))
+        sums.masked_fill_(torch.mm(is_inside, is_invalid.to(is_inside.dtype)) > 0, torch.nan)
     return torch.div(sums, (ends - starts).clamp_(min=1), out=out)
 
 

@@ -34,7 +34,7 @@ _PARTS = {
     "mlp1.3.": "multi_modal_projector.linear_2.",
     "vision_model.": "vision_tower.",
 }
-"""Parts of a multimodal checkpoint by their names in InternVL."""
+"""Prefixes of tensor names in a multimodal checkpoint, and their names in InternVL."""
 
 
 class Reference:
@@ -57,7 +57,8 @@ class Reference:
             raise MissingExtraError(
                 f"--reference needs {exc.name!r}: pip install 'nemoretriever-embeddings[local]'"
             ) from exc
-        self._model.load_state_dict(_read_weights(self._checkpoint))  # every tensor, and no other
+        # Raises for missing or unexpected tensors.
+        self._model.load_state_dict(_read_weights(self._checkpoint))
         self._model.train(False)
 
     @torch.inference_mode()
@@ -77,7 +78,7 @@ class Reference:
             context = "<IMG_CONTEXT>" * (vision.tokens_per_tile * len(tiles))
             prompt += f"<img>{context}</img> "
         ids = torch.tensor([self._tokenizer.encode(prompt + (document.text or "")).ids])
-        mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1])  # additive: every token sees all
+        mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1])  # additive: every token attends to all
         states = self._model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
         mean: torch.Tensor = states.last_hidden_state[0].mean(dim=0)
         return mean
@@ -120,9 +121,9 @@ def _read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         for key, tensor in load_file(checkpoint.folder / file).items():
             name = common_name(key)
             if not is_unused(name):
-                for part, theirs in _PARTS.items():
-                    if name.startswith(part):
-                        name = theirs + name.removeprefix(part)
+                for prefix, new_prefix in _PARTS.items():
+                    if name.startswith(prefix):
+                        name = new_prefix + name.removeprefix(prefix)
                         break
                 tensors[name] = tensor.float()
     return tensors

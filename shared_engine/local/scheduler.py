@@ -1,14 +1,19 @@
-"""Deficit round robin: which document is prepared next, which sequences share the next step.
+"""Select the documents to prepare next and the sequences of the next step, by deficit round robin.
 
-The callers of a device meet here. Queries go first, so that a search does not wait behind an
-ingest, but after `QUERY_STEPS_IN_A_ROW` steps of queries waiting documents get one. A device that
-can pause a step of documents runs queries in its pauses, too, up to the same amount of work. Flows
-of one role take turns of one quantum, the tokens of a step; a step has the end of one turn and the
-beginning of the next. A job that is cancelled is gone before anything else is taken. This module
-holds policy only: no tokenizer, no torch, no thread.
+All callers of a model share one `Scheduler`. Its policy:
 
-Source: Shreedhar and Varghese, Efficient Fair Queuing using Deficit Round Robin, 1995; here in its
-surplus form: a flow may overdraw its quantum by one sequence, and pays in its next turns.
+- Queries run before documents, so that a search does not wait for an ingest.
+- After `QUERY_STEPS_IN_A_ROW` steps of queries, waiting documents get one step.
+- If a device can pause a step of documents, queries also run in its pauses, up to the same amount
+  of work.
+- Flows of one role alternate. A flow may run one quantum, the tokens of a step, before the next
+  flow; a step may hold the end of one flow's quantum and the beginning of the next.
+- Cancelled jobs are removed before anything else is selected.
+
+This module is policy only: it starts no thread and uses neither the tokenizer nor torch.
+
+Source: Shreedhar and Varghese, Efficient Fair Queuing using Deficit Round Robin, 1995, in its
+surplus form: a flow may exceed its quantum by one sequence, and its next quanta are reduced by it.
 """
 
 from __future__ import annotations
@@ -28,28 +33,28 @@ from shared_engine.local.jobs import Job, TokenSequence
 QUERY_STEPS_IN_A_ROW = 8
 TEXTS_PER_CHUNK = 256
 STEPS_AHEAD = 4
-"""Steps of work that are prepared ahead for all callers together, or one for each if more wait."""
+"""Steps of sequences prepared in advance, shared by all flows; at least one step for each flow."""
 PATIENCE = 16
-"""Full steps that must fit before a step that was shrunk grows again; twice as many each time that
-it was too early, and never over `MOST_PATIENCE`."""
-MOST_PATIENCE = 1024
+"""Full steps that must fit in memory before a reduced step size grows again. The number doubles,
+up to `MAX_PATIENCE`, each time that memory runs out after growth."""
+MAX_PATIENCE = 1024
 
 
 @dataclass(eq=False)
 class FlowQueue:
-    """Where a flow stands: its jobs to prepare, and its sequences to run."""
+    """The queues of one flow: jobs to prepare, and sequences to run."""
 
     jobs: deque[Job] = field(default_factory=deque)
-    """With documents that nobody has taken to prepare."""
+    """Jobs with rows that no thread prepares yet."""
     ready: deque[TokenSequence] = field(default_factory=deque)
-    """Prepared, waiting for a step."""
+    """Prepared sequences that wait for a step."""
     ready_cost: int = 0
-    """Of the sequences in `ready`, in tokens."""
+    """Cost of `ready` in tokens."""
     deficit: int = 0
-    """Cost of what ran in this turn; an overdraft is taken from later turns."""
+    """Tokens used of the current quantum; an excess counts against the next quanta."""
 
-    def leave(self, job: Job) -> None:
-        """Drop what is left of a job."""
+    def discard(self, job: Job) -> None:
+        """Remove a job and its sequences."""
         if job in self.jobs:
             self.jobs.remove(job)
         self.ready = deque(sequence for sequence in self.ready if sequence.job is not job)
@@ -63,90 +68,93 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self._changed = Condition()
         self._jobs: dict[Future[Rows], Job] = {}
-        self._turns: WeakKeyDictionary[Flow | Job, FlowQueue] = WeakKeyDictionary()
+        self._queues: WeakKeyDictionary[Flow | Job, FlowQueue] = WeakKeyDictionary()
         self._cancelled: deque[Job] = deque()
         self._to_prepare: deque[FlowQueue] = deque()
         self._preparing = 0
         self._to_run: dict[Role, deque[FlowQueue]] = {"query": deque(), "document": deque()}
         self._query_steps = 0.0
-        """Steps of queries since the last step of documents; in pauses a step counts by tokens."""
-        self._tokens_at_first = max_batch_tokens
+        """Steps of queries since the last step of documents; a step in a pause is a fraction."""
+        self._initial_batch_tokens = max_batch_tokens
         self._full_steps = 0
         self._patience = PATIENCE
         self._has_grown = False
         self._closed = False
         self.steps = 0
-        """Steps formed so far."""
+        """Number of steps formed."""
         self.tokens = 0
-        """What those steps cost, in tokens."""
+        """Cost of those steps in tokens."""
 
     def put(self, job: Job, sequences: list[TokenSequence] | None = None) -> None:
-        """Accept a job, with its sequences where they are prepared already.
+        """Accept a job.
+
+        Args:
+            sequences: The job's sequences if they are prepared already.
 
         Raises:
             EngineClosedError: the scheduler was closed.
         """
         with self._changed:
             if self._closed:
-                raise EngineClosedError("this engine was closed; make a new Embedder")
+                raise EngineClosedError("this engine was closed; create a new Embedder")
             self._jobs[job.future] = job
             job.future.add_done_callback(self._forget)
             if sequences is not None:
                 self._enqueue(sequences)
             else:
-                turn = self.find_turn(job)
-                if not turn.jobs:
-                    self._to_prepare.append(turn)
-                turn.jobs.append(job)
+                queue = self.queue_of(job)
+                if not queue.jobs:
+                    self._to_prepare.append(queue)
+                queue.jobs.append(job)
             self._changed.notify_all()
 
-    def find_turn(self, job: Job) -> FlowQueue:
-        """Return where a job's flow stands; a job without one is a flow of its own."""
-        return self._turns.setdefault(job.request.flow or job, FlowQueue())
+    def queue_of(self, job: Job) -> FlowQueue:
+        """Return the queue of a job's flow; a job without a flow has its own queue."""
+        return self._queues.setdefault(job.request.flow or job, FlowQueue())
 
     def shrink(self, tokens: int) -> None:
-        """Let steps have at most so many tokens from now on, and never more than before."""
+        """Limit steps to this number of tokens; a lower limit stays."""
         with self._changed:
             self.max_batch_tokens = max(1, min(self.max_batch_tokens, tokens))
             self._full_steps = 0
-            if self._has_grown:  # and that was too early
+            if self._has_grown:  # the growth was too early
                 self._has_grown = False
-                self._patience = min(2 * self._patience, MOST_PATIENCE)
+                self._patience = min(2 * self._patience, MAX_PATIENCE)
 
     def grow(self, tokens: int) -> None:
-        """Note a step of so many tokens that fitted; many full ones double what was shrunk."""
+        """Count a step that fitted in memory; after enough full steps, double a reduced limit."""
         with self._changed:
             is_full = 2 * tokens >= self.max_batch_tokens
-            if not is_full or self.max_batch_tokens == self._tokens_at_first:
+            if not is_full or self.max_batch_tokens == self._initial_batch_tokens:
                 return
             self._full_steps += 1
             if self._full_steps == self._patience:
-                self.max_batch_tokens = min(2 * self.max_batch_tokens, self._tokens_at_first)
+                self.max_batch_tokens = min(2 * self.max_batch_tokens, self._initial_batch_tokens)
                 self._full_steps, self._has_grown = 0, True
 
     def _forget(self, future: Future[Rows]) -> None:
         job = self._jobs.pop(future)
         if future.cancelled():
-            # Runs wherever the garbage collector does, so it changes no queue: a worker does.
+            # The garbage collector may run this inside any method, so only a worker edits queues.
             self._cancelled.append(job)
             with self._changed:
                 self._changed.notify_all()
 
-    def _forget_cancelled(self) -> None:
+    def _discard_cancelled(self) -> None:
         while self._cancelled:
             job = self._cancelled.popleft()
-            turn, waiting = self.find_turn(job), self._to_run[job.request.role]
-            turn.leave(job)
-            if not turn.jobs and turn in self._to_prepare:
-                self._to_prepare.remove(turn)
-            if not turn.ready and turn in waiting:
-                waiting.remove(turn)
+            queue, to_run = self.queue_of(job), self._to_run[job.request.role]
+            queue.discard(job)
+            if not queue.jobs and queue in self._to_prepare:
+                self._to_prepare.remove(queue)
+            if not queue.ready and queue in to_run:
+                to_run.remove(queue)
 
     def next_chunk(self) -> list[tuple[Job, int]] | None:
         """Return the next (job, row) pairs to prepare; None after the last.
 
-        Waits while there are none, or enough is prepared ahead of the device. The caller answers
-        with `add`.
+        Waits while there are none or enough sequences are prepared in advance. The caller must
+        pass the sequences to `add`.
         """
         with self._changed:
             while not (chunk := self.take_chunk()):
@@ -157,32 +165,32 @@ class Scheduler:
             return chunk
 
     def take_chunk(self) -> list[tuple[Job, int]]:
-        """Do as `next_chunk` does, but return [] instead of waiting."""
+        """Return the same as `next_chunk`, but [] instead of waiting."""
         with self._changed:
-            self._forget_cancelled()
+            self._discard_cancelled()
             chunk: list[tuple[Job, int]] = []
-            room = TEXTS_PER_CHUNK
-            waiting = len(self._to_prepare)
-            ahead = self.max_batch_tokens * max(1, STEPS_AHEAD // max(1, waiting))
-            for _ in range(waiting):
-                turn = self._to_prepare.popleft()
-                while turn.jobs and turn.ready_cost < ahead and room > 0:
-                    job = turn.jobs[0]
+            budget = TEXTS_PER_CHUNK
+            flows = len(self._to_prepare)
+            ahead = self.max_batch_tokens * max(1, STEPS_AHEAD // max(1, flows))
+            for _ in range(flows):
+                queue = self._to_prepare.popleft()
+                while queue.jobs and queue.ready_cost < ahead and budget > 0:
+                    job = queue.jobs[0]
                     chunk.append((job, job.next_row))
-                    room -= _weigh(job.request.documents[job.next_row])
+                    budget -= _preparation_cost(job.request.documents[job.next_row])
                     job.next_row += 1
                     if job.next_row == len(job.request.documents):
-                        turn.jobs.popleft()
-                if turn.jobs:
-                    self._to_prepare.append(turn)
-                if room <= 0:
+                        queue.jobs.popleft()
+                if queue.jobs:
+                    self._to_prepare.append(queue)
+                if budget <= 0:
                     break
             if chunk:
                 self._preparing += 1
             return chunk
 
     def add(self, sequences: list[TokenSequence]) -> None:
-        """Take what `next_chunk` gave out, now prepared; rows that failed are left out."""
+        """Queue the sequences of a chunk from `next_chunk`, without the rows that failed."""
         with self._changed:
             self._preparing -= 1
             self._enqueue(sequences)
@@ -192,18 +200,18 @@ class Scheduler:
         for job, group in groupby(sequences, key=lambda sequence: sequence.job):
             if job.is_cancelled:
                 continue
-            turn = self.find_turn(job)
-            if not turn.ready:
-                self._to_run[job.request.role].append(turn)
+            queue = self.queue_of(job)
+            if not queue.ready:
+                self._to_run[job.request.role].append(queue)
             for sequence in group:
-                turn.ready.append(sequence)
-                turn.ready_cost += sequence.cost
+                queue.ready.append(sequence)
+                queue.ready_cost += sequence.cost
 
     def next_step(self) -> list[TokenSequence] | None:
         """Return the sequences of the next step, all of one role; None after the last.
 
-        Their cost is at most `max_batch_tokens`, but a longer sequence runs alone. Waits while
-        nothing is prepared.
+        Their total cost is at most `max_batch_tokens`; a longer sequence runs alone. Waits while
+        no sequence is prepared.
         """
         with self._changed:
             while not (step := self.take_step()):
@@ -213,59 +221,59 @@ class Scheduler:
             return step
 
     def take_step(self) -> list[TokenSequence]:
-        """Do as `next_step` does, but return [] instead of waiting."""
+        """Return the same as `next_step`, but [] instead of waiting."""
         with self._changed:
-            self._forget_cancelled()
+            self._discard_cancelled()
             queries, documents = self._to_run["query"], self._to_run["document"]
-            due = self._query_steps >= QUERY_STEPS_IN_A_ROW
-            turns = documents if documents and (due or not queries) else queries
-            if not turns:
+            documents_first = self._query_steps >= QUERY_STEPS_IN_A_ROW
+            queues = documents if documents and (documents_first or not queries) else queries
+            if not queues:
                 return []
-            self._query_steps = self._query_steps + 1 if turns is queries and documents else 0
-            return self._fill_step(turns)
+            self._query_steps = self._query_steps + 1 if queues is queries and documents else 0
+            return self._fill_step(queues)
 
     def take_queries(self) -> list[TokenSequence]:
-        """Return a step of queries for a pause of a step of documents, [] if none may run."""
+        """Return a step of queries for a pause of a step of documents, or [] if none may run."""
         with self._changed:
-            self._forget_cancelled()
+            self._discard_cancelled()
             queries = self._to_run["query"]
             if not queries or self._query_steps >= QUERY_STEPS_IN_A_ROW:
                 return []
             before = self.tokens
             step = self._fill_step(queries)
-            # A search is small, and a step of documents has dozens of pauses.
+            # Counted by tokens: a search is small, and a step of documents has dozens of pauses.
             self._query_steps += (self.tokens - before) / self.max_batch_tokens
             return step
 
-    def _fill_step(self, turns: deque[FlowQueue]) -> list[TokenSequence]:
+    def _fill_step(self, queues: deque[FlowQueue]) -> list[TokenSequence]:
         step: list[TokenSequence] = []
-        quantum = room = self.max_batch_tokens
-        passed: list[FlowQueue] = []
-        while turns:
-            turn = turns.popleft()
-            while turn.ready and turn.deficit < quantum:
-                cost = turn.ready[0].cost
-                if step and cost > room:
+        quantum = free = self.max_batch_tokens
+        skipped: list[FlowQueue] = []
+        while queues:
+            queue = queues.popleft()
+            while queue.ready and queue.deficit < quantum:
+                cost = queue.ready[0].cost
+                if step and cost > free:
                     break
-                step.append(turn.ready.popleft())
-                room -= cost
-                turn.deficit += cost
-                turn.ready_cost -= cost
-            if turn.ready and turn.deficit >= quantum:
-                turn.deficit -= quantum
-                turns.append(turn)
-            elif turn.ready:  # its next does not fit; it goes on with its turn in the next step
-                passed.append(turn)
-                if room < quantum / 10:  # full enough not to look for something smaller
+                step.append(queue.ready.popleft())
+                free -= cost
+                queue.deficit += cost
+                queue.ready_cost -= cost
+            if queue.ready and queue.deficit >= quantum:
+                queue.deficit -= quantum
+                queues.append(queue)
+            elif queue.ready:  # its next sequence does not fit; the next step begins with it
+                skipped.append(queue)
+                if free < quantum / 10:  # full enough not to search for smaller sequences
                     break
-        turns.extendleft(reversed(passed))
+        queues.extendleft(reversed(skipped))
         self.steps += 1
-        self.tokens += quantum - room
-        self._changed.notify_all()  # there is room to prepare ahead
+        self.tokens += quantum - free
+        self._changed.notify_all()  # more chunks may be prepared in advance
         return step
 
     def close(self, cancel: bool = False) -> None:
-        """Accept nothing more; with `cancel`, also drop what has not started."""
+        """Refuse new jobs; with `cancel`, also cancel the jobs that are not finished."""
         with self._changed:
             self._closed = True
             for future in list(self._jobs) if cancel else ():
@@ -273,6 +281,6 @@ class Scheduler:
             self._changed.notify_all()
 
 
-def _weigh(document: EmbeddingInput) -> int:
-    # An image is work for a core, and a long text is more work than a short one.
+def _preparation_cost(document: EmbeddingInput) -> int:
+    """Return the work of preparing a document, in short texts; an image is a whole chunk."""
     return TEXTS_PER_CHUNK if document.image is not None else 1 + len(document.text or "") // 1000

@@ -1,8 +1,9 @@
 """The vision tower: tiles of images in, rows of the language model's width out.
 
-SigLIP 2 over tiles of one size (every patch of a tile sees the whole tile and no other), its last
-layer after the final norm, 2 x 2 patches joined into one row, and a connector of two layers.
-N is the tiles of a forward pass, P the patches of a tile, g the patches along its side.
+SigLIP 2 encodes tiles of one size; a patch attends to all patches of its tile and no other. The
+connector joins 2 x 2 patches of the normalized output to one row, and applies two linear layers.
+N is the number of tiles of a forward pass, P of patches of a tile, g of patches along its side,
+p the side of a patch in pixels.
 
 Source of the arithmetic: `LlamaNemotronVLModel` of the public checkpoint, after NVIDIA-NeMo/
 Automodel `llama_nemotron_vl/model.py`, and transformers' `modeling_siglip.py`.
@@ -29,18 +30,18 @@ if TYPE_CHECKING:
     from shared_engine.images.tiles import Tiles
 
 _CONNECTOR_EPS = 1e-5
-_MOST_TILES = 8
-"""Of a pass. cuDNN plans attention for each number of tiles, for 23 to 440 ms (public figures), and
-more than 8 keep a GPU no busier (estimated)."""
+_MAX_TILES = 8
+"""Maximum number of tiles of a forward pass. For each number of tiles, cuDNN plans attention, which
+takes 23 to 440 ms (published figures). More than 8 tiles do not use a GPU better (estimated)."""
 
 
 def no_pause() -> None:
-    """Do nothing where a pass could pause."""
+    """Do nothing; the default of `on_pause`."""
 
 
 @dataclass(frozen=True)
 class Affine:
-    """A weight and a bias: of a linear layer, or of a norm."""
+    """Weight and bias of a linear layer or a norm."""
 
     weight: Tensor
     bias: Tensor
@@ -48,7 +49,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class SiglipLayer:
-    """Weights of one layer; query, key and value lie in one matrix."""
+    """Weights of one layer; the projections of q, k and v share one matrix."""
 
     attention_norm: Affine  # (hidden,)
     qkv: Affine  # (3 * hidden, hidden)
@@ -59,13 +60,13 @@ class SiglipLayer:
 
 
 class VisionTower:
-    """A loaded tower and connector on one device; the encoder's worker thread owns it."""
+    """The tower and connector on one device. Not thread-safe: the encoder's thread owns it."""
 
     def __init__(self, checkpoint: Checkpoint, weights: Weights, placement: Placement) -> None:
         """Load the weights.
 
         Raises:
-            CheckpointError: a tensor is missing or of another shape.
+            CheckpointError: a tensor is missing or has another shape.
         """
         vision = checkpoint.vision
         assert vision is not None
@@ -76,11 +77,11 @@ class VisionTower:
         self._side = vision.patches_per_side
         self._heads, self._eps = tower.heads, tower.layer_norm_eps
         self._buffer = Buffer(placement)
-        # A patch costs about half of what a token does.
+        # A patch costs about half of a token.
         fitting = 2 * placement.max_batch_tokens // vision.patches_per_tile
-        self._tiles_at_once = max(1, min(_MOST_TILES, fitting))
+        self._tiles_per_pass = max(1, min(_MAX_TILES, fitting))
         if placement.device.type == "cuda":
-            patches = vision.patches_per_tile * self._tiles_at_once
+            patches = vision.patches_per_tile * self._tiles_per_pass
             self._buffer.reserve(patches, max(3 * tower.hidden_size, tower.intermediate_size))
         hidden, inner = tower.hidden_size, tower.intermediate_size
         at = "vision_model.embeddings"
@@ -95,26 +96,30 @@ class VisionTower:
         ]
         self._norm = _norm(weights, "vision_model.post_layernorm", hidden)
         out = checkpoint.config.hidden_size
-        self._join_norm = _norm(weights, "mlp1.0", 4 * hidden)
-        self._join_up = _linear(weights, "mlp1.1", out, 4 * hidden)
-        self._join_down = _linear(weights, "mlp1.3", out, out)
+        self._connector_norm = _norm(weights, "mlp1.0", 4 * hidden)
+        self._connector_up = _linear(weights, "mlp1.1", out, 4 * hidden)
+        self._connector_down = _linear(weights, "mlp1.3", out, out)
 
     def __call__(self, images: Sequence[Tiles], on_pause: Callable[[], None] = no_pause) -> Tensor:
-        """Return the rows of images one after another: (rows, width).
+        """Return the rows of all images in order: (rows, width), P / 4 for each tile.
 
-        A tile gives P / 4 rows, from left to right and top to bottom. Tiles of several images share
-        a forward pass. `on_pause` is called twice in every layer; it may call this tower.
+        Rows of a tile are ordered from left to right, then from top to bottom. Tiles of several
+        images share a forward pass.
+
+        Args:
+            images: Tiles (n, size, size, 3), or pictures to cut on the device.
+            on_pause: Called twice in every layer; it may call this tower.
         """
         tiles = torch.cat([self._tiles(image) for image in images])  # (n, size, size, 3)
-        portions = torch.split(tiles, self._tiles_at_once)
+        passes = torch.split(tiles, self._tiles_per_pass)
         return torch.cat(
-            [self._join(self._features(self._patches(some), on_pause)) for some in portions]
+            [self._connect(self._features(self._patches(each), on_pause)) for each in passes]
         )
 
     def warm_up(self) -> None:
-        """Compute every number of tiles that a pass may have."""
+        """Compute a pass of each number of tiles."""
         size = self._side * self._patch
-        for count in range(1, self._tiles_at_once + 1):
+        for count in range(1, self._tiles_per_pass + 1):
             self([np.zeros((count, size, size, 3), np.uint8)])
 
     def _tiles(self, image: Tiles) -> Tensor:
@@ -123,7 +128,7 @@ class VisionTower:
         return cut_on_device(image, self._side * self._patch, self._device)
 
     def _patches(self, tiles: Tensor) -> Tensor:
-        """Return the pixels of every patch, channel by channel, from -1 to 1: (N, P, 3 * p * p)."""
+        """Return the pixels of every patch, by channel, from -1 to 1: (N, P, 3 * p * p)."""
         n, g, p = len(tiles), self._side, self._patch
         pixels = tiles.view(n, g, p, g, p, 3)
         patches = pixels.permute(0, 1, 3, 5, 2, 4).reshape(n, g * g, 3 * p * p)
@@ -134,7 +139,7 @@ class VisionTower:
         n, p, hidden = x.shape
         x = x.view(n * p, hidden)
         for layer in self._layers:
-            on_pause()  # here and below the buffer holds nothing that is read again
+            on_pause()  # the buffer holds no data that is read later
             qkv = self._linear(self._normed(x, layer.attention_norm), layer.qkv)
             q, k, v = qkv.view(n, p, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
             attended = F.scaled_dot_product_attention(q, k, v)  # (N, heads, P, d)
@@ -147,19 +152,19 @@ class VisionTower:
         return self._normed(x, self._norm)  # (N * P, hidden)
 
     def _linear(self, x: Tensor, layer: Affine) -> Tensor:
-        """Return x (rows, into) times the weight plus the bias, in the buffer: (rows, out)."""
+        """Return x (rows, in) times the weight plus the bias, in the buffer: (rows, out)."""
         out = self._buffer(len(x), len(layer.weight))
         return torch.addmm(layer.bias, x, layer.weight.T, out=out)
 
-    def _join(self, features: Tensor) -> Tensor:
-        """Join 2 x 2 patches into one row and bring it to the language model's width."""
+    def _connect(self, features: Tensor) -> Tensor:
+        """Join 2 x 2 patches to one row and project it: (N * P, hidden) to (N * P / 4, width)."""
         g = self._side
         squares = features.view(-1, g // 2, 2, g // 2, 2, features.shape[1])
         rows = squares.permute(0, 1, 3, 2, 4, 5).reshape(len(features) // 4, -1)  # 4 * hidden wide
-        norm = self._join_norm
+        norm = self._connector_norm
         rows = F.layer_norm(rows, norm.weight.shape, norm.weight, norm.bias, _CONNECTOR_EPS)
-        rows = F.gelu(F.linear(rows, self._join_up.weight, self._join_up.bias))
-        return F.linear(rows, self._join_down.weight, self._join_down.bias)
+        rows = F.gelu(F.linear(rows, self._connector_up.weight, self._connector_up.bias))
+        return F.linear(rows, self._connector_down.weight, self._connector_down.bias)
 
     def _normed(self, x: Tensor, norm: Affine) -> Tensor:
         return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, self._eps)

@@ -1,4 +1,4 @@
-"""Texts to token ids, with the prefix of their role, cut to the limit on request."""
+"""Tokenize texts with the prefix of their role, and truncate them on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shared_engine.options import Truncate
 
 TokenIds = NDArray[np.int32]
 
-TEXTS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 2**19
+TEXTS_PER_CALL, CHARACTERS_PER_CALL = 256, 2**19
 """Limits of one call of the library, which holds some 70 bytes per character."""
 _CHARACTERS_PER_TOKEN = 16
 """Characters of a very long text that are tokenized per token of the limit; more if too few."""
@@ -140,8 +140,8 @@ class TextTokenizer:
                 f"has an image of {len(image)} tokens; the limit is {limit}; use a smaller "
                 "max_tiles or a larger max_tokens",
             )
-        room = limit - len(image)
-        ((words, is_whole),) = self._encode(" ", [text], room, truncate, special=False)
+        free = limit - len(image)
+        ((words, is_whole),) = self._encode(" ", [text], free, truncate, special=False)
         ids = np.concatenate([image, words])
         if len(ids) <= limit:
             return ids
@@ -152,12 +152,13 @@ class TextTokenizer:
 
     def _split(self, texts: Sequence[str]) -> Iterator[list[str]]:
         """Yield the texts in batches for one call of the library each."""
-        most = _CHARACTERS_PER_TOKEN * (self.limit + _MARGIN) + _MAX_WORD
+        longest = _CHARACTERS_PER_TOKEN * (self.limit + _MARGIN) + _MAX_WORD
         batch: list[str] = []
         characters = 0
         for text in texts:
-            length = min(len(text), most)
-            if batch and (len(batch) == TEXTS_AT_ONCE or characters + length > CHARACTERS_AT_ONCE):
+            length = min(len(text), longest)
+            is_full = len(batch) == TEXTS_PER_CALL or characters + length > CHARACTERS_PER_CALL
+            if batch and is_full:
                 yield batch
                 batch, characters = [], 0
             batch.append(text)

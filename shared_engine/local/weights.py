@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by name, read one at a time, directly to the device."""
+"""Read the tensors of a checkpoint by name, one at a time, directly to the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared_engine.local.device import Placement
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _UNUSED = ("lm_head.weight", "rotary_emb.inv_freq", "embeddings.position_ids")
 _UNUSED_PARTS = ("vision_model.head.",)  # SigLIP's attention pooling, which no embedder runs
-_SPELLINGS = {  # of training exports and rerankers, and of transformers 4
+_PREFIX_ALIASES = {  # in training exports, rerankers and transformers 4
     "model.": "",
     "language_model.model.": "language_model.",
     "vision_model.vision_model.": "vision_model.",
@@ -24,10 +24,10 @@ _SPELLINGS = {  # of training exports and rerankers, and of transformers 4
 
 
 class Weights:
-    """Tensors by their names in the public checkpoints, from any spelling and any number of files.
+    """The tensors of a checkpoint's files by their names in the public checkpoints.
 
-    Names of the text model are bare (`layers.0...`), or begin with `language_model.` in a
-    multimodal model.
+    Names of a text model have no prefix (`layers.0...`); in a multimodal model, those of the
+    language model begin with `language_model.`.
     """
 
     def __init__(self, checkpoint: Checkpoint, placement: Placement) -> None:
@@ -37,7 +37,7 @@ class Weights:
             CheckpointError: a file is missing or cannot be read.
         """
         self._folder, self._placement = checkpoint.folder, placement
-        self._left: dict[str, tuple[Any, str]] = {}
+        self._remaining: dict[str, tuple[Any, str]] = {}
         for name in weight_files(self._folder):
             path = self._folder / name
             if not os.path.isfile(path):
@@ -52,54 +52,54 @@ class Weights:
                 common = common_name(key)
                 if is_unused(common):
                     continue
-                if common in self._left:
+                if common in self._remaining:
                     raise CheckpointError(f"{path} holds {key!r}, which is a duplicate")
-                self._left[common] = (file, key)
+                self._remaining[common] = (file, key)
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """Return a tensor in the placement's dtype. Each tensor can be taken once.
+        """Return a tensor in the placement's dtype; each tensor can be read once.
 
         Raises:
             CheckpointError: the tensor is missing, has another shape, or holds integers.
         """
         try:
-            file, key = self._left.pop(name)
+            file, key = self._remaining.pop(name)
         except KeyError:
             raise CheckpointError(f"{self._folder} has no tensor {name!r}") from None
         try:
             tensor: Tensor = file.get_tensor(key)
-        except (SafetensorError, AttributeError) as exc:  # a dtype unknown to torch
+        except (SafetensorError, AttributeError) as exc:  # AttributeError: a dtype unknown to torch
             raise CheckpointError(f"{self._folder}: tensor {key!r} cannot be read: {exc}") from exc
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{self._folder}: tensor {key!r} has shape {tuple(tensor.shape)}; config.json says "
-                f"{shape}"
+                f"{self._folder}: tensor {key!r} has shape {tuple(tensor.shape)}; expected "
+                f"{shape}, as in config.json"
             )
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{self._folder}: tensor {key!r} is of {tensor.dtype}; expected one of "
-                f"{', '.join(map(str, _DTYPES))}, as the engine does not run quantized weights"
+                f"{self._folder}: tensor {key!r} has dtype {tensor.dtype}; expected one of "
+                f"{', '.join(map(str, _DTYPES))}, because quantized weights are not supported"
             )
         return tensor.to(self._placement.dtype)
 
     def check_nothing_left(self) -> None:
-        """Raise CheckpointError if tensors were not taken: config.json belongs to another model."""
-        if self._left:
-            some = ", ".join(sorted(key for _, key in self._left.values())[:3])
+        """Raise a CheckpointError if a tensor was not read: config.json is of another model."""
+        if self._remaining:
+            examples = ", ".join(sorted(key for _, key in self._remaining.values())[:3])
             raise CheckpointError(
-                f"{self._folder} holds {len(self._left)} tensors that config.json does not "
-                f"describe, for example {some}"
+                f"{self._folder} holds {len(self._remaining)} tensors that config.json does not "
+                f"describe, for example {examples}"
             )
 
 
 def is_unused(name: str) -> bool:
-    """Whether no embedding depends on a tensor of this common name."""
+    """Return whether no embedding depends on a tensor; `name` is its common name."""
     return name.endswith(_UNUSED) or name.startswith(_UNUSED_PARTS)
 
 
 def common_name(key: str) -> str:
-    """Return the name of a tensor in the public checkpoints, from any of its spellings."""
-    for spelling, common in _SPELLINGS.items():
-        if key.startswith(spelling):
-            return common + key.removeprefix(spelling)
+    """Return the name in the public checkpoints of a tensor, which may have an alias."""
+    for alias, prefix in _PREFIX_ALIASES.items():
+        if key.startswith(alias):
+            return prefix + key.removeprefix(alias)
     return key

@@ -95,16 +95,16 @@ MISSING = dict.fromkeys(("varlen", "varlen, grouped", "efficient"), REFUSED)
         ("bfloat16", {}, "varlen", "varlen flash kernel"),
         ("float16", {}, "varlen", "varlen flash kernel"),
         ("bfloat16", {"varlen, grouped": REFUSED}, "varlen_repeated", "key/value must match"),
-        ("bfloat16", {"varlen, grouped": 1.0}, "varlen_repeated", "varlen does not run here: its"),
+        ("bfloat16", {"varlen, grouped": 1.0}, "varlen_repeated", "varlen is not usable: its"),
         ("bfloat16", {"varlen, grouped": TypeError("unexpected"), "varlen": REFUSED}, "efficient",
-         "varlen does not run here: unexpected"),
-        ("bfloat16", MISSING, "per_sequence", "efficient does not run here: Number of heads"),
+         "varlen is not usable: unexpected"),
+        ("bfloat16", MISSING, "per_sequence", "efficient is not usable: Number of heads"),
         ("bfloat16", {**MISSING, "efficient": AttributeError("no such operator")}, "per_sequence",
-         "efficient does not run here: no such operator"),
+         "efficient is not usable: no such operator"),
         ("bfloat16", {"varlen, grouped": ValueError("Expect the same number of heads")},
-         "varlen_repeated", "varlen does not run here: Expect the same"),
+         "varlen_repeated", "varlen is not usable: Expect the same"),
         ("bfloat16", dict.fromkeys(["varlen", "varlen, grouped"], AssertionError()), "efficient",
-         "varlen does not run here: AssertionError"),
+         "varlen is not usable: AssertionError"),
         ("float32", {}, "efficient", "flash needs bfloat16 or float16"),
         ("float32", {"efficient": REFUSED}, "per_sequence", "one SDPA call"),
     ],
@@ -176,4 +176,4 @@ def test_every_kernel_is_called_for_what_per_sequence_computes(kernels, name, le
 def test_a_cpu_has_one_call_per_length():
     kernel, why = attention.select_kernel(torch.device("cpu"), torch.float32, CONFIG)
     assert kernel is attention.per_sequence
-    assert why == "one SDPA call for each sequence length"
+    assert why == "one SDPA call per sequence length"

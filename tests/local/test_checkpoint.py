@@ -42,14 +42,14 @@ def test_every_name_leads_to_one_row():
     assert lookup(DEFAULT_MODEL).checkpoint
 
 
-def test_a_model_without_public_weights_names_the_ways_out():
+def test_a_model_without_public_weights_names_the_alternatives():
     for name in ("nvidia/llama-3.2-nemoretriever-300m-embed-v2", "llama-nemotron-embed-300m-v2"):
         with pytest.raises(CheckpointError, match=r"checkpoint='/path.*" + DEFAULT_MODEL):
             Embedder(Options(model=name)).embed(["x"])
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "just-a-word", "a/b/c"])
-def test_what_is_no_folder_name_or_id_is_refused_without_the_network(model):
+def test_an_invalid_model_name_is_refused_without_the_network(model):
     with pytest.raises(CheckpointError, match="is not a local folder"):
         resolve(Options(model=model))
 
@@ -71,16 +71,14 @@ print(Embedder(Options(model="some/model", revision={commit!r})).embed(["x"]).sh
     assert python(program) == "(1, 64)\n"
 
 
-def test_what_an_interrupted_download_left_is_no_checkpoint(tmp_path):
+def test_an_interrupted_download_is_not_a_checkpoint(tmp_path):
     folder = build_checkpoint(tmp_path / "sharded", SHAPES["sharded"])
     assert checkpoint_module._is_complete(folder)
     next(folder.glob("model-00002*")).unlink()
     assert not checkpoint_module._is_complete(folder)
 
 
-def test_without_a_network_what_is_in_the_cache_is_used_and_all_else_fails_at_once(
-    tmp_path, python
-):
+def test_without_a_network_cached_checkpoints_load_and_others_fail_fast(tmp_path, python):
     home = tmp_path / "hub" / "models--some--model"
     build_checkpoint(home / "snapshots" / ("0" * 40))
     (home / "refs").mkdir()
@@ -189,9 +187,7 @@ def test_prompts_and_limits_come_from_the_sentence_transformers_files(copy):
         ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case is True"),
     ],
 )
-def test_what_sentence_transformers_would_compute_and_the_engine_does_not_is_refused(
-    tmp_path, file, content, said
-):
+def test_unsupported_settings_of_sentence_transformers_are_refused(tmp_path, file, content, said):
     folder = build_checkpoint(tmp_path / "st", SHAPES["sentence-transformers"])
     assert resolve(Options(model=folder))
     (folder / file).write_text(json.dumps(content))
@@ -212,14 +208,12 @@ def test_what_sentence_transformers_would_compute_and_the_engine_does_not_is_ref
     ],
     ids=ascii,
 )
-def test_what_would_be_another_model_is_refused_also_where_the_family_has_no_such_field(
-    copy, changes
-):
+def test_fields_of_other_models_are_refused(copy, changes):
     with pytest.raises(CheckpointError, match=str([*changes][-1])):
         resolve(Options(model=edit(copy, **changes)))
 
 
-def test_one_file_of_weights_goes_before_an_index_as_in_transformers(tmp_path):
+def test_one_weight_file_precedes_an_index_as_in_transformers(tmp_path):
     folder = build_checkpoint(tmp_path / "both", SHAPES["sharded"])
     one = build_checkpoint(tmp_path / "one", SHAPES["gqa"], seed=1)
     shutil.copy(one / "model.safetensors", folder)
@@ -230,7 +224,7 @@ def test_one_file_of_weights_goes_before_an_index_as_in_transformers(tmp_path):
 @pytest.mark.parametrize(
     "name", ["config_sentence_transformers.json", "sentence_bert_config.json", "modules.json"]
 )
-def test_a_link_to_a_file_that_is_gone_is_no_missing_file(copy, name):
+def test_a_dangling_link_is_not_a_missing_file(copy, name):
     (copy / name).unlink(missing_ok=True)
     (copy / name).symlink_to(copy / "gone")
     with pytest.raises(CheckpointError, match=name):
@@ -253,7 +247,7 @@ def test_a_shard_whose_name_no_file_can_have_is_refused(tmp_path):
         Embedder(Options(model=folder)).embed(["x"])
 
 
-def test_a_tokenizer_that_draws_lots_is_refused(copy):
+def test_a_tokenizer_with_dropout_is_refused(copy):
     path = copy / "tokenizer.json"
     content = json.loads(path.read_text())
     content["model"]["dropout"] = 0.1
@@ -326,7 +320,7 @@ def test_every_byte_of_the_weights_is_in_the_digest(copy, where):
     assert digest(copy) != before
 
 
-def test_a_twin_of_equal_size_and_time_has_another_digest(copy):
+def test_a_file_of_equal_size_and_time_has_another_digest(copy):
     """As tools leave it that copy a file with its times."""
     path = copy / "model.safetensors"
     seen, time = [digest(copy)], path.stat().st_mtime_ns
@@ -365,7 +359,7 @@ def test_the_digest_covers_every_byte(copy):
     assert len(digests) == 5
 
 
-def test_all_that_shapes_a_vector_is_in_the_fingerprint(tmp_path):
+def test_the_fingerprint_covers_every_option_that_changes_a_vector(tmp_path):
     """Also weights in a folder below, and what the options say."""
     folder = build_checkpoint(tmp_path / "a", SHAPES["sharded"], prompts=PROMPTS)
     index = json.loads((folder / "model.safetensors.index.json").read_text())

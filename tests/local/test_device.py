@@ -61,10 +61,10 @@ def test_devices_share_the_smallest_step(monkeypatch):
 @pytest.mark.parametrize(
     ("has", "dtype", "said"),
     [
-        ("amx avx512", torch.bfloat16, "this CPU multiplies bfloat16 (AMX)"),
-        ("avx512", torch.bfloat16, "this CPU multiplies bfloat16 (AVX512_BF16)"),
-        ("arm", torch.bfloat16, "this CPU multiplies bfloat16 (BF16)"),
-        ("", torch.float32, "this CPU does not multiply bfloat16"),
+        ("amx avx512", torch.bfloat16, "this CPU has bfloat16 instructions (AMX)"),
+        ("avx512", torch.bfloat16, "this CPU has bfloat16 instructions (AVX512_BF16)"),
+        ("arm", torch.bfloat16, "this CPU has bfloat16 instructions (BF16)"),
+        ("", torch.float32, "this CPU has no bfloat16 instructions"),
     ],
 )
 def test_a_cpu_has_bfloat16_where_it_multiplies_it(monkeypatch, has, dtype, said):
@@ -79,30 +79,30 @@ def test_a_cpu_has_bfloat16_where_it_multiplies_it(monkeypatch, has, dtype, said
     assert said in placement.description
 
 
-def test_a_fork_of_a_process_that_used_the_gpu_is_told_to_spawn(monkeypatch):
+def test_a_fork_of_a_process_that_used_the_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     for name in ("auto", "cuda", "cuda:0"):
-        with pytest.raises(ConfigurationError, match=r'forked .* start it with "spawn"'):
+        with pytest.raises(ConfigurationError, match=r'forked .* start it with .*"spawn"'):
             device.select_devices(name, "auto", None, config("tiny"))
     assert device.select_devices("cpu", "auto", None, config("tiny"))
 
 
-def test_a_step_that_is_asked_for_is_taken():
+def test_a_requested_step_size_is_used():
     (placement,) = device.select_devices("cpu", "float32", 77, config("tiny"))
     assert placement.max_batch_tokens == 77
-    assert "step: asked for" in placement.description
+    assert "step: requested" in placement.description
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("moon", "not one torch knows"), ("cuda:0", "sees no CUDA GPU")]
+    ("name", "said"), [("moon", "is unknown to torch"), ("cuda:0", "finds no CUDA GPU")]
 )
-def test_a_device_that_is_not_there_is_refused(monkeypatch, name, said):
+def test_an_unavailable_device_is_refused(monkeypatch, name, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigurationError, match=said):
         device.select_devices(name, "auto", None, config("tiny"))
 
 
-def test_memory_that_is_not_there_is_not_reserved():
+def test_a_reserve_without_memory_does_nothing():
     buffer = memory.Buffer(device.select_devices("cpu", "float32", None, config("tiny"))[0])
     buffer.reserve(4, 100)
     address = buffer(1).data_ptr()

@@ -23,7 +23,7 @@ def dtype(request):
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 300])
-def test_rotation_turns_pairs_of_numbers(dtype, tokens):
+def test_rotation_rotates_pairs_of_numbers(dtype, tokens):
     kind, tolerance = dtype
     packed = torch.randn(tokens, 7, 16).to(kind)
     angles = torch.randn(tokens, 8)
@@ -90,9 +90,9 @@ def raising(error):
 @pytest.mark.parametrize(
     ("name", "kernel", "said"),
     [
-        ("gate", lambda x: x.chunk(2, dim=-1)[1], "their values are off by"),
-        ("gate", lambda x: elementwise.gate(x) * torch.nan, "off by nan"),
-        ("rotate", lambda x, *_: x, "their values are off by"),
+        ("gate", lambda x: x.chunk(2, dim=-1)[1], "their values differ by"),
+        ("gate", lambda x: elementwise.gate(x) * torch.nan, "differ by nan"),
+        ("rotate", lambda x, *_: x, "their values differ by"),
         ("rotate", raising(RuntimeError("Failed to find C compiler.\nLong")), "C compiler."),
         ("gate", raising(KeyError("sm_42")), "sm_42"),
         ("gate", raising(AssertionError()), "AssertionError"),
@@ -102,7 +102,7 @@ def test_kernels_that_fail_or_differ_change_nothing_but_the_description(fused, n
     setattr(fused, name, kernel)
     chosen, why = elementwise.select(CUDA, torch.bfloat16, config("300M"))
     assert chosen is elementwise.EAGER
-    assert why.startswith("torch's operators, as Triton's kernels do not run here: ")
+    assert why.startswith("torch's operators, because Triton's kernels are not usable: ")
     assert said in why
     assert "\n" not in why
 
@@ -128,4 +128,4 @@ def test_a_head_without_two_halves_of_a_power_of_two_has_torchs_operators(fused)
     odd = config("300M").model_copy(update={"head_dim": 80})
     chosen, why = elementwise.select(CUDA, torch.bfloat16, odd)
     assert chosen is elementwise.EAGER
-    assert "half a head, 40, is no power of two" in why
+    assert "half a head, 40, is not a power of two" in why

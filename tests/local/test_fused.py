@@ -56,11 +56,11 @@ assert np.abs(ours - expected).max() <= 2e-6
 """
 
 
-def test_interpreted_they_give_torchs_values(python):
+def test_interpreted_kernels_equal_torchs_operators(python):
     python(INTERPRETED)
 
 
-def test_interpreted_they_give_the_encoder_the_same_vectors(python, checkpoint):
+def test_an_encoder_with_interpreted_kernels_has_the_same_vectors(python, checkpoint):
     python(IN_THE_ENCODER.replace("sys.argv[1]", repr(str(checkpoint))))
 
 
@@ -76,7 +76,7 @@ SIGNATURES = {
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", list(SIGNATURES))
-def test_they_compile_for_a_gpu_without_spilling(name, capability, tmp_path, monkeypatch):
+def test_kernels_compile_for_a_gpu_without_spilling(name, capability, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -33,7 +33,7 @@ def test_every_group_gives_its_figures(tmp_path):
         assert set(expected) - set(results[group]["figures"]) <= ONLY_A_GPU
 
 
-def test_a_group_that_takes_too_long_is_ended_and_the_others_are_not(tmp_path, monkeypatch):
+def test_a_group_over_its_time_is_ended_and_the_others_run(tmp_path, monkeypatch):
     asked = argparse.Namespace(out=tmp_path, scratch=tmp_path, tiny=True)
     (tmp_path / "results.json").write_text("{}")
     monkeypatch.setattr(run, "SHORTEST", 0.1)
@@ -49,7 +49,7 @@ def test_a_group_that_takes_too_long_is_ended_and_the_others_are_not(tmp_path, m
     assert results["machine"]["figures"]["copy"]["value"] > 0
 
 
-def test_the_summary_names_what_needs_a_look():
+def test_the_summary_names_unexpected_figures():
     inside = {"value": 5, "unit": "ms", "expected": [4, 6], "is_inside": True}
     outside = {"value": 7, "unit": "ms", "expected": [4, 6], "is_inside": False}
     results = {

@@ -87,7 +87,7 @@ def no_collector() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_an_encoder_is_gone_with_its_last_reference(load):
+def test_an_encoder_is_freed_with_its_last_reference(load):
     """Its worker returns a GPU's memory to the system then, and waits for no garbage collector."""
     encoder = load()
     alive = weakref.ref(encoder)
@@ -95,7 +95,7 @@ def test_an_encoder_is_gone_with_its_last_reference(load):
     assert alive() is None
 
 
-def test_the_emulator_finds_memory_that_nobody_keeps():
+def test_the_emulator_finds_freed_memory():
     def make(kept: torch.Tensor) -> Callable[[], None]:
         freed = torch.ones(3)
         return graph_emulator.record(lambda: kept.add_(freed * 2))

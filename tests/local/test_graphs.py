@@ -58,7 +58,7 @@ def draw(*lengths: int) -> list[np.ndarray]:
 STEPS = [[7], [1], [33], [16], [128], [5, 5], [1] * 8, [120, 8], [3, 40, 2], [64], [17]]
 
 
-def test_a_replay_gives_the_same_means_over_what_others_left(encoder):
+def test_a_replay_gives_the_same_means_after_other_replays(encoder):
     replayed: list[int] = []
     recorded = make_graphs(encoder, replayed)
     for lengths in [*STEPS, *reversed(STEPS)]:
@@ -73,7 +73,7 @@ def test_a_replay_gives_the_same_means_over_what_others_left(encoder):
 
 
 @pytest.mark.parametrize("lengths", [[129], [100, 29], [1] * 9])
-def test_a_step_that_fits_no_bucket_goes_its_way(encoder, lengths):
+def test_a_step_that_fits_no_bucket_has_no_graph(encoder, lengths):
     assert make_graphs(encoder)(draw(*lengths)) is None
 
 
@@ -105,7 +105,7 @@ def fail(*_):
     ("record", "said"),
     [
         (fail, "no CUDA graphs: operation not permitted when stream is capturing"),
-        (lambda *_: lambda: None, "no CUDA graphs: their values are off by"),
+        (lambda *_: lambda: None, "no CUDA graphs: their values differ by"),
     ],
 )
 def test_graphs_that_fail_or_differ_change_nothing_but_the_description(

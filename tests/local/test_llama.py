@@ -65,7 +65,7 @@ def test_long_texts_equal_the_float64_oracle(checkpoint):
 
 
 @pytest.mark.slow
-def test_a_causal_mask_would_be_seen(folder):
+def test_a_causal_mask_changes_vectors(folder):
     causal = oracles.numpy_float64(folder, TEXTS, "passage: ", causal=True)
     assert np.abs(causal - oracles.numpy_float64(folder, TEXTS, "passage: ")).max() > 0.05
 

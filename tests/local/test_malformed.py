@@ -154,7 +154,7 @@ def test_every_value_in_every_field_of_config_json(text, vl, tmp_path, value):
     [b"", b"{", b"[1]", b"7", b"null", b"\xff\xfe", b"[" * 10**5, b'{"a":' * 10**5, b"9" * 10**5],
     ids=lambda content: ascii(content[:8]),
 )
-def test_what_is_no_object_is_refused(file: Path, content: bytes) -> None:
+def test_a_value_that_is_not_an_object_is_refused(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=file.name):
         LocalBackend(Options(model=file.parent, device="cpu"))
@@ -176,7 +176,7 @@ def test_what_is_no_object_is_refused(file: Path, content: bytes) -> None:
         (("vocab_size",), REMOVED, "vocab_size is missing"),
     ],
 )
-def test_a_senseless_value_is_named(text, tmp_path, at, value, said):
+def test_an_invalid_value_is_named(text, tmp_path, at, value, said):
     shutil.copytree(text, tmp_path / "copy")
     path = tmp_path / "copy" / "config.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()), at, value)))
@@ -186,7 +186,7 @@ def test_a_senseless_value_is_named(text, tmp_path, at, value, said):
 
 
 @pytest.mark.parametrize("limit", [0, -1, 3.5, "512", True])
-def test_a_senseless_limit_is_named(text, tmp_path, limit):
+def test_an_invalid_limit_is_named(text, tmp_path, limit):
     shutil.copytree(text, tmp_path / "copy")
     path = tmp_path / "copy" / "sentence_bert_config.json"
     path.write_text(json.dumps({"max_seq_length": limit}))
@@ -222,17 +222,17 @@ def test_a_weight_file_that_leaves_the_folder_is_refused(text, tmp_path, name):
     [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64],
 )
 @pytest.mark.parametrize("kind", ["text", "vl"])
-def test_weights_of_another_kind_of_number_are_refused(request, tmp_path, kind, dtype):
+def test_weights_of_another_dtype_are_refused(request, tmp_path, kind, dtype):
     shutil.copytree(request.getfixturevalue(kind), tmp_path / "copy")
     path = max((tmp_path / "copy").glob("*.safetensors"))
     weights = load_file(path)
     name = next(name for name in weights if name.endswith("proj.weight"))
     save_file(weights | {name: torch.ones(weights[name].shape).to(dtype)}, path)
-    with pytest.raises(CheckpointError, match=f"{name}.* is of {dtype}; expected one of"):
+    with pytest.raises(CheckpointError, match=f"{name}.* has dtype {dtype}; expected one of"):
         LocalBackend(Options(model=path.parent, device="cpu"))
 
 
-def test_a_tensor_that_is_there_twice_is_refused(text, tmp_path):
+def test_a_duplicate_tensor_is_refused(text, tmp_path):
     shutil.copytree(text, tmp_path / "copy")
     path = max((tmp_path / "copy").glob("*.safetensors"))
     weights = load_file(path)

@@ -53,7 +53,7 @@ def open_backend(checkpoint: Path, monkeypatch) -> Callable[[], LocalBackend]:
     return lambda: LocalBackend(Options(model=checkpoint), load)
 
 
-def test_the_last_engine_on_a_gpu_gives_back_the_workspaces_of_cublas(calls, open_backend):
+def test_the_last_engine_on_a_gpu_frees_the_workspaces_of_cublas(calls, open_backend):
     first, second = open_backend(), open_backend()
     first.close()
     assert calls == ["cache"] * 2  # the second computes with the workspaces

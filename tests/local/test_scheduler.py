@@ -73,7 +73,7 @@ def cost(step: list[TokenSequence]) -> int:
 # One decision at a time
 
 
-def test_a_step_holds_at_most_its_tokens_and_loses_nobody():
+def test_a_step_has_at_most_its_tokens_and_loses_no_sequence():
     scheduler, one = Scheduler(100), job(40)
     lengths = np.random.default_rng(0).integers(1, 60, 40)
     put(scheduler, one, lengths)
@@ -107,7 +107,7 @@ def test_one_step_serves_many_small_callers():
     assert owners(scheduler.next_step()) == jobs
 
 
-def test_room_that_one_caller_cannot_use_goes_to_the_next():
+def test_tokens_that_one_caller_cannot_use_go_to_the_next():
     scheduler, large, small = Scheduler(100), job(2), job(4)
     put(scheduler, large, [70, 70])
     put(scheduler, small, [15] * 4)
@@ -180,7 +180,7 @@ def test_queries_take_no_more_work_in_pauses_than_between_steps(tokens, served):
         assert scheduler.take_queries()
 
 
-def test_bulk_callers_take_turns_of_equal_cost():
+def test_bulk_callers_alternate_at_equal_cost():
     """One has sequences of three steps each, one of a tenth, and small jobs come in between."""
     scheduler = Scheduler(100)
     pages, lines = job(50), job(2000)
@@ -243,7 +243,7 @@ def test_a_step_grows_back_after_memory_was_short_for_a_while():
     assert scheduler.max_batch_tokens == 2048
 
 
-def test_a_step_that_is_too_large_for_ever_is_tried_less_and_less():
+def test_a_step_that_is_always_too_large_is_tried_less_and_less():
     scheduler = Scheduler(2048)
     failed = simulate_memory(scheduler, lambda _: 1500, 30_000)
     assert 10 < len(failed) < 50
@@ -251,7 +251,7 @@ def test_a_step_that_is_too_large_for_ever_is_tried_less_and_less():
     assert scheduler.max_batch_tokens in (1024, 2048)
 
 
-def test_steps_that_are_not_full_prove_nothing():
+def test_steps_that_are_not_full_do_not_count_for_growth():
     scheduler = Scheduler(2048)
     scheduler.shrink(1000)
     for _ in range(10 * PATIENCE):
@@ -266,26 +266,26 @@ def test_steps_that_are_not_full_prove_nothing():
 # Ahead of the device
 
 
-def test_tokenising_runs_a_bounded_way_ahead():
+def test_preparation_in_advance_is_bounded():
     scheduler, big, small = Scheduler(100), job(5 * TEXTS_PER_CHUNK), job(3)
     scheduler.put(big)
     assert len(tokenise(scheduler)) == TEXTS_PER_CHUNK  # 2,560 tokens: more than enough ahead
-    assert scheduler.find_turn(big).ready_cost >= STEPS_AHEAD * 100
+    assert scheduler.queue_of(big).ready_cost >= STEPS_AHEAD * 100
     scheduler.put(small)
     assert tokenise(scheduler) == [(small, row) for row in range(3)]  # big waits, small does not
-    while scheduler.find_turn(big).ready_cost >= STEPS_AHEAD * 100:
+    while scheduler.queue_of(big).ready_cost >= STEPS_AHEAD * 100:
         assert not tokenise(scheduler)
         scheduler.next_step()
     assert {owner for owner, _ in tokenise(scheduler)} == {big}
 
 
-def test_many_callers_have_a_step_each_ahead():
+def test_many_callers_have_one_prepared_step_each():
     scheduler, jobs = Scheduler(100), [job(1000) for _ in range(20)]
     for each in jobs:
         scheduler.put(each)
     while tokenise(scheduler, 1):
         pass
-    assert all(100 <= scheduler.find_turn(each).ready_cost < 100 + TEXTS_PER_CHUNK for each in jobs)
+    assert all(100 <= scheduler.queue_of(each).ready_cost < 100 + TEXTS_PER_CHUNK for each in jobs)
 
 
 def test_small_jobs_share_a_chunk():
@@ -304,7 +304,7 @@ def test_small_jobs_share_a_chunk():
         (EmbeddingInput("x"), TEXTS_PER_CHUNK),
     ],
 )
-def test_a_chunk_is_about_as_much_work_whatever_is_in_it(document, most):
+def test_chunks_have_similar_work(document, most):
     scheduler = Scheduler(10**6)
     scheduler.put(job(1000, document=document))
     assert len(scheduler.next_chunk()) == most
@@ -319,8 +319,8 @@ def test_a_cancelled_job_leaves_the_queue():
     put(scheduler, stays, [10] * 2)
     assert gone.future.cancel()
     assert owners(scheduler.next_step()) == [stays]
-    assert not scheduler.find_turn(gone).ready
-    assert scheduler.find_turn(gone).ready_cost == 0
+    assert not scheduler.queue_of(gone).ready
+    assert scheduler.queue_of(gone).ready_cost == 0
     late = job(3)
     scheduler.put(late)
     late.future.cancel()
@@ -338,7 +338,7 @@ def test_cancelling_while_its_rows_are_tokenised_drops_them():
     assert not scheduler.take_step()
     scheduler.add([TokenSequence(*pair, ids(10)) for pair in chunk])
     assert not scheduler.take_step()
-    assert not scheduler.find_turn(gone).ready
+    assert not scheduler.queue_of(gone).ready
 
 
 def test_cancelling_one_batch_of_a_stream_leaves_the_others():
@@ -349,13 +349,13 @@ def test_cancelling_one_batch_of_a_stream_leaves_the_others():
     tokenise(scheduler, 1)
     first.future.cancel()
     assert tokenise(scheduler, 1) == [(second, row) for row in range(3)]
-    assert scheduler.find_turn(second).ready_cost == 3
+    assert scheduler.queue_of(second).ready_cost == 3
     assert owners(scheduler.next_step()) == [second]
     assert not scheduler.take_step()
     assert not scheduler.take_chunk()
 
 
-def test_a_stream_goes_on_after_all_its_batches_were_cancelled():
+def test_a_stream_continues_after_all_its_batches_were_cancelled():
     scheduler, flow = Scheduler(100), Flow()
     for _ in range(3):
         batch = job(5, flow=flow)
@@ -365,7 +365,7 @@ def test_a_stream_goes_on_after_all_its_batches_were_cancelled():
     scheduler.put(job(TEXTS_PER_CHUNK + 5, flow=flow))
     scheduler.put(job(TEXTS_PER_CHUNK + 5))
     first, second = scheduler.take_chunk(), scheduler.take_chunk()
-    assert first[0][0] is not second[0][0]  # in turns, so it stands there once
+    assert first[0][0] is not second[0][0]  # the flows alternate
 
 
 def test_closing_drains_or_cancels_and_refuses_more():
@@ -547,7 +547,7 @@ def test_a_query_waits_for_a_part_of_a_step_where_steps_pause():
     assert np.mean(fills) >= 0.9  # and steps of documents are as full as ever
 
 
-def test_an_ingest_goes_on_under_more_queries_than_pauses_can_answer():
+def test_an_ingest_continues_under_more_queries_than_pauses_can_answer():
     simulation = Simulation(seed=2, parts=50)
     simulation.arrive(0, simulation.texts(2000), "document")
     for time in simulation.poisson(40.0, 200):
@@ -559,7 +559,7 @@ def test_an_ingest_goes_on_under_more_queries_than_pauses_can_answer():
     assert work["document"] >= work.total() / (QUERY_STEPS_IN_A_ROW + 2) - STEP
 
 
-def test_an_ingest_goes_on_under_more_queries_than_the_device_can_answer():
+def test_an_ingest_continues_under_more_queries_than_the_device_can_answer():
     simulation = Simulation(seed=2)
     bulk = simulation.arrive(0, simulation.texts(2000), "document")
     for time in simulation.poisson(40.0, 100):
@@ -613,7 +613,7 @@ def test_steps_are_full_while_there_is_a_backlog(largest):
     assert busy >= 0.98 * (simulation.now - starts[1])  # the device hardly ever waits
 
 
-def test_what_is_cancelled_takes_no_step_and_no_memory_any_more():
+def test_a_cancelled_job_uses_no_step_and_no_memory():
     simulation = Simulation(seed=5)
     gone = [simulation.arrive(0, simulation.texts(800), "document") for _ in range(3)]
     gone += [simulation.arrive(10, simulation.texts(100), "query")]
@@ -625,7 +625,7 @@ def test_what_is_cancelled_takes_no_step_and_no_memory_any_more():
     late = [step for start, step in simulation.steps if start >= cancelled_at]
     assert {s.job for step in late for s in step} == {stays}
     assert all(
-        each.future.cancelled() and not simulation.scheduler.find_turn(each).ready for each in gone
+        each.future.cancelled() and not simulation.scheduler.queue_of(each).ready for each in gone
     )
     assert stays.future.done()
     early = {s.job for start, step in simulation.steps for s in step if start < cancelled_at}
@@ -635,7 +635,7 @@ def test_what_is_cancelled_takes_no_step_and_no_memory_any_more():
     assert simulation.done[stays] <= cancelled_at + 1.02 + rest + 0.1
 
 
-def test_a_newcomer_with_one_document_waits_for_one_turn_of_each_other():
+def test_a_new_caller_with_one_document_waits_for_one_quantum_of_each_other():
     simulation = Simulation(seed=6)
     for _ in range(5):
         simulation.arrive(0, simulation.texts(3000), "document")
@@ -714,15 +714,15 @@ class Driven:
         for s in step:
             self.computed[s.job, s.row] += 1
             s.job.deliver([s.row], np.full((1, 2), s.row), s.cost)
-        turns = [self.scheduler.find_turn(each) for each in self.lengths]
-        assert all(turn.ready_cost == cost(turn.ready) for turn in turns)
+        queues = [self.scheduler.queue_of(each) for each in self.lengths]
+        assert all(queue.ready_cost == cost(queue.ready) for queue in queues)
         assert all(each.jobs for each in self.scheduler._to_prepare)
-        assert all(each.ready for turns in self.scheduler._to_run.values() for each in turns)
+        assert all(each.ready for queues in self.scheduler._to_run.values() for each in queues)
         return bool(step)
 
     def check(self, each: Job) -> None:
         assert each.future.done()
-        assert not self.scheduler.find_turn(each).ready
+        assert not self.scheduler.queue_of(each).ready
         if each.is_cancelled:
             return
         rows = range(len(self.lengths[each]))
@@ -741,7 +741,7 @@ OTHER = st.sampled_from(["chunk", "chunk", "add", "add", "step", "step", "pause"
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(PUT | OTHER | st.integers(0, 9), max_size=50), st.integers(0, 4))
-def test_whatever_the_order_nothing_is_lost_or_done_twice(events, failing):
+def test_in_any_order_nothing_is_lost_or_done_twice(events, failing):
     """An int cancels that job."""
     driven = Driven(failing)
     for event in events:

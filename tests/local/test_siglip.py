@@ -116,7 +116,7 @@ def test_max_tiles_is_an_option_and_part_of_the_cache_key(vl):
     assert six.cache_key("document") != default.cache_key("document")
 
 
-def test_the_processors_own_file_says_how_many_tiles(tmp_path):
+def test_the_processor_config_sets_the_number_of_tiles(tmp_path):
     folder = build_vl_checkpoint(tmp_path / "vl", VL_SHAPES["processor-config"])
     assert "at most 4 tiles" in Embedder(Options(model=folder)).description
 
@@ -145,7 +145,7 @@ def test_an_image_token_in_a_text_is_a_word(vl, name):
     )
 
 
-def test_a_special_token_beside_an_image_is_what_it_is_in_a_text(vl):
+def test_a_special_token_is_the_same_with_and_without_an_image(vl):
     item: Item = ("a literal <|end_of_text|> inside", cut_tiles(page(0, 64, 64), 2, 32))
     got = Embedder(Options(model=vl)).embed([EmbeddingInput(item[0], page(0, 64, 64))])
     assert np.abs(got - numpy_float64(vl, [item], "document")).max() <= 1e-5
@@ -185,7 +185,7 @@ def test_tokens_of_an_image_are_never_cut(vl):
         embedder.embed([EmbeddingInput(image=page(0, 640, 480))])
 
 
-def test_a_pair_over_the_limit_names_itself_and_leaves_the_others(vl):
+def test_a_pair_over_the_limit_fails_alone(vl):
     embedder = Embedder(Options(model=vl, max_tokens=60))
     image = page(0, 32, 32)
     documents = [
@@ -203,7 +203,7 @@ def test_a_pair_over_the_limit_names_itself_and_leaves_the_others(vl):
     assert np.isnan(caught.value.vectors[1]).all()
 
 
-def test_a_broken_image_leaves_the_others(vl):
+def test_a_broken_image_fails_alone(vl):
     embedder = Embedder(Options(model=vl))
     documents = [
         EmbeddingInput(image=page(0, 50, 50)),
@@ -284,7 +284,7 @@ def test_another_model_is_refused(tmp_path: Path, change: dict[str, Any], said: 
         Embedder(Options(model=folder)).embed(["text"])
 
 
-def test_a_named_model_is_what_its_name_says(vl, checkpoint):
+def test_a_named_model_must_match_the_catalogue(vl, checkpoint):
     name = "nvidia/llama-3.2-nemoretriever-1b-vlm-embed-v1"
     with pytest.raises(CheckpointError, match="architectures"):
         Embedder(Options(model=name, checkpoint=str(checkpoint))).embed(["text"])

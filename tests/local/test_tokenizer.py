@@ -12,7 +12,12 @@ import pytest
 
 from shared_engine import Embedder, InputTooLongError, Options
 from shared_engine.local.checkpoint import resolve
-from shared_engine.local.tokenizer import CHARACTERS_AT_ONCE, TEXTS_AT_ONCE, TextTokenizer, shorten
+from shared_engine.local.tokenizer import (
+    CHARACTERS_PER_CALL,
+    TEXTS_PER_CALL,
+    TextTokenizer,
+    shorten,
+)
 from tests.support.checkpoints import BOS, EOS, tokenizer
 from tests.support.vl_checkpoints import build_vl_checkpoint, vl_tokenizer
 
@@ -67,7 +72,7 @@ def test_an_empty_text_without_prefix_and_bos_is_a_lone_bos(checkpoint, tmp_path
     assert np.abs(vectors[0] - vectors[2]).max() <= 1e-6
 
 
-def test_a_text_at_the_limit_is_left_alone(made):
+def test_a_text_at_the_limit_is_not_cut(made):
     (ids,) = made().encode([LONG], "document", "NONE")
     for how in ("NONE", "START", "END"):
         assert np.array_equal(made(len(ids)).encode([LONG], "document", how)[0], ids)
@@ -83,7 +88,7 @@ def test_a_text_over_the_limit_is_an_error_in_its_place(made):
 
 
 def test_many_texts_give_as_many_rows(made):
-    texts = [f"text {i}" for i in range(2 * TEXTS_AT_ONCE + 3)]
+    texts = [f"text {i}" for i in range(2 * TEXTS_PER_CALL + 3)]
     rows = made().encode(texts, "document", "NONE")
     assert [list(row) for row in rows] == [
         tokenizer().encode(f"passage: {text}").ids for text in texts
@@ -164,7 +169,7 @@ def test_the_beginning_of_any_very_long_text_has_the_tokens_of_the_whole(made, s
 
 
 @pytest.mark.parametrize("unit", ["word ", "a", " ", "1234567890", "日本語", "\n "], ids=ascii)
-def test_what_is_tokenised_of_twenty_million_characters_is_bounded(made, unit):
+def test_tokenization_of_twenty_million_characters_is_bounded(made, unit):
     text = unit * (20_000_000 // len(unit))
     for truncate in ("NONE", "START", "END"):
         assert 40_000 <= len(shorten(text, 40_000, truncate)) <= 40_128
@@ -173,7 +178,7 @@ def test_what_is_tokenised_of_twenty_million_characters_is_bounded(made, unit):
         assert time.perf_counter() - began < 5  # tens of milliseconds; the whole takes 30 s
 
 
-def test_what_is_tokenised_at_once_is_bounded(made):
+def test_one_call_of_the_tokenizer_is_bounded(made):
     """For many long texts too: the library holds some 70 bytes for a character."""
     tokens = made(200)
     real, calls = tokens._tokenizer, []
@@ -183,13 +188,13 @@ def test_what_is_tokenised_at_once_is_bounded(made):
             calls.append(texts)
             return real.encode_batch_fast(texts, **given)
 
-    texts = ["word " * length for length in (3, 20_000, 100_000) * 9] + ["a"] * TEXTS_AT_ONCE
+    texts = ["word " * length for length in (3, 20_000, 100_000) * 9] + ["a"] * TEXTS_PER_CALL
     expected = [*tokens.encode(texts, "query", "END")]
     tokens._tokenizer = Spy()
     for ids, wanted in zip(tokens.encode(texts, "query", "END"), expected, strict=True):
         assert np.array_equal(ids, wanted)
-    assert all(sum(map(len, texts)) <= 1.2 * CHARACTERS_AT_ONCE for texts in calls)
-    assert max(map(len, calls)) <= TEXTS_AT_ONCE
+    assert all(sum(map(len, texts)) <= 1.2 * CHARACTERS_PER_CALL for texts in calls)
+    assert max(map(len, calls)) <= TEXTS_PER_CALL
     assert len(calls) < 10
 
 

@@ -112,7 +112,7 @@ def test_a_mistake_in_the_model_moves_every_image(build, exact, name, mistake):
 
 @pytest.mark.parametrize("mistake", [mistake for mistake in MISTAKES if "GELU" in mistake])
 @pytest.mark.parametrize("name", ["nested", "16-a-tile", "odd-heads"])
-def test_the_other_form_of_gelu_is_seen(build, exact, name, mistake):
+def test_the_other_form_of_gelu_changes_vectors(build, exact, name, mistake):
     """They agree to 5e-4, yet vectors move by a hundred times what float32 is wrong by."""
     items = images(VL_SHAPES[name])
     other = vl_oracles.numpy_float64(build(name), items, "document", mistake=mistake)
@@ -141,7 +141,7 @@ def test_other_tiles_move_every_image(build, change: Callable[[Pixels], Pixels])
     assert distance(a, b).min() > 0.05
 
 
-def test_a_gray_level_is_seen(build):
+def test_a_gray_level_changes_vectors(build):
     """A pixel value in 255 at one place moves the vector by more than float32 does."""
     (_, pixels), *_ = items = images(VL_SHAPES["nested"])[:1]
     other = pixels.copy()
@@ -152,7 +152,7 @@ def test_a_gray_level_is_seen(build):
     assert distance(a, b).max() > 1e-4
 
 
-def test_the_epsilon_of_the_tower_is_seen(tmp_path):
+def test_the_epsilon_of_the_tower_changes_vectors(tmp_path):
     shape = VL_SHAPES["large-eps"]
     folder = build_vl_checkpoint(tmp_path / "eps", shape)
     exact = vl_oracles.numpy_float64(folder, images(shape), "document")
