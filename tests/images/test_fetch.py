@@ -13,9 +13,9 @@ import httpcore
 import pytest
 
 from shared_engine import ImageError
-from shared_engine.images import fetch as allow_image_urls
-from shared_engine.images import sources
-from shared_engine.images.tiles import cut_tiles, encode_data_url
+from shared_engine.images import fetch, sources
+from shared_engine.images.encode import encode_data_url
+from shared_engine.images.tiles import cut_tiles
 from tests.support.image_files import HTML, PNG
 
 
@@ -80,10 +80,10 @@ def server() -> Iterator[str]:
 def fetched(url: str, seconds: float = 10.0) -> bytes:
     """Fetch as `cut_tiles(urls=True)` does, but from this machine's own 127.0.0.1 as well."""
 
-    def allowed(address: allow_image_urls.Address) -> bool:
-        return allow_image_urls.is_public(address) or str(address) == "127.0.0.1"
+    def allowed(address: fetch.IPAddress) -> bool:
+        return fetch.is_public(address) or str(address) == "127.0.0.1"
 
-    return sources._join(allow_image_urls.fetch(url, allowed, seconds))
+    return sources._join(fetch.fetch(url, allowed, seconds))
 
 
 def test_an_address_is_fetched(server):
@@ -108,7 +108,7 @@ def test_an_address_is_asked_for_without_credentials(server, monkeypatch):
         ("/nothing", "status 404"),
         ("/loop", "more than 3 times"),
         ("/to?/to?/to?/to?/png", "more than 3 times"),
-        ("/to?file:///etc/hostname", "redirected to file"),
+        ("/to?file:///etc/hostname", "redirects to file"),
         ("/to?http://127.0.0.2/", "127.0.0.2, which is not on the public"),
         ("/to?http://169.254.169.254/latest/meta-data", "169.254.169.254"),
         ("/large", "25,000,000 bytes"),
@@ -127,7 +127,7 @@ def test_a_server_that_drips_is_left_in_time(server):
 
 
 def test_what_is_fetched_must_be_an_image(server):
-    with pytest.raises(ImageError, match="no PNG"):
+    with pytest.raises(ImageError, match="a web page; expected a PNG"):
         cut_tiles(fetched(f"{server}/html"), 2)
 
 
@@ -194,7 +194,7 @@ def test_a_slow_look_up_ends_at_the_one_deadline(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", wait)
     start = time.monotonic()
-    with pytest.raises(httpcore.ConnectTimeout, match=r"looking up pages\.example takes too long"):
+    with pytest.raises(httpcore.ConnectTimeout, match=r"lookup of pages\.example took too long"):
         fetched("http://pages.example/a.png", seconds=0.2)
     assert time.monotonic() - start < 5
     free.set()
