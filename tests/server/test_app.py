@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import gc
 import json
 import os
 import re
@@ -12,116 +11,36 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-from shared_engine import ConfigurationError, Embedder, EmbeddingInput, Options
+from shared_engine import ConfigurationError, Embedder, Options
 from shared_engine.cli.main import main
 from shared_engine.local import LocalBackend
 from shared_engine.server.app import create_app
 from shared_engine.server.errors import HTTPRefusal
 from shared_engine.server.limits import ServerLimits
 from shared_engine.server.protocol import parse_request
-from shared_engine.server.run import build_server, serve
+from shared_engine.server.run import serve
 from tests.support.checkpoints import SHAPES, build_checkpoint
+from tests.support.servers import NAME, TEXTS, Running, running, vectors, wait_for
 
-NAME = "nvidia/tiny"
-TEXTS = [
-    "How do I return a product?",
-    "",
-    "Der Versand kostet 4,90 €.",
-    "a text of many words " * 30,
-    "東京は日本の首都です。 👍🏽",
-    "def f(x):\n    return x",
-    "<img src='data:image/png;base64,AAAA'>",
-]
 HEAD = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 LONG = "word " * 3000  # over the tiny checkpoint's 2048 tokens
 SLOW = ["some words of a long document " * 60] * 40  # about a second of work
-
-
-class Running:
-    """A server that runs, and the options of what it serves."""
-
-    def __init__(self, url: str, options: Options, server: uvicorn.Server) -> None:
-        self.url = url
-        self.options = options
-        self.server = server
-        self.client = httpx.Client(base_url=url, timeout=30)
-
-    def post(self, **fields: Any) -> httpx.Response:
-        """Post the fields of a request; those given as None are left out."""
-        body = {"model": NAME, "input": TEXTS, "input_type": "passage"} | fields
-        return self.client.post("/embeddings", json={k: v for k, v in body.items() if v is not ...})
-
-    def expected(self, texts: list[str] = TEXTS, role: Any = "document", **changed: Any) -> Any:
-        """Return what the engine gives without HTTP."""
-        with Embedder(self.options.model_copy(update=changed)) as embedder:
-            return embedder.embed(texts, role)
-
-    def metric(self, name: str) -> float:
-        """Return the value of one line of /v1/metrics."""
-        for line in self.client.get("/metrics").text.splitlines():
-            if line.startswith(name + " "):
-                return float(line.split()[-1])
-        raise AssertionError(name)
-
-
-@contextmanager
-def running(
-    options: Options, http: str | None = None, served: str | None = NAME, **arguments: Any
-) -> Iterator[Running]:
-    """Run a server in a thread until the block ends: our own, or one of an HTTP parser's name."""
-    app = create_app(options, served_name=served, **arguments)
-    if http is None:
-        server = build_server(app, arguments.get("limits"), port=0, log_config=None)
-    else:
-        config = uvicorn.Config(
-            app,
-            port=0,
-            http=http,
-            lifespan="on",
-            ws="none",
-            log_config=None,
-        )
-        server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait_for(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        here = Running(f"http://127.0.0.1:{port}/v1", options, server)
-        with here.client:
-            wait_for(lambda: here.client.get("/health/ready").status_code == 200)
-            yield here
-    finally:
-        server.should_exit = True
-        thread.join(30)
-    assert not thread.is_alive()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Return when a condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -138,19 +57,6 @@ def options(checkpoint: Path) -> Options:
 def served(options: Options) -> Iterator[Running]:
     with running(options) as here:
         yield here
-
-
-def vectors(response: httpx.Response) -> NDArray[Any]:
-    """Return the vectors of a reply, after a look at everything else in it."""
-    assert response.status_code == 200, response.text
-    body = response.json()
-    assert set(body) == {"object", "data", "model", "usage"}
-    assert body["object"] == "list"
-    assert body["model"] == NAME
-    assert [item["index"] for item in body["data"]] == list(range(len(body["data"])))
-    assert {item["object"] for item in body["data"]} == {"embedding"}
-    assert body["usage"]["prompt_tokens"] == body["usage"]["total_tokens"] > 0
-    return np.array([item["embedding"] for item in body["data"]])
 
 
 # --- what it gives -------------------------------------------------------------------------------
@@ -342,6 +248,9 @@ def test_a_key_with_the_line_end_of_its_file_is_the_key(options: Options) -> Non
         ({"api_key": ""}, "key is blank"),
         ({"api_key": " \n"}, "key is blank"),
         ({"allowed_hosts": "gpu-box"}, r"\['gpu-box'\]"),
+        ({"allowed_hosts": ["gpu-*"]}, r"'gpu-\*'; expected a host name"),
+        ({"allowed_hosts": ["*example.com"]}, r"'\*example\.com'; expected a host name"),
+        ({"allowed_hosts": [""]}, "''; expected a host name"),
     ],
 )
 def test_what_would_open_or_close_a_server_unseen_is_refused(
@@ -399,25 +308,6 @@ def test_a_server_with_a_dead_device_is_not_ready(
         assert (response.status_code, response.json()["ready"]) == (status, status == 200)
         assert served.client.get("/health/live").status_code == 200
     assert "device has failed" in response.json()["message"]
-
-
-def run_without(module: str, code: str) -> str:
-    """Return what some code prints where a module is not installed."""
-    code = f"import sys; sys.modules[{module!r}] = None\n{code}"
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-@pytest.mark.parametrize("module", ["starlette.applications", "prometheus_client"])
-def test_a_missing_extra_names_its_pip_line(module: str) -> None:
-    code = """
-from shared_engine import MissingExtraError
-try:
-    from shared_engine.server import create_app
-except MissingExtraError as exc:
-    print(exc)
-"""
-    assert "pip install 'nemoretriever-embeddings[server]'" in run_without(module, code)
 
 
 # --- limits --------------------------------------------------------------------------------------
@@ -486,27 +376,6 @@ def test_a_request_of_the_most_inputs_is_parsed_in_any_layout(text: str, indent:
     for is_ascii in (True, False):
         content = json.dumps(body, indent=indent, ensure_ascii=is_ascii).encode()
         assert parse_request(content).input == texts
-
-
-@pytest.mark.parametrize("truncate", ["END", "NONE"])
-def test_a_huge_text_is_let_go_of_once_it_is_answered(served: Running, truncate: str) -> None:
-    """The threads that wait for the next one hold it no longer, nor do an error's frames."""
-    collected: list[int] = []
-
-    def note(phase: str, info: dict[str, int]) -> None:
-        if phase == "stop" and info["generation"] == 2:
-            collected.append(info["collected"])
-
-    text = "word " * 2_000_000
-    status = 200 if truncate == "END" else 400
-    assert served.post(input=text, truncate=truncate).status_code == status
-    gc.callbacks.append(note)
-    try:
-        wait_for(lambda: bool(collected), seconds=10)
-    finally:
-        gc.callbacks.remove(note)
-    texts = [item.text for item in gc.get_objects() if type(item) is EmbeddingInput]
-    assert not [text for text in texts if isinstance(text, str) and len(text) > 5_000_000]
 
 
 def test_too_many_inputs(options: Options) -> None:

@@ -1,4 +1,4 @@
-"""Clients that hold a connection, or come by another name: real sockets against a real server."""
+"""Slow, stalled and misaddressed clients: real sockets against a real server."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 from shared_engine import Options
 from shared_engine.server.limits import ServerLimits
-from tests.server.test_app import NAME, Running, running, wait_for
 from tests.support.checkpoints import SHAPES, build_checkpoint
+from tests.support.servers import NAME, Running, running, wait_for
 
 SECONDS = 0.4
 LIMITS = ServerLimits(
@@ -181,7 +181,7 @@ def test_a_reply_that_is_read_slowly_arrives(options: Options) -> None:
 # --- names ---------------------------------------------------------------------------------------
 
 OURS = [
-    *("localhost", "LOCALHOST:8000", "localhost.", "a.localhost", "127.0.0.1", "127.1.2.3:80"),
+    *("localhost", "localhost:8000", "a.localhost", "127.0.0.1", "127.1.2.3:80"),
     *("[::1]", "[::1]:8000", "10.0.0.7:8000", "gpu-box", "gpu-box:80", "a.example.com"),
     *("nas", "nas:8000"),
 ]
@@ -190,7 +190,7 @@ THEIRS = [
     *("xlocalhost", "gpu-box.evil.test", ":80", "[::1", "2130706433", "evil.test#localhost"),
     *("localhost@evil.test", "evil.test/localhost", "localhost,evil.test"),
     *("evil.test@localhost", "localhost/evil.test", "localhost?evil.test", "localhost#evil.test"),
-    *("localhost:evil.test", "localhost:80:80", "evil.test:@localhost"),
+    *("evil.test:@localhost", "evil.test:localhost", "evil.test@127.0.0.1", "127.0.0.1:evil.test"),
 ]
 
 
@@ -201,7 +201,7 @@ def get(served: Running, path: str, host: str, key: str = "") -> httpx.Response:
 
 @pytest.fixture(scope="module")
 def named(options: Options) -> Iterator[Running]:
-    with running(options, allowed_hosts=("gpu-box", "*.Example.com", "NAS.:8000", "")) as here:
+    with running(options, allowed_hosts=("gpu-box", "*.Example.com", "NAS:8000")) as here:
         yield here
 
 
@@ -214,12 +214,10 @@ def test_a_name_of_ours_is_served(named: Running, host: str) -> None:
 @pytest.mark.parametrize("host", THEIRS)
 def test_a_page_under_another_name_is_refused(named: Running, host: str) -> None:
     for path in ("/models", "/metadata", "/metrics", "/nowhere"):
-        response = get(named, path, host)
-        assert response.status_code in (400, 421)
-        assert response.status_code == 400 or "--allowed-host" in response.json()["message"]
+        assert get(named, path, host).status_code == 400
     fields: Any = {"model": NAME, "input": "a", "input_type": "query"}
     response = named.client.post("/embeddings", json=fields, headers={"Host": host})
-    assert response.status_code in (400, 421)
+    assert response.status_code == 400
     assert get(named, "/health/live", host).status_code in (200, 400)  # a load balancer's probe
 
 
@@ -227,7 +225,7 @@ def test_a_name_said_twice_is_refused(named: Running) -> None:
     for hosts in ((b"localhost", b"evil.test"), (b"evil.test", b"localhost")):
         with closing(connect(named)) as connection:
             connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: %b\r\nHost: %b\r\n\r\n" % hosts)
-            assert connection.recv(12) in (b"HTTP/1.1 400", b"HTTP/1.1 421")
+            assert connection.recv(12) == b"HTTP/1.1 400"
 
 
 def test_who_has_the_key_may_use_any_name(options: Options) -> None:

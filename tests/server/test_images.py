@@ -35,10 +35,9 @@ from shared_engine import (
 from shared_engine.cli.main import main
 from shared_engine.images import sources
 from shared_engine.server.limits import ServerLimits
-from shared_engine.server.protocol import split_data_url
-from tests.server.test_app import NAME, Running, running, vectors
 from tests.support.checkpoints import SHAPES, build_checkpoint
 from tests.support.faulty_nim import FaultyNim
+from tests.support.servers import NAME, Running, running, vectors
 from tests.support.vl_checkpoints import build_vl_checkpoint, page
 
 TEXT = "How do I return a product?"
@@ -553,11 +552,3 @@ def test_no_image_breaks_it(
     assert response.status_code in (200, 400, 413), response.text
     if response.status_code == 200:
         assert len(response.json()["data"]) == len(inputs)
-
-
-@_fuzz
-@given(st.text(alphabet="a \n<img src='\"/>;,:dt=", max_size=60), st.booleans())
-def test_what_is_parted_is_what_was_joined(text: str, in_tag: bool) -> None:
-    joined = f"{text}\n<img src='{URL}'/>" if in_tag else f"{text}\n{URL}"
-    assert split_data_url(joined) == (text, URL)
-    assert split_data_url(text) is None
