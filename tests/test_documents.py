@@ -38,7 +38,7 @@ EVERY: frozenset[Modality] = frozenset({"text", "image", "text_image"})
 @pytest.mark.parametrize(
     "item", ["red", np.str_("red"), Scalar("red"), Color.RED, np.array(["red"], object)[0]]
 )
-def test_whatever_is_a_string_is_a_text(item):
+def test_all_kinds_of_strings_are_texts(item):
     for given_ in (item, EmbeddingInput(item)):
         (document,) = validate([given_], "query", TEXT)
         assert (document, type(document.text)) == (EmbeddingInput("red"), str)
@@ -60,7 +60,7 @@ def test_whatever_is_a_string_is_a_text(item):
     ],
     ids=lambda items: type(items).__name__,
 )
-def test_whatever_holds_texts_is_a_list(items):
+def test_all_kinds_of_collections_are_lists(items):
     assert [document.text.strip() for document in validate(items, "document", TEXT)] == ["a", "b"]
 
 
@@ -82,14 +82,14 @@ LLAMAINDEX = SimpleNamespace(get_content=lambda: "a")
         (b"a text", "got one bytes"),
         (bytearray(b"a text"), "got one bytearray"),
         (Path("a.txt"), r"got one pathlib\.PosixPath"),
-        (LANGCHAIN, r"got one types\.SimpleNamespace"),
-        (LLAMAINDEX, r"got one types\.SimpleNamespace"),
+        (LANGCHAIN, r"got one types\.SimpleNamespace; embed its `page_content`"),
+        (LLAMAINDEX, r"got one types\.SimpleNamespace; embed its `get_content\(\)`"),
         ({"a": "b"}, "got a dict; pass one column or its values"),
         (np.array([["a"], ["b"]]), "got a numpy.ndarray; pass one column"),
         (np.array("a"), "got a numpy.ndarray"),
     ],
 )
-def test_what_is_no_list_is_refused_with_words(items, words):
+def test_a_single_item_is_not_a_list(items, words):
     with pytest.raises(InputTypeError, match=words) as caught:
         validate(items, "document", TEXT)
     assert caught.value.index is None
@@ -98,7 +98,7 @@ def test_what_is_no_list_is_refused_with_words(items, words):
 
 
 @pytest.mark.parametrize("one", [BytesIO(PNG), Image.new("L", (1, 1)), memoryview(PNG)])
-def test_one_image_is_no_list(one):
+def test_a_single_image_is_not_a_list(one):
     with pytest.raises(InputTypeError, match="expected a list of images, got one"):
         wrap_images(one)
 
@@ -127,13 +127,13 @@ def test_one_image_is_no_list(one):
         (EmbeddingInput(), "has neither text nor image"),
     ],
 )
-def test_what_is_no_document_is_refused_with_words(item, words):
+def test_an_invalid_input_is_refused_by_index(item, words):
     with pytest.raises(InputTypeError, match=words) as caught:
         validate(["a", item], "document", EVERY)
     assert caught.value.index == 1
 
 
-def test_documents_of_the_frameworks_are_named_in_full():
+def test_documents_of_the_frameworks_are_refused_by_full_name():
     schema = pytest.importorskip("langchain_core.documents")
     name = r"langchain_core\.documents\.base\.Document"
     with pytest.raises(InputTypeError, match=rf"{name}; .* its `page_content`"):
@@ -145,7 +145,7 @@ def test_documents_of_the_frameworks_are_named_in_full():
         validate([schema.TextNode(text="a")], "document", TEXT)
 
 
-def test_one_thing_is_read_once():
+def test_a_file_object_is_read_once():
     """An open file, whose owner may close it."""
     file = BytesIO(PNG)
     (document,) = validate([EmbeddingInput(image=file)], "document", EVERY)

@@ -63,7 +63,7 @@ ORIENTATIONS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_seen_as_a_person_sees_it(name):
+def test_every_format_decodes_to_the_visible_pixels(name):
     file, expected = FORMATS[name]
     ours, plain = cut_tiles(file, 2, SIDE), reference_tiles(expected, 2)
     off = np.abs(ours.astype(int) - plain).max()
@@ -71,7 +71,7 @@ def test_every_format_is_seen_as_a_person_sees_it(name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_pil_image_is_seen_as_its_file(name):
+def test_a_pil_image_has_the_tiles_of_its_file(name):
     file, _ = FORMATS[name]
     with opened(file) as image:
         assert np.array_equal(cut_tiles(image, 2, SIDE), cut_tiles(file, 2, SIDE))
@@ -121,7 +121,7 @@ _canvas = _big if PIL.__version__ >= "13" else _page  # which looks before it ma
 
 BROKEN: dict[str, tuple[Any, type[InputError], str]] = {
     "png cut in its signature": (PNG[:6], _page, "not a PNG"),
-    "png cut in its header": (PNG[:20], _page, "cannot be used"),
+    "png cut in its header": (PNG[:20], _page, "its header is broken"),
     "png cut before its pixels": (PNG[:33], _page, "cannot be used"),
     "png cut in its pixels": (cut(PNG, 0.5), _page, "truncated"),
     "png of 0 width": (with_sides(PNG, 0, 60), _page, "cannot be used"),
@@ -164,7 +164,7 @@ BROKEN: dict[str, tuple[Any, type[InputError], str]] = {
     "webp bomb within its own limits": (webp_canvas(16_383, 16_383), _canvas, "cannot be used"),
     "webp canvas that it does not fill": (webp_canvas(16_000, 8_000), _page, "cannot be used"),
     "a magic number only": (b"\xff\xd8\xff", _page, "cannot be used"),
-    "BM only": (b"BM", _page, "cannot be used"),
+    "BM only": (b"BM", _page, "its header is broken"),
     "html": (HTML, _page, "a web page; expected a PNG"),
     "svg": (SVG, _page, "an SVG"),
     "pdf": (b"%PDF-1.7\n", _page, "a PDF; its pages"),
@@ -210,7 +210,7 @@ ODD: dict[str, tuple[Any, tuple[int, int], int]] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_is_only_odd_is_used(name):
+def test_odd_but_readable_files_are_used(name):
     source, cells, count = ODD[name]
     assert cut_tiles(source, 2, SIDE).shape == (count, SIDE, SIDE, 3)
     with opened(source) as image:
@@ -233,9 +233,7 @@ def test_large_sides_are_used_and_no_setting_changes():
 
 
 @pytest.mark.parametrize("kinds", [(0, 0), (2, 2, 2), (0, 1, 2), (0, 4, 1, 0)])
-def test_a_tiff_of_several_pages_does_not_lose_all_but_one_in_silence(
-    kinds, tmp_path, monkeypatch, caplog
-):
+def test_a_tiff_of_several_pages_is_warned_of(kinds, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     scan = Path("scan.tif")
     scan.write_bytes(write_tiff(*kinds))
@@ -252,13 +250,13 @@ def test_a_tiff_of_several_pages_does_not_lose_all_but_one_in_silence(
 
 
 @pytest.mark.parametrize("kinds", [(0,), (2,), (0, 1), (0, 1, 1, 4), (0, *[1] * 50_000, 0)])
-def test_smaller_copies_and_masks_of_a_tiff_are_no_pages(kinds, caplog):
+def test_smaller_copies_and_masks_of_a_tiff_are_not_pages(kinds, caplog):
     """Nor is what follows a great many of them, which nobody should have to look at."""
     assert cut_tiles(write_tiff(*kinds), 6).shape == (1, 512, 512, 3)
     assert not caplog.messages
 
 
-def test_a_broken_second_picture_of_a_tiff_is_none(caplog):
+def test_a_broken_second_picture_of_a_tiff_is_ignored(caplog):
     file = write_tiff(0, 0)
     begin = TiffImageFile(BytesIO(file)).tag_v2.next
     for broken in (file[: begin + 2], file[:begin] + bytes(len(file) - begin)):
@@ -320,7 +318,7 @@ def test_an_error_quotes_nothing_of_a_file(file, use):
 
 @pytest.mark.parametrize("mode", Image.MODES)
 @pytest.mark.parametrize("has_info", [False, True])
-def test_a_pil_image_of_every_mode_is_taken(mode, has_info):
+def test_a_pil_image_of_every_mode_is_used(mode, has_info):
     if mode == "LAB":
         srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
         picture = ImageCms.buildTransform(srgb, lab, "RGB", "LAB").apply(PICTURE)
@@ -351,7 +349,7 @@ def test_a_pil_image_of_every_mode_is_taken(mode, has_info):
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "progressive", "WEBP", "GIF", "TIFF", "BMP"])
 @pytest.mark.parametrize("part", [0.5, 0.9, 1])
-def test_a_cut_file_has_the_same_pixels_here_and_at_a_nim(name, part, monkeypatch):
+def test_a_truncated_file_has_the_same_tiles_at_a_nim(name, part, monkeypatch):
     """`LOAD_TRUNCATED_IMAGES` is a setting of the program; a NIM does not know of it."""
     options = {"progressive": True} if name == "progressive" else {}
     file = encoded(SECOND, "JPEG" if name == "progressive" else name, **options)

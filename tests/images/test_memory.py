@@ -67,9 +67,7 @@ print(json.dumps(out))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_decoding_takes_what_the_budget_counts(
-    tmp_path: Path, python: Callable[[str], str]
-) -> None:
+def test_peak_memory_is_within_the_estimate(tmp_path: Path, python: Callable[[str], str]) -> None:
     paths = []
     for name, (mode, kind, options) in LARGE.items():
         paths.append(tmp_path / name)
@@ -83,7 +81,7 @@ def test_decoding_takes_what_the_budget_counts(
 
 
 @pytest.mark.parametrize("name", ["png", "png palette", "webp", "tiff cmyk", "jpeg progressive"])
-def test_a_pil_image_that_is_only_open_counts_like_its_file(name: str) -> None:
+def test_a_lazy_pil_image_counts_like_its_file(name: str) -> None:
     file = FORMATS[name][0]
     with Image.open(BytesIO(file)) as lazy:
         opened = decode.open_image(lazy)
@@ -155,7 +153,7 @@ def test_a_large_request_is_not_overtaken() -> None:
     assert budget.free == 10
 
 
-def test_who_gives_up_waiting_is_not_waited_for() -> None:
+def test_an_interrupted_request_leaves_the_queue() -> None:
     budget = MemoryBudget(10)
 
     class GivenUp(BaseException):
@@ -175,7 +173,7 @@ def test_who_gives_up_waiting_is_not_waited_for() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_child_of_a_fork_waits_for_no_thread_of_its_parent(python: Callable[[str], str]) -> None:
+def test_a_forked_child_can_decode(python: Callable[[str], str]) -> None:
     code = """
 import os, signal
 from shared_engine.images import decode, tiles

@@ -88,7 +88,7 @@ def test_every_source_gives_the_same_tiles(name, tmp_path):
         assert decode_data_url(encode_data_url(source)) == PNG
 
 
-def test_a_file_object_is_read_at_once_and_only_a_file_object(tmp_path):
+def test_only_file_objects_are_read_by_accept(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
     with open(tmp_path / "a.png", "rb") as file:
         assert [accept(file), accept(file)] == [PNG, PNG]
@@ -199,7 +199,7 @@ BROKEN: dict[str, tuple[Any, type[InputError], str]] = {
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_stands_for_no_image_is_refused(name, use, tmp_path):
+def test_an_invalid_source_is_refused(name, use, tmp_path):
     source, kind, words = BROKEN[name]
     if callable(source) and not isinstance(source, type):
         source = source(tmp_path)
@@ -229,7 +229,7 @@ def test_a_file_url_needs_no_escapes(name, tmp_path):
         assert np.array_equal(cut_tiles(url, 2, SIDE), cut_tiles(PNG, 2, SIDE))
 
 
-def test_a_file_url_may_have_what_is_no_part_of_the_name(tmp_path):
+def test_a_file_url_may_have_a_query_and_a_fragment(tmp_path):
     (tmp_path / "a b.png").write_bytes(PNG)
     for rest in ("#page=1", "?v=2", "?v=2#page=1"):
         url = (tmp_path / "a b.png").as_uri() + rest
