@@ -87,7 +87,8 @@ class RequireHost(TrustedHostMiddleware):
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         names = [host.partition(":")[0].lower() for host in hosts]
-        super().__init__(app, ["localhost", "*.localhost", *filter(None, names)])
+        allowed = ["localhost", "*.localhost", *filter(None, names)]
+        super().__init__(app, allowed, www_redirect=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the Host of a request."""

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from shared_engine import Options
+from shared_engine.server.app import create_app
 from shared_engine.server.limits import ServerLimits
 from tests.support.checkpoints import SHAPES, build_checkpoint
 from tests.support.servers import NAME, Running, running, wait_for
@@ -180,12 +181,12 @@ def test_a_slowly_read_reply_arrives(options: Options) -> None:
 
 # --- names ---------------------------------------------------------------------------------------
 
-OURS = [
+ALLOWED = [
     *("localhost", "localhost:8000", "a.localhost", "127.0.0.1", "127.1.2.3:80"),
     *("[::1]", "[::1]:8000", "10.0.0.7:8000", "gpu-box", "gpu-box:80", "a.example.com"),
     *("nas", "nas:8000"),
 ]
-THEIRS = [
+OTHERS = [
     *("", "evil.test", "localhost.evil.test", "127.0.0.1.evil.test", "evil.test:80", "example.com"),
     *("xlocalhost", "gpu-box.evil.test", ":80", "[::1", "2130706433", "evil.test#localhost"),
     *("localhost@evil.test", "evil.test/localhost", "localhost,evil.test"),
@@ -205,13 +206,19 @@ def named(options: Options) -> Iterator[Running]:
         yield here
 
 
-@pytest.mark.parametrize("host", OURS)
+@pytest.mark.parametrize("host", ALLOWED)
 def test_an_allowed_host_is_served(named: Running, host: str) -> None:
     for path in ("/models", "/metadata", "/metrics"):
         assert get(named, path, host).status_code == 200
 
 
-@pytest.mark.parametrize("host", THEIRS)
+async def test_a_star_allows_every_host(options: Options) -> None:
+    transport = httpx.ASGITransport(create_app(options, allowed_hosts=["*"]))
+    async with httpx.AsyncClient(transport=transport, base_url="http://evil.test") as client:
+        assert (await client.get("/v1/models")).status_code == 200
+
+
+@pytest.mark.parametrize("host", OTHERS)
 def test_another_host_is_refused(named: Running, host: str) -> None:
     for path in ("/models", "/metadata", "/metrics", "/nowhere"):
         assert get(named, path, host).status_code == 400
