@@ -121,7 +121,7 @@ _canvas = _big if PIL.__version__ >= "13" else _page  # which looks before it ma
 
 BROKEN: dict[str, tuple[Any, type[InputError], str]] = {
     "png cut in its signature": (PNG[:6], _page, "not a PNG"),
-    "png cut in its header": (PNG[:20], _page, "its header is broken"),
+    "png cut in its header": (PNG[:20], _page, "Truncated File Read"),
     "png cut before its pixels": (PNG[:33], _page, "cannot be used"),
     "png cut in its pixels": (cut(PNG, 0.5), _page, "truncated"),
     "png of 0 width": (with_sides(PNG, 0, 60), _page, "cannot be used"),

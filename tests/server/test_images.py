@@ -8,7 +8,6 @@ import io
 import json
 import re
 import struct
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +36,7 @@ from shared_engine.images import sources
 from shared_engine.server.limits import ServerLimits
 from tests.support.checkpoints import SHAPES, build_checkpoint
 from tests.support.faulty_nim import FaultyNim
-from tests.support.servers import NAME, Running, running, vectors
+from tests.support.servers import NAME, Running, check_probes_during, running, vectors
 from tests.support.vl_checkpoints import build_vl_checkpoint, page
 
 TEXT = "How do I return a product?"
@@ -439,17 +438,7 @@ def test_too_many_tokens(served: Running) -> None:
 def test_probes_are_answered_while_large_images_are_read(served: Running) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), np.uint8)
     large = url(saved(Image.fromarray(noise)))  # 10 MB
-    waits = []
-    with ThreadPoolExecutor() as pool:
-        sent = pool.submit(served.post, input=[large] * 4, modality="image")
-        while not sent.done():
-            started = time.perf_counter()
-            assert served.client.get("/health/live").status_code == 200
-            waits.append(time.perf_counter() - started)
-            time.sleep(0.005)
-    assert sent.result().status_code == 200
-    assert np.median(waits) < 0.1
-    assert max(waits) < 1
+    check_probes_during(served, input=[large] * 4, modality="image")
 
 
 def test_bodies_are_held_until_they_are_answered(options: Options) -> None:

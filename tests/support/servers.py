@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,3 +109,24 @@ def vectors(response: httpx.Response) -> NDArray[Any]:
     assert {item["object"] for item in body["data"]} == {"embedding"}
     assert body["usage"]["prompt_tokens"] == body["usage"]["total_tokens"] > 0
     return np.array([item["embedding"] for item in body["data"]])
+
+
+def check_probes_during(served: Running, **fields: Any) -> None:
+    """Post a request, and check that health probes are answered quickly until its response.
+
+    The limits grow with the time of the request, as all times do on a busy machine. A blocked event
+    loop would hold one probe for nearly all of it.
+    """
+    waits = []
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        response = pool.submit(served.post, **fields)
+        while not response.done():
+            started = time.perf_counter()
+            assert served.client.get("/health/live").status_code == 200
+            waits.append(time.perf_counter() - started)
+            time.sleep(0.005)
+    seconds = time.perf_counter() - begun
+    assert response.result().status_code == 200
+    assert np.median(waits) < max(0.1, seconds / 20)
+    assert max(waits) < max(1, seconds / 2)
