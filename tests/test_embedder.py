@@ -38,7 +38,7 @@ from shared_engine import (
 from shared_engine import registry as engines
 from shared_engine.local.backend import LocalBackend
 from shared_engine.pipeline import Pipeline
-from tests.server.test_app import NAME, running
+from tests.support.servers import NAME, running
 
 TEXTS = [f"document {i} " + "and so on " * (i % 7) for i in range(40)]
 
@@ -508,20 +508,6 @@ def run(program: str, **env: str) -> subprocess.CompletedProcess[str]:
         cwd=Path(__file__).parents[1],
         env=os.environ | env,
     )
-
-
-@pytest.mark.parametrize("missing", ["torch", "tokenizers"])
-def test_a_missing_extra_names_its_pip_line(checkpoint, missing):
-    program = f"""
-import sys
-sys.modules[{missing!r}] = None
-from shared_engine import Embedder, MissingExtraError, Options
-try:
-    Embedder(Options(model={str(checkpoint)!r})).embed(["x"])
-except MissingExtraError as exc:
-    print(exc)
-"""
-    assert "pip install 'nemoretriever-embeddings[local]'" in run(program).stdout
 
 
 def test_several_devices_take_steps_from_one_queue(checkpoint):

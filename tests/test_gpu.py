@@ -19,7 +19,7 @@ from shared_engine import Embedder, EmbeddingInput, Options
 from shared_engine.local import attention, elementwise
 from shared_engine.local.attention import Layout
 from shared_engine.local.device import select_devices
-from tests.local.test_device import config
+from tests.support.configs import config
 from tests.support.vl_checkpoints import build_vl_checkpoint, page
 
 pytestmark = [

@@ -9,6 +9,7 @@ import ast
 import sys
 from collections.abc import Callable, Iterator
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ OURS = {"langchain_nemoretriever", "llamaindex_nemoretriever", "shared_engine"}
 
 LAYERS = (
     {"_version", "errors", "threads"},
+    {"_lazy"},
     {"images"},
     {"catalogue", "documents", "endpoints", "options", "usage", "vectors", "wire"},
     {"backend"},
@@ -176,6 +178,19 @@ def test_a_module_has_a_docstring(name):
     assert first.endswith(".")
 
 
+def test_no_test_module_imports_another():
+    """What several of them need is in tests/support."""
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {node.module}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith("tests.")
+        and (node.module or "").rpartition(".")[2].startswith("test_")
+    ]
+    assert wrong == []
+
+
 # What an import loads.
 
 LATER = {
@@ -248,12 +263,32 @@ def test_a_package_alone_loads_next_to_nothing(python, package):
     assert modules == {package}
 
 
-def test_a_package_says_what_it_has():
-    import langchain_nemoretriever
+@pytest.mark.parametrize(
+    "package",
+    [
+        "langchain_nemoretriever",
+        "llamaindex_nemoretriever",
+        "shared_engine.bulk",
+        "shared_engine.distributed",
+        "shared_engine.evaluate",
+        "shared_engine.images",
+        "shared_engine.server",
+    ],
+)
+def test_a_package_lists_the_names_that_type_checkers_see(package):
+    tree = ast.parse(FILES[package].read_bytes())
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If))  # if TYPE_CHECKING
+    imports = (node for node in typed.body if isinstance(node, ast.ImportFrom))
+    names = [alias.name for node in imports for alias in node.names]
+    module = import_module(package)
+    assert dir(module) == sorted(names)
+    with pytest.raises(AttributeError, match=f"'{package}' has no attribute 'Nothing'"):
+        module.Nothing  # noqa: B018
 
-    assert dir(langchain_nemoretriever) == ["NeMoRetrieverEmbeddings"]
-    with pytest.raises(AttributeError, match="'langchain_nemoretriever' has no attribute 'Nothing"):
-        langchain_nemoretriever.Nothing  # noqa: B018
+
+@pytest.mark.parametrize("command", ["embed", "evaluate", "serve"])
+def test_a_command_loads_nothing_heavy_before_it_runs(python, command):
+    assert not loaded(python, f"import shared_engine.cli.{command}") & (HEAVY | LATER)
 
 
 def test_an_embedder_and_a_stream_cost_no_more(python):

@@ -13,14 +13,9 @@ plan.py       an estimate of time, tokens and bytes
 batch.py      a callable for Ray Data pipelines ......... EmbedBatch
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from shared_engine.errors import MissingExtraError
+from shared_engine._lazy import attach
 
 if TYPE_CHECKING:
     from shared_engine.bulk.batch import EmbedBatch as EmbedBatch
@@ -31,28 +26,14 @@ if TYPE_CHECKING:
     from shared_engine.bulk.manifest import Done as Done
     from shared_engine.bulk.run import run_local as run_local
 else:
-    _FILES = {
-        "batch": ("EmbedBatch",),
-        "fragment": ("embed_fragment",),
-        "job": ("Fragment", "Job", "list_fragments"),
-        "manifest": ("Done",),
-        "run": ("run_local",),
-    }
-
-    def __getattr__(name: str) -> Any:
-        for module, names in _FILES.items():
-            if name in names:
-                with needs_extra("bulk"):
-                    return getattr(import_module(f"{__name__}.{module}"), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-@contextmanager
-def needs_extra(extra: str) -> Iterator[None]:
-    """Turn the lack of a library into a MissingExtraError with the pip line of an extra."""
-    try:
-        yield
-    except ModuleNotFoundError as exc:
-        raise MissingExtraError(
-            f"this needs {exc.name!r}: pip install 'nemoretriever-embeddings[{extra}]'"
-        ) from exc
+    __getattr__, __dir__ = attach(
+        __name__,
+        {
+            "batch": ("EmbedBatch",),
+            "fragment": ("embed_fragment",),
+            "job": ("Fragment", "Job", "list_fragments"),
+            "manifest": ("Done",),
+            "run": ("run_local",),
+        },
+        extra="bulk",
+    )

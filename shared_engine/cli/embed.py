@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 
-from shared_engine.bulk import needs_extra
+from shared_engine._lazy import needs_extra
 from shared_engine.cli.options import (
     LOCAL,
     REMOTE,

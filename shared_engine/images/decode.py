@@ -1,65 +1,77 @@
-"""From the bytes of an image to upright, opaque pixels of 8 bits."""
+"""Decode image files to upright, opaque images of 8-bit grey or RGB."""
 
 from __future__ import annotations
 
+import logging
 import math
-import struct
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
-from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, ImageFile
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from shared_engine.images.budget import MemoryBudget
-from shared_engine.images.formats import Jpeg, Tiff, find_format, find_pages
-from shared_engine.images.sources import TooLargeError
+from shared_engine.images.formats import FORMATS, check_format, find_pages
+from shared_engine.images.sources import AcceptedImage, TooLargeError, describe, read
 from shared_engine.threads import after_fork
 
 LONG_SIDE, SHORT_SIDE = 16_384, 8_192
-"""Pixels, either way round, of the same card."""
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What makes an image upright, by its EXIF orientation; 1 is upright."""
-
-_SIDEWAYS = (
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-)
-"""Turns after which rows are columns."""
-_BACKWARDS = (
-    Image.Transpose.ROTATE_180,
-    Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-)
-"""Turns after which the first row is the last row or column."""
+"""Limits in pixels, whichever side is the longer one; from NVIDIA's model card."""
 
 _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2}
-"""Of a pixel as Pillow stores it; 4 in all other modes."""
+"""Bytes of a pixel in Pillow's memory, by mode; 4 in all other modes."""
 
-_BAND = 2**18
-"""Pixels that are converted at once, so that what comes between takes no memory to speak of."""
+_MAX_PICTURES = 16
+"""Pictures of a TIFF to look at: a file of 25 MB can hold millions that are no pages."""
 
-_DIRECTORIES = 16
-"""Pictures of a TIFF that are looked at: a file of 25 MB can hold millions that are no page."""
+_log = logging.getLogger("shared_engine")
+
+
+class MemoryBudget:
+    """A number of bytes, lent to threads in the order of their requests.
+
+    A thread that asks for more than the capacity gets all of it, and so works alone. A thread must
+    not ask twice: two such threads could wait for each other.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget all holders: the child of a fork does not have their threads."""
+        self.free = self.capacity
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Wait until `size` bytes are free, and hold them until the block ends."""
+        size = min(size, self.capacity)
+        ticket = object()
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                self._changed.wait_for(lambda: self._waiting[0] is ticket and self.free >= size)
+                self.free -= size
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.free += size
+                self._changed.notify_all()
+
 
 _IN_FLIGHT = MemoryBudget(2**30)
 _LOADING = threading.Lock()
@@ -76,71 +88,79 @@ after_fork(_renew)
 
 @dataclass(frozen=True, eq=False)
 class OpenedImage:
-    """An image whose header is read and allowed, and whose pixels are still to be decoded."""
+    """An image within the limits: its header is read, its pixels are not decoded yet."""
 
     picture: Image.Image
-    orientation: int
-    """How EXIF says that it is turned, 1 to 8; 1 is upright."""
-    pixels: int
-    """Of the whole, also where a draft of it is decoded."""
     content: bytes | None
-    """Its file; None of a caller's PIL image, which is never written to."""
+    """The file; None for a caller's PIL image, which is never modified."""
+    orientation: int
+    """EXIF orientation, 1 (upright) to 8."""
+    pixels: int
+    """Number of pixels at full size, even if `picture.draft` has made it smaller."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
-        """Width and height as a person sees it."""
+        """Width and height once the image is turned upright."""
         width, height = self.picture.size
         return (width, height) if self.orientation <= 4 else (height, width)
 
     @property
     def has_more_pages(self) -> bool:
-        """Whether its file is a TIFF of several pages, of which this is the first."""
-        if not (self.content and isinstance(self.picture, Tiff) and self.picture.is_animated):
+        """Whether the file is a TIFF with more pages than its first."""
+        picture = self.picture
+        if self.content is None or not isinstance(picture, TiffImageFile):
             return False
-        pages = find_pages(Tiff(BytesIO(self.content)), _DIRECTORIES)
-        return len(list(islice(pages, 2))) > 1
+        if not picture.is_animated:
+            return False
+        other = Image.open(BytesIO(self.content), formats=("TIFF",))  # seeking moves its reader
+        assert isinstance(other, TiffImageFile)
+        return len(list(islice(find_pages(other, _MAX_PICTURES), 2))) > 1
 
     @property
     def is_plain(self) -> bool:
-        """Whether all readers of its file see the same in it."""
+        """Whether every reader of the file sees the same: a still, opaque, upright PNG or JPEG.
+
+        The additional pictures that cameras put into a JPEG (MPO) are ignored by all readers.
+        """
         picture = self.picture
-        return (
-            self.content is not None
-            and isinstance(picture, (Jpeg, PngImageFile))
-            and not ImageFile.LOAD_TRUNCATED_IMAGES  # by which the others may not go
-            and picture.mode in ("1", "L", "P", "RGB")
-            and not (isinstance(picture, PngImageFile) and self.content[24] > 8)  # bits of a value
-            and not picture.has_transparency_data
-            and not getattr(picture, "is_animated", False)
-            and self.orientation == 1
-        )
+        if self.content is None or self.orientation != 1:
+            return False
+        if ImageFile.LOAD_TRUNCATED_IMAGES:  # a setting of this process, unknown to other readers
+            return False
+        if isinstance(picture, PngImageFile):
+            bits_per_value = self.content[24]
+            if picture.is_animated or bits_per_value > 8 or picture.has_transparency_data:
+                return False
+        elif not isinstance(picture, JpegImageFile):
+            return False
+        return picture.mode in ("1", "L", "P", "RGB")
 
     @property
     def bytes_needed(self) -> int:
-        """About the memory that decoding takes at its peak: what is stored and what is made.
+        """Estimated peak memory of decoding: what Pillow stores, reads and converts.
 
-        libwebp has two canvases of 4 bytes a pixel and gives a copy. libjpeg keeps what it has read
-        of a progressive file, 2 bytes a value, however small it is drafted. A caller's PIL image
-        counts like a file: it may be open only, and is decoded now.
+        libwebp has two canvases of 4 bytes a pixel and returns a copy. libjpeg keeps 2 bytes a
+        value of a progressive file, however small its draft is. A caller's PIL image counts like a
+        file, because it may be open without being decoded.
         """
         picture = self.picture
         stored = _BYTES.get(picture.mode[:4], 4)
-        made = 0 if self.is_plain and picture.mode in ("L", "RGB") else 4
+        converted = 0 if self.is_plain and picture.mode in ("L", "RGB") else 8
         read = 12 if isinstance(picture, WebPImageFile) else 0
         if "progressive" in picture.info:
             read = 2 * len(picture.getbands())
-        return math.prod(picture.size) * (stored + made) + self.pixels * read
+        return math.prod(picture.size) * (stored + converted) + self.pixels * read
 
     @contextmanager
     def load(self) -> Iterator[None]:
-        """Decode to the end; until the end of the context its memory counts as in use.
+        """Decode the picture; its memory counts as in use until the block ends.
 
         Raises:
-            OSError: the file is broken. Pillow raises others.
+            OSError: the file is broken. Pillow raises other types too.
         """
         with _IN_FLIGHT.hold(self.bytes_needed):
             if self.content is None:
-                with _LOADING:  # two threads must not decode one object
+                with _LOADING:  # two threads may have the same image of a caller
                     self.picture.load()
             else:
                 self.picture.load()
@@ -148,132 +168,98 @@ class OpenedImage:
 
     @contextmanager
     def decode(self) -> Iterator[Image.Image]:
-        """Do as `load` does; give an image of our own, upright, opaque, RGB or grey of 8 bits."""
+        """Decode as `load` does; yield an upright, opaque image of mode "L" or "RGB"."""
         with self.load():
-            picture, turn = self.picture, _TURNS.get(self.orientation)
-            mode, convert = _find_conversion(picture)
-            if self.content is None or convert or turn is not None:
-                picture = _convert(picture, mode, convert, turn)
-            yield picture
+            image = _convert(self.picture)
+            if image is self.picture and self.content is None:
+                image = image.copy()
+            image.info = {}  # the EXIF and colour profile of the file are no longer true
+            if self.orientation != 1:
+                image.getexif()[ExifTags.Base.Orientation] = self.orientation
+                image = ImageOps.exif_transpose(image)
+            yield image
+
+
+def open_source(source: AcceptedImage, urls: bool) -> OpenedImage:
+    """Read a source and open it; warn about a TIFF of which only the first page is used."""
+    opened = open_image(read(source, urls))
+    if opened.has_more_pages:
+        _log.warning(
+            "%s is a TIFF with several pages: only the first is embedded; to embed all, pass "
+            "[page.copy() for page in PIL.ImageSequence.Iterator(PIL.Image.open(...))]",
+            describe(source),
+        )
+    return opened
 
 
 def open_image(content: bytes | Image.Image) -> OpenedImage:
-    """Read the header of a file, or look at a caller's PIL image.
+    """Read the header of a file, or take a caller's PIL image.
 
     Raises:
-        TooLargeError: it has more than LONG_SIDE x SHORT_SIDE pixels.
-        ValueError: it has none, or is of no format that is read. Pillow raises others.
+        TooLargeError: more than LONG_SIDE x SHORT_SIDE pixels.
+        ValueError: no pixels, or a format that is not supported. Pillow raises other types too,
+            a DecompressionBombError among them.
     """
     if isinstance(content, Image.Image):
         picture, file = content, None
     else:
-        picture, file = find_format(content)(BytesIO(content)), content
+        check_format(content)
+        try:
+            picture, file = Image.open(BytesIO(content), formats=FORMATS), content
+        except UnidentifiedImageError as exc:
+            raise ValueError("its header is broken") from exc
     width, height = picture.size
     if not width or not height:
         raise ValueError("it has no pixels")
     if max(width, height) > LONG_SIDE or min(width, height) > SHORT_SIDE:
         raise TooLargeError(
             f"it has {width:,} x {height:,} pixels; expected at most {LONG_SIDE:,} x "
-            f"{SHORT_SIDE:,}, either way round"
+            f"{SHORT_SIDE:,} or {SHORT_SIDE:,} x {LONG_SIDE:,}"
         )
-    return OpenedImage(picture, _find_orientation(picture), width * height, file)
+    return OpenedImage(picture, file, _read_orientation(picture), width * height)
 
 
-def _find_orientation(picture: Image.Image) -> int:
-    """Return how EXIF says that the image is turned, 1 to 8; 1, upright, where it does not say.
+def _read_orientation(picture: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing or its block is corrupt.
 
-    Not by `getexif`, which reads all tags and warns of corrupt ones. Pillow turns TIFFs itself.
+    `picture.getexif` would decode a PNG, and write to a caller's image. Pillow itself turns TIFFs.
     """
-    exif = bytes(picture.info.get("exif") or b"").removeprefix(b"Exif\0\0")
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2], "<")
-    try:
-        (start,) = struct.unpack_from(f"{order}I", exif, 4)
-        (count,) = struct.unpack_from(f"{order}H", exif, start)
-        for entry in range(count):
-            tag, _, _, value = struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * entry)
-            if tag == ExifTags.Base.Orientation:
-                return value if 1 <= value <= 8 else 1
-    except struct.error:
-        pass
-    return 1
+    exif = Image.Exif()
+    with suppress(Exception):  # Pillow raises many types for a corrupt block
+        exif.load(picture.info.get("exif", b""))
+    orientation = exif.get(ExifTags.Base.Orientation)
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-Conversion: TypeAlias = Callable[[Image.Image], Image.Image]
-"""Of a band of a picture, pixel by pixel."""
-
-
-def _find_conversion(picture: Image.Image) -> tuple[str, Conversion | None]:
-    """Return "RGB" or "L", and what makes a picture one of that; None if it is one."""
+def _convert(picture: Image.Image) -> Image.Image:
+    """Return a picture in mode "L" or "RGB", transparency over white; itself if it is that."""
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        return "L", _find_scale(picture)
+        return _scale_grey(picture)
     if picture.has_transparency_data:
-        return "RGB", _lay_over_white
+        layer = picture.convert("LA") if picture.mode == "La" else picture
+        layer = layer if layer.mode == "RGBA" else layer.convert("RGBA")
+        opaque = Image.new("RGB", layer.size, "white")
+        opaque.paste(layer, mask=layer)
+        return opaque
     if picture.mode in ("L", "RGB"):
-        return picture.mode, None
+        return picture
     if picture.mode == "LAB":
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return "RGB", ImageCms.buildTransform(lab, rgb, "LAB", "RGB").apply
-    mode = "L" if picture.mode == "1" else "RGB"
-    return mode, lambda band: band.convert(mode)
+        return ImageCms.buildTransform(lab, rgb, "LAB", "RGB").apply(picture)
+    return picture.convert("L" if picture.mode == "1" else "RGB")
 
 
-def _convert(
-    picture: Image.Image, mode: str, convert: Conversion | None, turn: Image.Transpose | None
-) -> Image.Image:
-    """Return a picture converted and turned, band by band."""
-    width, height = picture.size
-    is_sideways = turn in _SIDEWAYS
-    made = Image.new(mode, (height, width) if is_sideways else (width, height))
-    for top, bottom, band in _cut_bands(picture):
-        converted = convert(band) if convert else band
-        if turn is not None:
-            converted = converted.transpose(turn)
-        start = height - bottom if turn in _BACKWARDS else top
-        made.paste(converted, (start, 0) if is_sideways else (0, start))
-    return made
+def _scale_grey(picture: Image.Image) -> Image.Image:
+    """Return grey of 16 or 32 bits as 8 bits; Pillow would clip it at 255.
 
-
-def _cut_bands(picture: Image.Image) -> Iterator[tuple[int, int, Image.Image]]:
-    """Yield the first row, the row after the last, and the picture between them."""
-    width, height = picture.size
-    rows = max(1, _BAND // width)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        yield top, bottom, picture.crop((0, top, width, bottom))
-
-
-def _lay_over_white(band: Image.Image) -> Image.Image:
-    layer = (band.convert("LA") if band.mode == "La" else band).convert("RGBA")
-    made = Image.new("RGB", layer.size, "white")
-    made.paste(layer, mask=layer)
-    return made
-
-
-def _find_scale(picture: Image.Image) -> Conversion:
-    """Return what scales grey of 16 or 32 bits down; Pillow would clip it at 255.
-
-    16 bits lose the lower 8, as 16-bit colour does in Pillow. 32 bits do not say what is white: it
-    is taken to be 1, 255 or 65535, the first that no value is above, else the largest value.
+    16 bits lose the lower 8, as 16-bit colour does in Pillow. For 32 bits the file does not define
+    white: it is 1, 255 or 65535, the first that no value exceeds, else the largest value.
     """
     if picture.mode.startswith("I;16"):
-        return lambda band: Image.fromarray((np.asarray(band) >> 8).astype(np.uint8))
-    largest = max(_read_grey(band).max() for _, _, band in _cut_bands(picture))
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    grey = np.array(picture, np.float32)
+    np.nan_to_num(grey, copy=False, posinf=0.0, neginf=0.0)
+    largest = grey.max()
     white = next((white for white in (1, 255, 65_535) if largest <= white), largest)
-    scale = np.float32(1 / 256 if white == 65_535 else 255 / white)
-
-    def convert(band: Image.Image) -> Image.Image:
-        return Image.fromarray(np.clip(_read_grey(band) * scale, 0, 255).astype(np.uint8))
-
-    return convert
-
-
-def _read_grey(band: Image.Image) -> NDArray[np.float32]:
-    grey = np.asarray(band).astype(np.float32)
-    return np.nan_to_num(grey, copy=False, posinf=0.0, neginf=0.0)
-
-
-def encode(picture: Image.Image, kind: Literal["PNG", "JPEG"], **options: Any) -> bytes:
-    """Return the file of a decoded image; a colour profile of its source would be wrong now."""
-    buffer = BytesIO()
-    picture.save(buffer, kind, icc_profile=None, **options)
-    return buffer.getvalue()
+    grey *= np.float32(1 / 256 if white == 65_535 else 255 / white)
+    return Image.fromarray(np.clip(grey, 0, 255, out=grey).astype(np.uint8))

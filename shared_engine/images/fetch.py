@@ -1,8 +1,8 @@
-"""Fetch an image from the public internet, and from nowhere else.
+"""Fetch an image from the public internet only.
 
-Addresses come from users of users, so a name is resolved once, every address of it is checked, and
-the connection goes to the very one that was checked. No proxy, no credentials, few redirects, one
-deadline however slowly the other side drips.
+The URLs are untrusted input. A host name is resolved once, all its addresses are checked, and the
+connection goes to an address that was checked. There are no proxies, no credentials, few redirects,
+and one deadline for the whole fetch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any, TypeAlias
 import httpcore
 from httpx import URL
 
-Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _SECONDS, _REDIRECTS = 10.0, 3
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-"""Of IPv6, all that the internet routes (RFC 4291); the rest is local, or a translator's."""
+"""The addresses of IPv6 that the internet routes (RFC 4291); others are local or translators."""
 
 
 class _Timed(httpcore.NetworkStream):
-    """A connection that ends at one time, however slowly the other side drips."""
+    """A connection with one deadline for all its reads and writes."""
 
     def __init__(self, stream: httpcore.NetworkStream, end: float) -> None:
         self._stream = stream
@@ -35,7 +35,7 @@ class _Timed(httpcore.NetworkStream):
 
     def _left(self) -> float:
         if (left := self._end - time.monotonic()) <= 0:
-            raise httpcore.ReadTimeout("the server takes too long")
+            raise httpcore.ReadTimeout("the server took too long")
         return left
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
@@ -58,12 +58,12 @@ class _Timed(httpcore.NetworkStream):
 
 
 class _Network(httpcore.SyncBackend):
-    """Connects only to addresses that are allowed, and to the very one that was looked at.
+    """Connects to a checked address of a host, of which all addresses must be allowed.
 
-    TLS still checks the name of the URL. A name of which any address is refused is refused.
+    TLS still verifies the name in the URL.
     """
 
-    def __init__(self, allowed: Callable[[Address], bool], end: float) -> None:
+    def __init__(self, allowed: Callable[[IPAddress], bool], end: float) -> None:
         self._allowed = allowed
         self._end = end
 
@@ -79,31 +79,31 @@ class _Network(httpcore.SyncBackend):
 
 
 def _resolve(host: str, port: int, seconds: float) -> list[str]:
-    """Return the addresses of a name, at least one.
+    """Return the addresses of a host name, at least one.
 
-    A look-up cannot be ended, so one that takes longer is left to a thread that nobody waits for.
+    A lookup cannot be cancelled, so one that exceeds the timeout is left to its daemon thread.
     """
     answer: Future[list[str]] = Future()
 
-    def ask() -> None:
+    def look_up() -> None:
         try:
             rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             answer.set_result([str(row[4][0]) for row in rows])
         except Exception as exc:
             answer.set_exception(exc)
 
-    threading.Thread(target=ask, name="nemoretriever-resolve", daemon=True).start()
+    threading.Thread(target=look_up, name="nemoretriever-resolve", daemon=True).start()
     try:
         found = answer.result(max(seconds, 0))
     except TimeoutError:
-        raise httpcore.ConnectTimeout(f"looking up {host} takes too long") from None
+        raise httpcore.ConnectTimeout(f"the lookup of {host} took too long") from None
     if not found:
         raise ValueError(f"{host} has no address")
     return found
 
 
-def is_public(address: Address) -> bool:
-    """Tell whether an address is one of the public internet, also seen through a translator.
+def is_public(address: IPAddress) -> bool:
+    """Return whether an address is on the public internet; translated IPv4 addresses are not.
 
     >>> [is_public(ipaddress.ip_address(a)) for a in ("8.8.8.8", "10.0.0.1", "64:ff9b::a00:1")]
     [True, False, False]
@@ -114,30 +114,35 @@ def is_public(address: Address) -> bool:
 
 
 def fetch(
-    url: str, allowed: Callable[[Address], bool] = is_public, seconds: float = _SECONDS
+    url: str, allowed: Callable[[IPAddress], bool] = is_public, seconds: float = _SECONDS
 ) -> Iterator[bytes]:
-    """GET what is at an address, within so many seconds in all, from hosts that are `allowed`.
+    """GET a URL and yield the body.
+
+    Args:
+        url: An http or https URL.
+        allowed: Whether to connect to an address; asked for every address of every host.
+        seconds: Deadline for the whole fetch, redirects included.
 
     Raises:
-        ValueError: a host that is not allowed, too many redirects, or another status than 200.
-        httpcore.NetworkError, httpcore.TimeoutException, OSError: what the network raises.
+        ValueError: a host that is not allowed, too many redirects, or a status other than 200.
+        httpcore.NetworkError, httpcore.TimeoutException, OSError: the network failed.
     """
-    place = URL(url)
+    page = URL(url)
     network = _Network(allowed, time.monotonic() + seconds)
     with httpcore.ConnectionPool(network_backend=network) as pool:
         for _ in range(1 + _REDIRECTS):
-            if place.scheme not in ("http", "https"):
-                raise ValueError(f"it is redirected to {place.scheme}:")
+            if page.scheme not in ("http", "https"):
+                raise ValueError(f"it redirects to {page.scheme}:; expected http or https")
             target = httpcore.URL(
-                scheme=place.raw_scheme, host=place.raw_host, port=place.port, target=place.raw_path
+                scheme=page.raw_scheme, host=page.raw_host, port=page.port, target=page.raw_path
             )
             with pool.stream("GET", target, headers={"Accept": "image/*"}) as reply:
                 headers = {name.lower(): value for name, value in reply.headers}
                 if 300 <= reply.status < 400 and b"location" in headers:
-                    place = place.join(headers[b"location"].decode("latin-1"))
+                    page = page.join(headers[b"location"].decode("latin-1"))
                 elif reply.status == 200:
                     yield from reply.iter_stream()
                     return
                 else:
-                    raise ValueError(f"the server answers with status {reply.status}")
-    raise ValueError(f"it is redirected more than {_REDIRECTS} times")
+                    raise ValueError(f"the server replied with status {reply.status}; expected 200")
+    raise ValueError(f"it redirects more than {_REDIRECTS} times")

@@ -1,8 +1,8 @@
-"""From anything that stands for an image to the bytes of its file.
+"""Read the file of an image from any kind of source.
 
-`accept` looks at the type only, and reads an open file before its owner closes it; `read` opens
-what an accepted source names. What goes wrong between the two and the last pixel becomes an error
-of the input in `image_errors`.
+`accept` checks the type, and reads a file object before its owner closes it. `read` opens the file
+or URL of an accepted source. `image_errors` turns all failures until the last pixel into errors of
+the input.
 """
 
 from __future__ import annotations
@@ -21,31 +21,30 @@ import pybase64
 from PIL import Image
 
 from shared_engine.errors import ImageError, ImageTooLargeError, InputError, InputTypeError
-from shared_engine.images.formats import find_format
+from shared_engine.images.formats import check_format
 
 ImageSource: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image
 )
-"""A path, a file:, data: or http(s): URL, base64, the bytes of a file, a file, or a PIL image."""
+"""A path, a file:, data: or http(s): URL, base64, bytes, a file object or a PIL image."""
 
 AcceptedImage: TypeAlias = str | os.PathLike[str] | bytes | Image.Image
-"""An `ImageSource` that `accept` gave; it can be read any number of times."""
-
+"""An `ImageSource` that `accept` returned; it can be read any number of times."""
 
 MAX_BYTES = 25_000_000
-"""Of a file. NVIDIA's card says "less than 25MB" and not which MB; this is the smaller one."""
+"""Limit of a file: "less than 25MB" on NVIDIA's model card, read as the smaller kind of MB."""
 
-
-_ESCAPES = 1_000_000
-"""The most %XX in a data URL: decoding one takes some 80 bytes for a while."""
+_MAX_ESCAPES = 1_000_000
+"""The most %XX in a data URL: decoding one takes about 80 bytes."""
 
 
 def accept(image: object) -> AcceptedImage:
-    """Accept an image: check its type, and read a file object before its owner closes it.
+    """Check the type of an image, and read a file object before its owner closes it.
 
     Raises:
         InputTypeError: not an `ImageSource`, or a file that was opened as text.
-        ImageError: the file object cannot be read, or has more than MAX_BYTES.
+        ImageError: the file object cannot be read.
+        ImageTooLargeError: the file object has more than MAX_BYTES.
     """
     if isinstance(image, (str, bytes, os.PathLike, Image.Image)):
         return image
@@ -53,8 +52,8 @@ def accept(image: object) -> AcceptedImage:
         return bytes(image)
     if not callable(getattr(image, "read", None)):
         raise InputTypeError(
-            f"has an image of type {type(image).__name__}; expected a path, a URL, "
-            "base64, bytes, a file opened in binary mode, or a PIL image (of an array: "
+            f"has an image of type {type(image).__name__}; expected a path, a URL, base64, bytes, "
+            "a file opened in binary mode, or a PIL image (for an array use "
             "PIL.Image.fromarray(...))"
         )
     with image_errors(image):
@@ -62,37 +61,41 @@ def accept(image: object) -> AcceptedImage:
 
 
 def decode_data_url(text: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """Return the bytes of a data URL that holds an image; no path or address is ever opened.
+    """Return the bytes of an image in a data URL; no path or other URL is ever opened.
 
-    The format is told by the bytes; the MIME type may be wrong or missing. `data:image/png,` with
-    base64 that does not say so, as on NVIDIA's card, is taken too.
+    The bytes decide the format; the MIME type may be wrong or missing. Base64 after
+    `data:image/png,`, without `;base64`, is accepted: NVIDIA's model card has it.
 
     Raises:
-        ImageTooLargeError: it holds more than `max_bytes`.
-        ImageError: no data URL, bad base64, or not an image.
+        ImageTooLargeError: more than `max_bytes`.
+        ImageError: not a data URL, invalid base64, or not an image.
     """
     with image_errors(text):
         data = check_size(_from_data_url(text, max_bytes), max_bytes)
-        find_format(data)
+        check_format(data)
         return data
 
 
+def draw_sample(width: int = 700, height: int = 500) -> Image.Image:
+    """Draw a grey disc that fades to its rim, to try a model with an image."""
+    return Image.radial_gradient("L").resize((width, height))
+
+
 class TooLargeError(ValueError):
-    """Becomes an ImageTooLargeError in `image_errors`."""
+    """A limit is exceeded; `image_errors` turns it into an ImageTooLargeError."""
 
 
 _TOO_LARGE = (TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
-
 _QUOTED = re.compile(r"""\bb'(?:[^'\\]|\\.)*+'?|\bb"(?:[^"\\]|\\.)*+"?""")
-"""Bytes as Python prints them: some messages of Pillow's quote a file."""
+"""Bytes as Python prints them: some of Pillow's messages quote the file."""
 _LONG_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]{81}")
-"""What no path is, more likely than not."""
+"""A text that is hardly a path."""
 
 
 @contextmanager
 def image_errors(source: object) -> Iterator[None]:
-    """Turn whatever Pillow, the file system or the network raise into an error of this input."""
+    """Turn errors of Pillow, the file system and the network into an ImageError of this input."""
     try:
         yield
     except InputError:
@@ -105,7 +108,7 @@ def image_errors(source: object) -> Iterator[None]:
 
 
 def describe(source: object) -> str:
-    """An input in a few words, without base64, passwords or the query of a URL."""
+    """Describe a source in a few words, without base64, passwords or the query of a URL."""
     if isinstance(source, bytes):
         return f"of {len(source):,} bytes"
     if not isinstance(source, (str, os.PathLike)):
@@ -126,9 +129,13 @@ def _scheme(text: str) -> str:
 
 
 def check_size(data: bytes, limit: int, kind: str = "") -> bytes:
-    """Return what was given, unless it has more bytes than `limit`: a TooLargeError."""
+    """Return the data unchanged.
+
+    Raises:
+        TooLargeError: it has more than `limit` bytes.
+    """
     if len(data) > limit:
-        raise TooLargeError(f"{kind} it has over {limit:,} bytes, the most there may be".lstrip())
+        raise TooLargeError(f"{kind} it has more than {limit:,} bytes, the limit".lstrip())
     return data
 
 
@@ -137,7 +144,7 @@ def _read(file: Any) -> bytes:
         raise InputTypeError("has an image file that was opened as text; use open(path, 'rb')")
     if hasattr(file, "seekable") and file.seekable():
         file.seek(0)
-    return _join(iter(partial(file.read, 1 << 20), b""))  # raw files give less than asked for
+    return _join(iter(partial(file.read, 1 << 20), b""))  # raw files may return less
 
 
 def _join(parts: Iterable[bytes]) -> bytes:
@@ -150,7 +157,12 @@ def _join(parts: Iterable[bytes]) -> bytes:
 
 
 def read(source: AcceptedImage, urls: bool) -> bytes | Image.Image:
-    """The bytes of the file that a source stands for; a PIL image stands for itself."""
+    """Return the bytes of the file of a source; a PIL image is returned unchanged.
+
+    Args:
+        source: What `accept` returned.
+        urls: Whether an http(s) URL may be fetched.
+    """
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, os.PathLike):
@@ -170,30 +182,30 @@ def _from_text(text: str, urls: bool) -> bytes:
             return _from_file_url(text)
         case "http" | "https":
             if not urls:
-                raise ValueError("it is an address; allow_image_urls=True lets images be fetched")
+                raise ValueError("it is a URL; allow_image_urls=True allows fetching images")
             from shared_engine.images.fetch import fetch
 
             return _join(fetch(text))
     if os.path.lexists(text):
         return _from_path(text)
     if (data := _image_in_base64(text.encode("ascii", "replace"))) is None:
-        raise ValueError("there is no such file, nor is it an image in base64")
+        raise ValueError("it is neither an existing file nor an image in base64")
     return data
 
 
 def _from_path(path: str | os.PathLike[str]) -> bytes:
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):  # a pipe or a device could be read for ever
-        raise ValueError("it is a directory" if stat.S_ISDIR(mode) else "it is no regular file")
+    if not stat.S_ISREG(mode):  # a pipe or a device may never end
+        raise ValueError("it is a directory" if stat.S_ISDIR(mode) else "it is not a regular file")
     with open(path, "rb") as file:
         return file.read(MAX_BYTES + 1)
 
 
 def _from_file_url(url: str) -> bytes:
-    """Read what a file: URL names, or what one names that was put together without escapes."""
+    """Read the file of a file: URL, also of one whose path was not percent-encoded."""
     host, slash, path = url.partition("://")[2].partition("/")
     if host.lower() not in ("", "localhost"):
-        raise ValueError("it is on another host; a file: URL names a file of this one")
+        raise ValueError("its file: URL names another host; expected a file on this host")
     path = slash + path
     escaped = url2pathname(re.split(r"[?#]", path, maxsplit=1)[0])
     names = (url2pathname(path), path, escaped)
@@ -203,9 +215,9 @@ def _from_file_url(url: str) -> bytes:
 def _from_data_url(url: str, limit: int) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or _scheme(head) != "data":
-        raise ValueError("it is no data URL; expected data:image/png;base64,...")
-    if len(body) > 2 * limit or body.count("%") > _ESCAPES:
-        raise TooLargeError(f"it has {len(body):,} characters, more than {limit:,} bytes take")
+        raise ValueError("it is not a data URL; expected data:image/png;base64,...")
+    if len(body) > 2 * limit or body.count("%") > _MAX_ESCAPES:
+        raise TooLargeError(f"it has {len(body):,} characters, more than {limit:,} bytes need")
     raw = unquote_to_bytes(body)
     if re.search(r";\s*base64\s*$", head, re.IGNORECASE):
         return _base64(raw)
@@ -216,13 +228,13 @@ def _base64(text: bytes) -> bytes:
     try:
         return pybase64.b64decode(b"".join(text.split()), validate=True)
     except ValueError as exc:
-        raise ValueError(f"its base64 is broken: {exc}") from exc
+        raise ValueError(f"its base64 is invalid: {exc}") from exc
 
 
 def _image_in_base64(text: bytes) -> bytes | None:
     try:
         data = _base64(text)
-        find_format(data)
+        check_format(data)
     except ValueError:
         return None
     return data

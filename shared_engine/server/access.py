@@ -1,62 +1,67 @@
-"""Who may ask: who has the key or, where there is none, whoever asks for this machine by its name.
+"""Access control: an API key or, without one, the host names of the server.
 
-The health routes are open to all: a probe has no key, and asks by an address of its own.
+The health routes are open: a probe has no key, and uses an address of its own.
 """
 
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from ipaddress import ip_address
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shared_engine.errors import ConfigurationError
-from shared_engine.server.errors import HTTPRefusal, shorten
+from shared_engine.server.errors import HTTPRefusal
 from shared_engine.server.responses import refuse
 
 _OPEN = ("/v1/health/live", "/v1/health/ready")
-_LOOPBACK = ("localhost", "*.localhost")
+_PATTERN = re.compile(r"\*|(\*\.)?[^*]+")
 
 
 def control_access(key: str | None, hosts: Sequence[str]) -> Middleware:
-    """Return what lets through who has the key or, without one, who names the server rightly.
+    """Return the middleware that requires the key or, without one, an allowed host name.
 
     Raises:
-        ConfigurationError: the key is blank, which would be none; the hosts are one text.
+        ConfigurationError: the key is blank; `hosts` is a string, or has an invalid pattern.
     """
-    hosts = require_hosts(hosts)
+    hosts = check_hosts(hosts)
     if key is None:
         return Middleware(RequireHost, hosts=hosts)
-    if not (key := key.strip()):  # a line end of the file that it was read from
-        raise ConfigurationError("the server's key is blank; leave it out to serve without one")
+    if not (key := key.strip()):  # a key read from a file may end with a newline
+        raise ConfigurationError("the server's key is blank; leave it out to serve without a key")
     return Middleware(RequireKey, key=key)
 
 
-def require_hosts(hosts: Sequence[str]) -> Sequence[str]:
-    """Return the names of hosts, unless they are one text, whose letters would be names.
+def check_hosts(hosts: Sequence[str]) -> Sequence[str]:
+    """Return the host names unchanged.
 
     Raises:
-        ConfigurationError: they are.
+        ConfigurationError: a single string, or a pattern other than "*" and "*.example.com".
     """
     if isinstance(hosts, str):
-        raise ConfigurationError(f"allowed_hosts is {hosts!r}; expected a list: [{hosts!r}]")
+        raise ConfigurationError(f"allowed_hosts={hosts!r}: expected a list; use [{hosts!r}]")
+    for host in hosts:
+        if not _PATTERN.fullmatch(host):
+            raise ConfigurationError(
+                f"allowed_hosts has {host!r}; expected a host name, '*.example.com' or '*'"
+            )
     return hosts
 
 
 class RequireKey:
-    """Lets requests with the key pass, and probes."""
+    """Answers requests without the key with 401, except to the health routes."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
         self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401 where the key is missing or wrong."""
+        """Check the key of a request."""
         if scope["type"] != "http" or scope["path"] in _OPEN or self._has_key(scope):
             await self._app(scope, receive, send)
             return
@@ -72,56 +77,36 @@ class RequireKey:
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
 
 
-class RequireHost:
-    """Lets requests pass whose Host is a loopback name, an address, or one of `hosts`.
+class RequireHost(TrustedHostMiddleware):
+    """Answers requests whose Host is neither localhost, an IP address nor allowed with 400.
 
-    Else any page in a browser here could use the server, once its own name points to this machine
-    (DNS rebinding): the browser then sends that name. An address cannot be made to point elsewhere.
+    Otherwise a web page in a local browser could use the server, by pointing its own name to this
+    machine (DNS rebinding): the browser then sends that name as Host. It cannot do so with an
+    address. A port in `hosts` is ignored.
     """
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
-        self._app = app
-        self._patterns = [*_LOOPBACK, *filter(None, map(_find_name, hosts))]
+        names = [host.partition(":")[0].lower() for host in hosts]
+        allowed = ["localhost", "*.localhost", *filter(None, names)]
+        super().__init__(app, allowed, www_redirect=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 421 where the request names another machine."""
-        if scope["type"] != "http" or scope["path"] in _OPEN:
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        named = headers.getlist("host")
-        if len(named) == 1 and self._is_allowed(named[0]):
-            await self._app(scope, receive, send)
-            return
-        message = (
-            f"Host {shorten(', '.join(named))!r} is not a name of this server; it is started with "
-            "--allowed-host NAME, or with a key, to be reached under another name than localhost"
-        )
-        await refuse(HTTPRefusal(421, "host", message), headers)(scope, receive, send)
-
-    def _is_allowed(self, host: str) -> bool:
-        name = _find_name(host)
-        return _is_address(name) or any(fnmatchcase(name, known) for known in self._patterns)
+        """Check the Host of a request."""
+        is_open = scope["type"] != "http" or scope["path"] in _OPEN
+        if is_open or _is_address(Headers(scope=scope).get("host", "")):
+            await self.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
-def _find_name(host: str) -> str:
-    """Return the name or address in a Host header, in small letters; "" where it is none.
+def _is_address(host: str) -> bool:
+    """Return whether a Host header is an IP address, with or without a port.
 
-    >>> _find_name("GPU-box.:8000"), _find_name("[::1]:80"), _find_name("evil.test@localhost")
-    ('gpu-box', '::1', '')
+    >>> _is_address("127.0.0.1:80"), _is_address("[::1]:80"), _is_address("127.0.0.1.evil.test")
+    (True, True, False)
     """
     try:
-        parts = urlsplit(f"//{host}")
-        _ = parts.port  # looked at, as it may be none
-    except ValueError:
-        return ""
-    is_host = parts.netloc == host and "@" not in host
-    return (parts.hostname or "").removesuffix(".") if is_host else ""
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ip_address(name)
+        ip_address(re.sub(r":\d+$", "", host).removeprefix("[").removesuffix("]"))
     except ValueError:
         return False
     return True

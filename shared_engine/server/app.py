@@ -1,14 +1,15 @@
 """The engine of this process as a NIM-compatible server.
 
     POST /v1/embeddings
-      read ......... at most `max_body_bytes`, while they arrive
-      parse ........ protocol.py: the fields of a NIM and its rules, or its error body; images come
-                     inside the request and are never fetched
+      read ......... at most `max_body_bytes`, checked while they arrive
+      parse ........ protocol.py: fields and rules of a NIM; images are inside the request and are
+                     never fetched
       admit ........ at most `max_waiting` inputs queued or running; beyond that 429
-      embed ........ embedder.py: requests meet in the engine's queue and share its steps
+      embed ........ embedder.py: requests share the engine's queue and its batches
       write ........ protocol.py: lists of numbers or base64
 
-A client that hangs up cancels what has not started. Stopping finishes what was admitted.
+When a client disconnects, its work that has not started is cancelled. On shutdown, admitted
+requests are finished.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
-from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -61,18 +61,17 @@ from shared_engine.server.protocol import (
     require_role,
     write_reply,
 )
-from shared_engine.server.responses import collect_soon, refuse, refuse_route, respond
+from shared_engine.server.responses import refuse, refuse_route, respond
 from shared_engine.wire import INPUT_TYPE, split_role_suffix
 
 _log = logging.getLogger("shared_engine")
 _T = TypeVar("_T")
 
 _SMALL_BODY = 64 * 1024
-_LARGE_BODY = 8 * 2**20
 _SMALL_REPLY = 16 * 1024
-"""Bytes to parse and values to write that the event loop does itself; more go to a thread."""
+"""Bytes to parse and values to write on the event loop; more of them go to a thread."""
 _pool = ThreadPoolExecutor(2, "nemoretriever-large")
-"""Few: glibc keeps back up to 64 MB for each thread that had much, and they share a GIL anyway."""
+"""Two threads: they share a GIL, and glibc may retain 64 MB for each that used much memory."""
 
 
 def create_app(
@@ -84,24 +83,30 @@ def create_app(
     allowed_hosts: Sequence[str] = (),
     on_failure: Callable[[Exception], object] | None = None,
 ) -> Starlette:
-    """Return the ASGI app that serves the model of some options under `served_name`.
+    """Return the ASGI app that serves a model.
 
-    The model loads in the background when the app starts; until then /v1/health/ready says no and
-    requests get 503. Where loading fails, `on_failure` is called with the error, in the event loop.
+    The model loads in the background when the app starts. Until then /v1/health/ready answers
+    "not ready" and requests get 503.
 
-    With `api_key`, everything but the health routes wants `Authorization: Bearer <key>`. Without,
-    a request must name the server as localhost, by an address, or as one of `allowed_hosts`
-    ("*.example.com" and "*" are patterns).
+    Args:
+        options: Options of a model in this process.
+        served_name: Name of the model in the API. Default: its catalogue name or folder name.
+        api_key: Key that every request must have as `Authorization: Bearer <key>`, except to the
+            health routes.
+        limits: Limits on requests.
+        allowed_hosts: Host names accepted without a key, besides localhost and IP addresses;
+            "*.example.com" and "*" are patterns.
+        on_failure: Called in the event loop with the error if the model cannot be loaded.
 
     Raises:
-        ConfigurationError: the options, or NVIDIA_BASE_URL, mean a NIM, which serves itself; the
-            key is blank; `allowed_hosts` is one text.
+        ConfigurationError: the options, or NVIDIA_BASE_URL, select a NIM; the key is blank;
+            `allowed_hosts` is a string or has an invalid pattern.
     """
     options = options or Options()
     middleware = control_access(api_key, allowed_hosts)
-    if (elsewhere := select_backend(options)).base_url is not None:
+    if (selected := select_backend(options)).base_url is not None:
         raise ConfigurationError(
-            f"a server runs its model in its own process, but {elsewhere.reason}; leave that out"
+            f"a server runs its model in this process, but {selected.reason}; remove that setting"
         )
     server = _Server(options, served_name, limits or ServerLimits(), on_failure)
     routes = [
@@ -119,12 +124,12 @@ def create_app(
         exception_handlers={HTTPException: refuse_route},
         lifespan=server.lifespan,
     )
-    app.router.redirect_slashes = False  # a redirected POST surprises more clients than a 404
+    app.router.redirect_slashes = False  # clients handle a 404 better than a redirected POST
     return app
 
 
 class _Server:
-    """One model, what is admitted to its queue, and the counts of both."""
+    """Request handlers of one model, and the inputs and bytes that are in progress."""
 
     def __init__(
         self,
@@ -147,13 +152,13 @@ class _Server:
         self._backend: Backend | None = None
         self._failure: Exception | None = None
         self._waiting = 0  # inputs
-        self._held = 0  # bytes of bodies, read and not answered
+        self._held_bytes = 0  # of bodies without an answer
         self._last_seconds = 1.0
         self._metrics = Metrics(lambda: self._waiting, self._read_stats)
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        """Hold the engine while the app runs; requests share it."""
+        """Load the engine when the app starts, and close it when it stops."""
         loading = asyncio.create_task(self._start())
         try:
             yield
@@ -178,25 +183,20 @@ class _Server:
 
     async def embeddings(self, request: Request) -> Response:
         """Embed the inputs of a request."""
-        request.state.held = 0
         try:
             response = Response(await self._answer(request), media_type="application/json")
         except ClientDisconnect:
-            response = Response(status_code=499)  # nginx's number; nobody reads it
+            response = Response(status_code=499)  # as nginx logs it; nobody receives it
             self._metrics.errors.labels("disconnected").inc()
         except HTTPRefusal as refusal:
             response = refuse(refusal, request.headers)
             self._metrics.errors.labels(refusal.kind).inc()
         except Exception:
             _log.exception("a request failed")
-            fault = HTTPRefusal(500, "internal", "internal error; the server's log has it")
-            response = refuse(fault, request.headers)
+            failure = HTTPRefusal(500, "internal", "internal error; see the log of the server")
+            response = refuse(failure, request.headers)
             self._metrics.errors.labels("internal").inc()
         self._metrics.requests.labels(str(response.status_code)).inc()
-        if request.state.held > _LARGE_BODY:
-            # An error's frames keep what was read, in circles that are found late: the collector
-            # counts objects, and a text of 60 MB is one.
-            response.background = BackgroundTask(collect_soon)
         return response
 
     async def _answer(self, request: Request) -> bytes:
@@ -209,109 +209,110 @@ class _Server:
             )
         if self._waiting >= self._limits.max_waiting:
             raise self._refuse_load()
-        with self._holding(request) as hold:
-            asked = await self._read(request, hold)
-            large = sum(map(len, asked.input)) > _SMALL_BODY
-            said = asked.find_role(self._served)
-            documents = await _run(large, lambda: asked.read_inputs(backend.modalities))
-            role = require_role(said, documents)
-            asked.check_dimensions(backend.dimensions)
-            kinds = Counter(document.modality for document in documents)
-            if (pictured := len(documents) - kinds["text"]) > self._limits.max_images:
+        with self._hold_bytes() as hold:
+            body = await self._read(request, hold)
+            is_large = sum(map(len, body.input)) > _SMALL_BODY
+            given_role = body.find_role(self._served)
+            inputs = await _run(is_large, lambda: body.read_inputs(backend.modalities))
+            role = require_role(given_role, inputs)
+            body.check_dimensions(backend.dimensions)
+            kinds = Counter(item.modality for item in inputs)
+            if (with_image := len(inputs) - kinds["text"]) > self._limits.max_images:
                 raise refuse_size(
-                    f"too many inputs with an image: {pictured} in one request; the limit is "
-                    f"{self._limits.max_images}. Send them in several"
+                    f"too many inputs with an image: {with_image} in one request; the limit is "
+                    f"{self._limits.max_images}. Send several requests"
                 )
-            with self._admitted(len(documents)):
-                vectors, tokens = await self._embed(request, asked, documents, role, large)
-                body = await _run(
+            with self._admit(len(inputs)):
+                vectors, tokens = await self._embed(request, body, inputs, role, is_large)
+                reply = await _run(
                     vectors.size > _SMALL_REPLY,
-                    lambda: write_reply(vectors, asked.encoding_format, self._name, tokens),
+                    lambda: write_reply(vectors, body.encoding_format, self._name, tokens),
                 )
                 self._last_seconds = time.perf_counter() - started
         side = INPUT_TYPE[role]
         self._metrics.seconds.labels(side).observe(self._last_seconds)
-        self._metrics.inputs.labels(side).inc(len(documents))
+        self._metrics.inputs.labels(side).inc(len(inputs))
         self._metrics.tokens.labels(side).inc(tokens)
         for kind, count in kinds.items():
             self._metrics.modalities.labels(kind).inc(count)
-        return body
+        return reply
 
     async def _embed(
         self,
         request: Request,
-        asked: EmbeddingsRequest,
-        documents: list[EmbeddingInput],
+        body: EmbeddingsRequest,
+        inputs: list[EmbeddingInput],
         role: Role,
-        large: bool,
+        is_large: bool,
     ) -> tuple[NDArray[Any], int]:
-        """Return the vectors and how many tokens they took."""
-        most = self._limits.max_image_bytes
+        """Return the vectors and the number of tokens."""
+        limit = self._limits.max_image_bytes
         try:
-            decoded = await _run(large, lambda: decode_images(documents, most))
+            decoded = await _run(is_large, lambda: decode_images(inputs, limit))
             embedder = self._embedder.with_options(
-                dimensions=asked.dimensions or None,
-                embedding_type=asked.embedding_type,
-                truncate=asked.truncate,
+                dimensions=body.dimensions or None,
+                embedding_type=body.embedding_type,
+                truncate=body.truncate,
             )
-            vectors = await _unless_gone(request, embedder.aembed(decoded, role))
+            vectors = await _cancel_on_disconnect(request, embedder.aembed(decoded, role))
             return vectors, embedder.usage
         except NeMoRetrieverError as exc:
             raise _refuse_logged(exc) from exc
 
     async def _read(self, request: Request, hold: Callable[[int], None]) -> EmbeddingsRequest:
         limits = self._limits
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # which a page of another site cannot send unasked
-            message = "the body should be JSON, with Content-Type: application/json"
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":  # a page of another site cannot send it unasked
+            message = "the body must be JSON, with Content-Type: application/json"
             raise HTTPRefusal(415, "media_type", message)
         if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-            message = "the body should be sent as it is, without Content-Encoding"
+            message = "the body must not be compressed; remove Content-Encoding"
             raise HTTPRefusal(415, "content_encoding", message, headers={"Accept-Encoding": ""})
         if int(request.headers.get("content-length", 0)) > limits.max_body_bytes:
             raise self._refuse_body()
-        body = bytearray()
+        content = bytearray()
         try:
             async with asyncio.timeout(limits.read_seconds):
                 async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > limits.max_body_bytes:
+                    content += chunk
+                    if len(content) > limits.max_body_bytes:
                         raise self._refuse_body()
                     hold(len(chunk))
         except TimeoutError:
             message = f"the body did not arrive within {limits.read_seconds:g} s"
             headers = {"Connection": "close"}
             raise HTTPRefusal(408, "read_timeout", message, headers=headers) from None
-        asked = await _run(len(body) > _SMALL_BODY, lambda: parse_request(body, limits.max_inputs))
-        hold(max(0, sum(map(getsizeof, asked.input)) - len(body)))  # as text
-        if len(asked.input) > limits.max_inputs:
+        body = await _run(
+            len(content) > _SMALL_BODY, lambda: parse_request(content, limits.max_inputs)
+        )
+        hold(max(0, sum(map(getsizeof, body.input)) - len(content)))  # text may take more memory
+        if len(body.input) > limits.max_inputs:
             raise refuse_size(
-                f"{len(asked.input)} inputs in one request; the limit is {limits.max_inputs}. "
-                "Send them in several"
+                f"{len(body.input)} inputs in one request; the limit is {limits.max_inputs}. "
+                "Send several requests"
             )
-        return asked
+        return body
 
     @contextmanager
-    def _holding(self, request: Request) -> Iterator[Callable[[int], None]]:
-        """Count the bytes of a request until it is answered, as its images wait with it."""
-        mine = 0
+    def _hold_bytes(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that counts bytes of a request as held until it is answered."""
+        held = 0
 
         def hold(size: int) -> None:
-            nonlocal mine
-            mine += size
-            self._held += size
-            if self._held > 8 * self._limits.max_body_bytes:
+            nonlocal held
+            held += size
+            self._held_bytes += size
+            if self._held_bytes > 8 * self._limits.max_body_bytes:
                 raise self._refuse_load()
 
         try:
             yield hold
         finally:
-            self._held -= mine
-            request.state.held = mine
+            self._held_bytes -= held
 
     @contextmanager
-    def _admitted(self, inputs: int) -> Iterator[None]:
-        # An empty queue takes any request, however small the limit is.
+    def _admit(self, inputs: int) -> Iterator[None]:
+        # an empty queue accepts any request, however small the limit is
         if self._waiting and self._waiting + inputs > self._limits.max_waiting:
             raise self._refuse_load()
         self._waiting += inputs
@@ -321,20 +322,20 @@ class _Server:
             self._waiting -= inputs
 
     def _refuse_load(self) -> HTTPRefusal:
-        # The last request went through the same queue, so one that comes now would take as long.
+        # the last request waited in the same queue, so it predicts the wait of a new one
         seconds = min(30, max(1, math.ceil(self._last_seconds)))
         return refuse_load(f"{self._waiting} inputs are waiting; try again later", seconds)
 
     def _refuse_body(self) -> HTTPRefusal:
         limit = self._limits.max_body_bytes
-        return refuse_size(f"the body is larger than {limit} bytes; send fewer inputs in one")
+        return refuse_size(f"the body is larger than {limit} bytes; send fewer inputs in a request")
 
     async def list_models(self, _: Request) -> Response:
-        """List the one model."""
+        """List the model."""
         return respond({"object": "list", "data": [self._describe_model()]})
 
     async def show_model(self, request: Request) -> Response:
-        """Describe the one model, under any name that a request may have for it."""
+        """Describe the model, by any of its names."""
         name = request.path_params["name"]
         if split_role_suffix(name.lower())[0] not in self._served:
             return refuse(refuse_model(name), request.headers)
@@ -350,16 +351,16 @@ class _Server:
         }
 
     async def live(self, _: Request) -> Response:
-        """Say that the process answers."""
+        """Answer a liveness probe."""
         return respond({"object": "health.response", "message": "live", "live": True})
 
     async def ready(self, _: Request) -> Response:
-        """Say whether the model has loaded and embedded something, and its device still works."""
+        """Answer a readiness probe: the model has embedded an input and its device works."""
         backend = self._backend
         if backend is None:
             message = "failed to load" if self._failure else "loading"
         elif backend.failure is not None:
-            message = "the device has failed; only a new process can use it"
+            message = "the device has failed; restart the process"
         else:
             message = "ready"
         ready = message == "ready"
@@ -367,7 +368,7 @@ class _Server:
         return respond(body, 200 if ready else 503)
 
     async def metadata(self, _: Request) -> Response:
-        """Say what runs here, and why."""
+        """Describe the model and its vectors."""
         backend = self._backend
         facts: dict[str, Any] = {"id": self._name, "version": __version__}
         facts["modelInfo"] = [{"shortName": self._name, "modelUrl": ""}]
@@ -378,31 +379,36 @@ class _Server:
         return respond(facts)
 
     async def metrics_text(self, _: Request) -> Response:
-        """Give the counts to Prometheus."""
+        """Return the metrics for Prometheus."""
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def _read_stats(self) -> StepStats | None:
         return None if self._backend is None else self._backend.step_stats
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Return the result of some work, or cancel it when the client hangs up."""
-    working = asyncio.create_task(work)
-    gone = asyncio.ensure_future(request.receive())  # the body was read: only the end can come
+async def _cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Return the result of a coroutine, or cancel it when the client disconnects.
+
+    Raises:
+        ClientDisconnect: the client has disconnected.
+    """
+    task = asyncio.create_task(work)
+    # after the body, the next message can only be a disconnect
+    disconnect = asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
             raise ClientDisconnect
-        return working.result()
+        return task.result()
     finally:
-        gone.cancel()
-        working.cancel()
-        await asyncio.gather(gone, working, return_exceptions=True)
+        disconnect.cancel()
+        task.cancel()
+        await asyncio.gather(disconnect, task, return_exceptions=True)
 
 
-async def _run(large: bool, work: Callable[[], _T]) -> _T:
-    """Do large work in a thread, so that the event loop goes on, and small work at once."""
-    return await asyncio.get_running_loop().run_in_executor(_pool, work) if large else work()
+async def _run(is_large: bool, work: Callable[[], _T]) -> _T:
+    """Do large work in a thread, so that the event loop stays free, and small work directly."""
+    return await asyncio.get_running_loop().run_in_executor(_pool, work) if is_large else work()
 
 
 def _refuse_logged(error: NeMoRetrieverError) -> HTTPRefusal:

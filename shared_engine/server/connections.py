@@ -1,4 +1,4 @@
-"""Connections that nobody can hold for ever: deadlines and a number, which uvicorn has not."""
+"""Connection limits and read deadlines, which uvicorn lacks."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _FULL = (
 
 
 def bound_connections(limits: ServerLimits) -> type[H11Protocol]:
-    """Return the protocol that uvicorn runs each connection with, kept within `limits`."""
+    """Return the protocol class of uvicorn's connections, with these limits."""
     return type("BoundedProtocol", (_BoundedProtocol,), {"limits": limits})
 
 
 class _BoundedProtocol(H11Protocol):
-    """Closes a connection whose client neither sends what it began nor reads what it asked for.
+    """Closes a connection whose client stops sending a request or reading a response.
 
-    The app itself bounds how long a body takes that it reads. The protocol is that of h11, which
-    bounds a head's bytes; the faster httptools does not.
+    The app limits the time for a body that it reads. The parser is h11, because it limits the bytes
+    of a head; the faster httptools does not.
     """
 
     limits: ClassVar[ServerLimits]
     _deadline: asyncio.TimerHandle | None = None
-    """Runs while a head is awaited, or the rest of a body that was refused before its end."""
+    """Runs while waiting for a head, or for the rest of a body that was already refused."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the wait for a head, or say that there are too many connections."""
+        """Start the deadline of the first head, or answer 503 if there are too many connections."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
             transport.write(_FULL)
@@ -42,17 +42,17 @@ class _BoundedProtocol(H11Protocol):
             self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; its deadline is over once it is complete, not when a byte comes."""
+        """Parse the data; only a complete head or body ends its deadline."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the deadline."""
+        """Cancel the deadline."""
         self._stop_watching()
         super().connection_lost(exc)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close the connection: at once, or when its client has read what it was sent."""
+        """Close the connection, after the client has read the rest of a response."""
         super().timeout_keep_alive_handler()
         self._abort_if_stalled(None)
 

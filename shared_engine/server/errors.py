@@ -1,6 +1,6 @@
-"""Every error that the server answers with, in the words and shapes that clients of a NIM know.
+"""Error responses, with the messages and bodies of a NIM.
 
-Source: error bodies of NIMs that users captured.
+Source: error bodies of NIMs, captured by users.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _INPUT_ERRORS: tuple[tuple[type[InputError], int, str], ...] = (
     (ImageError, 400, "image"),
     (InputError, 400, "invalid_input"),
 )
-"""Status and kind of an input's error; the first row that fits."""
+"""Status and kind of an input's error: the first row that matches."""
 
 
-class HTTPRefusal(Exception):  # noqa: N818 - an answer, not a fault
-    """A request that is answered with an error."""
+class HTTPRefusal(Exception):  # noqa: N818 - a response, not a failure
+    """A request to answer with an error."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class HTTPRefusal(Exception):  # noqa: N818 - an answer, not a fault
         super().__init__(message)
         self.status = status
         self.kind = kind
-        """A short name for the metrics."""
+        """Label in the metrics."""
         self.body = build_error(message) if body is None else body
         self.headers = headers or {}
 
@@ -59,7 +59,7 @@ def refuse_field(
     value: object,
     context: dict[str, Any] | None = None,
 ) -> HTTPRefusal:
-    """Return the refusal of a field, in the words a NIM has for it."""
+    """Return the refusal of a field, in the form of a NIM; `kind` is pydantic's error type."""
     detail: dict[str, Any] = {
         "type": kind,
         "loc": ["body", *(shorten(part) for part in place)],
@@ -79,7 +79,7 @@ def refuse_field(
 
 
 def refuse_for(error: NeMoRetrieverError) -> HTTPRefusal:
-    """Return what a client is told about an error of the engine."""
+    """Return the refusal for an error of the engine."""
     if isinstance(error, PartialResultError) and error.errors:
         return refuse_for(error.errors[min(error.errors)])
     if isinstance(error, EngineClosedError):
@@ -88,7 +88,7 @@ def refuse_for(error: NeMoRetrieverError) -> HTTPRefusal:
         return HTTPRefusal(500, "engine", str(error))
     status, kind = next(row[1:] for row in _INPUT_ERRORS if isinstance(error, row[0]))
     message = str(error)
-    if isinstance(error, InputTooLongError):  # clients look for these words
+    if isinstance(error, InputTooLongError):  # clients match this text
         message = f"Input length {error.tokens} exceeds maximum allowed token size {error.limit}"
     return refuse_input(error.index, message, status, kind)
 
@@ -96,35 +96,35 @@ def refuse_for(error: NeMoRetrieverError) -> HTTPRefusal:
 def refuse_input(
     index: int | None, message: str, status: int = 400, kind: str = "invalid_input"
 ) -> HTTPRefusal:
-    """Return the refusal of one input, which `index` names."""
+    """Return the refusal of the input at `index`."""
     return HTTPRefusal(status, kind, message, build_error(message, index))
 
 
 def refuse_model(model: str) -> HTTPRefusal:
-    """Return the refusal of a model that is not here."""
-    message = f"The model {shorten(model)!r} does not exist; /v1/models lists what is here"
+    """Return the refusal of an unknown model."""
+    message = f"The model {shorten(model)!r} does not exist; see /v1/models"
     body = {"object": "error", "message": message, "detail": {}, "type": "model_not_found"}
     return HTTPRefusal(404, "model_not_found", message, body)
 
 
 def refuse_size(message: str) -> HTTPRefusal:
-    """Return the refusal of a request that is larger than the server takes."""
+    """Return the refusal of a request that exceeds a limit."""
     return HTTPRefusal(413, "too_large", message)
 
 
 def refuse_load(message: str, seconds: int) -> HTTPRefusal:
-    """Return the refusal of a request that finds the queue full."""
+    """Return the refusal of a request while the queue is full; retry after some seconds."""
     body = {"status": 429, "title": "Too Many Requests", "detail": message}
     return HTTPRefusal(429, "too_busy", message, body, {"Retry-After": str(seconds)})
 
 
 def refuse_for_now(message: str) -> HTTPRefusal:
-    """Return the refusal of a request that comes before the model or after the end."""
+    """Return the refusal of a request before the model is loaded or during shutdown."""
     return HTTPRefusal(503, "unavailable", message, headers={"Retry-After": "1"})
 
 
 def shorten(value: object) -> Any:
-    """Return a value that is safe to send back: short, and in every JSON library's range."""
+    """Return a value that is safe to echo: short, and in the range of every JSON library."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""How much one client, or all of them together, may ask of the server."""
+"""Limits on requests and connections."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ def _limit(default: float, text: str) -> Any:
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Every limit of the server with its default; the command line has an option for each."""
+    """Limits of the server and their defaults; the command line has an option for each."""
 
     max_body_bytes: int = _limit(
         64 * 2**20,
-        "A larger request gets 413, while it is being read; eight times as much is held for all.",
+        "Largest body of a request in bytes; beyond it 413. All unanswered requests together may "
+        "hold eight times as much; beyond that 429.",
     )
-    max_inputs: int = _limit(8192, "A request with more inputs gets 413.")
-    max_images: int = _limit(256, "A request with more images gets 413.")
-    max_image_bytes: int = _limit(25_000_000, "A larger file of an image gets 413.")
+    max_inputs: int = _limit(8192, "Most inputs in a request; beyond it 413.")
+    max_images: int = _limit(256, "Most images in a request; beyond it 413.")
+    max_image_bytes: int = _limit(25_000_000, "Largest image file in bytes; beyond it 413.")
     max_waiting: int = _limit(
-        16_384, "Inputs accepted and not answered; what comes on top gets 429 and Retry-After."
+        16_384, "Most accepted inputs without an answer; beyond it 429 with Retry-After."
     )
     read_seconds: float = _limit(
         60.0,
-        "A body that has not arrived by then gets 408; a reply that nobody reads is dropped.",
+        "Seconds for a body to arrive, else 408; a reply not read for as long is dropped.",
     )
     head_seconds: float = _limit(
-        10.0, "A connection whose request line and headers have not arrived by then is closed."
+        10.0, "Seconds for the request line and headers to arrive, else the connection is closed."
     )
-    max_head_bytes: int = _limit(64 * 2**10, "Larger headers get 400.")
-    max_connections: int = _limit(512, "A connection on top of these gets 503.")
+    max_head_bytes: int = _limit(64 * 2**10, "Largest head of a request in bytes; beyond it 400.")
+    max_connections: int = _limit(512, "Most open connections; beyond it 503.")

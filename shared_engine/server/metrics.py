@@ -1,4 +1,4 @@
-"""What the server counts, in the text format of Prometheus."""
+"""Metrics of the server for Prometheus."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 
 
 class Metrics:
-    """The counts of one server, in a registry of its own."""
+    """Metrics of one server, in a separate registry."""
 
     def __init__(
-        self, waiting: Callable[[], float], read_stats: Callable[[], StepStats | None]
+        self, count_waiting: Callable[[], float], read_stats: Callable[[], StepStats | None]
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
@@ -38,24 +38,24 @@ class Metrics:
         )
         self.seconds = Histogram(
             "nemoretriever_request_seconds",
-            "From the first byte of a request that was embedded to its finished reply.",
+            "Seconds from the first byte of an embedded request to its complete response.",
             ["input_type"],
             buckets=_SECONDS,
             registry=registry,
         )
         depth = Gauge(
-            "nemoretriever_queue_inputs", "Inputs accepted and not answered.", registry=registry
+            "nemoretriever_queue_inputs", "Accepted inputs without an answer.", registry=registry
         )
-        depth.set_function(waiting)
+        depth.set_function(count_waiting)
         registry.register(_Steps(read_stats))
 
     def text(self) -> bytes:
-        """Return all of them as Prometheus reads them."""
+        """Return the metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
 
 class _Steps(Collector):
-    """The engine's own counts, read when asked for."""
+    """Counts of the engine, read at each scrape."""
 
     def __init__(self, read_stats: Callable[[], StepStats | None]) -> None:
         self._read_stats = read_stats
@@ -75,6 +75,6 @@ class _Steps(Collector):
         )
         yield GaugeMetricFamily(
             "nemoretriever_batch_fill_ratio",
-            "Mean of tokens in a step over tokens in a full one, since the start.",
+            "Mean tokens of a step divided by the tokens of a full step, since the start.",
             value=stats.tokens / max(1, stats.steps * stats.max_batch_tokens),
         )

@@ -1,6 +1,6 @@
-"""What a NIM's POST /v1/embeddings takes and gives: the request and the reply.
+"""Request and response bodies of a NIM's POST /v1/embeddings.
 
-Pure functions between bytes and values; `app.py` does the HTTP, `errors.py` has the refusals.
+Pure functions between bytes and values; HTTP is in `app.py`, error bodies are in `errors.py`.
 Source: the reference pages of the NeMo Retriever embedding NIM (2.0 to 2.4).
 """
 
@@ -19,8 +19,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Va
 from pydantic_core import from_json
 
 from shared_engine import images
-from shared_engine.documents import EmbeddingInput, Modality, Role, is_data_url
+from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.errors import ImageError
+from shared_engine.images.data_urls import split_data_url
 from shared_engine.options import Truncate
 from shared_engine.server.errors import (
     HTTPRefusal,
@@ -34,69 +35,73 @@ from shared_engine.wire import INPUT_TYPE, ROLE, split_role_suffix
 
 EncodingFormat = Literal["float", "base64"]
 
-_TAG_OPENS = re.compile(r"""<img\s+src=(['"])\Z""")
-_TAG_CLOSES = re.compile(r"""(['"])\s*/?>\Z""")
-_LONGEST_TAG = 64
 _SMALL_BODY = 64 * 1024
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-"""A string of JSON, closed or not, so that a search for the next one goes on behind it."""
-_SEPARATORS = (" ", "\n")
+"""A string of JSON, closed or not: the search for the next one starts after it."""
 
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-# One violation is reported; a million of them would cost more than the model.
+# FailFast: only one violation is reported, and a million of them would cost more than the model.
 _Strings = Annotated[list[str], Field(min_length=1), FailFast(), BeforeValidator(_as_list)]
 
 
 class EmbeddingsRequest(BaseModel):
-    """The body of a request; a field is left out or has a value, null is refused as a NIM does."""
+    """Body of a request. A field is absent or has a value; null is refused, as by a NIM."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     model: str
     input: _Strings
     input_type: Literal["query", "passage", ""] = ""
-    """Empty is as good as left out: NVIDIA's cards show images with it so."""
+    """Empty means absent: NVIDIA's model cards send images with it."""
     modality: _Strings = ["text"]
     encoding_format: EncodingFormat = "float"
     embedding_type: EmbeddingType = "float"
     dimensions: int = Field(default=0, gt=0)
-    """0 where it was left out: the model's full size."""
+    """0 if absent: the model's full size."""
     truncate: Truncate = "NONE"
     user: str = ""
 
     def find_role(self, served: frozenset[str]) -> Role | None:
-        """Return the role that `input_type`, or a suffix of `model`, names.
+        """Return the role from `input_type` or from a suffix of `model`; None if neither has one.
+
+        Args:
+            served: The accepted names of the model, in lower case.
 
         Raises:
             HTTPRefusal: the model is not among `served`, or its suffix contradicts `input_type`.
         """
-        said = ROLE.get(self.input_type)
+        role = ROLE.get(self.input_type)
         if self.model.lower() in served:
-            return said
-        name, role = split_role_suffix(self.model)
-        if role is None or name.lower() not in served:
+            return role
+        name, suffix_role = split_role_suffix(self.model)
+        if suffix_role is None or name.lower() not in served:
             raise refuse_model(self.model)
-        if said not in (None, role):
-            message = f"Input should be {INPUT_TYPE[role]!r} or left out, as 'model' says"
+        if role not in (None, suffix_role):
+            message = (
+                f"Input should be {INPUT_TYPE[suffix_role]!r} or left out, as 'model' ends with it"
+            )
             raise refuse_field("value_error", ("input_type",), message, self.input_type)
-        return role
+        return suffix_role
 
     def read_inputs(self, modalities: frozenset[Modality]) -> list[EmbeddingInput]:
-        """Return the inputs as documents; an image is still the data URL that the client sent.
+        """Return the inputs; an image is still the data URL from the request.
 
-        Their modalities are those said or, for a model that takes images, those seen.
+        Without the field `modality`, and if the model accepts images, it is inferred for each.
+
+        Args:
+            modalities: The kinds of input that the model accepts.
 
         Raises:
-            HTTPRefusal: a modality that the model does not have, or an input that is not of it.
+            HTTPRefusal: a modality that the model does not accept, or an input of another one.
         """
         if "modality" not in self.model_fields_set:
             if "image" not in modalities:
-                return [EmbeddingInput(given) for given in self.input]
-            return [_infer_document(given) for given in self.input]
+                return [EmbeddingInput(text) for text in self.input]
+            return [_infer_input(text) for text in self.input]
         kinds = self.modality * len(self.input) if len(self.modality) == 1 else self.modality
         if len(kinds) != len(self.input):
             message = f"List should have 1 item, or one for each of the {len(self.input)} inputs"
@@ -107,17 +112,17 @@ class EmbeddingsRequest(BaseModel):
                 message = f"Input should be {expected}"
                 raise refuse_field("literal_error", ("modality",), message, kind)
         pairs = zip(self.input, kinds, strict=True)
-        return [_read_document(given, kind, index) for index, (given, kind) in enumerate(pairs)]
+        return [_read_input(text, kind, index) for index, (text, kind) in enumerate(pairs)]
 
     def check_dimensions(self, dimensions: tuple[int, ...]) -> None:
-        """Refuse a vector size that is not among `dimensions`; none there is any.
+        """Check the requested vector size against those of the model; empty allows all.
 
         Raises:
             HTTPRefusal: the model does not offer it.
         """
         if not self.dimensions or not dimensions or self.dimensions in dimensions:
             return
-        if len(dimensions) == 1:  # a model without dynamic dimensions has no such field
+        if len(dimensions) == 1:  # a NIM without dynamic dimensions lacks the field
             message = f"Extra inputs are not permitted: every vector has {dimensions[0]} values"
             raise refuse_field("extra_forbidden", ("dimensions",), message, self.dimensions)
         *others, last = map(str, dimensions)
@@ -125,13 +130,13 @@ class EmbeddingsRequest(BaseModel):
         raise refuse_field("literal_error", ("dimensions",), message, self.dimensions)
 
 
-def require_role(role: Role | None, documents: list[EmbeddingInput]) -> Role:
-    """Return the role of some documents; an image, which has no other, is a document unsaid.
+def require_role(role: Role | None, inputs: list[EmbeddingInput]) -> Role:
+    """Return the role of the inputs; images need none, because they are always documents.
 
     Raises:
-        HTTPRefusal: a text needs a role and none was said, or an image is asked for as a query.
+        HTTPRefusal: a text without a role, or an image as a query.
     """
-    kinds = {document.modality for document in documents}
+    kinds = {item.modality for item in inputs}
     if role is None and "text" in kinds:
         message = "'input_type' parameter is required for asymmetric models"
         raise HTTPRefusal(400, "input_type_missing", message)
@@ -141,77 +146,50 @@ def require_role(role: Role | None, documents: list[EmbeddingInput]) -> Role:
     return role or "document"
 
 
-def decode_images(documents: list[EmbeddingInput], max_image_bytes: int) -> list[EmbeddingInput]:
-    """Return documents with the bytes of their images: nothing that a client names is opened.
+def decode_images(inputs: list[EmbeddingInput], max_image_bytes: int) -> list[EmbeddingInput]:
+    """Return the inputs with the bytes of their images; no path or URL of a client is opened.
 
     Raises:
-        ImageError: what follows `data:` is no base64, no image, or one of too many bytes.
+        ImageError: a data URL is not base64, not an image, or of more than `max_image_bytes`.
     """
     return [
-        document if document.image is None else _decode_image(document, index, max_image_bytes)
-        for index, document in enumerate(documents)
+        item if item.image is None else _decode_image(item, index, max_image_bytes)
+        for index, item in enumerate(inputs)
     ]
 
 
-def _decode_image(document: EmbeddingInput, index: int, max_image_bytes: int) -> EmbeddingInput:
+def _decode_image(item: EmbeddingInput, index: int, max_image_bytes: int) -> EmbeddingInput:
     try:
-        return replace(document, image=images.decode_data_url(document.image, max_image_bytes))
+        return replace(item, image=images.decode_data_url(item.image, max_image_bytes))
     except ImageError as exc:
         raise exc.at(index) from exc.__cause__
 
 
-def _infer_document(given: str) -> EmbeddingInput:
-    if (parts := split_data_url(given)) is None:
-        return EmbeddingInput(given)
-    text, url = parts
-    return EmbeddingInput(text if text.strip() else None, url)
+def _infer_input(text: str) -> EmbeddingInput:
+    if (parts := split_data_url(text)) is None:
+        return EmbeddingInput(text)
+    before, url = parts
+    return EmbeddingInput(before if before.strip() else None, url)
 
 
-def _read_document(given: str, kind: str, index: int) -> EmbeddingInput:
+def _read_input(text: str, kind: str, index: int) -> EmbeddingInput:
     if kind == "text":
-        return EmbeddingInput(given)
-    parts = split_data_url(given)
+        return EmbeddingInput(text)
+    parts = split_data_url(text)
     if parts is None or (kind == "image" and parts[0].strip()):
-        wanted = "a data URL" if kind == "image" else "a text, a space or newline, and a data URL"
-        message = f"Input should be {wanted}, as of modality {kind!r}: data:image/png;base64,..."
-        raise refuse_field("value_error", ("input", index), message, given)
-    text, url = parts
-    if kind == "text_image" and not text.strip():
+        form = "a data URL" if kind == "image" else "a text, a space or newline, and a data URL"
+        message = f"Input should be {form}, as of modality {kind!r}: data:image/png;base64,..."
+        raise refuse_field("value_error", ("input", index), message, text)
+    before, url = parts
+    if kind == "text_image" and not before.strip():
         raise refuse_input(index, "Text part must be non-empty for text_image modality")
-    return EmbeddingInput(text if kind == "text_image" else None, url)
-
-
-def split_data_url(given: str) -> tuple[str, str] | None:
-    r"""Return the text and the data URL of an input that ends with one, alone or in an <img> tag.
-
-    >>> split_data_url("a cat\ndata:image/png;base64,AAAA")
-    ('a cat', 'data:image/png;base64,AAAA')
-    >>> split_data_url("a cat <img src='data:image/png;base64,AAAA'/>")
-    ('a cat', 'data:image/png;base64,AAAA')
-    >>> split_data_url("data:image/png;base64,AAAA")
-    ('', 'data:image/png;base64,AAAA')
-    >>> split_data_url("data:image/png;base64,AAAA is a data URL") is None
-    True
-    """
-    start = given.rfind("data:image/")
-    if start < 0:
-        return None
-    text, url = given[:start], given[start:].rstrip()
-    opens = _TAG_OPENS.search(text[-_LONGEST_TAG:])
-    closes = _TAG_CLOSES.search(url[-_LONGEST_TAG:])
-    if opens and closes and opens[1] == closes[1]:
-        text, url = text.removesuffix(opens[0]), url.removesuffix(closes[0])
-    elif text and text[-1] not in _SEPARATORS:
-        return None
-    if not is_data_url(url):
-        return None
-    return text[:-1] if text[-1:] in _SEPARATORS else text, url
+    return EmbeddingInput(before if kind == "text_image" else None, url)
 
 
 def _check_structure(body: bytes | bytearray, max_inputs: int) -> None:
-    """Refuse JSON of far more values than a request has, before there is an object for each.
+    """Refuse JSON with far more values than a request needs, before they become objects.
 
-    A body of 60 MB holds 20 million empty lists, which are 1.4 GB and take a parser's every second.
+    A body of 60 MB can hold 20 million empty lists, which take 1.4 GB and seconds to parse.
 
     Raises:
         HTTPRefusal: more strings, or more bytes around them, than any layout of a request needs.
@@ -231,10 +209,10 @@ def _check_structure(body: bytes | bytearray, max_inputs: int) -> None:
 
 
 def parse_request(body: bytes | bytearray, max_inputs: int = 8192) -> EmbeddingsRequest:
-    """Return the request that a body holds; the caller has to count its inputs.
+    """Parse a body. The caller must check the exact number of inputs.
 
     Raises:
-        HTTPRefusal: not JSON, not an object, or not the fields of a request.
+        HTTPRefusal: not JSON, not an object, or an invalid field.
     """
     if len(body) > _SMALL_BODY:
         _check_structure(body, max_inputs)
@@ -259,9 +237,9 @@ def parse_request(body: bytes | bytearray, max_inputs: int = 8192) -> Embeddings
 def write_reply(
     vectors: NDArray[Any], encoding_format: EncodingFormat, model: str, tokens: int
 ) -> bytes:
-    """Return the body of a reply: vectors (n, d) as lists of numbers or as base64.
+    """Return the body of a response: vectors (n, d) as lists of numbers or as base64.
 
-    base64 carries float32 in little-endian order; the other number types one byte per value.
+    Base64 has float32 in little-endian order, other number types as one byte per value.
     """
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     head = b'{"object":"list","data":['
@@ -270,7 +248,7 @@ def write_reply(
 
 
 def _write_rows(vectors: NDArray[Any], encoding_format: EncodingFormat) -> Iterator[bytes]:
-    # Row by row, so that the interpreter can switch to the event loop's thread in between.
+    # row by row, so that the interpreter can switch to the thread of the event loop in between
     if encoding_format == "base64" and vectors.dtype == np.float32:
         vectors = vectors.astype("<f4", copy=False)
     for index, row in enumerate(vectors):

@@ -1,4 +1,4 @@
-"""The app on uvicorn, from its start to the signal that ends it."""
+"""Run the app on uvicorn until a signal stops it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from shared_engine.options import Options
-from shared_engine.server.access import require_hosts
+from shared_engine.server.access import check_hosts
 from shared_engine.server.app import create_app
 from shared_engine.server.connections import bound_connections
 from shared_engine.server.limits import ServerLimits
@@ -30,12 +30,20 @@ def serve(
     log_level: str = "info",
     access_log: bool = False,
 ) -> bool:
-    """Serve a model until a signal comes, then finish what was accepted.
+    """Serve a model until a signal stops it; accepted requests are finished.
 
-    Returns False where the model could not be loaded, which the log has.
+    Args:
+        options, served_name, api_key, limits, allowed_hosts: As for `create_app`.
+        host: Interface to bind; its name is an allowed host.
+        port: Port to bind; 0 for a free one.
+        log_level: Log level of uvicorn.
+        access_log: Whether to log each request.
+
+    Returns:
+        False if the model could not be loaded; the reason is logged.
 
     Raises:
-        ConfigurationError: as `create_app` does.
+        ConfigurationError: as `create_app`.
     """
     failures: list[Exception] = []
 
@@ -45,8 +53,8 @@ def serve(
 
     if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
         _log.warning(
-            "anybody who reaches %s can use this server, by its address or under the names of "
-            "--allowed-host; --api-key-env names a key",
+            "anyone who can reach %s can use this server, by its IP address or a name of "
+            "--allowed-host; use --api-key-env to require a key",
             host,
         )
     app = create_app(
@@ -54,7 +62,7 @@ def serve(
         served_name=served_name,
         api_key=api_key,
         limits=limits,
-        allowed_hosts=(host, *require_hosts(allowed_hosts)),
+        allowed_hosts=(host, *check_hosts(allowed_hosts)),
         on_failure=stop,
     )
     server = build_server(
@@ -67,7 +75,7 @@ def serve(
 def build_server(
     app: ASGIApp, limits: ServerLimits | None = None, **settings: Any
 ) -> uvicorn.Server:
-    """Return the server of an app, with its connections kept within `limits`."""
+    """Return the uvicorn server of an app, with its connections within `limits`."""
     limits = limits or ServerLimits()
     config = uvicorn.Config(
         app,
@@ -75,7 +83,7 @@ def build_server(
         h11_max_incomplete_event_size=limits.max_head_bytes,
         lifespan="on",
         ws="none",
-        timeout_keep_alive=75,  # longer than clients keep theirs, so that they close first
+        timeout_keep_alive=75,  # longer than in clients, so that they close first
         server_header=False,
         **settings,
     )

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from shared_engine import Options
-from tests.server.test_app import NAME, running
 from tests.support.adapters import PNGS, TEXTS, Oracle, expected_of
 from tests.support.oracles import numpy_float64
+from tests.support.servers import NAME, running
 from tests.support.vl_checkpoints import build_vl_checkpoint
 
 

@@ -298,38 +298,6 @@ def test_indexing_again_embeds_only_what_is_new(model: NeMoRetrieverEmbeddings) 
     assert sorted(document.page_content for document in found) == ["four", "one", "two"]
 
 
-def test_without_langchain_the_error_says_what_to_install(python: Callable[[str], str]) -> None:
-    out = python("""if True:
-        import sys
-        sys.modules["langchain_core"] = None
-        from shared_engine import MissingExtraError
-        try:
-            from langchain_nemoretriever import NeMoRetrieverEmbeddings
-        except MissingExtraError as error:
-            assert isinstance(error, ImportError)
-            print(error)
-    """)
-    assert "pip install 'nemoretriever-embeddings[langchain]'" in out
-
-
-def test_without_torch_the_first_use_says_what_to_install(
-    python: Callable[[str], str], checkpoint: Path
-) -> None:
-    out = python(f"""if True:
-        import sys
-        sys.modules["torch"] = None
-        from langchain_nemoretriever import NeMoRetrieverEmbeddings
-        from shared_engine import MissingExtraError
-        model = NeMoRetrieverEmbeddings(model={str(checkpoint)!r})
-        try:
-            model.embed_query("one")
-        except MissingExtraError as error:
-            print(error)
-    """)
-    assert "'torch'" in out
-    assert "pip install 'nemoretriever-embeddings[local]'" in out
-
-
 @pytest.mark.filterwarnings("ignore:The function `loads` is in beta")
 def test_dumps_and_loads_keep_the_options_and_not_the_key(monkeypatch):
     from langchain_core.load import dumps, loads

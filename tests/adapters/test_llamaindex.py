@@ -14,12 +14,9 @@ import pytest
 from llama_index.core import Settings, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding, mean_agg
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
-from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.embeddings import resolve_embed_model
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
-from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.instrumentation.events.embedding import (
     EmbeddingEndEvent,
     EmbeddingStartEvent,
@@ -35,6 +32,7 @@ from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import InputTypeError, Options, UnsupportedModalityError
 from shared_engine.registry import _engines
 from tests.support.adapters import TEXTS, same
+from tests.support.llamaindex import Callbacks, Recorder
 from tests.support.oracles import numpy_float64
 
 
@@ -48,49 +46,13 @@ def adapter() -> type[NeMoRetrieverEmbedding]:
     return NeMoRetrieverEmbedding
 
 
-class _Recorder(BaseEventHandler):
-    events: list[BaseEvent] = []  # noqa: RUF012 - a pydantic field, copied for each object
-
-    def handle(self, event: BaseEvent, **_: Any) -> None:
-        self.events.append(event)
-
-    def embedded(self) -> list[str]:
-        """Return the texts of the embedding calls since the last time, in order."""
-        ended = [event for event in self.events if isinstance(event, EmbeddingEndEvent)]
-        self.events.clear()
-        return [chunk for event in ended for chunk in event.chunks]
-
-
 @pytest.fixture
-def recorder() -> Iterator[_Recorder]:
+def recorder() -> Iterator[Recorder]:
     """LlamaIndex's instrumentation, which reports every call that its base class makes."""
-    recorder, root = _Recorder(), get_dispatcher()
+    recorder, root = Recorder(), get_dispatcher()
     root.add_event_handler(recorder)
     yield recorder
     root.event_handlers.remove(recorder)
-
-
-class _Callbacks(BaseCallbackHandler):
-    def __init__(self) -> None:
-        super().__init__([], [])
-        self.seen: list[tuple[str, CBEventType, dict[str, Any]]] = []
-
-    def on_event_start(
-        self, event_type: CBEventType, payload: dict[str, Any] | None = None, *_: Any, **__: Any
-    ) -> str:
-        self.seen.append(("start", event_type, payload or {}))
-        return ""
-
-    def on_event_end(
-        self, event_type: CBEventType, payload: dict[str, Any] | None = None, *_: Any, **__: Any
-    ) -> None:
-        self.seen.append(("end", event_type, payload or {}))
-
-    def start_trace(self, trace_id: str | None = None) -> None:
-        pass
-
-    def end_trace(self, *_: Any, **__: Any) -> None:
-        pass
 
 
 async def test_every_text_path_gives_the_oracles_vectors(
@@ -205,7 +167,7 @@ def _leases(model: NeMoRetrieverEmbedding) -> int:
 
 
 async def test_ingestion_into_chroma_embeds_what_is_new_or_changed(
-    model: NeMoRetrieverEmbedding, checkpoint: Path, tmp_path: Path, recorder: _Recorder
+    model: NeMoRetrieverEmbedding, checkpoint: Path, tmp_path: Path, recorder: Recorder
 ) -> None:
     import chromadb
     from llama_index.vector_stores.chroma import ChromaVectorStore
@@ -283,9 +245,9 @@ def check_ranking(found: list[NodeWithScore], texts: list[str], scores: np.ndarr
 
 @pytest.mark.parametrize("with_cache", [False, True], ids=["no cache", "cache"])
 async def test_callbacks_and_events_name_the_model_and_come_once(
-    model: NeMoRetrieverEmbedding, recorder: _Recorder, with_cache: bool
+    model: NeMoRetrieverEmbedding, recorder: Recorder, with_cache: bool
 ) -> None:
-    callbacks = _Callbacks()
+    callbacks = Callbacks()
     model.callback_manager = CallbackManager([callbacks])
     if with_cache:
         model.embeddings_cache = SimpleKVStore()
@@ -395,7 +357,7 @@ def test_the_dictionary_names_the_class_and_is_json(model: NeMoRetrieverEmbeddin
 def test_settings_and_resolve_take_the_model(
     model: NeMoRetrieverEmbedding, documents: np.ndarray, queries: np.ndarray
 ) -> None:
-    manager = CallbackManager([_Callbacks()])
+    manager = CallbackManager([Callbacks()])
     assert resolve_embed_model(model, manager) is model
     assert model.callback_manager is manager
     before = Settings._embed_model  # the getter would make OpenAI's
@@ -444,17 +406,3 @@ def test_both_frameworks_share_one_model_and_its_vectors(checkpoint: Path, tmp_p
     assert len(short.embed_query("one")) == 16
     assert len([key for key in _engines if str(folder) in key]) == 1
     assert _leases(ours) == 3
-
-
-def test_without_llama_index_the_error_says_what_to_install(python: Callable[[str], str]) -> None:
-    out = python("""if True:
-        import sys
-        sys.modules["llama_index.core"] = None
-        from shared_engine import MissingExtraError
-        try:
-            from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-        except MissingExtraError as error:
-            assert isinstance(error, ImportError)
-            print(error)
-    """)
-    assert "pip install 'nemoretriever-embeddings[llamaindex]'" in out

@@ -54,7 +54,6 @@ from shared_engine import (
     images,
 )
 from shared_engine.pipeline import Pipeline
-from tests.adapters.test_llamaindex import _Callbacks, _Recorder
 from tests.support.adapters import (
     BASE64,
     CAPTIONS,
@@ -66,6 +65,7 @@ from tests.support.adapters import (
     same,
     saved,
 )
+from tests.support.llamaindex import Callbacks, Recorder
 from tests.support.vl_oracles import numpy_float64
 
 URL = f"data:image/png;base64,{BASE64[0][:60]}"
@@ -77,8 +77,8 @@ def adapter() -> type[NeMoRetrieverEmbedding]:
 
 
 @pytest.fixture
-def recorder() -> Iterator[_Recorder]:
-    recorder, root = _Recorder(), get_dispatcher()
+def recorder() -> Iterator[Recorder]:
+    recorder, root = Recorder(), get_dispatcher()
     root.add_event_handler(recorder)
     yield recorder
     root.event_handlers.remove(recorder)
@@ -320,11 +320,11 @@ def test_addresses_are_fetched_where_that_is_allowed(options: dict[str, Any]) ->
 
 
 async def test_events_and_callbacks_come_once_and_hold_no_image(
-    options: dict[str, Any], recorder: _Recorder, files: list[Path]
+    options: dict[str, Any], recorder: Recorder, files: list[Path]
 ) -> None:
     hidden = "https://user:hush@example.com/a.png?key=hush"
     model = NeMoRetrieverEmbedding(**options, api_key=None, default_headers={"x": "hush"})
-    callbacks = _Callbacks()
+    callbacks = Callbacks()
     counter = TokenCountingHandler(tokenizer=str.split)
     model.callback_manager = CallbackManager([callbacks, counter])
     url = f"data:image/png;base64,{BASE64[1]}"

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import CATALOGUE, Options
-from tests.server.test_app import NAME, running
+from tests.support.servers import NAME, running
 
 OURS = [Options, NeMoRetrieverEmbeddings, NeMoRetrieverEmbedding]
 THEIRS = {

@@ -165,7 +165,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "numbers": lambda: _wrap(b"[" + b",".join([b"1"] * (MOST // 2)) + b"]"),
     "floats": lambda: _wrap(b"[" + b",".join([b".5"] * (MOST // 3)) + b"]"),
     "empty texts": lambda: _wrap(b"[" + b",".join([b'""'] * (MOST // 3)) + b"]"),
-    "short texts": lambda: _wrap(b"[" + b",".join([b'"a\u0416"'] * (MOST // 10)) + b"]"),
+    "short texts": lambda: _wrap(b"[" + b",".join([b'"a\\u0416"'] * (MOST // 10)) + b"]"),
     "modalities": lambda: _wrap(b'"a"', modality=["text"] * (MOST // 8)),
     "fields": lambda: _wrap(b'"a",' + b",".join(b'"%d":1' % n for n in range(MOST // 12))),
     "brackets": lambda: b"[" * MOST,

@@ -103,32 +103,6 @@ def test_a_plan_leaves_out_what_it_cannot_read_and_names_it(command, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("missing", "ray"), [("pyarrow", False), ("pypdfium2", False)])
-def test_without_an_extra_the_command_says_the_pip_line(missing, ray, python):
-    said = python(f"""if True:
-        import contextlib, io, sys
-        sys.modules[{missing!r}] = None
-        from shared_engine.cli.main import main
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            assert main(["embed", "/tmp", "--out", "/tmp/out"]) == 2
-        print(said.getvalue())
-    """)
-    assert f"this needs '{missing}': pip install 'nemoretriever-embeddings[bulk]'" in said
-
-
-def test_bulk_names_are_there_and_say_the_pip_line_too(python):
-    said = python("""if True:
-        import sys
-        sys.modules["pyarrow"] = None
-        import shared_engine.bulk
-        try:
-            shared_engine.bulk.Job
-        except ImportError as exc:
-            print(type(exc).__name__, exc)
-    """)
-    assert said.startswith("MissingExtraError")
-
-
 def test_the_sample_is_from_all_over(tmp_path, nim):
     """A file of short texts and one of long ones: a plan from the first alone would be far off."""
     for name, words in (("a", 2), ("b", 30)):

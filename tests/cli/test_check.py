@@ -11,9 +11,9 @@ from shared_engine import Options
 from shared_engine.cli.main import main
 from shared_engine.documents import EmbeddingInput
 from shared_engine.local.reference import Reference
-from tests.server.test_app import running
 from tests.support.checkpoints import PROMPTS, SHAPES, build_checkpoint
 from tests.support.oracles import numpy_float64
+from tests.support.servers import running
 from tests.support.vl_checkpoints import VL_SHAPES, build_vl_checkpoint
 
 

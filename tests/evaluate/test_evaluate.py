@@ -452,25 +452,6 @@ def test_a_cache_that_cannot_be_written_is_an_error_without_a_traceback(
     assert re.search(r"nemoretriever: .*Not a directory: .*cache", capsys.readouterr().err)
 
 
-def test_a_missing_extra_has_its_pip_line(python):
-    code = """if True:
-        import sys
-        sys.modules["ir_measures"] = None
-        import shared_engine.evaluate
-        from shared_engine import MissingExtraError
-        try:
-            shared_engine.evaluate.evaluate
-        except MissingExtraError as exc:
-            print(exc)
-        print([name for name in ("mteb", "matplotlib", "bm25s") if name in sys.modules])
-    """
-    lines = python(code).splitlines()
-    assert "pip install 'nemoretriever-embeddings[evaluate]'" in lines[0]
-    assert lines[1] == "[]"
-    printed = python("import shared_engine.cli.evaluate, sys; print('numpy' in sys.modules)")
-    assert printed.split() == ["False"]
-
-
 def test_without_sentence_transformers_its_pip_line_is_named(options, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
     with pytest.raises(MissingExtraError, match="pip install sentence-transformers"):

@@ -15,17 +15,17 @@ import numpy as np
 import PIL
 import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps, ImageSequence
-from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from shared_engine import ImageError, ImageTooLargeError, InputError
-from shared_engine.images import formats
+from shared_engine.images.encode import encode_data_url
 from shared_engine.images.sources import decode_data_url
-from shared_engine.images.tiles import choose_grid, cut_tiles, decode_picture, encode_data_url
+from shared_engine.images.tiles import choose_grid, cut_tiles, decode_picture
 from tests.support.image_files import (
     FORMATS,
     GIF,
     HTML,
+    IGNORE_CORRUPT_EXIF,
     JPEG,
     PALETTE,
     PICTURE,
@@ -38,7 +38,6 @@ from tests.support.image_files import (
     as_64,
     assert_refused,
     chunk,
-    corrupt_exif,
     encoded,
     exif,
     opened,
@@ -49,6 +48,8 @@ from tests.support.image_files import (
     with_sides,
     write_tiff,
 )
+
+pytestmark = IGNORE_CORRUPT_EXIF
 
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -62,7 +63,7 @@ ORIENTATIONS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_seen_as_a_person_sees_it(name):
+def test_every_format_decodes_to_the_visible_pixels(name):
     file, expected = FORMATS[name]
     ours, plain = cut_tiles(file, 2, SIDE), reference_tiles(expected, 2)
     off = np.abs(ours.astype(int) - plain).max()
@@ -70,7 +71,7 @@ def test_every_format_is_seen_as_a_person_sees_it(name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_pil_image_is_seen_as_its_file(name):
+def test_a_pil_image_has_the_tiles_of_its_file(name):
     file, _ = FORMATS[name]
     with opened(file) as image:
         assert np.array_equal(cut_tiles(image, 2, SIDE), cut_tiles(file, 2, SIDE))
@@ -119,8 +120,8 @@ _big = ImageTooLargeError
 _canvas = _big if PIL.__version__ >= "13" else _page  # which looks before it makes a decoder
 
 BROKEN: dict[str, tuple[Any, type[InputError], str]] = {
-    "png cut in its signature": (PNG[:6], _page, "no PNG"),
-    "png cut in its header": (PNG[:20], _page, "cannot be used"),
+    "png cut in its signature": (PNG[:6], _page, "not a PNG"),
+    "png cut in its header": (PNG[:20], _page, "Truncated File Read"),
     "png cut before its pixels": (PNG[:33], _page, "cannot be used"),
     "png cut in its pixels": (cut(PNG, 0.5), _page, "truncated"),
     "png of 0 width": (with_sides(PNG, 0, 60), _page, "cannot be used"),
@@ -130,7 +131,7 @@ BROKEN: dict[str, tuple[Any, type[InputError], str]] = {
         _page,
         "cannot be used",
     ),
-    "png bomb": (with_sides(PNG, 30_000, 30_000), _big, "30,000 x 30,000"),
+    "png bomb": (with_sides(PNG, 30_000, 30_000), _big, "decompression bomb"),
     "png bomb of bits": (png(16_385, 1, 1, 0, bytes(2050)), _big, "16,385 x 1"),
     "png square over the short side": (with_sides(PNG, 8_193, 8_193), _big, "8,193"),
     "png zTXt bomb": (text_chunks(b"zTXt"), _page, "too large"),
@@ -155,21 +156,21 @@ BROKEN: dict[str, tuple[Any, type[InputError], str]] = {
     **{
         f"tiff cut at {at}": (cut(TIFF, at), _page, "cannot be used") for at in (0.0003, 0.001, 0.5)
     },
-    "jpeg bomb": (with_sides(JPEG, 65_000, 65_000), _big, "65,000"),
-    "gif bomb": (with_sides(GIF, 65_000, 65_000), _big, "65,000"),
+    "jpeg bomb": (with_sides(JPEG, 65_000, 65_000), _big, "decompression bomb"),
+    "gif bomb": (with_sides(GIF, 65_000, 65_000), _big, "decompression bomb"),
     "bmp bomb": (with_sides(encoded(PICTURE, "BMP"), 2**30, 9), _big, "pixels"),
     "tiff bomb": (with_sides(TIFF, 2**31, 2**31), _big, "pixels"),
     "webp bomb": (webp_canvas(2**24, 200), _canvas, "cannot be used"),
     "webp bomb within its own limits": (webp_canvas(16_383, 16_383), _canvas, "cannot be used"),
     "webp canvas that it does not fill": (webp_canvas(16_000, 8_000), _page, "cannot be used"),
     "a magic number only": (b"\xff\xd8\xff", _page, "cannot be used"),
-    "BM only": (b"BM", _page, "cannot be used"),
-    "html": (HTML, _page, "no PNG, JPEG"),
+    "BM only": (b"BM", _page, "its header is broken"),
+    "html": (HTML, _page, "a web page; expected a PNG"),
     "svg": (SVG, _page, "an SVG"),
     "pdf": (b"%PDF-1.7\n", _page, "a PDF; its pages"),
-    "eps": (EPS, _page, "no PNG"),
-    "text": (b"a page about cats", _page, "no PNG"),
-    "avif": (b"\0\0\0\x20ftypavif" + bytes(20), _page, "an AVIF, which is not opened here"),
+    "eps": (EPS, _page, "not a PNG"),
+    "text": (b"a page about cats", _page, "not a PNG"),
+    "avif": (b"\0\0\0\x20ftypavif" + bytes(20), _page, "an AVIF, which is not supported"),
     **{
         f"heic, {brand}": (b"\0\0\0\x18ftyp" + brand.encode(), _page, "pass the PIL image")
         for brand in ("heic", "heix", "hevc", "mif1", "msf1")
@@ -177,8 +178,8 @@ BROKEN: dict[str, tuple[Any, type[InputError], str]] = {
     "jpeg 2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(20), _page, "a JPEG 2000, which"),
     "jpeg 2000, bare": (b"\xff\x4f\xff\x51" + bytes(20), _page, "a JPEG 2000, which"),
     "jpeg xl": (b"\xff\x0a" + bytes(20), _page, "a JPEG XL, which"),
-    "gimp": (b"gimp xcf v011\0", _page, "no PNG"),
-    "ico": (b"\0\0\1\0\1\0" + bytes(40), _page, "no PNG"),
+    "gimp": (b"gimp xcf v011\0", _page, "not a PNG"),
+    "ico": (b"\0\0\1\0\1\0" + bytes(40), _page, "not a PNG"),
 }
 
 
@@ -209,7 +210,7 @@ ODD: dict[str, tuple[Any, tuple[int, int], int]] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_is_only_odd_is_used(name):
+def test_odd_but_readable_files_are_used(name):
     source, cells, count = ODD[name]
     assert cut_tiles(source, 2, SIDE).shape == (count, SIDE, SIDE, 3)
     with opened(source) as image:
@@ -218,9 +219,10 @@ def test_what_is_only_odd_is_used(name):
     assert np.array_equal(cut_tiles(sent, 2, SIDE), cut_tiles(source, 2, SIDE))
 
 
-def test_large_sides_are_used_in_silence_and_no_setting_changes():
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_large_sides_are_used_and_no_setting_changes():
     before = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, list(warnings.filters))
-    bits = Image.new("1", (8_192, 11_000), 1)  # more pixels than Pillow takes in silence
+    bits = Image.new("1", (8_192, 11_000), 1)  # Pillow warns of so many pixels
     file = encoded(bits, "TIFF", compression="group4")
     assert cut_tiles(file, 2, SIDE).min() == 255
     assert before == (
@@ -231,9 +233,7 @@ def test_large_sides_are_used_in_silence_and_no_setting_changes():
 
 
 @pytest.mark.parametrize("kinds", [(0, 0), (2, 2, 2), (0, 1, 2), (0, 4, 1, 0)])
-def test_a_tiff_of_several_pages_does_not_lose_all_but_one_in_silence(
-    kinds, tmp_path, monkeypatch, caplog
-):
+def test_a_tiff_of_several_pages_is_warned_of(kinds, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     scan = Path("scan.tif")
     scan.write_bytes(write_tiff(*kinds))
@@ -242,7 +242,7 @@ def test_a_tiff_of_several_pages_does_not_lose_all_but_one_in_silence(
         caplog.clear()
         use(scan)
         (said,) = caplog.messages
-        assert "pages, 'scan.tif'" in said
+        assert "'scan.tif' is a TIFF with several pages" in said
         with Image.open(scan) as opened:  # as it says
             pages = [page.copy() for page in ImageSequence.Iterator(opened)]
         assert len([use(page) for page in pages]) == len(kinds)
@@ -250,13 +250,13 @@ def test_a_tiff_of_several_pages_does_not_lose_all_but_one_in_silence(
 
 
 @pytest.mark.parametrize("kinds", [(0,), (2,), (0, 1), (0, 1, 1, 4), (0, *[1] * 50_000, 0)])
-def test_smaller_copies_and_masks_of_a_tiff_are_no_pages(kinds, caplog):
+def test_smaller_copies_and_masks_of_a_tiff_are_not_pages(kinds, caplog):
     """Nor is what follows a great many of them, which nobody should have to look at."""
     assert cut_tiles(write_tiff(*kinds), 6).shape == (1, 512, 512, 3)
     assert not caplog.messages
 
 
-def test_a_broken_second_picture_of_a_tiff_is_none(caplog):
+def test_a_broken_second_picture_of_a_tiff_is_ignored(caplog):
     file = write_tiff(0, 0)
     begin = TiffImageFile(BytesIO(file)).tag_v2.next
     for broken in (file[: begin + 2], file[:begin] + bytes(len(file) - begin)):
@@ -280,21 +280,6 @@ def test_threads_share_a_lazy_pil_image(name):
                 assert np.array_equal(done.result(), expected)
             assert image.size == PICTURE.size
             image.copy()  # still the caller's, and open
-
-
-def test_pillow_calls_the_private_methods_that_are_overridden():
-    """Where a later one does not, `formats.Jpeg` and `formats.Tiff` have no effect any more."""
-    file = encoded(PICTURE, "JPEG", exif=corrupt_exif(1))
-    words = "Tag data larger" if PIL.__version__ >= "13" else "Truncated File Read"
-    with pytest.warns(UserWarning, match=words):
-        JpegImageFile(BytesIO(file))
-    assert formats.Jpeg(BytesIO(file)).size == PICTURE.size
-
-    bits = Image.new("1", (8_192, 11_000), 1)
-    file = encoded(bits, "TIFF", compression="group4")
-    with pytest.warns(Image.DecompressionBombWarning):
-        TiffImageFile(BytesIO(file)).load()
-    assert formats.Tiff(BytesIO(file)).getextrema() == (255, 255)
 
 
 SECRET = b"hunter2"
@@ -333,7 +318,7 @@ def test_an_error_quotes_nothing_of_a_file(file, use):
 
 @pytest.mark.parametrize("mode", Image.MODES)
 @pytest.mark.parametrize("has_info", [False, True])
-def test_a_pil_image_of_every_mode_is_taken(mode, has_info):
+def test_a_pil_image_of_every_mode_is_used(mode, has_info):
     if mode == "LAB":
         srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
         picture = ImageCms.buildTransform(srgb, lab, "RGB", "LAB").apply(PICTURE)
@@ -364,7 +349,7 @@ def test_a_pil_image_of_every_mode_is_taken(mode, has_info):
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "progressive", "WEBP", "GIF", "TIFF", "BMP"])
 @pytest.mark.parametrize("part", [0.5, 0.9, 1])
-def test_a_cut_file_has_the_same_pixels_here_and_at_a_nim(name, part, monkeypatch):
+def test_a_truncated_file_has_the_same_tiles_at_a_nim(name, part, monkeypatch):
     """`LOAD_TRUNCATED_IMAGES` is a setting of the program; a NIM does not know of it."""
     options = {"progressive": True} if name == "progressive" else {}
     file = encoded(SECOND, "JPEG" if name == "progressive" else name, **options)

@@ -13,9 +13,9 @@ import httpcore
 import pytest
 
 from shared_engine import ImageError
-from shared_engine.images import fetch as allow_image_urls
-from shared_engine.images import sources
-from shared_engine.images.tiles import cut_tiles, encode_data_url
+from shared_engine.images import fetch, sources
+from shared_engine.images.encode import encode_data_url
+from shared_engine.images.tiles import cut_tiles
 from tests.support.image_files import HTML, PNG
 
 
@@ -80,19 +80,19 @@ def server() -> Iterator[str]:
 def fetched(url: str, seconds: float = 10.0) -> bytes:
     """Fetch as `cut_tiles(urls=True)` does, but from this machine's own 127.0.0.1 as well."""
 
-    def allowed(address: allow_image_urls.Address) -> bool:
-        return allow_image_urls.is_public(address) or str(address) == "127.0.0.1"
+    def allowed(address: fetch.IPAddress) -> bool:
+        return fetch.is_public(address) or str(address) == "127.0.0.1"
 
-    return sources._join(allow_image_urls.fetch(url, allowed, seconds))
+    return sources._join(fetch.fetch(url, allowed, seconds))
 
 
-def test_an_address_is_fetched(server):
+def test_a_url_is_fetched(server):
     assert fetched(f"{server}/png") == PNG
     assert fetched(f"{server}/to?png#x") == PNG
     assert fetched(f"{server}/to?{server}/to?/to?/png") == PNG
 
 
-def test_an_address_is_asked_for_without_credentials(server, monkeypatch):
+def test_a_fetch_sends_no_credentials(server, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     asked = fetched(server.replace("//", "//user:secret@") + "/headers?q=a b&ä").decode()
@@ -108,26 +108,26 @@ def test_an_address_is_asked_for_without_credentials(server, monkeypatch):
         ("/nothing", "status 404"),
         ("/loop", "more than 3 times"),
         ("/to?/to?/to?/to?/png", "more than 3 times"),
-        ("/to?file:///etc/hostname", "redirected to file"),
+        ("/to?file:///etc/hostname", "redirects to file"),
         ("/to?http://127.0.0.2/", "127.0.0.2, which is not on the public"),
         ("/to?http://169.254.169.254/latest/meta-data", "169.254.169.254"),
         ("/large", "25,000,000 bytes"),
     ],
 )
-def test_an_answer_that_is_refused(server, path, words):
+def test_a_wrong_reply_is_refused(server, path, words):
     with pytest.raises(ValueError, match=words):
         fetched(server + path)
 
 
-def test_a_server_that_drips_is_left_in_time(server):
+def test_a_slow_server_meets_the_deadline(server):
     start = time.monotonic()
     with pytest.raises(httpcore.ReadTimeout):
         fetched(f"{server}/drip", seconds=0.3)
     assert time.monotonic() - start < 2
 
 
-def test_what_is_fetched_must_be_an_image(server):
-    with pytest.raises(ImageError, match="no PNG"):
+def test_a_fetched_file_must_be_an_image(server):
+    with pytest.raises(ImageError, match="a web page; expected a PNG"):
         cut_tiles(fetched(f"{server}/html"), 2)
 
 
@@ -154,14 +154,14 @@ def test_private_addresses_are_never_connected_to(host, monkeypatch):
 
 
 @pytest.mark.parametrize("found", [["93.184.215.14", "10.0.0.1"], ["2606:4700::1", "::1"]])
-def test_a_name_with_any_private_address_is_refused(found, monkeypatch):
+def test_a_host_with_any_private_address_is_refused(found, monkeypatch):
     rows = [(0, 0, 0, "", (address, 443)) for address in found]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: rows)
     with pytest.raises(ImageError, match=r"is at (10\.0\.0\.1|::1), which"):
         cut_tiles("https://pages.example/a.png", 2, urls=True)
 
 
-def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch):
+def test_the_connection_goes_to_the_checked_address(monkeypatch):
     """A second look-up, which could answer otherwise, never happens."""
     answers = iter([[(0, 0, 0, "", ("93.184.215.14", 80))]])
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: next(answers))
@@ -180,12 +180,12 @@ def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch):
 @pytest.mark.parametrize(
     "url", ["http://", "http://[", "http://a..b/", "http://a:99999/", "http:///a"]
 )
-def test_addresses_that_are_none(url):
+def test_invalid_urls_are_refused(url):
     with pytest.raises(ImageError):
         cut_tiles(url, 2, urls=True)
 
 
-def test_a_slow_look_up_ends_at_the_one_deadline(monkeypatch):
+def test_a_slow_lookup_ends_at_the_deadline(monkeypatch):
     free = threading.Event()
 
     def wait(*_: object, **__: object) -> list[object]:
@@ -194,13 +194,13 @@ def test_a_slow_look_up_ends_at_the_one_deadline(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", wait)
     start = time.monotonic()
-    with pytest.raises(httpcore.ConnectTimeout, match=r"looking up pages\.example takes too long"):
+    with pytest.raises(httpcore.ConnectTimeout, match=r"lookup of pages\.example took too long"):
         fetched("http://pages.example/a.png", seconds=0.2)
     assert time.monotonic() - start < 5
     free.set()
 
 
-def test_a_look_up_takes_from_the_time_of_the_answer(server, monkeypatch):
+def test_the_deadline_includes_the_lookup(server, monkeypatch):
     look_up = socket.getaddrinfo
 
     def slow(*args: object, **options: object) -> object:
@@ -218,7 +218,7 @@ def test_a_look_up_takes_from_the_time_of_the_answer(server, monkeypatch):
     ("answer", "words"),
     [([], "pages.example has no address"), (socket.gaierror(-2, "Name not known"), "Name not")],
 )
-def test_a_name_without_an_address_is_told(answer, words, monkeypatch):
+def test_a_host_without_an_address_is_refused(answer, words, monkeypatch):
     def look_up(*_: object, **__: object) -> list[object]:
         if isinstance(answer, Exception):
             raise answer

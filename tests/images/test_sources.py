@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from shared_engine import ImageError, ImageTooLargeError, InputError, InputTypeError
+from shared_engine.images.encode import encode_data_url
 from shared_engine.images.sources import accept, decode_data_url
-from shared_engine.images.tiles import cut_tiles, encode_data_url
+from shared_engine.images.tiles import cut_tiles
 from tests.support.image_files import (
     HTML,
     PICTURE,
@@ -87,7 +88,7 @@ def test_every_source_gives_the_same_tiles(name, tmp_path):
         assert decode_data_url(encode_data_url(source)) == PNG
 
 
-def test_a_file_object_is_read_at_once_and_only_a_file_object(tmp_path):
+def test_only_file_objects_are_read_by_accept(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
     with open(tmp_path / "a.png", "rb") as file:
         assert [accept(file), accept(file)] == [PNG, PNG]
@@ -141,38 +142,42 @@ BROKEN: dict[str, tuple[Any, type[InputError], str]] = {
     "base64 over the limit": (as_64(PNG + bytes(25_000_000)), _big, "25,000,000 bytes"),
     "a file object over the limit": (lambda _: BytesIO(bytes(25_000_001)), _big, "25,000,000"),
     "empty bytes": (b"", _page, "empty"),
-    "empty str": ("", _page, "no such file"),
+    "empty str": ("", _page, "neither an existing file"),
     "empty file object": (lambda _: BytesIO(), _page, "empty"),
-    "missing file": ("no/such/file.png", _page, "no such file"),
+    "missing file": ("no/such/file.png", _page, "neither an existing file"),
     "missing path": (Path("no/such/file.png"), _page, "No such file"),
-    "NUL in a path": ("page\0.png", _page, "no such file"),
+    "NUL in a path": ("page\0.png", _page, "neither an existing file"),
     "NUL in a Path": (Path("page\0.png"), _page, "null"),
-    "a long text": ("What is on the page? " * 9999, _page, "no such file"),
-    "a lone surrogate": ("\ud800.png", _page, "no such file"),
-    "base64 with bad padding": (PNG64[:-3], _page, "no such file"),
-    "base64 of something else": (as_64(b"a page about cats"), _page, "no such file"),
-    "url-safe base64": (as_64(b"BM" + b"\xff" * 40).replace("/", "_"), _page, "no such file"),
+    "a long text": ("What is on the page? " * 9999, _page, "neither an existing file"),
+    "a lone surrogate": ("\ud800.png", _page, "neither an existing file"),
+    "base64 with bad padding": (PNG64[:-3], _page, "neither an existing file"),
+    "base64 of something else": (as_64(b"a page about cats"), _page, "neither an existing file"),
+    "url-safe base64": (
+        as_64(b"BM" + b"\xff" * 40).replace("/", "_"),
+        _page,
+        "neither an existing file",
+    ),
     "data URL without data": ("data:image/png;base64,", _page, "empty"),
-    "data URL without comma": ("data:image/png;base64", _page, "no data URL"),
-    "data URL, no base64": ("data:image/png;base64,****", _page, "base64 is broken"),
-    "data URL, bad padding": (f"data:image/png;base64,{PNG64[:-3]}", _page, "base64 is broken"),
-    "data URL, padding within": ("data:image/png;base64,iVBORw==iVBO", _page, "base64 is broken"),
-    "data URL, not ASCII": ("data:image/png;base64,iVBÖRw==", _page, "base64 is broken"),
-    "data URL of html": (f"data:image/png;base64,{as_64(HTML)}", _page, "no PNG"),
-    "data URL of a path": ("data:image/png,/etc/hostname", _page, "no PNG"),
+    "data URL without comma": ("data:image/png;base64", _page, "not a data URL"),
+    "data URL, no base64": ("data:image/png;base64,****", _page, "base64 is invalid"),
+    "data URL, bad padding": (f"data:image/png;base64,{PNG64[:-3]}", _page, "base64 is invalid"),
+    "data URL, padding within": ("data:image/png;base64,iVBORw==iVBO", _page, "base64 is invalid"),
+    "data URL, not ASCII": ("data:image/png;base64,iVBÖRw==", _page, "base64 is invalid"),
+    "data URL of html": (f"data:image/png;base64,{as_64(HTML)}", _page, "a web page; expected"),
+    "data URL of a path": ("data:image/png,/etc/hostname", _page, "not a PNG"),
     "data URL of percents": ("data:image/png," + "%41" * 1_000_001, _big, "characters"),
     "file URL of another host": ("file://server/share/a.png", _page, "another host"),
     "file URL of nothing": ("file:///no/such/file.png", _page, "No such file"),
     "file URL with NUL": ("file:///tmp/a%00b", _page, "null"),
     "http": ("http://example.com/a.png", _page, "allow_image_urls=True"),
     "https": ("HTTPS://user:secret@example.com/a.png?key=secret", _page, "allow_image_urls=True"),
-    "ftp": ("ftp://example.com/a.png", _page, "no such file"),
+    "ftp": ("ftp://example.com/a.png", _page, "neither an existing file"),
     "a directory": (lambda folder: folder, _page, "is a directory"),
     "a directory as str": (lambda folder: f"{folder}/", _page, "is a directory"),
     "an empty file": (lambda folder: made(folder / "a.png", b""), _page, "empty"),
     "a large file": (lambda folder: made(folder / "a.png", bytes(25_000_001)), _big, "25,000,000"),
-    "a device": ("/dev/zero", _page, "no regular file"),
-    "a pipe": (lambda folder: fifo(folder / "pipe"), _page, "no regular file"),
+    "a device": ("/dev/zero", _page, "not a regular file"),
+    "a pipe": (lambda folder: fifo(folder / "pipe"), _page, "not a regular file"),
     "a dangling link": (lambda folder: link(folder, "nowhere"), _page, "No such file"),
     "a link to itself": (lambda folder: link(folder, "link"), _page, "symbolic links"),
     "a path through a file": (lambda folder: made(folder / "a", b"x") / "b", _page, "directory"),
@@ -194,7 +199,7 @@ BROKEN: dict[str, tuple[Any, type[InputError], str]] = {
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_stands_for_no_image_is_refused(name, use, tmp_path):
+def test_an_invalid_source_is_refused(name, use, tmp_path):
     source, kind, words = BROKEN[name]
     if callable(source) and not isinstance(source, type):
         source = source(tmp_path)
@@ -224,7 +229,7 @@ def test_a_file_url_needs_no_escapes(name, tmp_path):
         assert np.array_equal(cut_tiles(url, 2, SIDE), cut_tiles(PNG, 2, SIDE))
 
 
-def test_a_file_url_may_have_what_is_no_part_of_the_name(tmp_path):
+def test_a_file_url_may_have_a_query_and_a_fragment(tmp_path):
     (tmp_path / "a b.png").write_bytes(PNG)
     for rest in ("#page=1", "?v=2", "?v=2#page=1"):
         url = (tmp_path / "a b.png").as_uri() + rest

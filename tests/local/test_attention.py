@@ -11,7 +11,7 @@ import torch
 
 from shared_engine.local import attention
 from shared_engine.local.attention import Layout
-from tests.local.test_device import config
+from tests.support.configs import config
 
 CUDA = torch.device("cuda", 0)
 HEADS, CONFIG = (32, 8, 64), config("300M")

@@ -18,7 +18,7 @@ from shared_engine.local import attention, device, elementwise, resize, siglip
 from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.config import TowerConfig, VisionConfig
 from shared_engine.local.llama import Encoder
-from tests.local.test_device import config
+from tests.support.configs import config
 from tests.support.fake_gpu import CUDA, Log, fake_gpu
 
 TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "image_size": 512, "patch_size": 16}

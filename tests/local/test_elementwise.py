@@ -10,7 +10,7 @@ import torch
 
 from shared_engine import local
 from shared_engine.local import elementwise
-from tests.local.test_device import config
+from tests.support.configs import config
 
 CUDA = torch.device("cuda", 0)
 DTYPES = {"float32": (torch.float32, 1e-6), "bfloat16": (torch.bfloat16, 2e-2)}

@@ -12,116 +12,41 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from langchain_nemoretriever import NeMoRetrieverEmbeddings
-from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-from shared_engine import ConfigurationError, Embedder, EmbeddingInput, Options
+from shared_engine import ConfigurationError, EmbeddingInput, Options
 from shared_engine.cli.main import main
 from shared_engine.local import LocalBackend
 from shared_engine.server.app import create_app
 from shared_engine.server.errors import HTTPRefusal
 from shared_engine.server.limits import ServerLimits
 from shared_engine.server.protocol import parse_request
-from shared_engine.server.run import build_server, serve
+from shared_engine.server.run import serve
 from tests.support.checkpoints import SHAPES, build_checkpoint
+from tests.support.servers import (
+    NAME,
+    TEXTS,
+    Running,
+    check_probes_during,
+    running,
+    vectors,
+    wait_for,
+)
 
-NAME = "nvidia/tiny"
-TEXTS = [
-    "How do I return a product?",
-    "",
-    "Der Versand kostet 4,90 €.",
-    "a text of many words " * 30,
-    "東京は日本の首都です。 👍🏽",
-    "def f(x):\n    return x",
-    "<img src='data:image/png;base64,AAAA'>",
-]
 HEAD = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 LONG = "word " * 3000  # over the tiny checkpoint's 2048 tokens
 SLOW = ["some words of a long document " * 60] * 40  # about a second of work
-
-
-class Running:
-    """A server that runs, and the options of what it serves."""
-
-    def __init__(self, url: str, options: Options, server: uvicorn.Server) -> None:
-        self.url = url
-        self.options = options
-        self.server = server
-        self.client = httpx.Client(base_url=url, timeout=30)
-
-    def post(self, **fields: Any) -> httpx.Response:
-        """Post the fields of a request; those given as None are left out."""
-        body = {"model": NAME, "input": TEXTS, "input_type": "passage"} | fields
-        return self.client.post("/embeddings", json={k: v for k, v in body.items() if v is not ...})
-
-    def expected(self, texts: list[str] = TEXTS, role: Any = "document", **changed: Any) -> Any:
-        """Return what the engine gives without HTTP."""
-        with Embedder(self.options.model_copy(update=changed)) as embedder:
-            return embedder.embed(texts, role)
-
-    def metric(self, name: str) -> float:
-        """Return the value of one line of /v1/metrics."""
-        for line in self.client.get("/metrics").text.splitlines():
-            if line.startswith(name + " "):
-                return float(line.split()[-1])
-        raise AssertionError(name)
-
-
-@contextmanager
-def running(
-    options: Options, http: str | None = None, served: str | None = NAME, **arguments: Any
-) -> Iterator[Running]:
-    """Run a server in a thread until the block ends: our own, or one of an HTTP parser's name."""
-    app = create_app(options, served_name=served, **arguments)
-    if http is None:
-        server = build_server(app, arguments.get("limits"), port=0, log_config=None)
-    else:
-        config = uvicorn.Config(
-            app,
-            port=0,
-            http=http,
-            lifespan="on",
-            ws="none",
-            log_config=None,
-        )
-        server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait_for(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        here = Running(f"http://127.0.0.1:{port}/v1", options, server)
-        with here.client:
-            wait_for(lambda: here.client.get("/health/ready").status_code == 200)
-            yield here
-    finally:
-        server.should_exit = True
-        thread.join(30)
-    assert not thread.is_alive()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Return when a condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -140,19 +65,6 @@ def served(options: Options) -> Iterator[Running]:
         yield here
 
 
-def vectors(response: httpx.Response) -> NDArray[Any]:
-    """Return the vectors of a reply, after a look at everything else in it."""
-    assert response.status_code == 200, response.text
-    body = response.json()
-    assert set(body) == {"object", "data", "model", "usage"}
-    assert body["object"] == "list"
-    assert body["model"] == NAME
-    assert [item["index"] for item in body["data"]] == list(range(len(body["data"])))
-    assert {item["object"] for item in body["data"]} == {"embedding"}
-    assert body["usage"]["prompt_tokens"] == body["usage"]["total_tokens"] > 0
-    return np.array([item["embedding"] for item in body["data"]])
-
-
 # --- what it gives -------------------------------------------------------------------------------
 
 
@@ -160,11 +72,6 @@ def vectors(response: httpx.Response) -> NDArray[Any]:
 def test_vectors_are_those_of_the_engine(served: Running, input_type: str, role: str) -> None:
     got = vectors(served.post(input_type=input_type))
     np.testing.assert_allclose(got, served.expected(role=role), atol=1e-7, rtol=0)
-
-
-def test_one_string_is_one_input(served: Running) -> None:
-    got = vectors(served.post(input=TEXTS[0]))
-    np.testing.assert_allclose(got, served.expected(TEXTS[:1]), atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("dimensions", [16, 32, 64])
@@ -274,14 +181,14 @@ def test_a_violation_has_the_envelope_of_a_nim(
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"null", b'{"a": NaN}', b"\xff", b"[" * 9999]
 )
-def test_a_body_that_is_no_request(served: Running, content: bytes) -> None:
+def test_an_invalid_body_is_refused(served: Running, content: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     response = served.client.post("/embeddings", content=content, headers=headers)
     assert response.status_code == 400
     assert response.json()["type"] == "request_validation_error"
 
 
-def test_errors_in_the_words_that_clients_look_for(served: Running) -> None:
+def test_errors_have_the_messages_that_clients_match(served: Running) -> None:
     response = served.post(input_type=...)
     assert response.status_code == 400
     words = "'input_type' parameter is required for asymmetric models"
@@ -293,7 +200,7 @@ def test_errors_in_the_words_that_clients_look_for(served: Running) -> None:
     assert response.json()["index"] == 1
 
 
-def test_wrong_addresses(served: Running) -> None:
+def test_wrong_paths_and_methods(served: Running) -> None:
     assert served.post(model="nvidia/another").status_code == 404
     assert served.post(model="nvidia/another").json()["type"] == "model_not_found"
     assert served.client.post("/embeddings/embeddings").status_code == 404
@@ -329,7 +236,7 @@ def test_a_catalogue_name_answers_to_its_aliases(tmp_path: Path) -> None:
             assert response.json()["model"] == name
 
 
-def test_a_key_with_the_line_end_of_its_file_is_the_key(options: Options) -> None:
+def test_white_space_around_the_key_is_ignored(options: Options) -> None:
     with running(options, api_key=" a secret\n") as here:
         for key, status in (("a secret", 200), ("a secre", 401)):
             headers = {"Authorization": f"Bearer {key}"}
@@ -342,9 +249,12 @@ def test_a_key_with_the_line_end_of_its_file_is_the_key(options: Options) -> Non
         ({"api_key": ""}, "key is blank"),
         ({"api_key": " \n"}, "key is blank"),
         ({"allowed_hosts": "gpu-box"}, r"\['gpu-box'\]"),
+        ({"allowed_hosts": ["gpu-*"]}, r"'gpu-\*'; expected a host name"),
+        ({"allowed_hosts": ["*example.com"]}, r"'\*example\.com'; expected a host name"),
+        ({"allowed_hosts": [""]}, "''; expected a host name"),
     ],
 )
-def test_what_would_open_or_close_a_server_unseen_is_refused(
+def test_invalid_keys_and_hosts_are_refused(
     options: Options, wrong: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("shared_engine.server.run.build_server")  # it must not come so far
@@ -376,7 +286,7 @@ def test_the_key(options: Options) -> None:
         assert here.client.post("/embeddings", json=body, headers=headers).status_code == 200
 
 
-async def test_nothing_is_embedded_before_the_model_is_there(options: Options) -> None:
+async def test_requests_get_503_until_the_model_is_loaded(options: Options) -> None:
     app = create_app(options, served_name=NAME)  # without a lifespan it never loads
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost/v1") as client:
@@ -399,25 +309,6 @@ def test_a_server_with_a_dead_device_is_not_ready(
         assert (response.status_code, response.json()["ready"]) == (status, status == 200)
         assert served.client.get("/health/live").status_code == 200
     assert "device has failed" in response.json()["message"]
-
-
-def run_without(module: str, code: str) -> str:
-    """Return what some code prints where a module is not installed."""
-    code = f"import sys; sys.modules[{module!r}] = None\n{code}"
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-@pytest.mark.parametrize("module", ["starlette.applications", "prometheus_client"])
-def test_a_missing_extra_names_its_pip_line(module: str) -> None:
-    code = """
-from shared_engine import MissingExtraError
-try:
-    from shared_engine.server import create_app
-except MissingExtraError as exc:
-    print(exc)
-"""
-    assert "pip install 'nemoretriever-embeddings[server]'" in run_without(module, code)
 
 
 # --- limits --------------------------------------------------------------------------------------
@@ -451,7 +342,7 @@ def test_a_large_body_is_refused_while_it_arrives(options: Options, http: str) -
         {"model": NAME, "input": "a"} | dict.fromkeys(map(str, range(100_000))),
     ],
 )
-def test_a_million_violations_cost_no_more_than_one(body: dict[str, Any]) -> None:
+def test_many_violations_cost_no_more_than_one(body: dict[str, Any]) -> None:
     content = json.dumps(body).encode()
     tracemalloc.start()
     try:
@@ -465,7 +356,7 @@ def test_a_million_violations_cost_no_more_than_one(body: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("value", ["{}", "[]", '""', '"a"', "1", "null", '{"a":{}}', '["\\""]'])
 @pytest.mark.parametrize("field", ["input", "modality", "model", "unknown"])
-def test_what_json_holds_is_refused_before_it_is_built(value: str, field: str) -> None:
+def test_excessive_json_is_refused_before_it_is_parsed(value: str, field: str) -> None:
     content = f'{{"model":"{NAME}","{field}":[{",".join([value] * 500_000)}]}}'.encode()
     tracemalloc.start()
     try:
@@ -480,7 +371,7 @@ def test_what_json_holds_is_refused_before_it_is_built(value: str, field: str) -
 
 @pytest.mark.parametrize("indent", [None, 8])
 @pytest.mark.parametrize("text", ["", '"[{,' * 20, "\\", "Б,👍" * 5, "\n\t" * 9, 'x\\",' * 9])
-def test_a_request_of_the_most_inputs_is_parsed_in_any_layout(text: str, indent: int) -> None:
+def test_the_maximum_of_inputs_is_parsed_in_any_layout(text: str, indent: int) -> None:
     texts = [text + str(n) for n in range(8192)]
     body = {"model": NAME, "input": texts, "modality": ["text"] * 8192, "user": ",[{" * 1000}
     for is_ascii in (True, False):
@@ -489,24 +380,19 @@ def test_a_request_of_the_most_inputs_is_parsed_in_any_layout(text: str, indent:
 
 
 @pytest.mark.parametrize("truncate", ["END", "NONE"])
-def test_a_huge_text_is_let_go_of_once_it_is_answered(served: Running, truncate: str) -> None:
-    """The threads that wait for the next one hold it no longer, nor do an error's frames."""
-    collected: list[int] = []
-
-    def note(phase: str, info: dict[str, int]) -> None:
-        if phase == "stop" and info["generation"] == 2:
-            collected.append(info["collected"])
-
+def test_a_huge_text_is_released_after_its_answer(served: Running, truncate: str) -> None:
+    """No thread that waits for the next request holds it."""
     text = "word " * 2_000_000
     status = 200 if truncate == "END" else 400
     assert served.post(input=text, truncate=truncate).status_code == status
-    gc.callbacks.append(note)
-    try:
-        wait_for(lambda: bool(collected), seconds=10)
-    finally:
-        gc.callbacks.remove(note)
-    texts = [item.text for item in gc.get_objects() if type(item) is EmbeddingInput]
-    assert not [text for text in texts if isinstance(text, str) and len(text) > 5_000_000]
+
+    def is_released() -> bool:
+        gc.collect()
+        inputs = [item for item in gc.get_objects() if type(item) is EmbeddingInput]
+        texts = [item.text for item in inputs if isinstance(item.text, str)]
+        return all(len(text) < 5_000_000 for text in texts)
+
+    wait_for(is_released)
 
 
 def test_too_many_inputs(options: Options) -> None:
@@ -517,7 +403,7 @@ def test_too_many_inputs(options: Options) -> None:
         assert "5 inputs" in response.json()["error"]
 
 
-def test_a_body_that_does_not_arrive(options: Options) -> None:
+def test_an_incomplete_body_gets_408(options: Options) -> None:
     with running(options, limits=ServerLimits(read_seconds=0.2)) as here:
         address = httpx.URL(here.url)
         with socket.create_connection((address.host, address.port or 0), timeout=10) as connection:
@@ -525,7 +411,7 @@ def test_a_body_that_does_not_arrive(options: Options) -> None:
             assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
-def test_bodies_that_are_still_arriving_are_bounded_together(options: Options) -> None:
+def test_incomplete_bodies_share_one_limit(options: Options) -> None:
     part = f"{HEAD}Content-Length: 1000\r\n\r\n".encode() + b"x" * 950
     with running(options, limits=ServerLimits(max_body_bytes=1000)) as here, ExitStack() as stack:
         address = httpx.URL(here.url)
@@ -554,7 +440,7 @@ def test_a_nim_is_not_served(options: Options, monkeypatch: pytest.MonkeyPatch) 
     create_app(options)
 
 
-def test_a_full_queue_says_try_again_later(options: Options) -> None:
+def test_a_full_queue_gets_429_with_retry_after(options: Options) -> None:
     with running(options, limits=ServerLimits(max_waiting=5)) as here, ThreadPoolExecutor() as pool:
         first = pool.submit(here.post, input=SLOW)  # more than the queue holds, but alone
         wait_for(lambda: here.metric("nemoretriever_queue_inputs") == len(SLOW))
@@ -568,7 +454,7 @@ def test_a_full_queue_says_try_again_later(options: Options) -> None:
         assert here.metric('nemoretriever_errors_total{kind="too_busy"}') == 1
 
 
-def test_a_client_that_hangs_up_cancels_its_work(options: Options) -> None:
+def test_a_disconnected_client_cancels_its_work(options: Options) -> None:
     with running(options) as here:
         before = here.metric("nemoretriever_step_tokens_total")
         with pytest.raises(httpx.ReadTimeout):
@@ -584,7 +470,7 @@ def test_a_client_that_hangs_up_cancels_its_work(options: Options) -> None:
         assert computed < tokens * len(SLOW) * 10 / 2
 
 
-def test_stopping_finishes_what_was_accepted(options: Options) -> None:
+def test_shutdown_finishes_accepted_requests(options: Options) -> None:
     with running(options) as here, ThreadPoolExecutor() as pool:
         expected = here.expected(SLOW[:1])
         answers = [pool.submit(here.post, input=SLOW) for _ in range(3)]
@@ -619,16 +505,7 @@ def test_concurrent_requests_share_steps_and_keep_their_rows(served: Running) ->
 
 
 def test_probes_are_answered_during_large_requests(served: Running) -> None:
-    waits = []
-    with ThreadPoolExecutor() as pool:
-        large = pool.submit(served.post, input=["a b c"] * 8000)
-        while not large.done():
-            started = time.perf_counter()
-            assert served.client.get("/health/live").status_code == 200
-            waits.append(time.perf_counter() - started)
-    assert large.result().status_code == 200
-    assert np.median(waits) < 0.1
-    assert max(waits) < 1
+    check_probes_during(served, input=["a b c"] * 8000)
 
 
 def test_metrics_count(options: Options) -> None:
@@ -727,28 +604,10 @@ async def test_llama_index_nvidia(served: Running) -> None:
         np.testing.assert_allclose(cut.get_text_embedding(LONG), expected, atol=1e-6, rtol=0)
 
 
-# --- our own client ------------------------------------------------------------------------------
-
-
-def test_our_own_client(served: Running) -> None:
-    remote = Options(model=NAME, base_url=served.url)
-    with Embedder(remote) as there:
-        for role in ("query", "document"):
-            np.testing.assert_allclose(
-                there.embed(TEXTS, role), served.expected(role=role), atol=1e-6, rtol=0
-            )
-            got = asyncio.run(there.aembed(TEXTS, role))
-            np.testing.assert_allclose(got, served.expected(role=role), atol=1e-6, rtol=0)
-        assert there.usage == 2 * sum(
-            served.post(input_type=side).json()["usage"]["total_tokens"]
-            for side in ("query", "passage")
-        )
-
-
 # --- the command ---------------------------------------------------------------------------------
 
 
-def test_serve_runs_until_a_signal_and_finishes(checkpoint: Path) -> None:
+def test_serve_finishes_requests_after_a_signal(checkpoint: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -777,7 +636,7 @@ def test_serve_runs_until_a_signal_and_finishes(checkpoint: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_serve_stops_where_the_model_cannot_load(
+def test_serve_exits_if_the_model_cannot_be_loaded(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NVIDIA_BASE_URL", "http://127.0.0.1:9")  # of another program
@@ -834,7 +693,7 @@ def test_every_valid_request_is_answered(served: Running, fields: dict[str, Any]
 
 @_fuzz
 @given(st.fixed_dictionaries({}, optional=_anything) | st.dictionaries(st.text(), _json) | _json)
-def test_nothing_breaks_it(served: Running, body: Any) -> None:
+def test_any_json_gets_a_response(served: Running, body: Any) -> None:
     content = json.dumps(body).encode()
     response = served.client.post(
         "/embeddings", content=content, headers={"Content-Type": "application/json"}
@@ -850,28 +709,9 @@ def test_nothing_breaks_it(served: Running, body: Any) -> None:
     st.binary(max_size=200),
     st.sampled_from(["application/json", "application/json; charset=utf-7", "text/plain", ""]),
 )
-def test_no_bytes_break_it(
+def test_any_bytes_get_a_response(
     served: Running, method: str, path: str, content: bytes, kind: str
 ) -> None:
     headers = {"Content-Type": kind}
     response = served.client.request(method, path, content=content, headers=headers)
     assert response.status_code < 500
-
-
-@pytest.mark.parametrize("adapter", [NeMoRetrieverEmbeddings, NeMoRetrieverEmbedding])
-async def test_both_frameworks_get_the_same_vectors_here_and_there(
-    served: Running, checkpoint: Path, adapter: type[Any]
-) -> None:
-    here = adapter(model=str(checkpoint), device="cpu", dtype="float32")
-    there = adapter(model=NAME, base_url=served.url)
-    calls = (
-        ("embed_documents", "embed_query")
-        if adapter is NeMoRetrieverEmbeddings
-        else ("get_text_embedding_batch", "get_query_embedding")
-    )
-    for name, argument in zip(calls, (TEXTS, TEXTS[0]), strict=True):
-        expected = np.array(getattr(here, name)(argument))
-        sync = await asyncio.to_thread(getattr(there, name), argument)
-        assert np.abs(np.array(sync) - expected).max() <= 1e-5
-        twin = await getattr(there, f"a{name}")(argument)
-        assert np.abs(np.array(twin) - expected).max() <= 1e-5

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageFile
 
 from shared_engine import InputError, InputTypeError
+from shared_engine.images.encode import encode_data_url
 from shared_engine.images.sources import accept
-from shared_engine.images.tiles import choose_grid, cut_tiles, encode_data_url
+from shared_engine.images.tiles import choose_grid, cut_tiles
 
 SIDE = 64
 """Of a tile in most tests: the arithmetic is that of 512."""
@@ -149,7 +150,7 @@ def grey(values: np.ndarray) -> Image.Image:
 
 
 def opened(file: bytes) -> ImageFile.ImageFile:
-    """What a caller may have: `Image.open` warns of corrupt EXIF, which `tiles` must not."""
+    """Open a file as a caller may have done."""
     with warnings.catch_warnings(action="ignore"):
         return Image.open(BytesIO(file))
 
@@ -213,6 +214,10 @@ FORMATS: dict[str, tuple[bytes, Image.Image]] = {
     "png upside down by exif": (encoded(PICTURE, "PNG", exif=exif(3)), SECOND),
     "jpeg": (JPEG, seen(JPEG)),
     "jpeg progressive": (encoded(PICTURE, "JPEG", progressive=True), seen(JPEG)),
+    "jpeg with a second picture": (
+        encoded(PICTURE, "MPO", save_all=True, append_images=[SECOND.copy()]),
+        seen(JPEG),
+    ),
     "jpeg grey": (encoded(L, "JPEG"), seen(encoded(L, "JPEG"))),
     "jpeg cmyk": (CMYK_JPEG, seen(CMYK_JPEG)),
     "jpeg corrupt exif": (encoded(PICTURE, "JPEG", exif=corrupt_exif(1)), seen(JPEG)),
@@ -261,15 +266,20 @@ FORMATS: dict[str, tuple[bytes, Image.Image]] = {
 }
 
 
+IGNORE_CORRUPT_EXIF = pytest.mark.filterwarnings(
+    "ignore:(Tag data larger|Truncated File Read|Corrupt EXIF):UserWarning"
+)
+"""For the files of FORMATS with corrupt EXIF, which Pillow reads with a warning."""
+
 USES: dict[str, Callable[[Any], Any]] = {
     "tiles": lambda source: cut_tiles(accept(source), 2),
     "data URL": lambda source: encode_data_url(accept(source)),
 }
-"""What an image is wanted for: a model here, or a NIM."""
+"""Uses of an image: by a model in this process, or by a NIM."""
 
 
 def assert_refused(use: str, source: Any, kind: type[InputError], words: str) -> None:
-    """Use what cannot be used, and look at the error."""
+    """Use an image that cannot be used, and check the error."""
     with pytest.raises(InputError, match=re.escape(words)) as caught:
         USES[use](source)
     assert type(caught.value) is kind

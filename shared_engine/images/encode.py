@@ -1,0 +1,113 @@
+"""Encode an image as the data URL that a NIM receives."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from functools import cache
+from io import BytesIO
+from typing import Any, Literal
+
+import pybase64
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+from shared_engine.images.decode import OpenedImage, open_image, open_source
+from shared_engine.images.sources import (
+    MAX_BYTES,
+    AcceptedImage,
+    TooLargeError,
+    check_size,
+    image_errors,
+)
+from shared_engine.images.tiles import FittedImage, fit
+
+_QUALITIES = range(30, 100, 5)
+"""JPEG qualities; below these, a smaller sheet shows more."""
+_SHRINKS = 6
+"""Sizes to try, each three quarters of the one before; the last is a quarter of the grid."""
+
+
+def encode_data_url(
+    source: AcceptedImage,
+    urls: bool = False,
+    most_characters: int | None = None,
+    max_tiles: int = 6,
+    size: int = 512,
+) -> str:
+    """Return the data URL of an image for a NIM, a PNG or JPEG with the tiles of the image.
+
+    A file that every reader sees alike is sent unchanged: a still, opaque, upright PNG or JPEG of
+    8 bits. It is decoded nevertheless, a JPEG at an eighth of its size, so that a broken file is
+    refused here. Any other image is sent as a PNG of its pixels.
+
+    If that is longer than `most_characters`, the image is resized to its grid of tiles and sent as
+    a PNG or else as a JPEG of the best quality that fits.
+
+    Raises:
+        ImageTooLargeError: as `cut_tiles`, or the PNG has more than MAX_BYTES, or no JPEG fits.
+        ImageError: as `cut_tiles`.
+    """
+    with image_errors(source):
+        opened = open_source(source, urls)
+        url = _encode_whole(opened, most_characters)
+        if most_characters is None or len(url) <= most_characters:
+            return url
+        reopened = open_image(opened.content or opened.picture)  # `opened` is drafted at an eighth
+        with fit(reopened, max_tiles, size) as fitted:
+            return _shrink(fitted, size, most_characters)
+
+
+def _encode_whole(opened: OpenedImage, most_characters: int | None) -> str:
+    if opened.is_plain and opened.content is not None:
+        opened.picture.draft(None, (1, 1))
+        with opened.load():
+            is_jpeg = isinstance(opened.picture, JpegImageFile)
+            return _write_url("JPEG" if is_jpeg else "PNG", opened.content)
+    with opened.decode() as image:
+        file = _write_file(image, "PNG", compress_level=1)
+    if most_characters is None:
+        check_size(file, MAX_BYTES, "as a PNG")
+    return _write_url("PNG", file)
+
+
+def _shrink(fitted: FittedImage, size: int, most_characters: int) -> str:
+    """Return the data URL of the sheet from which the tiles are cut, or of a smaller one.
+
+    A side of the image that is shorter than the sheet's is kept: enlarging it adds nothing.
+
+    Raises:
+        TooLargeError: none has so few characters.
+    """
+    left, upper, right, lower = fitted.box
+    width = min(round(right - left), fitted.cols * size)
+    height = min(round(lower - upper), fitted.rows * size)
+    for _ in range(_SHRINKS):
+        sheet = fitted.image.resize((width, height), Image.Resampling.BICUBIC, fitted.box)
+        png = _write_url("PNG", _write_file(sheet, "PNG"))
+        if len(png) <= most_characters:
+            return png
+        if jpeg := _encode_jpeg(sheet, most_characters):
+            return jpeg
+        width, height = max(3 * width // 4, 1), max(3 * height // 4, 1)
+    raise TooLargeError(f"no JPEG of it fits in {most_characters:,} characters")
+
+
+def _encode_jpeg(sheet: Image.Image, most_characters: int) -> str | None:
+    """Return the JPEG of the best quality that fits, found by bisection; None if none does."""
+
+    @cache
+    def encode(quality: int) -> str:
+        return _write_url("JPEG", _write_file(sheet, "JPEG", quality=quality))
+
+    fitting = bisect_right(_QUALITIES, most_characters, key=lambda quality: len(encode(quality)))
+    return encode(_QUALITIES[fitting - 1]) if fitting else None
+
+
+def _write_file(image: Image.Image, kind: Literal["PNG", "JPEG"], **options: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _write_url(kind: Literal["PNG", "JPEG"], file: bytes) -> str:
+    return f"data:image/{kind.lower()};base64,{pybase64.b64encode_as_string(file)}"

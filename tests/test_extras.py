@@ -1,0 +1,43 @@
+"""A missing optional dependency is reported with the pip line that installs it."""
+
+from __future__ import annotations
+
+import pytest
+
+LANGCHAIN = "from langchain_nemoretriever import NeMoRetrieverEmbeddings"
+LLAMAINDEX = "from llamaindex_nemoretriever import NeMoRetrieverEmbedding"
+LOAD = "from shared_engine import Embedder, Options; Embedder(Options(model={checkpoint!r})).load()"
+SERVE = "from shared_engine.server import create_app"
+EMBED = 'from shared_engine.cli.main import main; main(["embed", "/input", "--out", "/output"])'
+
+
+@pytest.mark.parametrize(
+    ("missing", "use", "extra"),
+    [
+        ("langchain_core", LANGCHAIN, "langchain"),
+        ("llama_index.core", LLAMAINDEX, "llamaindex"),
+        ("torch", LOAD, "local"),
+        ("tokenizers", LOAD, "local"),
+        ("starlette.applications", SERVE, "server"),
+        ("prometheus_client", SERVE, "server"),
+        ("pyarrow", "from shared_engine.bulk import Job", "bulk"),
+        ("pyarrow", EMBED, "bulk"),
+        ("pypdfium2", EMBED, "bulk"),
+        ("pyarrow", "from shared_engine.distributed import run_ray", "ray"),
+        ("ir_measures", "from shared_engine.evaluate import evaluate", "evaluate"),
+    ],
+)
+def test_a_missing_library_names_its_extra(missing, use, extra, python, checkpoint):
+    output = python(f"""if True:
+        import contextlib, sys
+        sys.modules[{missing!r}] = None
+        from shared_engine import MissingExtraError
+        with contextlib.redirect_stderr(sys.stdout):
+            try:
+                {use.format(checkpoint=str(checkpoint))}
+            except MissingExtraError as error:
+                assert isinstance(error, ImportError)
+                print(error)
+    """)
+    assert f"'{missing}" in output  # or a module of it
+    assert f"pip install 'nemoretriever-embeddings[{extra}]'" in output
