@@ -12,15 +12,16 @@ from ipaddress import ip_address
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shared_engine.errors import ConfigurationError
-from shared_engine.server.errors import HTTPRefusal
+from shared_engine.server.errors import HTTPRefusal, shorten
 from shared_engine.server.responses import refuse
 
 _OPEN = ("/v1/health/live", "/v1/health/ready")
 _PATTERN = re.compile(r"\*|(\*\.)?[^*]+")
+_NAME = re.compile(r"[a-z0-9._-]+")
+_PORT = re.compile(r":\d*$")
 
 
 def control_access(key: str | None, hosts: Sequence[str]) -> Middleware:
@@ -77,36 +78,54 @@ class RequireKey:
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
 
 
-class RequireHost(TrustedHostMiddleware):
-    """Answers requests whose Host is neither localhost, an IP address nor allowed with 400.
+class RequireHost:
+    """Answers requests whose Host is neither localhost, an IP address nor allowed with 421.
 
     Otherwise a web page in a local browser could use the server, by pointing its own name to this
     machine (DNS rebinding): the browser then sends that name as Host. It cannot do so with an
-    address. A port in `hosts` is ignored.
+    address. Ports are ignored.
     """
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app = app
         names = [host.partition(":")[0].lower() for host in hosts]
-        allowed = ["localhost", "*.localhost", *filter(None, names)]
-        super().__init__(app, allowed, www_redirect=False)
+        self._allowed = ["localhost", "*.localhost", *filter(None, names)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the Host of a request."""
-        is_open = scope["type"] != "http" or scope["path"] in _OPEN
-        if is_open or _is_address(Headers(scope=scope).get("host", "")):
-            await self.app(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+        if scope["type"] != "http" or scope["path"] in _OPEN:
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if self._is_allowed(host):
+            await self._app(scope, receive, send)
+            return
+        message = (
+            f"host {shorten(host)!r} is not allowed; start the server with --allowed-host NAME, or "
+            "with a key"
+        )
+        await refuse(HTTPRefusal(421, "host", message), headers)(scope, receive, send)
+
+    def _is_allowed(self, host: str) -> bool:
+        name = _PORT.sub("", host).lower()
+        if _is_address(name):
+            return True
+        patterns = (known for known in self._allowed if _NAME.fullmatch(name))
+        return any(
+            known in (name, "*") or (known[0] == "*" and name.endswith(known[1:]))
+            for known in patterns
+        )
 
 
-def _is_address(host: str) -> bool:
-    """Return whether a Host header is an IP address, with or without a port.
+def _is_address(name: str) -> bool:
+    """Return whether the host of a Host header is an IP address.
 
-    >>> _is_address("127.0.0.1:80"), _is_address("[::1]:80"), _is_address("127.0.0.1.evil.test")
+    >>> _is_address("127.0.0.1"), _is_address("[::1]"), _is_address("127.0.0.1.evil.test")
     (True, True, False)
     """
     try:
-        ip_address(re.sub(r":\d+$", "", host).removeprefix("[").removesuffix("]"))
+        ip_address(name.removeprefix("[").removesuffix("]"))
     except ValueError:
         return False
     return True

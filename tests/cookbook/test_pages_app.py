@@ -367,7 +367,7 @@ def test_another_page_of_the_browser_can_change_nothing(
 def test_another_name_of_this_machine_is_not_answered(app: App) -> None:
     headers = {"Host": "evil.example", "Origin": "http://evil.example"}
     for method in ("GET", "POST"):
-        assert app.client.request(method, "/", headers=headers).status_code == 400
+        assert app.client.request(method, "/", headers=headers).status_code == 421
 
 
 @pytest.mark.parametrize("address", ["/", "/nowhere", "/static/pages.css", "/progress"])
