@@ -76,7 +76,7 @@ def test_every_extra_that_is_named_exists():
             for extras in EXTRA.findall(path.read_text(encoding="utf-8"))
         )
     )
-    assert {"all", "local", "server"} <= named <= PROJECT["optional-dependencies"].keys()
+    assert {"langchain", "local"} <= named <= PROJECT["optional-dependencies"].keys()
 
 
 def test_the_oldest_versions_are_known_and_each_is_one(monkeypatch):
