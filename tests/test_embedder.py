@@ -27,7 +27,6 @@ from shared_engine import (
     Embedder,
     EmbeddingInput,
     EngineClosedError,
-    EngineError,
     InputTooLongError,
     InputTypeError,
     Options,
@@ -36,7 +35,6 @@ from shared_engine import (
     errors,
 )
 from shared_engine import registry as engines
-from shared_engine.local.backend import LocalBackend
 from shared_engine.pipeline import Pipeline
 from tests.support.servers import NAME, running
 
@@ -364,67 +362,6 @@ def test_the_progress_bar_counts_to_the_end(checkpoint, capfd):
     assert capfd.readouterr().err == ""
 
 
-# Failures
-
-
-class Faulty:
-    """A real encoder behind a fault: it fails for steps of more tokens than it can hold."""
-
-    def __init__(self, backend: LocalBackend, holds: int, error: Exception) -> None:
-        self.encoder, self.holds, self.error = backend._encoders[0], holds, error
-        self.device, self.runs_ahead = self.encoder.device, False
-        self.steps: list[int] = []
-        backend._encoders[0] = self
-
-    def __call__(self, sequences, tiles, *_):
-        tokens = sum(len(ids) for ids in sequences)
-        if tokens > self.holds:
-            raise self.error
-        self.steps.append(tokens)
-        return self.encoder(sequences, tiles)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-    ],
-)
-def test_out_of_memory_halves_the_step_and_loses_nothing(checkpoint, expected, error, caplog):
-    with Embedder(Options(model=checkpoint, max_batch_tokens=512, max_tokens=777)) as embedder:
-        faulty = Faulty(embedder.load(), holds=100, error=error)
-        assert np.abs(embedder.embed(TEXTS) - expected).max() <= 1e-6
-        assert max(faulty.steps) <= 100
-        assert embedder.load()._scheduler.max_batch_tokens <= 200  # grown back once at most
-        assert "retrying its halves" in caplog.text
-
-
-def test_a_text_that_does_not_fit_alone_is_named_and_the_others_kept(checkpoint, expected):
-    with Embedder(Options(model=checkpoint, max_batch_tokens=512, max_tokens=778)) as embedder:
-        Faulty(embedder.load(), holds=100, error=torch.OutOfMemoryError("CUDA out of memory"))
-        texts = [*TEXTS[:20], "much too long " * 50, *TEXTS[20:]]
-        with pytest.raises(PartialResultError, match="1 of 41 inputs failed") as failed:
-            embedder.embed(texts)
-        (index,) = failed.value.errors
-        assert index == failed.value.errors[index].index == 20
-        assert isinstance(failed.value.errors[index], errors.DeviceMemoryError)
-        kept = np.delete(failed.value.vectors, 20, axis=0)
-        assert np.abs(kept - expected).max() <= 1e-6
-
-
-def test_a_failing_forward_fails_its_rows_only_and_the_engine_goes_on(checkpoint):
-    with Embedder(Options(model=checkpoint, max_batch_tokens=64, max_tokens=779)) as embedder:
-        Faulty(embedder.load(), holds=100, error=RuntimeError("cublas has a bad day"))
-        with pytest.raises(PartialResultError) as failed:
-            embedder.embed(["fine", "much too long " * 50, "fine too"])
-        assert list(failed.value.errors) == [1]
-        assert isinstance(failed.value.errors[1], EngineError)
-        assert "bad day" in str(failed.value.errors[1].__cause__)
-        assert embedder.embed(["next"]).shape == (1, 64)
-
-
 # Closing
 
 
@@ -511,64 +448,13 @@ def run(program: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_several_devices_take_steps_from_one_queue(checkpoint):
-    """Each computes some of them, and every row is right and in its place."""
+    """Every row is right and in its place."""
     texts = [f"text {i} " + "word " * (i * 37 % 60) for i in range(300)]
     expected = Embedder(Options(model=checkpoint, device="cpu", dtype="float32")).embed(texts)
     options = Options(model=checkpoint, device="cpu, cpu", dtype="float32", max_batch_tokens=200)
     with Embedder(options) as embedder:
-        backend = embedder.load()
-        first = Faulty(backend, holds=10_000, error=MemoryError())
         assert np.abs(embedder.embed(texts) - expected).max() <= 1e-6
-        assert 0 < sum(first.steps) < backend.step_stats.tokens
         assert embedder.description.count("cpu, float32, 200 tokens per step") == 2
-
-
-class Ahead:
-    """A real encoder as a GPU seems: a step is computed when somebody waits for it."""
-
-    runs_ahead = True
-
-    def __init__(self, backend: LocalBackend) -> None:
-        self.encoder, self.device = backend._encoders[0], torch.device("cpu")
-        self.running = self.most = self.steps = 0
-        self.error: Exception | None = None
-        backend._encoders[0] = self
-
-    def __call__(self, sequences, tiles):
-        if self.steps == 3:
-            self.steps += 1
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        self.steps += 1
-        self.running += 1
-        self.most = max(self.most, self.running)
-        return Later(self, sequences, tiles)
-
-
-class Later:
-    """The means of such a step."""
-
-    def __init__(self, encoder, *step):
-        self.encoder, self.step = encoder, step
-
-    def numpy(self):
-        self.encoder.running -= 1
-        if self.encoder.error:
-            raise self.encoder.error
-        return self.encoder.encoder(*self.step).numpy()
-
-
-def test_a_gpu_has_its_next_step_before_the_last_is_collected(checkpoint):
-    texts = [f"text {i} " + "word " * (i * 37 % 60) for i in range(200)]
-    expected = Embedder(Options(model=checkpoint, device="cpu", dtype="float32")).embed(texts)
-    with Embedder(Options(model=checkpoint, max_batch_tokens=200, max_tokens=782)) as embedder:
-        encoder = Ahead(embedder.load())
-        assert np.abs(embedder.embed(texts) - expected).max() <= 1e-6
-        assert (encoder.most, encoder.running) == (3, 0)  # of a step and the halves of another
-        encoder.error = RuntimeError("an illegal memory access was encountered")
-        with pytest.raises(EngineError, match="illegal memory access"):  # found out too late
-            embedder.embed(texts[:1])
-        encoder.error = None
-        assert np.abs(embedder.embed(texts[:1]) - expected[:1]).max() <= 1e-6
 
 
 def test_devices_of_different_kinds_are_refused(checkpoint, monkeypatch):
