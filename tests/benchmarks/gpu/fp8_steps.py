@@ -63,9 +63,9 @@ def use_fp8(encoder: Any) -> Iterator[None]:
         for layer in encoder._layers
     ]
 
-    def forward(x: Tensor, positions: Tensor, layout: Any, buffers: Any) -> Tensor:
+    def forward(x: Tensor, positions: Tensor, layout: Any, buffers: Any, *_: Any) -> Tensor:
         cos, sin = encoder._cos[positions], encoder._sin[positions]
-        heads, rotated = encoder._heads, encoder._heads + encoder._kv_heads
+        heads, qk_heads = encoder._heads, encoder._heads + encoder._kv_heads
 
         def normalize(weight: Tensor) -> Tensor:
             return F.rms_norm(x, (x.shape[-1],), weight, encoder._eps)
@@ -76,8 +76,8 @@ def use_fp8(encoder: Any) -> Iterator[None]:
         for layer, (qkv_weight, o, gate_up, down) in zip(encoder._layers, weights, strict=True):
             qkv = product(normalize(layer.attention_norm), qkv_weight)
             qkv = qkv.view(len(x), -1, encoder._head_dim)
-            turned = encoder._rotate(qkv[:, :rotated], cos, sin, buffers.hidden)
-            q, k, v = turned[:, :heads], turned[:, heads:], qkv[:, rotated:]
+            qk = encoder._rotate(qkv[:, :qk_heads], cos, sin, buffers.hidden)
+            q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, qk_heads:]
             x.add_(product(encoder._attend(q, k, v, layout).flatten(1), o))
             inner = encoder._gate(product(normalize(layer.mlp_norm), gate_up))
             x.add_(product(inner, down))
