@@ -226,6 +226,12 @@ def test_the_engine_loads_pydantic_and_nothing_heavy(python):
     assert not modules & (HEAVY | LATER)
 
 
+def test_the_command_line_loads_no_command_that_does_not_run(python):
+    modules = loaded(python, "from shared_engine.cli.main import build_parser; build_parser()")
+    assert "shared_engine.cli.check" in modules
+    assert not modules & (HEAVY | LATER)
+
+
 @pytest.mark.parametrize(
     ("theirs", "package", "name"),
     [

@@ -8,10 +8,8 @@ import platform
 import statistics
 import time
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, TypeAlias
 
-import httpx
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import SecretStr
 
 from shared_engine import images
@@ -31,11 +29,15 @@ from shared_engine.endpoints import normalize_url, read_key
 from shared_engine.errors import NeMoRetrieverError
 from shared_engine.options import Options
 
+if TYPE_CHECKING:  # every command imports this module
+    import numpy as np
+    from numpy.typing import NDArray
+
 MIN_COSINE = 0.999
 """Least cosine between the vectors of two engines that may share an index. The same weights in
 bfloat16 and float32 are closer; other weights, prefixes or pooling are not."""
 
-Vectors = dict[str, NDArray[np.float32]]
+Vectors: TypeAlias = "dict[str, NDArray[np.float32]]"
 """The vectors of the samples: of "query", "document" and, if the model takes images, "image"."""
 
 _SAMPLES: dict[Role, list[str]] = {
@@ -200,7 +202,7 @@ def _compare(local: Vectors, other_name: str, other: Vectors) -> bool:
         worst = min(worst, float(cosines.min()))
         print(
             f"{name}: cosine {cosines.min():.7f} to {cosines.max():.7f}, "
-            f"largest difference {np.abs(mine - theirs).max():.1e}"
+            f"largest difference {abs(mine - theirs).max():.1e}"
         )
     same = worst >= MIN_COSINE
     print(
@@ -212,6 +214,8 @@ def _compare(local: Vectors, other_name: str, other: Vectors) -> bool:
 
 def _probe(base_url: str) -> None:
     """Print the beginning of a server's own answers, requested without a key."""
+    import httpx
+
     for path in ("health/ready", "models"):
         headers = {"accept-encoding": "identity"}
         try:
