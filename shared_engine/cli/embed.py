@@ -122,10 +122,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(args: argparse.Namespace) -> int:
     """Embed, or plan to; print a summary and return the exit code."""
-    key = read_key(args.api_key_env)
-    options = read_options(
-        args, (*LOCAL, *VECTORS, *REMOTE), **({} if key is None else {"api_key": key})
-    )
+    options = read_options(args, (*LOCAL, *VECTORS, *REMOTE), api_key=read_key(args.api_key_env))
     with needs_extra("bulk"):
         from shared_engine.bulk.job import Job
         from shared_engine.bulk.plan import plan

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigurationError(
                 f"{path} cannot be written: expected a file in an existing folder"
             )
-    options = read_options(args, (*LOCAL, *REMOTE, "truncate"), **_read_key(args))
+    options = read_options(args, (*LOCAL, *REMOTE, "truncate"), api_key=read_key(args.api_key_env))
     if args.mteb:
         return _run_tasks(args, options)
     if args.folder is None or args.data is not None:
@@ -150,8 +150,3 @@ def _run_tasks(args: argparse.Namespace, options: Options) -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def _read_key(args: argparse.Namespace) -> dict[str, str]:
-    key = read_key(args.api_key_env)
-    return {} if key is None else {"api_key": key}
