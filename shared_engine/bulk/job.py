@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -120,6 +120,16 @@ class Unread(NamedTuple):
     error: NeMoRetrieverError
 
 
+class Source(NamedTuple):
+    """A table, a PDF, or a folder with images."""
+
+    path: str
+    root: str
+    """The folder that its title starts from."""
+    pictures: tuple[str, ...] = ()
+    """Paths of its images."""
+
+
 class Inputs(NamedTuple):
     """The inputs of a job."""
 
@@ -134,12 +144,15 @@ def list_fragments(job: Job) -> list[Fragment]:
     return list_inputs(job).fragments
 
 
-def list_inputs(job: Job, folder: str | None = None) -> Inputs:
+def list_inputs(
+    job: Job, folder: str | None = None, sources: Sequence[Source] | None = None
+) -> Inputs:
     """List the fragments of a job. Tables that are not Parquet are converted first, once.
 
     Args:
         job: what to embed.
         folder: where the converted tables are; default: hidden in the folder of results.
+        sources: the result of `find_sources`, if that was called before.
 
     Raises:
         ConfigurationError: an input does not exist, files are of several kinds, or every file that
@@ -151,10 +164,9 @@ def list_inputs(job: Job, folder: str | None = None) -> Inputs:
     unread: list[Unread] = []
     schema: Any = None
     missing: ConfigurationError | None = None
-    for path, root in list(find_sources(job)):
-        title = os.path.relpath(path, root)
+    for source in find_sources(job) if sources is None else sources:
         try:
-            found, kinds = _cut_source(job, path, root, folder or os.path.join(job.out, TABLES))
+            found, kinds = _cut_source(job, source, folder or os.path.join(job.out, TABLES))
             schema = kinds if schema is None else _unify(schema, kinds)
             fragments += found
         except (InputError, ConfigurationError) as exc:
@@ -163,7 +175,7 @@ def list_inputs(job: Job, folder: str | None = None) -> Inputs:
             if isinstance(exc, ConfigurationError):
                 missing = missing or exc
                 exc = InputError(str(exc))
-            unread.append(Unread(title, None, 0, exc))
+            unread.append(Unread(os.path.relpath(source.path, source.root), None, 0, exc))
     if schema is None and missing is not None:
         raise missing
     return Inputs(fragments, schema, unread)
@@ -188,8 +200,8 @@ def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_sources(job: Job) -> Iterator[tuple[str, str]]:
-    """Yield tables, PDFs and folders with images, each with the folder that its title starts from.
+def find_sources(job: Job) -> list[Source]:
+    """Return the tables, PDFs and folders with images of a job.
 
     Raises:
         ConfigurationError: an input does not exist, is inside another one, or of another kind.
@@ -198,11 +210,12 @@ def find_sources(job: Job) -> Iterator[tuple[str, str]]:
     root = os.path.commonpath(job.inputs)
     root = root if os.path.isdir(root) else os.path.dirname(root)
     kinds: dict[str, str] = {}
+    sources: list[Source] = []
     for given in job.inputs:
         if not os.path.exists(given):
             raise ConfigurationError(f"{given} does not exist")
         files = pages.walk(given) if os.path.isdir(given) else [given]
-        has_pictures = False
+        pictures: list[str] = []
         for path in files:
             kind = _find_kind(path)
             if kind is None and path == given:
@@ -215,11 +228,12 @@ def find_sources(job: Job) -> Iterator[tuple[str, str]]:
                     f"{path!a}: the name is not UTF-8, so no id can hold it; rename the file"
                 )
             kinds.setdefault(kind, path)
-            if kind != "picture":
-                yield path, root
-            has_pictures |= kind == "picture"
-        if has_pictures:
-            yield given, root
+            if kind == "picture":
+                pictures.append(path)
+            else:
+                sources.append(Source(path, root))
+        if pictures:
+            sources.append(Source(given, root, tuple(pictures)))
         if len(kinds) > 1:
             raise ConfigurationError(
                 f"inputs are of several kinds: {', '.join(kinds.values())}; embed tables, images "
@@ -227,6 +241,7 @@ def find_sources(job: Job) -> Iterator[tuple[str, str]]:
             )
     if not kinds:
         raise ConfigurationError(f"no files to embed in {', '.join(job.inputs)}")
+    return sources
 
 
 def _check_overlap(inputs: tuple[str, ...]) -> None:
@@ -250,19 +265,19 @@ def _find_kind(path: str) -> str | None:
     return "pdf" if suffix == ".pdf" else "picture" if suffix in pages.SUFFIXES else None
 
 
-def _cut_source(job: Job, path: str, root: str, folder: str) -> tuple[list[Fragment], Any]:
+def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], Any]:
     """Return the fragments of a source, and names and types of its id and kept columns."""
+    path, root, pictures = source
     title = os.path.relpath(path, root)
-    kind = _find_kind(path) or "picture"
+    kind = "picture" if pictures else _find_kind(path)
     has_images = kind != "table" or job.image_column is not None
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
     stem = f"{Path(path).stem[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
     if kind == "picture":
-        if os.path.isdir(path):
-            names = pages.find_pictures(path)
-        else:
-            path, names = os.path.dirname(path), [os.path.basename(path)]
+        if not os.path.isdir(path):
+            path = os.path.dirname(path)
             title = os.path.relpath(path, root)
+        names = sorted(os.path.relpath(picture, path) for picture in pictures)
         fragments = []
         for first in range(0, len(names), rows):
             some = tuple(names[first : first + rows])

@@ -49,15 +49,6 @@ def read_page(path: str, number: int, layer: Layer) -> EmbeddingInput | str:
     return EmbeddingInput(text, picture)
 
 
-def find_pictures(folder: str) -> list[str]:
-    """Return the paths of the images below a folder, from that folder, sorted."""
-    return sorted(
-        os.path.relpath(path, folder)
-        for path in walk(folder)
-        if os.path.splitext(path)[1].lower() in SUFFIXES
-    )
-
-
 def walk(folder: str) -> Iterator[str]:
     """Yield the files below a folder that are not hidden."""
     for where, folders, files in os.walk(folder):

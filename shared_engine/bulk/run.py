@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from shared_engine.bulk import manifest
 from shared_engine.bulk.fragment import embed_fragment
 from shared_engine.bulk.ids import check_ids
-from shared_engine.bulk.job import Fragment, Job, Unread, find_sources, list_inputs
+from shared_engine.bulk.job import Fragment, Job, Source, Unread, find_sources, list_inputs
 from shared_engine.bulk.manifest import Done
 from shared_engine.bulk.tables import Cursors
 from shared_engine.embedder import Embedder
@@ -78,17 +78,18 @@ class Summary:
         return text
 
 
-def find_work(job: Job, folder: str | None = None) -> Work:
+def find_work(job: Job, folder: str | None = None, sources: Sequence[Source] | None = None) -> Work:
     """List a job's fragments and find what is missing.
 
     Args:
         job: the job; nothing is written to its folder but the converted tables.
         folder: where these are instead.
+        sources: the result of `find_sources`, if that was called before.
 
     Raises:
         ConfigurationError: a source changed; see also `list_inputs`.
     """
-    fragments, schema, unread = list_inputs(job, folder)
+    fragments, schema, unread = list_inputs(job, folder, sources)
     is_begun = os.path.isdir(os.path.join(job.out, "vectors"))
     done = manifest.find_done(job, fragments) if is_begun else {}
     missing = [each for each in fragments if each.name not in done]
@@ -103,9 +104,9 @@ def begin(job: Job) -> Work:
             id; every file lacks a column.
         OutputError: the folder cannot be written.
     """
-    list(find_sources(job))  # wrong inputs are refused before a folder is made for them
+    sources = find_sources(job)  # wrong inputs are refused before a folder is made for them
     manifest.open_folder(job)
-    work = find_work(job)
+    work = find_work(job, sources=sources)
     if work.schema is None:
         return work
     work = replace(work, schema=manifest.record_schema(job, work.schema))
@@ -152,20 +153,20 @@ def run_local(
     """
     work = begin(job) if work is None else work
     start = time.monotonic()
-    owned = Embedder(job.options) if embedder is None else None
+    engine = Embedder(job.options) if embedder is None else embedder
     bar = tqdm(
         total=sum(fragment.rows for fragment in work.fragments),
         initial=sum(done.rows + done.failed for done in work.done.values()),
         unit="row",
         disable=not show_progress,
     )
-    running = _Running(job, embedder or owned or Embedder(job.options), bar)
+    running = _Running(job, engine, bar)
     try:
         running.do(work.missing)
     finally:
         bar.close()
-        if owned is not None:
-            owned.close(cancel=True)
+        if engine is not embedder:
+            engine.close(cancel=True)
     return finish(job, work, running.done, running.unread, time.monotonic() - start)
 
 

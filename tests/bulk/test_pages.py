@@ -77,6 +77,14 @@ def test_a_folder_of_pictures(run, tmp_path):
         run(tmp_path / "in", columns=("path",), rows_per_file=18)
 
 
+def test_the_name_of_a_folder_of_pictures_may_look_like_that_of_a_file(run, tmp_path):
+    (tmp_path / "scan.pdf").mkdir()
+    (tmp_path / "scan.pdf" / "1.png").write_bytes(picture(1))
+    summary, table, errors = run(tmp_path / "scan.pdf")
+    assert (summary.rows, errors) == (1, [])
+    assert table["id"].to_pylist() == ["1.png"]
+
+
 @pytest.mark.parametrize("layer", ["picture", "text", "both"])
 def test_a_row_per_page_of_a_pdf(layer, run, tmp_path):
     write_pdf(tmp_path / "a.pdf", [f"page number {n}" for n in range(5)])
