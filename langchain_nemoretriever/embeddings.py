@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from shared_engine._lazy import needs_extra
 from shared_engine.adapter import Adapter
 from shared_engine.documents import EmbeddingInput, pair_with_images, wrap_images
-from shared_engine.errors import MissingExtraError
 from shared_engine.options import Options
 
-try:
+with needs_extra("langchain"):
     from langchain_core.embeddings import Embeddings
     from langchain_core.load.serializable import (
         Serializable,
         SerializedConstructor,
         SerializedNotImplemented,
     )
-except ModuleNotFoundError as exc:
-    raise MissingExtraError(
-        f"langchain_nemoretriever needs {exc.name!r}: "
-        "pip install 'nemoretriever-embeddings[langchain]'"
-    ) from exc
 
 
 class NeMoRetrieverEmbeddings(Adapter, Embeddings, Serializable):

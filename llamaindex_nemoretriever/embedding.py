@@ -9,12 +9,12 @@ from typing import Any, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from shared_engine import images
+from shared_engine._lazy import needs_extra
 from shared_engine.adapter import Adapter
 from shared_engine.documents import EmbeddingInput, wrap_images
-from shared_engine.errors import MissingExtraError
 from shared_engine.threads import run_off_loop
 
-try:
+with needs_extra("llamaindex"):
     from llama_index.core.base.embeddings.base import Embedding
     from llama_index.core.callbacks.schema import CBEventType, EventPayload
     from llama_index.core.embeddings import MultiModalEmbedding
@@ -25,11 +25,6 @@ try:
     from llama_index.core.schema import BaseNode, ImageNode, ImageType, MetadataMode, Node
     from llama_index.core.utils import get_tqdm_iterable
     from llama_index_instrumentation import get_dispatcher
-except ModuleNotFoundError as exc:
-    raise MissingExtraError(
-        f"llamaindex_nemoretriever needs {exc.name!r}: "
-        "pip install 'nemoretriever-embeddings[llamaindex]'"
-    ) from exc
 
 dispatcher = get_dispatcher(__name__)
 

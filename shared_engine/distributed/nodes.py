@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from shared_engine.errors import ConfigurationError, MissingExtraError
+from shared_engine._lazy import needs_extra
+from shared_engine.errors import ConfigurationError
 from shared_engine.options import Options
 from shared_engine.routing import select_backend
 
@@ -29,14 +30,10 @@ def import_ray(part: str = "") -> Any:
     Raises:
         MissingExtraError: it is not installed.
     """
-    try:
+    with needs_extra("ray"):
         import ray
 
         return importlib.import_module(f"ray.{part}") if part else ray
-    except ModuleNotFoundError as exc:
-        raise MissingExtraError(
-            f"a cluster needs {exc.name!r}: pip install 'nemoretriever-embeddings[ray]'"
-        ) from exc
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from shared_engine.errors import ConfigurationError, MissingExtraError
+from shared_engine._lazy import needs_extra
+from shared_engine.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from shared_engine.evaluate.measure import Report, Row
@@ -71,12 +72,8 @@ def check_plot(path: Path) -> None:
     """
     if path.suffix.lower() not in (".svg", ".png"):
         raise ConfigurationError(f"--plot {path}: expected a name with suffix .svg or .png")
-    try:
+    with needs_extra("evaluate"):
         import matplotlib  # noqa: F401
-    except ModuleNotFoundError as exc:
-        raise MissingExtraError(
-            f"--plot needs {exc.name!r}: pip install 'nemoretriever-embeddings[evaluate]'"
-        ) from exc
 
 
 def draw_plot(report: Report, path: Path) -> None:

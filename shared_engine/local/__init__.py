@@ -1,11 +1,6 @@
 """Models in this process: the only package that imports torch, tokenizers or safetensors."""
 
-from shared_engine.errors import MissingExtraError
+from shared_engine._lazy import needs_extra
 
-try:
+with needs_extra("local"):
     from shared_engine.local.backend import LocalBackend as LocalBackend
-except ModuleNotFoundError as exc:
-    raise MissingExtraError(
-        f"running a model in this process needs {exc.name!r}: "
-        "pip install 'nemoretriever-embeddings[local]'"
-    ) from exc

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from shared_engine import images
+from shared_engine._lazy import needs_extra
 from shared_engine.documents import EmbeddingInput, Role
-from shared_engine.errors import MissingExtraError
 from shared_engine.local.checkpoint import Checkpoint, resolve, weight_files
 from shared_engine.local.weights import common_name, is_unused
 from shared_engine.options import Options
@@ -51,12 +51,8 @@ class Reference:
         folder = self._checkpoint.folder
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        try:
+        with needs_extra("local"):
             self._model = _create(config)
-        except ModuleNotFoundError as exc:
-            raise MissingExtraError(
-                f"--reference needs {exc.name!r}: pip install 'nemoretriever-embeddings[local]'"
-            ) from exc
         # Raises for missing or unexpected tensors.
         self._model.load_state_dict(_read_weights(self._checkpoint))
         self._model.train(False)
