@@ -189,6 +189,18 @@ async def test_the_event_loop_stays_free(embedder):
     assert len(gaps) > 3  # it ran meanwhile; how smoothly is for a benchmark
 
 
+def test_an_interrupted_call_cancels_its_work(embedder, monkeypatch):
+    class Interrupted(concurrent.futures.Future):
+        def result(self, timeout: float | None = None) -> None:
+            raise KeyboardInterrupt
+
+    work = Interrupted()
+    monkeypatch.setattr(embedder.load(), "submit", lambda request: work)
+    with pytest.raises(KeyboardInterrupt):
+        embedder.embed(TEXTS)
+    assert work.cancelled()
+
+
 def test_a_call_that_is_cancelled_while_it_is_submitted_is_cancelled_though_its_loop_ended(
     embedder, monkeypatch
 ):

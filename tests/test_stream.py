@@ -254,6 +254,22 @@ def test_memory_is_flat_over_20_000_documents():
     assert most <= 1000 * (WINDOWS_AHEAD + 1)
 
 
+def test_the_batches_of_a_stream_share_one_flow_that_no_other_call_has(monkeypatch):
+    embedder, requests = Faked(), []
+    submit = embedder.fake.submit
+    monkeypatch.setattr(
+        embedder.fake, "submit", lambda request: requests.append(request) or submit(request)
+    )
+    for _ in range(2):
+        assert len(list(embedder.stream(TEXTS, batch_size=25))) == 2
+    embedder.embed(TEXTS)
+    first, same, second, same_again, none = (request.flow for request in requests)
+    assert first is same is not None
+    assert second is same_again is not None
+    assert first is not second
+    assert none is None
+
+
 def test_the_engine_keeps_nothing_of_a_batch_that_is_done(embedder):
     source, most = Source(3000), 0
     gc.collect()

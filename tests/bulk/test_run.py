@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Any
@@ -48,6 +49,16 @@ def read_vectors(table: pa.Table) -> np.ndarray:
     return np.stack(table["vector"].to_numpy(zero_copy_only=False))
 
 
+def check_rows(job: Job, table: pa.Table, rows: Iterable[int]) -> None:
+    """Check that the files have these rows of the table, each once and with its own vector."""
+    found = read(job).sort_by([("lang", "ascending")])
+    keys = [int(key) for key in found["id"].to_pylist()]
+    assert sorted(keys) == list(rows)
+    texts = [table["text"][key].as_py() for key in keys]
+    np.testing.assert_allclose(read_vectors(found), vectors(texts), atol=1e-6)
+    assert found["lang"].to_pylist() == [table["lang"][key].as_py() for key in keys]
+
+
 def texts_of(nim: Nim) -> list[str]:
     return [text for body in nim.bodies for text in body["input"] if text != "?"]  # a probe
 
@@ -79,12 +90,7 @@ def test_every_row_of_every_format_gets_its_vector_once(suffix, rows_per_file, t
     summary = run(job)
     assert (summary.rows, summary.failed, summary.skipped) == (table.num_rows, 0, 0)
     assert summary.is_complete
-    found = read(job).sort_by([("lang", "ascending")])
-    keys = [int(key) for key in found["id"].to_pylist()]
-    assert sorted(keys) == list(range(table.num_rows))
-    texts = [table["text"][key].as_py() for key in keys]
-    np.testing.assert_allclose(read_vectors(found), vectors(texts), atol=1e-6)
-    assert found["lang"].to_pylist() == [table["lang"][key].as_py() for key in keys]
+    check_rows(job, table, range(table.num_rows))
 
 
 def test_a_file_says_how_its_vectors_were_made(make_job):
@@ -270,12 +276,18 @@ def test_a_source_that_is_no_more_is_noticed(tmp_path, make_job):
         run(job)
 
 
-def test_a_source_that_changes_meanwhile_gives_no_file(make_job):
+@pytest.mark.parametrize("when", ["before it is read", "after it was read"])
+def test_a_source_that_changes_meanwhile_gives_no_file(when, make_job):
     job = make_job()
-    work = begin(job)
-    os.utime(job.inputs[0], ns=(1, 1))
+    (fragment, *_) = begin(job).missing
+
+    def change() -> None:
+        os.utime(job.inputs[0], ns=(1, 1))
+
+    if is_before := when == "before it is read":
+        change()
     with pytest.raises(InputError, match="changed since it was listed"):
-        embed_fragment(job, Embedder(job.options), work.missing[0])
+        embed_fragment(job, Embedder(job.options), fragment, on_read=None if is_before else change)
     assert list(Path(job.out, "vectors").iterdir()) == []
 
 
@@ -295,7 +307,7 @@ def test_bad_rows_are_named_and_the_rest_goes_on(make_job):
     job = make_job(with_bad_rows())
     summary = run(job)
     assert (summary.rows, summary.failed, summary.is_complete) == (96, 4, False)
-    assert sorted(read(job)["id"].to_pylist()) == [n for n in range(100) if n not in BAD]
+    check_rows(job, with_bad_rows(), (n for n in range(100) if n not in BAD))
     errors = read_errors(job)
     assert [(row["id"], row["index"]) for row in errors] == [(n, n) for n in BAD]
     assert {row["reason"] for row in errors} == {"has no text"}
@@ -338,13 +350,15 @@ def refuse(text_of_the_row: str, status: int):
 
 
 @pytest.mark.parametrize("count", [1, 100])
-def test_a_row_that_the_nim_refuses_is_a_bad_row_also_alone(count, tmp_path, monkeypatch, make_job):
+def test_a_row_that_the_nim_refuses_is_a_bad_row_also_alone(count, make_job):
     nim = Nim(refuse("passage 0,", 422))
     job = make_job(passages(count))
     embedder = nim.embedder()
     summary = run_local(job, embedder, show_progress=False)
     assert (summary.rows, summary.failed) == (count - 1, 1)
     assert read_errors(job)[0]["kind"] == "InvalidRequestError"
+    if count > 1:
+        check_rows(job, passages(count), range(1, count))
 
 
 @pytest.mark.parametrize("fault", ["some", "all", "connection"])

@@ -245,6 +245,16 @@ def test_without_a_model_the_servers_only_one_is_used() -> None:
     assert len(set(keys)) == 3
 
 
+def test_a_model_by_name_does_not_share_an_engine_that_takes_any() -> None:
+    nim = Nim(models=("prod-embed",))
+    options = Options(base_url="http://nim", http_client_factory=nim.client)
+    with Embedder(options) as any_model, Embedder(options.replace(model=MODEL)) as named:
+        assert any_model.options.model == named.options.model
+        any_model.embed(["a"])
+        with pytest.raises(ModelNotFoundError, match="prod-embed"):
+            named.embed(["a"])
+
+
 def test_the_server_lists_its_models() -> None:
     nim = Nim(models=(MODEL, "other"))
     backend = NimBackend(Options(http_client_factory=nim.client), "http://nim/v1")
