@@ -250,6 +250,19 @@ def test_pairs_need_as_many_texts_as_images():
         pair_with_images("a", ["a.png"])
 
 
+@torch.inference_mode()
+def test_the_tower_may_be_called_in_its_own_pauses(vl):
+    random = np.random.default_rng(1)
+    images = [random.integers(0, 256, (n, 32, 32, 3)).astype(np.uint8) for n in (3, 5)]
+    with Embedder(Options(model=vl)) as embedder:
+        tower = embedder.load()._encoders[0]._vision
+    expected = [tower([image]) for image in images]
+    inner: list[torch.Tensor] = []
+    assert torch.equal(tower(images[:1], lambda: inner.append(tower(images[1:]))), expected[0])
+    assert len(inner) == 6  # two in each of three layers
+    assert all(torch.equal(each, expected[1]) for each in inner)
+
+
 def test_texts_never_touch_the_tower(vl, monkeypatch):
     embedder = Embedder(Options(model=vl))
     before = embedder.embed(TEXTS)
