@@ -1,4 +1,4 @@
-"""NVIDIA NeMo Retriever embeddings: one engine for Python, LangChain and LlamaIndex."""
+"""NVIDIA NeMo Retriever models: one engine for Python, LangChain and LlamaIndex."""
 
 from shared_engine._version import __version__ as __version__
 from shared_engine.backend import Backend, Request
@@ -35,7 +35,8 @@ from shared_engine.errors import (
     UnsupportedDimensionsError,
     UnsupportedModalityError,
 )
-from shared_engine.options import Options
+from shared_engine.options import Options, RerankOptions
+from shared_engine.reranker import RankedDocument, Reranker
 from shared_engine.stream import AsyncStream, Stream
 from shared_engine.usage import TokenCount, track_usage
 from shared_engine.vectors import EmbeddingType, quantize
@@ -72,10 +73,13 @@ __all__ = [
     "PartialResultError",
     "PayloadTooLargeError",
     "PermissionDeniedError",
+    "RankedDocument",
     "RateLimitError",
     "RemoteError",
     "Request",
     "RequestTimeoutError",
+    "RerankOptions",
+    "Reranker",
     "Role",
     "ServerError",
     "Stream",

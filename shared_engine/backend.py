@@ -1,4 +1,4 @@
-"""The contract between the `Embedder` and a backend: a request in, a future of `Rows` out."""
+"""The contract with a backend: a request of the public objects in, a future of `Rows` out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from shared_engine.catalogue import AvailableModel
 from shared_engine.documents import EmbeddingInput, Modality, Role
@@ -16,6 +16,9 @@ from shared_engine.options import Truncate
 
 if TYPE_CHECKING:  # numpy takes longer to import than all of this package
     from numpy.typing import NDArray
+
+ScoreKind = Literal["logit", "probability"]
+"""What a score is: a logit of any size, or its sigmoid, from 0 to 1."""
 
 _log = logging.getLogger("shared_engine")
 
@@ -28,19 +31,26 @@ class Flow:
 
 @dataclass(frozen=True)
 class Request:
-    """A list of validated documents, and how to embed them."""
+    """A list of validated documents, and how to embed or score them."""
 
     documents: list[EmbeddingInput]
     role: Role
+    query: str | None = None
+    """The text that a reranker scores the documents for; None for an embedding model."""
     dimensions: int | None = None
     """Length of the vectors; None is the model's full size."""
     truncate: Truncate = "NONE"
     on_progress: Callable[[int], object] | None = None
     """Called from another thread with the number of documents that were just finished."""
     on_usage: Callable[[int], object] | None = None
-    """Called from another thread with the number of tokens that were just embedded."""
+    """Called from another thread with the number of tokens that were just computed."""
     flow: Flow | None = None
     """Shared by the requests of one stream; None is a flow of its own."""
+
+    @property
+    def is_search(self) -> bool:
+        """Whether a user waits for it: a query, or the candidates of a search."""
+        return self.role == "query" or self.query is not None
 
     def report_progress(self, documents: int) -> None:
         """Call `on_progress`; log what it raises, as the calling thread serves others too."""
@@ -64,7 +74,8 @@ class Rows:
     """The outcome of some consecutive inputs: a vector or an error for each."""
 
     vectors: NDArray[Any]
-    """(n, d): float32, or integers after quantization. Failed rows are NaN, or 0 in integers."""
+    """(n, d): float32, or integers after quantization. Failed rows are NaN, or 0 in integers. From
+    the backend of a reranker, (n, 1): the scores; (n,) when they are finished."""
     errors: Mapping[int, NeMoRetrieverError] = field(default_factory=dict)
     """Errors of the failed rows, by row of `vectors`."""
     offset: int = 0
@@ -74,21 +85,22 @@ class Rows:
         return len(self.vectors)
 
     def unwrap(self) -> NDArray[Any]:
-        """Return the vectors if every row has one.
+        """Return the vectors or scores if every row has one.
 
         Raises:
-            PartialResultError: rows failed; it holds the other vectors, and the errors by position
-                in the caller's list or stream.
+            PartialResultError: rows failed; it holds the others, and the errors by position in the
+                caller's list or stream.
         """
         if not self.errors:
             return self.vectors
         errors = {self.offset + row: self.errors[row] for row in sorted(self.errors)}
         position, first = next(iter(errors.items()))
         reason = str(first) if isinstance(first, InputError) else f"input {position}: {first}"
+        kind = "vectors" if self.vectors.ndim == 2 else "scores"
         raise PartialResultError(
             f"{len(errors)} of {len(self)} inputs failed, the first: {reason}; this error has the "
-            "other vectors in `vectors` and every error in `errors`",
-            vectors=self.vectors,
+            f"other {kind} in `{kind}` and every error in `errors`",
+            **{kind: self.vectors},
             errors=errors,
             offset=self.offset,
         )
@@ -105,7 +117,7 @@ class StepStats(NamedTuple):
 
 
 class Backend(ABC):
-    """Turns documents into vectors, in this process or at a server.
+    """Turns documents into vectors or scores, in this process or at a server.
 
     `submit` is all that a backend must implement; the other members state facts, with a default.
     """
@@ -117,8 +129,16 @@ class Backend(ABC):
 
     @property
     def dimensions(self) -> tuple[int, ...]:
-        """Vector sizes, ascending; the last is the full size. Empty if only a server knows."""
+        """Vector sizes, ascending; the last is the full size. Empty if only a server knows.
+
+        (1,) for a reranker: a score.
+        """
         return ()
+
+    @property
+    def score_kind(self) -> ScoreKind:
+        """What the scores of a reranker are."""
+        return "logit"
 
     @property
     def step_stats(self) -> StepStats | None:

@@ -8,12 +8,18 @@ their revisions from NVIDIA/NeMo-Retriever `models/hf_model_registry.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from shared_engine.documents import Modality
+from shared_engine.errors import CheckpointError
+
+Task = Literal["embed", "rerank"]
+"""What a model computes: a vector of each input, or the score of a document for a query."""
 
 DEFAULT_MODEL = "nvidia/llama-nemotron-embed-1b-v2"
 """The text model of the family with public weights."""
+DEFAULT_RERANKER = "nvidia/llama-nemotron-rerank-1b-v2"
+"""The text reranker of the family."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class ModelSpec:
     """Maximum number of tokens of an image, or of an image with a text."""
     modalities: frozenset[Modality] = frozenset({"text"})
     """Kinds of input that the model was trained on."""
+    task: Task = "embed"
+    """What the model computes."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,6 +105,21 @@ CATALOGUE: tuple[ModelSpec, ...] = (
         max_tokens_with_image=10_240,
         modalities=frozenset({"text", "image", "text_image"}),
     ),
+    ModelSpec(
+        name="nvidia/llama-nemotron-rerank-1b-v2",
+        aliases=("nvidia/llama-3.2-nv-rerankqa-1b-v2", "nvidia/llama-3_2-nv-rerankqa-1b-v2"),
+        checkpoint="nvidia/llama-nemotron-rerank-1b-v2",
+        revision="8fd3e5d962d44cfe65d4ba0784eebed44cf136b0",
+        task="rerank",
+    ),
+    ModelSpec(
+        name="nvidia/llama-nemotron-rerank-vl-1b-v2",
+        checkpoint="nvidia/llama-nemotron-rerank-vl-1b-v2",
+        revision="9c20c4aedf9ec87b6b7346c3bc4754ea030dab35",
+        max_tokens_with_image=10_240,
+        modalities=frozenset({"text", "image", "text_image"}),
+        task="rerank",
+    ),
 )
 
 _BY_NAME = {name.removeprefix("nvidia/"): spec for spec in CATALOGUE for name in spec.names}
@@ -111,3 +134,16 @@ def lookup(model: str) -> ModelSpec | None:
     True
     """
     return _BY_NAME.get(model.lower().removeprefix("nvidia/"))
+
+
+def report_task(name: str, task: Task) -> CheckpointError:
+    """Return the error for a model whose task is not the wanted one."""
+    if task == "rerank":
+        return CheckpointError(
+            f"{name} is a reranker and has no vectors; use shared_engine.Reranker, or "
+            "NeMoRetrieverRerank of an adapter"
+        )
+    return CheckpointError(
+        f"{name} is an embedding model and does not score documents; use shared_engine.Embedder, "
+        "or the embeddings of an adapter"
+    )

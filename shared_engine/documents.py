@@ -97,6 +97,21 @@ def validate(
     return accepted
 
 
+def validate_query(query: object) -> str:
+    """Return the query of a reranker as a plain `str`.
+
+    Raises:
+        InputTypeError: not a `str`, not valid Unicode, or blank.
+    """
+    text = _read_text(query)
+    if text is None:
+        raise InputTypeError(f"expected a query as a str, got one {_name_type(query)}")
+    if not text or text.isspace():
+        raise InputTypeError("expected a query, got a blank text")
+    _check_encodable(text)
+    return text
+
+
 def require_list(items: _T, kind: Literal["documents", "images"] = "documents") -> _T:
     """Return the items unchanged if they are a one-dimensional collection.
 

@@ -13,46 +13,36 @@ The adapters for LangChain and LlamaIndex name a role, call this, and return lis
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterable, Callable
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from shared_engine.backend import Backend, Rows
-from shared_engine.catalogue import CATALOGUE, AvailableModel
-from shared_engine.documents import EmbeddingInput, Modality, Role, require_list
+from shared_engine.backend import Rows
+from shared_engine.documents import EmbeddingInput, Role, require_list
 from shared_engine.errors import ConfigurationError
+from shared_engine.model import Model
 from shared_engine.options import Options
-from shared_engine.pipeline import Documents, Pipeline
+from shared_engine.pipeline import Documents, EmbeddingPipeline
 from shared_engine.registry import Lease
-from shared_engine.routing import select_backend
 from shared_engine.stream import AsyncStream, Stream
-from shared_engine.threads import call_in_thread, result_of, run_off_loop, wait_until_done
-from shared_engine.usage import TokenCount
+from shared_engine.threads import result_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_T = TypeVar("_T")
 
-_SMALL = 64 * 2048
-"""Values of an array that is finished on the event loop, in well under a millisecond; larger ones
-are finished in a thread."""
-
-
-class Embedder:
+class Embedder(Model[Options]):
     """Embeds documents with one model, in this process or at a NIM.
 
     Creating one is cheap: the model loads at first use. Safe to use from many threads and event
     loops. Pickles, copies and forks carry the options; equal options share one loaded model.
     """
 
+    _pipeline: EmbeddingPipeline
+
     def __init__(self, options: Options | None = None, *, _lease: Lease | None = None) -> None:
-        self.options = options or Options()
-        self._lease = _lease or Lease(self.options)
-        self._owns_lease = _lease is None
-        self._used = TokenCount()
-        self._pipeline = Pipeline(self._lease, self.options, self._used)
+        super().__init__(options or Options(), _lease=_lease)
+        self._pipeline = EmbeddingPipeline(self._lease, self.options, self._used)
 
     def embed(self, documents: Documents, role: Role = "document") -> NDArray[Any]:
         """Embed documents and return their vectors.
@@ -84,7 +74,7 @@ class Embedder:
 
         See `embed` for arguments, result and errors.
         """
-        return await self._aembed(documents, role, self._unwrap)
+        return await self._await(partial(self._pipeline.submit, documents, role), self._unwrap)
 
     def _embed_lists(
         self, documents: Documents, role: Role = "document", data_urls: bool = False
@@ -98,39 +88,8 @@ class Embedder:
         def convert(rows: Rows) -> list[list[float]]:
             return _to_lists(self._unwrap(rows))
 
-        return await self._aembed(documents, role, convert, data_urls)
-
-    def _unwrap(self, rows: Rows) -> NDArray[Any]:
-        """Finish rows, and return their vectors or raise their errors."""
-        rows = self._pipeline.finish(rows)
-        try:
-            if len(rows) == 1 and rows.errors:
-                raise rows.errors[0]
-            return rows.unwrap()
-        finally:
-            del rows  # an error holds this frame by its traceback, so the frame must not hold it
-
-    async def _aembed(
-        self,
-        documents: Documents,
-        role: Role,
-        convert: Callable[[Rows], _T],
-        data_urls: bool = False,
-    ) -> _T:
-        submitting = call_in_thread(self._pipeline.submit, documents, role, data_urls)
-        try:
-            future = await asyncio.wrap_future(submitting)
-        except asyncio.CancelledError:  # here, as the loop may end before another task runs
-            submitting.add_done_callback(_cancel_submitted)
-            raise
-        await wait_until_done(future)
-        rows = result_of(future)
-        try:
-            if rows.vectors.size <= _SMALL:
-                return convert(rows)
-            return await run_off_loop(convert, rows)
-        finally:
-            del future, rows  # as in `_unwrap`
+        submit = partial(self._pipeline.submit, documents, role, data_urls)
+        return await self._await(submit, convert)
 
     @overload
     def stream(
@@ -224,40 +183,10 @@ class Embedder:
         convert = _convert_for(errors)
         return AsyncStream(self._pipeline, require_list(documents), role, batch_size, convert)
 
-    def load(self) -> Backend:
-        """Load the model, or connect to the server's client, and return the shared backend.
-
-        Not needed before `embed`; it lets a program pay for loading when it chooses to.
-
-        Raises:
-            CheckpointError: the weights cannot be found or are not supported.
-            ConfigurationError: the options cannot work.
-            EngineClosedError: `close` was called.
-        """
-        return self._lease.acquire()
-
     @property
     def dimensions(self) -> int:
         """Length of a vector. Loads the model, or asks a server for one vector."""
         return self._pipeline.find_width()
-
-    @property
-    def modalities(self) -> frozenset[Modality]:
-        """Kinds of input that the model takes. Loads the model.
-
-        A server with a model outside the catalogue may take fewer.
-        """
-        return self.load().modalities
-
-    @property
-    def description(self) -> str:
-        """What runs where, and why. Loads the model."""
-        return self.load().description
-
-    @property
-    def usage(self) -> int:
-        """Tokens that this object has embedded so far, prefixes and special tokens included."""
-        return self._used.tokens
 
     def cache_key(self, role: Role) -> str:
         """Return a namespace for cached vectors, such as `CacheBackedEmbeddings` takes.
@@ -272,61 +201,6 @@ class Embedder:
         parts = (role, self.dimensions, o.embedding_type, o.truncate, o.max_tokens)
         return "-".join(str(part) for part in (self.load().fingerprint, *parts))
 
-    def list_models(self) -> list[AvailableModel]:
-        """Return the models of the catalogue, or those that the server serves.
-
-        Raises:
-            RemoteError: the server does not list them.
-        """
-        if select_backend(self.options).base_url is None:
-            return [AvailableModel(spec.name) for spec in CATALOGUE]
-        return self.load().list_models()
-
-    def wait_until_ready(self, timeout: float = 600.0) -> None:
-        """Load the model, or wait until the server is ready.
-
-        Raises:
-            RequestTimeoutError: it was not ready within `timeout` seconds.
-        """
-        self.load().wait_until_ready(timeout)
-
-    def with_options(self, **changes: Any) -> Embedder:
-        """Return an embedder on the same engine with other `dimensions`, `truncate` and so on.
-
-        It counts its own `usage`, and works until the original is closed.
-
-        Raises:
-            ConfigurationError: an option that needs an engine of its own.
-            pydantic.ValidationError: an unknown option, or an invalid value.
-        """
-        if fixed := changes.keys() & {*Options.names_of("routing", "engine", "local", "nim")}:
-            raise ConfigurationError(
-                f"{', '.join(sorted(fixed))}: would need another engine; create a new Embedder, or "
-                f"change only {', '.join(Options.names_of('request'))}"
-            )
-        return type(self)(self.options.replace(**changes), _lease=self._lease)
-
-    def close(self, cancel: bool = False) -> None:
-        """Release the model; further calls raise EngineClosedError.
-
-        Closing the last embedder of a model finishes the accepted work, or cancels what has not
-        started, and frees the device.
-        """
-        if self._owns_lease:
-            self._lease.close(cancel)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __reduce__(self) -> tuple[type[Embedder], tuple[Options]]:
-        return type(self), (self.options,)
-
-    def __repr__(self) -> str:
-        return f"Embedder({self.options!r})"
-
 
 def _convert_for(errors: str) -> Callable[[Rows], Any]:
     """Return the function that makes what a stream yields out of `Rows`."""
@@ -340,8 +214,3 @@ def _convert_for(errors: str) -> Callable[[Rows], Any]:
 def _to_lists(array: NDArray[Any]) -> list[list[float]]:
     # Row by row, so that the interpreter can switch to another thread in between.
     return [row.tolist() for row in array]
-
-
-def _cancel_submitted(submitting: Future[Future[Rows]]) -> None:
-    if not submitting.cancelled() and submitting.exception() is None:
-        submitting.result().cancel()

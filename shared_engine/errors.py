@@ -126,7 +126,7 @@ class DeviceMemoryError(InputError, MemoryError):
 
 
 class NonFiniteVectorError(InputError):
-    """The vector of an input holds NaN or infinity, usually by an overflow in float16."""
+    """The vector or score of an input is not finite, usually by an overflow in float16."""
 
 
 class EngineError(NeMoRetrieverError, RuntimeError):
@@ -201,11 +201,13 @@ class MalformedResponseError(RemoteError):
 
 
 class PartialResultError(NeMoRetrieverError, RuntimeError):
-    """Some inputs failed; the vectors of the others are on the error."""
+    """Some inputs failed; the vectors or scores of the others are on the error."""
 
     vectors: NDArray[Any]
     """(n, d), as `Embedder.embed` returns them; the rows of failed inputs are NaN, or 0 in an
     integer type."""
+    scores: NDArray[Any]
+    """(n,), as `Reranker.score` returns them; those of failed inputs are NaN."""
     errors: dict[int, NeMoRetrieverError]
     """The error of each failed input, by position in the caller's list or stream."""
     offset: int
@@ -216,6 +218,7 @@ class PartialResultError(NeMoRetrieverError, RuntimeError):
         message: str,
         *,
         vectors: NDArray[Any] | None = None,
+        scores: NDArray[Any] | None = None,
         errors: dict[int, NeMoRetrieverError] | None = None,
         offset: int = 0,
     ) -> None:
@@ -223,6 +226,8 @@ class PartialResultError(NeMoRetrieverError, RuntimeError):
         self.offset = offset
         if vectors is not None:
             self.vectors = vectors
+        if scores is not None:
+            self.scores = scores
         self.errors = errors or {}
 
 

@@ -1,10 +1,15 @@
-"""Every option, defined once; both adapters inherit them."""
+"""Every option, defined once; the adapters inherit them.
+
+`EngineOptions` has what all models share, `Options` adds that of embeddings and `RerankOptions`
+that of rerankers.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -18,13 +23,14 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
-from shared_engine.catalogue import DEFAULT_MODEL
+from shared_engine.catalogue import DEFAULT_MODEL, DEFAULT_RERANKER, Task
 from shared_engine.endpoints import check_header, normalize_url
 from shared_engine.errors import ConfigurationError
 from shared_engine.vectors import EmbeddingType
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Truncate = Literal["NONE", "START", "END"]
+Activation = Literal["none", "sigmoid"]
 
 Scope = Literal["routing", "engine", "local", "nim", "request"]
 """What an option affects: the choice of the backend, any backend, the local one, a NIM's client, or
@@ -55,8 +61,8 @@ def _secret(scope: Scope, **field: Any) -> Any:
     return _option(scope, repr=False, exclude=True, **field)
 
 
-class Options(BaseModel):
-    """Which model to use, where it runs, and the format of its vectors. Unknown options are errors.
+class EngineOptions(BaseModel):
+    """Which model to use and where it runs. Unknown options are errors.
 
     The backend is a NIM with `base_url`, NVIDIA's hosted catalogue with `api_key` alone, and
     otherwise this process; `backend` selects it explicitly. NVIDIA_BASE_URL is the default address;
@@ -69,6 +75,9 @@ class Options(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+
+    task: ClassVar[Task]
+    """What the model computes: vectors or scores."""
 
     model: str = _option(
         "engine",
@@ -95,15 +104,6 @@ class Options(BaseModel):
         default="auto",
         description="Number type of the weights. auto: bfloat16 if the device supports it "
         "natively, else float32, or float16 on older GPUs.",
-    )
-    dimensions: int | None = _option(
-        "request",
-        default=None,
-        gt=0,
-        description="Length of a vector. None: the model's full size.",
-    )
-    embedding_type: EmbeddingType = _option(
-        "request", default="float", description="Number type of a vector's values."
     )
     truncate: Truncate = _option(
         "request",
@@ -262,11 +262,6 @@ class Options(BaseModel):
                 raise ValueError(f"unknown option {name}=; {hint}")
         return data
 
-    @field_validator("dimensions", mode="before")
-    @classmethod
-    def _zero_to_none(cls, value: Any) -> Any:
-        return None if value == 0 else value  # the default of NVIDIA's adapter for LlamaIndex
-
     @field_validator("timeout", "deadline", mode="before")
     @classmethod
     def _refuse_zero(cls, value: Any) -> Any:
@@ -307,22 +302,30 @@ class Options(BaseModel):
 
     @classmethod
     def names_of(cls, *scopes: Scope) -> list[str]:
-        """Return the names of the options of some scopes, in order."""
-        return [name for name in Options.model_fields if _SCOPES[name] in scopes]
+        """Return the names of the options of some scopes, or of all, in order.
+
+        A framework's own fields in an adapter have no scope.
+        """
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        found = {n: extra["scope"] for n, extra in extras.items() if isinstance(extra, dict)}
+        return [name for name, scope in found.items() if not scopes or scope in scopes]
 
     def list_given(self, scope: Scope) -> list[str]:
         """Return the names of the options of a scope that differ from their default."""
-        fields = Options.model_fields
+        fields = type(self).model_fields
         return [n for n in self.names_of(scope) if getattr(self, n) != fields[n].get_default()]
 
-    def replace(self, **changes: Any) -> Options:
-        """Return a validated copy with other values.
+    @abstractmethod
+    def replace(self, **changes: Any) -> EngineOptions:
+        """Return validated options with other values, without a framework's fields.
 
         Raises:
             pydantic.ValidationError: an unknown option, or an invalid value.
         """
-        given = Options.model_fields.keys() & self.model_fields_set
-        return Options(**{name: getattr(self, name) for name in given} | changes)
+
+    def _merge(self, changes: dict[str, Any]) -> dict[str, Any]:
+        given = self.model_fields_set.intersection(self.names_of())
+        return {name: getattr(self, name) for name in given} | changes
 
     @property
     def is_model_given(self) -> bool:
@@ -346,15 +349,75 @@ class Options(BaseModel):
         return value.upper() if isinstance(value, str) else value
 
 
+class Options(EngineOptions):
+    """The options of an embedding model."""
+
+    task = "embed"
+
+    dimensions: int | None = _option(
+        "request",
+        default=None,
+        gt=0,
+        description="Length of a vector. None: the model's full size.",
+    )
+    embedding_type: EmbeddingType = _option(
+        "request", default="float", description="Number type of a vector's values."
+    )
+
+    @field_validator("dimensions", mode="before")
+    @classmethod
+    def _zero_to_none(cls, value: Any) -> Any:
+        return None if value == 0 else value  # the default of NVIDIA's adapter for LlamaIndex
+
+    def replace(self, **changes: Any) -> Options:
+        """See `EngineOptions.replace`."""
+        return Options(**self._merge(changes))
+
+
+class RerankOptions(EngineOptions):
+    """The options of a reranker."""
+
+    task = "rerank"
+
+    model: str = _option(
+        "engine",
+        default=DEFAULT_RERANKER,
+        min_length=1,
+        description="Name or alias of a reranker in the catalogue, a Hugging Face id, or a folder.",
+    )
+    truncate: Literal["NONE", "END"] = _option(
+        "request",
+        default="NONE",
+        description="Treatment of documents over the token limit: an error (NONE), or the END is "
+        "cut off.",
+    )
+    activation: Activation = _option(
+        "request",
+        default="none",
+        description="none: scores are logits, of any size. sigmoid: scores are from 0 to 1.",
+    )
+    vision_cache_bytes: int = _option(
+        "local",
+        default=2**28,
+        ge=0,
+        description="Device memory for the encoded images of recent documents, which do not depend "
+        "on the query: 7 MB for a page of 7 tiles in 16 bits. 0: none.",
+    )
+    max_batch_size: int = _option(
+        "nim",
+        default=32,
+        gt=0,
+        le=512,
+        description="Maximum number of documents per request to the NIM, which takes up to 512.",
+    )
+
+    def replace(self, **changes: Any) -> RerankOptions:
+        """See `EngineOptions.replace`."""
+        return RerankOptions(**self._merge(changes))
+
+
 def _find_similar(name: object, names: Iterable[str]) -> str | None:
     from difflib import get_close_matches  # imported only for a misspelt option
 
     similar = get_close_matches(str(name), names, n=1)
     return f"did you mean {similar[0]}=?" if similar else None
-
-
-_SCOPES: dict[str, Any] = {
-    name: field.json_schema_extra["scope"]
-    for name, field in Options.model_fields.items()
-    if isinstance(field.json_schema_extra, dict)
-}

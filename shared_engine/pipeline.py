@@ -1,38 +1,54 @@
-"""From documents to vectors on one backend: validate, submit, finish."""
+"""From documents to vectors or scores on one backend: validate, submit, finish."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from shared_engine import vectors
 from shared_engine.backend import Flow, Request, Rows
 from shared_engine.documents import EmbeddingInput, Role, validate
-from shared_engine.errors import NonFiniteVectorError, UnsupportedDimensionsError, place_error
-from shared_engine.options import Options
+from shared_engine.errors import (
+    NeMoRetrieverError,
+    NonFiniteVectorError,
+    UnsupportedDimensionsError,
+    place_error,
+)
+from shared_engine.options import EngineOptions, Options, RerankOptions
 from shared_engine.registry import Lease
 from shared_engine.usage import TokenCount, count_for
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from tqdm import tqdm
 
 Documents = Iterable[str | EmbeddingInput]
 
+OptionsT = TypeVar("OptionsT", bound=EngineOptions)
 
-class Pipeline:
-    """The path from documents to vectors under some options. Thread-safe."""
 
-    def __init__(self, lease: Lease, options: Options, used: TokenCount) -> None:
+class Pipeline(ABC, Generic[OptionsT]):
+    """The path of requests to a backend under some options. Thread-safe."""
+
+    def __init__(self, lease: Lease, options: OptionsT, used: TokenCount) -> None:
         self.lease = lease
         self.options = options
         self._used = used
 
-    def submit(self, documents: Documents, role: Role, data_urls: bool = False) -> Future[Rows]:
+    def submit(
+        self,
+        documents: Documents,
+        role: Role = "document",
+        data_urls: bool = False,
+        query: str | None = None,
+    ) -> Future[Rows]:
         """Validate all documents, then submit them; pass the result to `finish`.
 
         Args:
             data_urls: See `documents.validate`.
+            query: What a reranker scores the documents for.
 
         Raises:
             InputError: a document is of the wrong type or modality; nothing was submitted.
@@ -41,7 +57,7 @@ class Pipeline:
         """
         valid = validate(documents, role, self.lease.acquire().modalities, data_urls)
         if not self.options.show_progress:
-            return self.submit_valid(valid, role)
+            return self.submit_valid(valid, role, query=query)
         bar = self.open_bar(len(valid))
 
         def advance(count: int) -> None:
@@ -50,7 +66,7 @@ class Pipeline:
                 bar.close()
 
         try:
-            future = self.submit_valid(valid, role, on_progress=advance)
+            future = self.submit_valid(valid, role, query=query, on_progress=advance)
         except BaseException:
             bar.close()
             raise
@@ -63,57 +79,30 @@ class Pipeline:
         role: Role,
         flow: Flow | None = None,
         on_progress: Callable[[int], object] | None = None,
+        query: str | None = None,
     ) -> Future[Rows]:
         """Submit documents that were validated; see `submit`."""
-        backend, wanted = self.lease.acquire(), self.options.dimensions
-        offered = backend.dimensions
-        if wanted is not None and offered and wanted not in offered:
-            raise UnsupportedDimensionsError(
-                f"dimensions={wanted}, but {self.options.model} offers "
-                f"{', '.join(map(str, offered))}. For a folder or Hugging Face id, pass the "
-                "catalogue's name as model= and the folder as checkpoint="
-            )
         request = Request(
             documents,
             role,
-            dimensions=wanted,
+            query=query,
+            dimensions=self._find_dimensions(),
             truncate=self.options.truncate,
             on_progress=on_progress,
             on_usage=count_for(self._used),
             flow=flow,
         )
-        return backend.submit(request)
+        return self.lease.acquire().submit(request)
 
+    def _find_dimensions(self) -> int | None:
+        return None
+
+    @abstractmethod
     def finish(self, rows: Rows) -> Rows:
-        """Scale vectors to unit length, convert their number type, and index the errors.
+        """Return rows in the form of the options, with the errors indexed.
 
-        A vector with NaN or infinity becomes the error of its row. The array of `rows` may be
-        overwritten.
+        A row with NaN or infinity becomes an error. The array of `rows` may be overwritten.
         """
-        import numpy as np
-
-        out = vectors.unit(rows.vectors)
-        errors = dict(rows.errors)
-        for row in np.flatnonzero(~np.isfinite(out).all(axis=1)).tolist():
-            if row not in errors:
-                errors[row] = NonFiniteVectorError(
-                    'has a vector with NaN or infinity; use dtype="bfloat16" or "float32"'
-                )
-        kind = self.options.embedding_type
-        if not errors:
-            return Rows(vectors.quantize(out, kind), offset=rows.offset)
-        failed = list(errors)
-        out[failed] = 0
-        out = vectors.quantize(out, kind)
-        out[failed] = np.nan if kind == "float" else 0
-        placed = {row: place_error(error, rows.offset + row) for row, error in errors.items()}
-        return Rows(out, placed, rows.offset)
-
-    def find_width(self) -> int:
-        """Return the length of a vector; asks a server if only that knows."""
-        if self.options.dimensions is not None:
-            return self.options.dimensions
-        return self.lease.acquire().probe_width()
 
     @staticmethod
     def open_bar(total: int | None = None) -> tqdm[Any]:
@@ -121,3 +110,68 @@ class Pipeline:
         from tqdm.auto import tqdm
 
         return tqdm(total=total, unit="doc")
+
+
+class EmbeddingPipeline(Pipeline[Options]):
+    """The path from documents to vectors."""
+
+    def _find_dimensions(self) -> int | None:
+        offered, wanted = self.lease.acquire().dimensions, self.options.dimensions
+        if wanted is not None and offered and wanted not in offered:
+            raise UnsupportedDimensionsError(
+                f"dimensions={wanted}, but {self.options.model} offers "
+                f"{', '.join(map(str, offered))}. For a folder or Hugging Face id, pass the "
+                "catalogue's name as model= and the folder as checkpoint="
+            )
+        return wanted
+
+    def finish(self, rows: Rows) -> Rows:
+        """Scale vectors to unit length, and convert their number type; see `Pipeline.finish`."""
+        import numpy as np
+
+        out = vectors.unit(rows.vectors)
+        errors = _list_errors(out, rows, "a vector with NaN or infinity")
+        kind = self.options.embedding_type
+        if not errors:
+            return Rows(vectors.quantize(out, kind), offset=rows.offset)
+        failed = list(errors)
+        out[failed] = 0
+        out = vectors.quantize(out, kind)
+        out[failed] = np.nan if kind == "float" else 0
+        return Rows(out, errors, rows.offset)
+
+    def find_width(self) -> int:
+        """Return the length of a vector; asks a server if only that knows."""
+        if self.options.dimensions is not None:
+            return self.options.dimensions
+        return self.lease.acquire().probe_width()
+
+
+class ScoringPipeline(Pipeline[RerankOptions]):
+    """The path from a query and documents to scores."""
+
+    def finish(self, rows: Rows) -> Rows:
+        """Return the scores as (n,), after the activation; see `Pipeline.finish`."""
+        import numpy as np
+
+        errors = _list_errors(rows.vectors, rows, "a score that is NaN or infinite")
+        scores = rows.vectors[:, 0]  # (n,)
+        if self.options.activation == "sigmoid" and self.lease.acquire().score_kind == "logit":
+            with np.errstate(over="ignore"):
+                scores = 1 / (1 + np.exp(-scores))
+        scores[list(errors)] = np.nan
+        return Rows(scores, errors, rows.offset)
+
+
+def _list_errors(values: NDArray[Any], rows: Rows, fault: str) -> dict[int, NeMoRetrieverError]:
+    """Return the errors of rows, and one for each row of `values` (n, d) that is not finite.
+
+    Their indexes are positions in the caller's list.
+    """
+    import numpy as np
+
+    errors = dict(rows.errors)
+    for row in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
+        if row not in errors:
+            errors[row] = NonFiniteVectorError(f'has {fault}; use dtype="bfloat16" or "float32"')
+    return {row: place_error(error, rows.offset + row) for row, error in errors.items()}

@@ -1,7 +1,8 @@
 """One backend per configuration in a process, shared by all objects with equal options.
 
-An `Embedder` holds a `Lease`. Equal options lead to one engine, so that a chain and an index share
-a loaded model; closing the last lease closes it. The child of a fork starts with none.
+An `Embedder` or `Reranker` holds a `Lease`. Equal options lead to one engine, so that a chain and
+an index share a loaded model; closing the last lease closes it. The child of a fork starts with
+none.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import weakref
 
 from shared_engine.backend import Backend
 from shared_engine.errors import CheckpointError, EngineClosedError
-from shared_engine.options import Options
+from shared_engine.options import EngineOptions
 from shared_engine.routing import Choice, explain_key_in_environment, select_backend
 from shared_engine.threads import after_fork
 
@@ -24,10 +25,10 @@ _log = logging.getLogger("shared_engine")
 class Engine:
     """A backend that is created at the first `load`."""
 
-    def __init__(self, options: Options, choice: Choice) -> None:
+    def __init__(self, options: EngineOptions, choice: Choice) -> None:
         names = options.names_of("engine", choice.scope)
         values = (_make_hashable(getattr(options, name)) for name in names)
-        self.key = (choice.base_url, choice.api_key, options.is_model_given, *values)
+        self.key = (options.task, choice.base_url, choice.api_key, options.is_model_given, *values)
         self.pid = os.getpid()
         self.leases = 0
         self._options = options
@@ -70,7 +71,7 @@ class Engine:
 class Lease:
     """A share in the engine of some options, taken at the first `acquire`."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: EngineOptions) -> None:
         self._options = options
         self._engine: Engine | None = None
         self._closed = False
@@ -92,7 +93,7 @@ class Lease:
         choice = select_backend(self._options)
         with _lock:
             if self._closed:
-                raise EngineClosedError("this Embedder was closed; create a new one")
+                raise EngineClosedError("this object was closed; create a new one")
             engine = self._engine
             if engine is not None and engine.pid == os.getpid():  # another thread was first
                 return engine

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from pydantic import SecretStr
 
+from shared_engine.catalogue import lookup, report_task
 from shared_engine.endpoints import HOSTED, is_hosted, normalize_url
 from shared_engine.errors import ConfigurationError
-from shared_engine.options import Options, Scope
+from shared_engine.options import EngineOptions, Scope
 
 _FOLDERS = ("/", "./", "../", "~")
 """Beginnings of a model's name that can only be a folder."""
@@ -32,7 +33,7 @@ class Choice(NamedTuple):
         return "local" if self.base_url is None else "nim"
 
 
-def select_backend(options: Options) -> Choice:
+def select_backend(options: EngineOptions) -> Choice:
     """Choose a backend from the options, then from the environment.
 
     | the first that applies                                   | backend                       |
@@ -44,14 +45,19 @@ def select_backend(options: Options) -> Choice:
     | NVIDIA_BASE_URL                                          | a NIM at that address         |
     | nothing                                                  | this process                  |
 
+    >>> from shared_engine.options import Options
     >>> select_backend(Options(base_url="http://nim:8000")).base_url
     'http://nim:8000/v1'
     >>> select_backend(Options(backend="local", api_key="nvapi-...")).base_url is None
     True
 
     Raises:
-        ConfigurationError: a key is needed and missing, or two options contradict each other.
+        ConfigurationError: a key is needed and missing, two options contradict each other, or the
+            model is known to compute something else.
     """
+    spec = lookup(options.model)
+    if spec is not None and spec.task != options.task:
+        raise report_task(spec.name, spec.task)
     variable = os.environ.get("NVIDIA_BASE_URL", "").strip()
     is_explicit = options.backend == "nim" or options.api_key is not None
     only_local = [f"{name}=" for name in options.list_given("local")]
@@ -94,7 +100,7 @@ def explain_key_in_environment() -> str:
     )
 
 
-def _find_key(options: Options, base_url: str) -> SecretStr | None:
+def _find_key(options: EngineOptions, base_url: str) -> SecretStr | None:
     given = options.api_key
     if given is not None and given.get_secret_value():
         return given

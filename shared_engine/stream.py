@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from shared_engine.backend import Flow, Rows
 from shared_engine.documents import EmbeddingInput, Role, validate_document
 from shared_engine.errors import ConfigurationError, EngineClosedError, InputError
-from shared_engine.pipeline import Pipeline
+from shared_engine.pipeline import EmbeddingPipeline
 from shared_engine.threads import result_of, run_off_loop, wait_until_done
 
 if TYPE_CHECKING:
@@ -48,7 +48,11 @@ class _Windows(Generic[_T]):
     """What both kinds of stream do between their waits."""
 
     def __init__(
-        self, pipeline: Pipeline, role: Role, batch_size: int, convert: Callable[[Rows], _T]
+        self,
+        pipeline: EmbeddingPipeline,
+        role: Role,
+        batch_size: int,
+        convert: Callable[[Rows], _T],
     ) -> None:
         self._pipeline = pipeline
         self._role = role
@@ -151,7 +155,7 @@ class Stream(_Windows[_T], Iterator[_T]):
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: EmbeddingPipeline,
         documents: Iterable[str | EmbeddingInput],
         role: Role,
         batch_size: int,
@@ -178,7 +182,7 @@ class AsyncStream(_Windows[_T], AsyncIterator[_T]):
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: EmbeddingPipeline,
         documents: Iterable[str | EmbeddingInput] | AsyncIterable[str | EmbeddingInput],
         role: Role,
         batch_size: int,

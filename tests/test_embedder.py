@@ -35,7 +35,7 @@ from shared_engine import (
     errors,
 )
 from shared_engine import registry as engines
-from shared_engine.pipeline import Pipeline
+from shared_engine.pipeline import EmbeddingPipeline
 from tests.support.servers import NAME, running
 
 TEXTS = [f"document {i} " + "and so on " * (i % 7) for i in range(40)]
@@ -221,7 +221,7 @@ def test_a_call_that_is_cancelled_while_it_is_submitted_is_cancelled_though_its_
         with pytest.raises(asyncio.CancelledError):
             await call
 
-    monkeypatch.setattr(Pipeline, "submit", slow)
+    monkeypatch.setattr(EmbeddingPipeline, "submit", slow)
     asyncio.run(cancelled())
     may_go_on.set()
     until = time.monotonic() + 10
@@ -233,7 +233,7 @@ def test_a_call_that_is_cancelled_while_it_is_submitted_is_cancelled_though_its_
 async def test_a_cancelled_caller_leaves_the_queue(embedder):
     bulk = asyncio.create_task(embedder.aembed(TEXTS * 500))
     scheduler = embedder.load()._scheduler
-    while not scheduler._to_run["document"]:  # noqa: ASYNC110 - other threads put it there
+    while not scheduler._to_run[False]:  # noqa: ASYNC110 - other threads put it there
         await asyncio.sleep(0.01)
     bulk.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -241,7 +241,7 @@ async def test_a_cancelled_caller_leaves_the_queue(embedder):
     before = time.perf_counter()
     await embedder.aembed(["next"])
     assert time.perf_counter() - before < 20
-    assert not scheduler._to_run["document"]
+    assert not scheduler._to_run[False]
     assert not scheduler._to_prepare
 
 

@@ -29,8 +29,8 @@ LAYERS = (
     {"local", "nim"},
     {"registry", "routing"},
     {"pipeline"},
-    {"stream"},
-    {"embedder"},
+    {"model", "stream"},
+    {"embedder", "reranker"},
     {"shared_engine"},  # the public names
     {"adapter", "server"},
     {"bulk", "evaluate"},

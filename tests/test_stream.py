@@ -33,7 +33,7 @@ from shared_engine import (
     track_usage,
 )
 from shared_engine.backend import Backend, Rows
-from shared_engine.pipeline import Pipeline
+from shared_engine.pipeline import EmbeddingPipeline
 from shared_engine.stream import WINDOWS_AHEAD
 from tests.support.faulty_nim import FaultyNim
 from tests.support.nim import vectors
@@ -97,7 +97,7 @@ class Faked(Embedder):
         super().__init__(Options(**options))
         self.fake = FakeBackend(at_once)
         lease: Any = SimpleNamespace(acquire=lambda: self.fake)
-        self._pipeline = Pipeline(lease, self.options, self._used)
+        self._pipeline = EmbeddingPipeline(lease, self.options, self._used)
 
 
 class Source(Iterator[str]):

@@ -1,12 +1,13 @@
 """The backend of a model in this process: a queue, and threads that prepare and compute.
 
     submit ──► prepare (threads) ──► steps (one thread per device) ──► rows of the caller
+                                     device_lock.py: one at a time, searches first
 
 - Preparation tokenizes texts and decodes images, a few steps in advance. The tokenizers library
   uses all cores in one call; images have one thread per core.
-- The caller's thread tokenizes queries, which are short, so they do not wait for documents.
+- The caller's thread tokenizes the texts of searches, so they do not wait for documents.
 - On a CPU, a step of documents takes seconds. It pauses several times in every layer, and waiting
-  queries run in these pauses.
+  searches run in these pauses.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ from shared_engine.errors import (
 from shared_engine.local.checkpoint import resolve
 from shared_engine.local.device import Placement, make_current, select_devices
 from shared_engine.local.device_errors import is_fatal, is_out_of_memory
+from shared_engine.local.device_lock import lock_of
 from shared_engine.local.fingerprint import digest_files, list_files
 from shared_engine.local.jobs import Job, TokenSequence
 from shared_engine.local.llama import Encoder, PooledOutput
 from shared_engine.local.memory import pin_image, release_gpu_memory
 from shared_engine.local.scheduler import Scheduler
 from shared_engine.local.tokenizer import TextTokenizer
-from shared_engine.options import Options
+from shared_engine.local.vision_cache import KeyedImage
+from shared_engine.options import EngineOptions
 from shared_engine.threads import run_in_own_thread
 
 Running: TypeAlias = tuple[list[TokenSequence], PooledOutput | Exception]
@@ -59,14 +62,14 @@ _log = logging.getLogger("shared_engine")
 
 
 class LocalBackend(Backend):
-    """An embedding model on one or more devices, shared by any number of callers."""
+    """An embedding model or reranker on one or more devices, shared by any number of callers."""
 
     modalities: frozenset[Modality] = frozenset()
     dimensions: tuple[int, ...] = ()
     description = ""
     failure: Exception | None = None
 
-    def __init__(self, options: Options, load: Callable[..., Encoder] = Encoder) -> None:
+    def __init__(self, options: EngineOptions, load: Callable[..., Encoder] = Encoder) -> None:
         """Find or download the checkpoint, load it, and start the worker threads.
 
         Args:
@@ -107,7 +110,7 @@ class LocalBackend(Backend):
             worker.start()
 
     def _load(
-        self, options: Options, load: Callable[..., Encoder]
+        self, options: EngineOptions, load: Callable[..., Encoder]
     ) -> tuple[list[Placement], dict[int, Encoder]]:
         _gpu_users.add(self)
         placements = select_devices(
@@ -150,14 +153,16 @@ class LocalBackend(Backend):
                 f"the device failed ({first_line(self.failure)}), and this process "
                 "cannot use it again; restart the process"
             ) from self.failure
+        if request.query is not None:
+            self._tokenizer.check_query(request.query)
         rows = list(range(len(request.documents)))
         width = request.dimensions or self.dimensions[-1]
         job = Job(request, np.empty((len(rows), width), np.float32))
         if not rows:
             job.future.set_result(Rows(job.vectors))
         else:
-            is_query = request.role == "query"
-            self._scheduler.put(job, self._tokenize(job, rows) if is_query else None)
+            is_short = request.is_search and all(doc.image is None for doc in request.documents)
+            self._scheduler.put(job, self._tokenize(job, rows) if is_short else None)
         return job.future
 
     def close(self, cancel: bool = False, wait: bool = True) -> None:
@@ -191,7 +196,10 @@ class LocalBackend(Backend):
         request = job.request
         texts = [request.documents[row].text or "" for row in rows]
         try:
-            ids = self._tokenizer.encode(texts, request.role, request.truncate)
+            if request.query is None:
+                ids = self._tokenizer.encode(texts, request.role, request.truncate)
+            else:
+                ids = self._tokenizer.encode_pairs(request.query, texts, request.truncate)
         except Exception as exc:
             _fail(job, rows, EngineError(f"the tokenizer failed: {exc}"), exc)
             return []
@@ -212,8 +220,9 @@ class LocalBackend(Backend):
             tiles = prepare(document.image, vision.max_tiles, vision.tile_size, self._image_urls)
             if self._cuts_on_device:  # not in the compute thread, for which a GPU would wait
                 tiles = pin_image(tiles)
+            image = KeyedImage(tiles) if vision.cache_bytes else tiles
             ids = self._tokenizer.encode_with_image(
-                len(tiles), document.text or "", job.request.truncate
+                len(tiles), document.text or "", job.request.truncate, job.request.query
             )
         except InputError as exc:
             job.fail(row, exc)
@@ -221,7 +230,7 @@ class LocalBackend(Backend):
         except Exception as exc:
             _fail(job, [row], EngineError(f"preparing the image failed: {exc}"), exc)
             return []
-        return [TokenSequence(job, row, ids, tiles, len(tiles) * vision.patches_per_tile)]
+        return [TokenSequence(job, row, ids, image, len(tiles) * vision.patches_per_tile)]
 
     def _compute(self, device: int) -> None:
         """Run steps on one device until the scheduler is closed; run by each compute thread."""
@@ -243,7 +252,9 @@ class LocalBackend(Backend):
             if step is None:
                 return
             encoder = self._encoders[device]
-            running += self._start(step, encoder)
+            if step:
+                with lock_of(encoder.device).hold(step[0].job.request.is_search):
+                    running += self._start(step, encoder)
             while running and not (step and encoder.runs_ahead and len(running) == 1):
                 self._collect(*running.popleft())
             del step  # see `_prepare`
@@ -256,9 +267,9 @@ class LocalBackend(Backend):
             return []
         try:
             ids, tiles = [each.ids for each in step], [each.tiles for each in step]
-            if encoder.runs_ahead or step[0].job.request.role == "query":
+            if encoder.runs_ahead or step[0].job.request.is_search:
                 return [(step, encoder(ids, tiles))]
-            return [(step, encoder(ids, tiles, partial(self._run_queries, encoder)))]
+            return [(step, encoder(ids, tiles, partial(self._pause, encoder)))]
         except Exception as exc:
             error = exc.with_traceback(None)  # a traceback keeps the tensors of its frames
         if not is_out_of_memory(error) or is_retry:
@@ -273,8 +284,9 @@ class LocalBackend(Backend):
         half = len(step) // 2
         return [*self._start(step[:half], encoder), *self._start(step[half:], encoder)]
 
-    def _run_queries(self, encoder: Encoder) -> None:
-        """Run waiting queries in a pause of a step of documents."""
+    def _pause(self, encoder: Encoder) -> None:
+        """Run waiting searches, of other models too, in a pause of a step of documents."""
+        lock_of(encoder.device).give_way()
         for running in self._start(self._scheduler.take_queries(), encoder):
             self._collect(*running)
 

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shared_engine.catalogue import DEFAULT_MODEL, ModelSpec, lookup
+from shared_engine.catalogue import DEFAULT_MODEL, ModelSpec, lookup, report_task
 from shared_engine.documents import Role
 from shared_engine.errors import CheckpointError, first_line
 from shared_engine.local.config import (
+    EmbedderFile,
     ModelConfig,
     Modules,
     MultimodalFile,
+    MultimodalRerankerFile,
     PoolingConfig,
+    RerankerFile,
     SentenceConfig,
     SentenceTransformersConfig,
-    TextFile,
     VisionConfig,
     WeightIndex,
     read,
@@ -28,12 +30,22 @@ from shared_engine.local.config import (
     read_vision,
     refuse,
 )
-from shared_engine.options import Options
+from shared_engine.options import EngineOptions, RerankOptions
 
 _PATTERNS = ["*.json", "*.safetensors", "1_Pooling/*.json"]
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SECONDS_FOR_HUB = 5.0
 _MAX_TOKENS_WITH_IMAGE = 10_240
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a reranker scores a pair: `before_query`, query, `before_document`, document."""
+
+    before_query: str
+    before_document: str
+    temperature: float
+    """Divisor of the product of the mean vector and the head."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +60,15 @@ class Checkpoint:
     vision: VisionConfig | None
     """The image input; None for a text model."""
     prompts: dict[Role, str]
-    """The prefix of a text in each role."""
+    """The prefix of a text in each role; empty for a reranker."""
     max_tokens: int
     """Maximum number of tokens of a text, prefix and special tokens included."""
     max_tokens_with_image: int
     """Maximum number of tokens of an image, or of an image with a text."""
     dimensions: tuple[int, ...]
-    """Vector sizes offered, ascending; the last is the full size."""
+    """Vector sizes offered, ascending; the last is the full size. (1,) for a reranker: a score."""
+    scoring: Scoring | None = None
+    """The prompt and head of a reranker; None for an embedding model."""
 
     @property
     def longest(self) -> int:
@@ -62,7 +76,7 @@ class Checkpoint:
         return max(self.max_tokens, self.max_tokens_with_image if self.vision else 0)
 
 
-def resolve(options: Options) -> Checkpoint:
+def resolve(options: EngineOptions) -> Checkpoint:
     """Return the checkpoint of some options, validated; downloads it if needed.
 
     Raises:
@@ -73,14 +87,20 @@ def resolve(options: Options) -> Checkpoint:
     folder = _locate(options, spec)
     path = folder / "config.json"
     file = read_config(path)
-    if isinstance(file, MultimodalFile):
+    is_reranker = isinstance(file, RerankerFile)
+    if is_reranker != (options.task == "rerank"):
+        raise report_task(str(folder), "rerank" if is_reranker else "embed")
+    if isinstance(file, MultimodalFile | MultimodalRerankerFile):
         config, prefix = file.llm_config, "llm_config."
         vision = read_vision(path, file, options.max_tiles)
+        if isinstance(options, RerankOptions):
+            vision = replace(vision, cache_bytes=options.vision_cache_bytes)
     else:
         config, prefix, vision = file, "", None
-    if spec is None:  # all models of the catalogue use mean pooling and unit length
-        read(folder / "modules.json", Modules)
-        read(folder / "1_Pooling" / "config.json", PoolingConfig)
+    if spec is None:
+        if not is_reranker:  # all models of the catalogue use mean pooling and unit length
+            read(folder / "modules.json", Modules)
+            read(folder / "1_Pooling" / "config.json", PoolingConfig)
     else:
         if spec.is_multimodal != (vision is not None):
             refuse(path, "architectures", type(file).__name__, f"those of {spec.name}")
@@ -101,22 +121,33 @@ def resolve(options: Options) -> Checkpoint:
         (spec and spec.max_tokens_with_image) or _MAX_TOKENS_WITH_IMAGE,
         options.max_tokens,
     ]
-    smaller = spec.dimensions if spec else file.matryoshka_dimensions or ()
+    if isinstance(file, RerankerFile):
+        prompts, scoring, dimensions = dict[Role, str](), _read_scoring(file), {1}
+    else:
+        prompts, scoring = _prompts(folder, file), None
+        smaller = spec.dimensions if spec else file.matryoshka_dimensions or ()
+        dimensions = {d for d in smaller if d < config.hidden_size} | {config.hidden_size}
     return Checkpoint(
         folder=folder,
         name=spec.name if spec else options.model,
         config=config,
         vision=vision,
-        prompts=_prompts(folder, file),
+        prompts=prompts,
         max_tokens=min(filter(None, limits)),
         max_tokens_with_image=min(filter(None, limits_with_image)),
-        dimensions=tuple(
-            sorted({d for d in smaller if d < config.hidden_size} | {config.hidden_size})
-        ),
+        dimensions=tuple(sorted(dimensions)),
+        scoring=scoring,
     )
 
 
-def _prompts(folder: Path, file: TextFile | MultimodalFile) -> dict[Role, str]:
+def _read_scoring(file: RerankerFile) -> Scoring:
+    # Source: `rerank_prompt` "v1" of the public checkpoints. No space follows the colons.
+    if file.prompt_template == "v1":
+        return Scoring("question:", " \n \n passage:", file.temperature)
+    return Scoring("", " \n ", file.temperature)
+
+
+def _prompts(folder: Path, file: EmbedderFile) -> dict[Role, str]:
     path = folder / "config_sentence_transformers.json"
     given = read(path, SentenceTransformersConfig).prompts
     query, document = (given.query, given.document) if given else (None, None)
@@ -126,7 +157,7 @@ def _prompts(folder: Path, file: TextFile | MultimodalFile) -> dict[Role, str]:
     }
 
 
-def _locate(options: Options, spec: ModelSpec | None) -> Path:
+def _locate(options: EngineOptions, spec: ModelSpec | None) -> Path:
     source = options.checkpoint or (spec.checkpoint if spec else options.model)
     if source is None:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 Each class is a file or a part of one. Aliases are the names in the file, which errors use.
 Source: the files of nvidia/llama-nemotron-embed-1b-v2 and nvidia/llama-nemotron-embed-vl-1b-v2 on
-Hugging Face, and NVIDIA-NeMo/Automodel `llama_nemotron_vl`.
+Hugging Face, and NVIDIA-NeMo/Automodel `llama_bidirectional` and `llama_nemotron_vl`.
 """
 
 from __future__ import annotations
@@ -188,6 +188,8 @@ class VisionConfig:
     """Id of `<IMG_CONTEXT>`, whose embeddings are replaced by the rows of the tower."""
     max_tiles: int
     """Maximum number of tiles of an image, without the thumbnail."""
+    cache_bytes: int = 0
+    """Device memory for the rows of recent images; 0 for none."""
 
     @property
     def tile_size(self) -> int:
@@ -235,13 +237,22 @@ class _Prefixes(_File):
     matryoshka_dimensions: list[Size] | None = None
 
 
+class _Scoring(_File):
+    temperature: float = Field(default=1.0, gt=0)
+    """Divisor of the score."""
+
+
 class TextFile(ModelConfig, _Prefixes):
-    """config.json of a text model."""
+    """config.json of a text embedding model."""
 
 
-class MultimodalFile(Tiling, _Prefixes):
-    """config.json of a multimodal model."""
+class TextRerankerFile(ModelConfig, _Scoring):
+    """config.json of a text reranker."""
 
+    prompt_template: Literal["v1"] = "v1"
+
+
+class _MultimodalFile(Tiling):
     llm_config: ModelConfig
     vision_config: TowerConfig
     img_context_token_id: int = Field(ge=0)
@@ -259,6 +270,16 @@ class MultimodalFile(Tiling, _Prefixes):
             f"{self.vision_config.image_size}, the image_size of vision_config",
         )  # fmt: skip
         return self
+
+
+class MultimodalFile(_MultimodalFile, _Prefixes):
+    """config.json of a multimodal embedding model."""
+
+
+class MultimodalRerankerFile(_MultimodalFile, _Scoring):
+    """config.json of a multimodal reranker."""
+
+    prompt_template: Literal["v1"] | None = None
 
 
 class SentenceConfig(_File):
@@ -327,15 +348,20 @@ class WeightIndex(_File):
         return value
 
 
-_FILES: dict[str, type[_File]] = {
+EmbedderFile = TextFile | MultimodalFile
+RerankerFile = TextRerankerFile | MultimodalRerankerFile
+
+_FILES: dict[str, type[EmbedderFile | RerankerFile]] = {
     "LlamaBidirectionalModel": TextFile,
     "LlamaNemotronVLModel": MultimodalFile,
+    "LlamaBidirectionalForSequenceClassification": TextRerankerFile,
+    "LlamaNemotronVLForSequenceClassification": MultimodalRerankerFile,
 }
 """The type of config.json, by architecture."""
 
 
-def read_config(path: Path) -> TextFile | MultimodalFile:
-    """Return config.json of a text model or of a multimodal model.
+def read_config(path: Path) -> EmbedderFile | RerankerFile:
+    """Return config.json of an embedding model or of a reranker.
 
     Raises:
         CheckpointError: the file is missing or invalid, or the engine does not compute the model.
@@ -343,19 +369,14 @@ def read_config(path: Path) -> TextFile | MultimodalFile:
     architectures = read(path, _Architecture, required=True).architectures
     kind = _FILES.get(architectures[0]) if len(architectures) == 1 else None
     if kind is None:
-        text, multimodal = _FILES
-        refuse(
-            path,
-            "architectures",
-            architectures,
-            f"[{text!r}], the text embedding family, or [{multimodal!r}], the multimodal one",
-        )
-    file = read(path, kind, required=True)
-    assert isinstance(file, (TextFile, MultimodalFile))
-    return file
+        known = ", ".join(f"[{name!r}]" for name in _FILES)
+        refuse(path, "architectures", architectures, f"one of {known}")
+    return read(path, kind, required=True)
 
 
-def read_vision(path: Path, file: MultimodalFile, max_tiles: int | None) -> VisionConfig:
+def read_vision(
+    path: Path, file: MultimodalFile | MultimodalRerankerFile, max_tiles: int | None
+) -> VisionConfig:
     """Return the image input that config.json and processor_config.json define.
 
     Args:

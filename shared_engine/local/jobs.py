@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from shared_engine.backend import Request
     from shared_engine.images.tiles import Tiles
+    from shared_engine.local.vision_cache import KeyedImage
 
 
 @dataclass(eq=False)
@@ -77,7 +78,7 @@ class TokenSequence(NamedTuple):
     job: Job
     row: int
     ids: NDArray[np.int32]
-    tiles: Tiles | None = None
+    tiles: Tiles | KeyedImage | None = None
     """The document's image; None for a text."""
     patches: int = 0
     """Number of patches of the image."""

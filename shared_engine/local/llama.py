@@ -1,4 +1,4 @@
-"""The bidirectional Llama encoder: token ids and tiles in, one mean vector per sequence out.
+"""The bidirectional Llama encoder: token ids and tiles in, one vector or score per sequence out.
 
 It is the decoder stack of Llama 3.2 without causal mask and padding. Linear layers and norms read
 the tokens of all sequences as one matrix (T, hidden); attention is within each sequence. Rows of
@@ -6,7 +6,8 @@ the vision tower replace the embeddings of an image's context tokens. T is the n
 a step, S the number of its sequences, d the size of a head.
 
 Source of the arithmetic: `LlamaBidirectionalModel` of the public checkpoints (mean pooling, no
-causal mask) and transformers' `modeling_llama.py`.
+causal mask), `LlamaBidirectionalForSequenceClassification` of the rerankers (mean times one row of
+weights, divided by the temperature), and transformers' `modeling_llama.py`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from shared_engine.local.weights import Weights
 
 if TYPE_CHECKING:
     from shared_engine.images.tiles import Tiles
+    from shared_engine.local.vision_cache import KeyedImage
 
 
 _WARM_LENGTH = 512
@@ -61,13 +63,13 @@ class LlamaLayer:
 
 
 class PooledOutput:
-    """The mean vectors of a step; from a GPU, they are copied asynchronously."""
+    """The vectors or scores of a step; from a GPU, they are copied asynchronously."""
 
     def __init__(self, means: Tensor, order: NDArray[np.intp]) -> None:
         """Start the copy to the host.
 
         Args:
-            means: (S, hidden) float32.
+            means: (S, hidden) float32, or (S, 1) of a reranker.
             order: Row of each mean in the caller's order.
         """
         self._means, self._order = means, order
@@ -117,6 +119,10 @@ class Encoder:
         missing = vocabulary - len(table)
         self._embedding = F.pad(table, (0, 0, 0, missing)) if missing > 0 else table
         self._vision = checkpoint.vision and VisionTower(checkpoint, weights, placement)
+        self._scoring, self._head = checkpoint.scoring, None
+        if self._scoring is not None:
+            # float32: around 20, logits in bfloat16 are 0.125 apart.
+            self._head = weights("score.weight", 1, config.hidden_size, dtype=torch.float32)
         weights.check_nothing_left()
         self._cos, self._sin = _rotary_tables(
             config.rope, self._head_dim, checkpoint.longest, placement
@@ -182,10 +188,10 @@ class Encoder:
     def __call__(
         self,
         sequences: Sequence[NDArray[np.int32]],
-        tiles: Sequence[Tiles | None] = (),
+        tiles: Sequence[Tiles | KeyedImage | None] = (),
         on_pause: Callable[[], None] = no_pause,
     ) -> PooledOutput:
-        """Compute the mean of the last hidden states of every sequence.
+        """Compute the mean of the last hidden states of every sequence, or its score.
 
         A GPU computes asynchronously, and `PooledOutput.numpy` waits for it. A mean includes all
         tokens of its sequence, also prefix and special tokens. It is not cut or normalized. It does
@@ -204,12 +210,14 @@ class Encoder:
         means = self._graphs(sequences) if self._graphs and not images else None
         if means is None:
             means = self._compute(sequences, images, on_pause)
+        if self._scoring is not None and self._head is not None:
+            means = F.linear(means, self._head) / self._scoring.temperature  # (S, 1)
         return PooledOutput(means, order)
 
     def _compute(
         self,
         sequences: Sequence[NDArray[np.int32]],
-        images: Sequence[Tiles] = (),
+        images: Sequence[Tiles | KeyedImage] = (),
         on_pause: Callable[[], None] = no_pause,
     ) -> Tensor:
         """Return the means of sequences and their images, if any: (S, hidden) float32."""

@@ -2,11 +2,12 @@
 
 All callers of a model share one `Scheduler`. Its policy:
 
-- Queries run before documents, so that a search does not wait for an ingest.
+- Queries run before documents, so that a search does not wait for an ingest. All requests to a
+  reranker count as queries.
 - After `QUERY_STEPS_IN_A_ROW` steps of queries, waiting documents get one step.
 - If a device can pause a step of documents, queries also run in its pauses, up to the same amount
   of work.
-- Flows of one role alternate. A flow may run one quantum, the tokens of a step, before the next
+- Flows of one kind alternate. A flow may run one quantum, the tokens of a step, before the next
   flow; a step may hold the end of one flow's quantum and the beginning of the next.
 - Cancelled jobs are removed before anything else is selected.
 
@@ -26,7 +27,7 @@ from threading import Condition
 from weakref import WeakKeyDictionary
 
 from shared_engine.backend import Flow, Rows
-from shared_engine.documents import EmbeddingInput, Role
+from shared_engine.documents import EmbeddingInput
 from shared_engine.errors import EngineClosedError
 from shared_engine.local.jobs import Job, TokenSequence
 
@@ -72,7 +73,8 @@ class Scheduler:
         self._cancelled: deque[Job] = deque()
         self._to_prepare: deque[FlowQueue] = deque()
         self._preparing = 0
-        self._to_run: dict[Role, deque[FlowQueue]] = {"query": deque(), "document": deque()}
+        self._to_run: dict[bool, deque[FlowQueue]] = {True: deque(), False: deque()}
+        """Flows with prepared sequences, those of searches and those of documents."""
         self._query_steps = 0.0
         """Steps of queries since the last step of documents; a step in a pause is a fraction."""
         self._initial_batch_tokens = max_batch_tokens
@@ -143,7 +145,7 @@ class Scheduler:
     def _discard_cancelled(self) -> None:
         while self._cancelled:
             job = self._cancelled.popleft()
-            queue, to_run = self.queue_of(job), self._to_run[job.request.role]
+            queue, to_run = self.queue_of(job), self._to_run[job.request.is_search]
             queue.discard(job)
             if not queue.jobs and queue in self._to_prepare:
                 self._to_prepare.remove(queue)
@@ -202,16 +204,16 @@ class Scheduler:
                 continue
             queue = self.queue_of(job)
             if not queue.ready:
-                self._to_run[job.request.role].append(queue)
+                self._to_run[job.request.is_search].append(queue)
             for sequence in group:
                 queue.ready.append(sequence)
                 queue.ready_cost += sequence.cost
 
     def next_step(self) -> list[TokenSequence] | None:
-        """Return the sequences of the next step, all of one role; None after the last.
+        """Return the sequences of the next step; None after the last.
 
-        Their total cost is at most `max_batch_tokens`; a longer sequence runs alone. Waits while
-        no sequence is prepared.
+        They are all of searches or all of documents. Their total cost is at most
+        `max_batch_tokens`; a longer sequence runs alone. Waits while no sequence is prepared.
         """
         with self._changed:
             while not (step := self.take_step()):
@@ -224,7 +226,7 @@ class Scheduler:
         """Return the same as `next_step`, but [] instead of waiting."""
         with self._changed:
             self._discard_cancelled()
-            queries, documents = self._to_run["query"], self._to_run["document"]
+            queries, documents = self._to_run[True], self._to_run[False]
             documents_first = self._query_steps >= QUERY_STEPS_IN_A_ROW
             queues = documents if documents and (documents_first or not queries) else queries
             if not queues:
@@ -236,7 +238,7 @@ class Scheduler:
         """Return a step of queries for a pause of a step of documents, or [] if none may run."""
         with self._changed:
             self._discard_cancelled()
-            queries = self._to_run["query"]
+            queries = self._to_run[True]
             if not queries or self._query_steps >= QUERY_STEPS_IN_A_ROW:
                 return []
             before = self.tokens

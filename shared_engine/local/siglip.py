@@ -24,6 +24,7 @@ from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.device import Placement
 from shared_engine.local.memory import Buffer, to_device
 from shared_engine.local.resize import cut_on_device
+from shared_engine.local.vision_cache import KeyedImage, VisionCache
 from shared_engine.local.weights import Weights
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class VisionTower:
         self._patch = tower.patch_size
         self._side = vision.patches_per_side
         self._heads, self._eps = tower.heads, tower.layer_norm_eps
+        self._rows_per_tile = vision.tokens_per_tile
+        self._cache = VisionCache(vision.cache_bytes)
         self._buffer = Buffer(placement)
         # A patch costs about half of a token.
         fitting = 2 * placement.max_batch_tokens // vision.patches_per_tile
@@ -100,16 +103,27 @@ class VisionTower:
         self._connector_up = _linear(weights, "mlp1.1", out, 4 * hidden)
         self._connector_down = _linear(weights, "mlp1.3", out, out)
 
-    def __call__(self, images: Sequence[Tiles], on_pause: Callable[[], None] = no_pause) -> Tensor:
+    def __call__(
+        self, images: Sequence[Tiles | KeyedImage], on_pause: Callable[[], None] = no_pause
+    ) -> Tensor:
         """Return the rows of all images in order: (rows, width), P / 4 for each tile.
 
         Rows of a tile are ordered from left to right, then from top to bottom. Tiles of several
         images share a forward pass.
 
         Args:
-            images: Tiles (n, size, size, 3), or pictures to cut on the device.
+            images: Tiles (n, size, size, 3), or pictures to cut on the device; with a key, the
+                rows come from the cache if it has them.
             on_pause: Called twice in every layer; it may call this tower.
         """
+
+        def encode(missing: Sequence[Tiles]) -> Sequence[Tensor]:
+            sizes = [len(image) * self._rows_per_tile for image in missing]
+            return torch.split(self._encode(missing, on_pause), sizes)
+
+        return torch.cat(self._cache(images, encode))
+
+    def _encode(self, images: Sequence[Tiles], on_pause: Callable[[], None]) -> Tensor:
         tiles = torch.cat([self._tiles(image) for image in images])  # (n, size, size, 3)
         passes = torch.split(tiles, self._tiles_per_pass)
         return torch.cat(

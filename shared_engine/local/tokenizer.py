@@ -1,4 +1,4 @@
-"""Tokenize texts with the prefix of their role, and truncate them on request."""
+"""Tokenize texts with the prefix of their role or after a query, and truncate them on request."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ class TextTokenizer:
                     role: self._tokenizer.encode(prompt.rstrip()).ids
                     for role, prompt in checkpoint.prompts.items()
                 }
+                prompt = self._tokenizer.encode(checkpoint.prompts.get("document", "")).ids
         except Exception as exc:  # the library raises a bare Exception
             raise CheckpointError(f"{path} cannot be read: {exc}") from exc
         if dropout := getattr(self._tokenizer.model, "dropout", None):
@@ -77,7 +78,7 @@ class TextTokenizer:
         self.limit = checkpoint.max_tokens
         self.limit_with_image = checkpoint.max_tokens_with_image
         self._bos = checkpoint.config.bos_token_id or 0
-        self._prompts = checkpoint.prompts
+        self._prompts, self._scoring = checkpoint.prompts, checkpoint.scoring
         vocabulary = self._tokenizer.get_vocab().values()
         self.size = 1 + max([*vocabulary, *itertools.chain(*self._kept.values())], default=-1)
         rows = max(checkpoint.config.vocab_size, len(vocabulary))
@@ -87,16 +88,17 @@ class TextTokenizer:
                 "number of tokens or vocab_size of config.json"
             )
         if checkpoint.vision:
-            self._prepare_for_images(checkpoint.vision, names, path)
+            self._prepare_for_images(checkpoint.vision, prompt, names, path)
 
-    def _prepare_for_images(self, vision: VisionConfig, names: list[str], path: Path) -> None:
+    def _prepare_for_images(
+        self, vision: VisionConfig, prompt: list[int], names: list[str], path: Path
+    ) -> None:
         start, context, end = (self._tokenizer.token_to_id(name) for name in names)
         if start is None or end is None or context != vision.context_token:
             raise CheckpointError(
                 f"{path} has {', '.join(_IMAGE_TOKENS)} as {start}, {context}, {end}; expected "
                 f"three ids, the second {vision.context_token} (img_context_token_id)"
             )
-        prompt = self._tokenizer.encode(self._prompts["document"]).ids
         self._before_image = np.array([*prompt, start], np.int32)
         self._tile = np.full(vision.tokens_per_tile, context, np.int32)
         self._after_image = np.array([end], np.int32)
@@ -112,26 +114,48 @@ class TextTokenizer:
         "START" from its beginning, as at a NIM, and keeps BOS and prefix; "NONE" returns an error
         in place of the ids.
         """
-        out: list[TokenIds | InputTooLongError] = []
-        for batch in self._split(texts):
-            for ids, is_whole in self._encode(self._prompts[role], batch, self.limit, truncate):
-                if len(ids) > self.limit:
-                    kept = self._count_kept(ids, role)
-                    out.append(_cut(ids, kept, self.limit, truncate, is_whole))
-                else:
-                    out.append(ids if len(ids) else np.array([self._bos], np.int32))
-        return out
+        return self._encode_all(self._prompts[role], self._kept[role], texts, truncate)
 
     @_panics_as_errors()
-    def encode_with_image(self, tiles: int, text: str, truncate: Truncate) -> TokenIds:
+    def check_query(self, query: str) -> None:
+        """Refuse a query that leaves no space for a document.
+
+        Raises:
+            InputTooLongError: it does.
+        """
+        tokens = len(self._tokenizer.encode(self._prompt_of(query)).ids)
+        if tokens >= self.limit:
+            raise InputTooLongError(
+                f"the query has {tokens} tokens with its prompt; expected less than {self.limit}, "
+                "the limit of query and document together; use a shorter query",
+                tokens=tokens,
+                limit=self.limit,
+            )
+
+    @_panics_as_errors()
+    def encode_pairs(
+        self, query: str, texts: Sequence[str], truncate: Truncate
+    ) -> list[TokenIds | InputTooLongError]:
+        """Return the ids of each text after a query, with BOS: at most `limit` ids, or an error.
+
+        Query and text are tokenized as one string, because words may join where they meet.
+        """
+        return self._encode_all(self._prompt_of(query), [], texts, truncate)
+
+    @_panics_as_errors()
+    def encode_with_image(
+        self, tiles: int, text: str, truncate: Truncate, query: str | None = None
+    ) -> TokenIds:
         """Return the ids of an image with a text, at most `limit_with_image`.
 
         They are the prefix of a document, `<img>`, `<IMG_CONTEXT>` for each row of each tile,
-        `</img>`, a space and the text, which may be empty. Only the text is cut.
+        `</img>`, a space, the prompt of the query if there is one, and the text, which may be
+        empty. Only the text is cut.
 
         Raises:
             ImageTooLargeError: the image alone exceeds the limit.
-            InputTooLongError: image and text exceed the limit, and `truncate` is "NONE".
+            InputTooLongError: image and text exceed the limit, and `truncate` is "NONE"; or image
+                and query leave no space for a text.
         """
         limit = self.limit_with_image
         image = np.concatenate([self._before_image, *[self._tile] * tiles, self._after_image])
@@ -140,8 +164,18 @@ class TextTokenizer:
                 f"has an image of {len(image)} tokens; the limit is {limit}; use a smaller "
                 "max_tiles or a larger max_tokens",
             )
-        free = limit - len(image)
-        ((words, is_whole),) = self._encode(" ", [text], free, truncate, special=False)
+        before, free = " ", limit - len(image)
+        if query is not None:
+            before += self._prompt_of(query)
+            tokens = len(self._tokenizer.encode(before, add_special_tokens=False).ids)
+            if tokens >= free:
+                raise InputTooLongError(
+                    f"has an image of {len(image)} tokens for a query of {tokens}; expected less "
+                    f"than {limit} together; use a smaller max_tiles or a shorter query",
+                    tokens=len(image) + tokens,
+                    limit=limit,
+                )
+        ((words, is_whole),) = self._encode(before, [text], free, truncate, special=False)
         ids = np.concatenate([image, words])
         if len(ids) <= limit:
             return ids
@@ -149,6 +183,28 @@ class TextTokenizer:
         if isinstance(cut, InputTooLongError):
             raise cut
         return cut
+
+    def _prompt_of(self, query: str) -> str:
+        assert self._scoring is not None
+        return f"{self._scoring.before_query}{query}{self._scoring.before_document}"
+
+    def _encode_all(
+        self, prompt: str, kept: list[int], texts: Sequence[str], truncate: Truncate
+    ) -> list[TokenIds | InputTooLongError]:
+        """Return the ids of each text after a prompt; see `encode`.
+
+        Args:
+            kept: The ids of the prompt, which "START" keeps.
+        """
+        out: list[TokenIds | InputTooLongError] = []
+        for batch in self._split(texts):
+            for ids, is_whole in self._encode(prompt, batch, self.limit, truncate):
+                if len(ids) > self.limit:
+                    count = _count_equal(kept[: self.limit], ids.tolist())
+                    out.append(_cut(ids, count, self.limit, truncate, is_whole))
+                else:
+                    out.append(ids if len(ids) else np.array([self._bos], np.int32))
+        return out
 
     def _split(self, texts: Sequence[str]) -> Iterator[list[str]]:
         """Yield the texts in batches for one call of the library each."""
@@ -192,11 +248,11 @@ class TextTokenizer:
                 ids = self._tokenizer.encode(before + part, add_special_tokens=special).ids
             yield np.array(ids, np.int32), part is text
 
-    def _count_kept(self, ids: TokenIds, role: Role) -> int:
-        """Return the number of ids that truncation keeps: those of BOS and prefix."""
-        kept = self._kept[role][: self.limit]
-        same = [a == b for a, b in zip(kept, ids.tolist(), strict=False)]
-        return same.index(False) if False in same else len(same)
+
+def _count_equal(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the number of ids in which the beginnings of two sequences are equal."""
+    same = [x == y for x, y in zip(a, b, strict=False)]
+    return same.index(False) if False in same else len(same)
 
 
 def shorten(text: str, length: int, truncate: Truncate) -> str:
@@ -227,7 +283,7 @@ def _cut(
     tokens = len(ids) if is_whole else len(ids) - _MARGIN
     return InputTooLongError(
         f"has {'' if is_whole else 'over '}{tokens} tokens; the limit is {limit}; split it, or use "
-        'truncate="END" (or "START") to embed a part of it',
+        'truncate="END" to cut it off there',
         tokens=tokens,
         limit=limit,
     )

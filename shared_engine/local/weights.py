@@ -15,7 +15,10 @@ from shared_engine.local.device import Placement
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _UNUSED = ("lm_head.weight", "rotary_emb.inv_freq", "embeddings.position_ids")
-_UNUSED_PARTS = ("vision_model.head.",)  # SigLIP's attention pooling, which no embedder runs
+_UNUSED_PARTS = (
+    "vision_model.head.",  # SigLIP's attention pooling, which no model of ours runs
+    "language_model.score.",  # a second head in some exports of rerankers
+)
 _PREFIX_ALIASES = {  # in training exports, rerankers and transformers 4
     "model.": "",
     "language_model.model.": "language_model.",
@@ -56,8 +59,8 @@ class Weights:
                     raise CheckpointError(f"{path} holds {key!r}, which is a duplicate")
                 self._remaining[common] = (file, key)
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """Return a tensor in the placement's dtype; each tensor can be read once.
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor in `dtype`, by default the placement's; each can be read once.
 
         Raises:
             CheckpointError: the tensor is missing, has another shape, or holds integers.
@@ -80,7 +83,7 @@ class Weights:
                 f"{self._folder}: tensor {key!r} has dtype {tensor.dtype}; expected one of "
                 f"{', '.join(map(str, _DTYPES))}, because quantized weights are not supported"
             )
-        return tensor.to(self._placement.dtype)
+        return tensor.to(dtype or self._placement.dtype)
 
     def check_nothing_left(self) -> None:
         """Raise a CheckpointError if a tensor was not read: config.json is of another model."""
@@ -93,13 +96,13 @@ class Weights:
 
 
 def is_unused(name: str) -> bool:
-    """Return whether no embedding depends on a tensor; `name` is its common name."""
+    """Return whether no result depends on a tensor; `name` is its common name."""
     return name.endswith(_UNUSED) or name.startswith(_UNUSED_PARTS)
 
 
 def common_name(key: str) -> str:
     """Return the name in the public checkpoints of a tensor, which may have an alias."""
-    for alias, prefix in _PREFIX_ALIASES.items():
+    for alias, prefix in _PREFIX_ALIASES.items():  # several may apply
         if key.startswith(alias):
-            return prefix + key.removeprefix(alias)
+            key = prefix + key.removeprefix(alias)
     return key

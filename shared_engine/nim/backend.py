@@ -56,7 +56,7 @@ from shared_engine.nim.decisions import (
     Split,
     decide,
 )
-from shared_engine.options import Options
+from shared_engine.options import EngineOptions
 from shared_engine.threads import result_of
 from shared_engine.wire import INPUT_TYPE, split_role_suffix
 
@@ -74,7 +74,9 @@ _log = logging.getLogger("shared_engine")
 class NimBackend(Backend):
     """An embedding model behind `/v1/embeddings`, shared by any number of callers."""
 
-    def __init__(self, options: Options, base_url: str, api_key: SecretStr | None = None) -> None:
+    def __init__(
+        self, options: EngineOptions, base_url: str, api_key: SecretStr | None = None
+    ) -> None:
         """Create the client and start its thread; nothing is sent yet.
 
         Raises:

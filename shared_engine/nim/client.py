@@ -26,7 +26,7 @@ from shared_engine.errors import (
 from shared_engine.nim import protocol, proxies
 from shared_engine.nim.reading import MOST_BYTES
 from shared_engine.nim.transport import Limited, Retrying, Sending, is_retried
-from shared_engine.options import Options
+from shared_engine.options import EngineOptions
 
 KEEP_ALIVE = 30.0
 """Seconds that an idle connection is kept."""
@@ -42,7 +42,7 @@ _log = logging.getLogger("shared_engine")
 class NimClient:
     """Sends requests to one server; all but the constructor runs in one event loop."""
 
-    def __init__(self, options: Options, base_url: str, api_key: SecretStr | None) -> None:
+    def __init__(self, options: EngineOptions, base_url: str, api_key: SecretStr | None) -> None:
         """Create the httpx client; nothing is sent yet.
 
         A key of the environment that would travel unencrypted to a public host is left out; any
@@ -217,7 +217,7 @@ class NimClient:
         raise error  # outside of `except`, as httpx's errors hold the request and so the key
 
 
-def create_own_client(options: Options) -> httpx.AsyncClient | None:
+def create_own_client(options: EngineOptions) -> httpx.AsyncClient | None:
     """Return the client of `http_client_factory=`, or None without that option.
 
     Raises:
@@ -234,7 +234,7 @@ def create_own_client(options: Options) -> httpx.AsyncClient | None:
     return client
 
 
-def build_client(options: Options, proxy: httpx.Proxy | None) -> httpx.AsyncClient:
+def build_client(options: EngineOptions, proxy: httpx.Proxy | None) -> httpx.AsyncClient:
     """Return a client with the TLS settings, connections and proxy of the options.
 
     Raises:
@@ -256,7 +256,7 @@ def build_client(options: Options, proxy: httpx.Proxy | None) -> httpx.AsyncClie
     return httpx.AsyncClient(transport=transport, trust_env=False)
 
 
-def build_headers(options: Options, api_key: SecretStr | None) -> httpx.Headers:
+def build_headers(options: EngineOptions, api_key: SecretStr | None) -> httpx.Headers:
     """Return the headers of every request.
 
     Raises:

@@ -376,8 +376,8 @@ def build_error(
     if (lengths := reply.tokens_and_limit) is not None:
         tokens, limit = lengths
         return InputTooLongError(
-            f'is too long for the server ({reply.detail}); split it, or set truncate="END" (or '
-            '"START") to embed a part of it',
+            f"is too long for the server ({reply.detail}); split it, or use "
+            'truncate="END" to cut it off',
             tokens=tokens,
             limit=limit,
         )

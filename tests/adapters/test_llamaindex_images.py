@@ -53,7 +53,7 @@ from shared_engine import (
     UnsupportedModalityError,
     images,
 )
-from shared_engine.pipeline import Pipeline
+from shared_engine.pipeline import EmbeddingPipeline
 from tests.support.adapters import (
     BASE64,
     CAPTIONS,
@@ -153,13 +153,13 @@ async def test_a_broken_image_is_named(model: NeMoRetrieverEmbedding, files: lis
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that gets the number of documents of each call of the engine."""
     calls: list[int] = []
-    submit = Pipeline.submit
+    submit = EmbeddingPipeline.submit
 
-    def counting(self: Pipeline, documents: Any, *args: Any) -> Any:
+    def counting(self: EmbeddingPipeline, documents: Any, *args: Any) -> Any:
         calls.append(len(documents))
         return submit(self, documents, *args)
 
-    monkeypatch.setattr(Pipeline, "submit", counting)
+    monkeypatch.setattr(EmbeddingPipeline, "submit", counting)
     return calls
 
 

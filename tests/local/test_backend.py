@@ -201,7 +201,10 @@ def test_memory_is_released_when_the_last_backend_closes(open_backend, monkeypat
 
 
 def test_two_devices_that_run_out_of_memory_agree_on_the_smaller_step(open_backend):
-    """The second fails at a step that it took before the first had shrunk it."""
+    """The second fails at a step that it took before the first had shrunk it.
+
+    Devices of two numbers, as steps on one device are computed one after the other.
+    """
     both_have_one, has_shrunk = threading.Barrier(2), threading.Event()
     numbers = iter(range(2))
 
@@ -221,7 +224,10 @@ def test_two_devices_that_run_out_of_memory_agree_on_the_smaller_step(open_backe
             return self.encoder(sequences, tiles)
 
     def load(*given: Any) -> Faulty:
-        return Device(holds=30 * next(numbers), error=OUT_OF_MEMORY).load(*given)
+        number = next(numbers)
+        made = Device(holds=30 * number, error=OUT_OF_MEMORY).load(*given)
+        made.device = torch.device("cpu", number)
+        return made
 
     backend = open_backend(load, device="cpu,cpu", max_batch_tokens=512)
     vectors = vectors_of(backend.submit(request(["fifteen tokens in this one text"] * 52)))

@@ -25,13 +25,18 @@ Float64 = NDArray[np.float64]
 
 def numpy_float64(folder: Path, texts: list[str], prefix: str, *, causal: bool = False) -> Float64:
     """Embed with the model written out in numpy; `causal` puts back the mask that must be gone."""
+    return _embed(folder, texts, prefix, last_hidden_float64(folder, causal=causal))
+
+
+def last_hidden_float64(folder: Path, *, causal: bool = False) -> Callable[[list[int]], Float64]:
+    """Return a function from the ids of a text to its last hidden states (t, hidden), in numpy."""
     config, weights = read_config(folder), _weights(folder)
 
     def last_hidden(ids: list[int]) -> Float64:
         rows = weights["embed_tokens.weight"][ids].astype(np.float64)  # (t, hidden)
         return llama_float64(config, weights, rows, causal=causal)
 
-    return _embed(folder, texts, prefix, last_hidden)
+    return last_hidden
 
 
 def llama_float64(

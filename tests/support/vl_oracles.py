@@ -51,6 +51,13 @@ def numpy_float64(
     folder: Path, items: Sequence[Item], role: Role, *, mistake: Mistake | None = None
 ) -> Float64:
     """Embed with the model written out in numpy; `mistake` makes one, to see what it changes."""
+    return _embed(folder, items, role, mean_float64(folder, mistake))
+
+
+def mean_float64(
+    folder: Path, mistake: Mistake | None = None
+) -> Callable[[list[int], Pixels | None], Float64]:
+    """Return a function from ids and tiles to the mean of the last hidden states, in numpy."""
     config, parts = read_config(folder), _parts(folder)
     embeddings = parts["language_model"]["embed_tokens.weight"]
     context = config["img_context_token_id"]
@@ -70,7 +77,7 @@ def numpy_float64(
         mean: Float64 = x.mean(axis=0)
         return mean
 
-    return _embed(folder, items, role, mean_state)
+    return mean_state
 
 
 def internvl(folder: Path, items: Sequence[Item], role: Role) -> Float64:
@@ -262,8 +269,9 @@ def _parts(folder: Path) -> dict[str, Weights]:
     """Read the three parts of the model, each under names that do not depend on the layout."""
     parts: dict[str, Weights] = {"vision_model": {}, "mlp1": {}, "language_model": {}}
     for name, values in read_tensors(folder):
-        part, _, rest = name.partition(".")
-        parts[part][rest.removeprefix("vision_model.").removeprefix("model.")] = values
+        part, _, rest = name.removeprefix("model.").partition(".")
+        if part in parts:  # not the head of a reranker
+            parts[part][rest.removeprefix("vision_model.").removeprefix("model.")] = values
     return parts
 
 

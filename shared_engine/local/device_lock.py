@@ -1,0 +1,88 @@
+"""One step at a time on a device that several models share; steps of searches go first.
+
+Each model has its own queue and thread. Two threads that computed at once would each take twice as
+long, and an ingest with one model would delay a search with another. So a thread holds the lock of
+its device while it starts a step: on a CPU until the step is computed, on a GPU until it is queued,
+which then alternates between the models. On a CPU, a step of documents gives way in its pauses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Condition, Lock
+
+import torch
+
+from shared_engine.threads import after_fork
+
+SEARCHES_IN_A_ROW = 8
+"""Steps of searches that may delay a step of documents."""
+
+
+class DeviceLock:
+    """The lock of one device. A thread must not acquire it twice."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._is_held = False
+        self._waiting = {False: 0, True: 0}
+        """Steps that wait, of documents and of searches."""
+        self._searches = 0
+        """Steps of searches since a step of documents was computed while others waited."""
+
+    @contextmanager
+    def hold(self, is_search: bool) -> Iterator[None]:
+        """Hold the lock for one step."""
+        self._acquire(is_search)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._release()
+                if not is_search:
+                    self._searches = 0
+
+    def give_way(self) -> None:
+        """Let waiting steps of searches run; for the holder, in a step of documents."""
+        if self._waiting[True] and self._searches < SEARCHES_IN_A_ROW:
+            with self._changed:
+                self._release()
+                self._acquire(is_search=False)
+
+    def _acquire(self, is_search: bool) -> None:
+        with self._changed:
+            self._waiting[is_search] += 1
+            while self._is_held or self._must_wait(is_search):
+                self._changed.wait()
+            self._waiting[is_search] -= 1
+            self._is_held = True
+            if is_search and self._waiting[False]:
+                self._searches += 1
+
+    def _must_wait(self, is_search: bool) -> bool:
+        is_turn_of_documents = self._searches >= SEARCHES_IN_A_ROW
+        if is_search:
+            return is_turn_of_documents and self._waiting[False] > 0
+        return not is_turn_of_documents and self._waiting[True] > 0
+
+    def _release(self) -> None:
+        self._is_held = False
+        self._changed.notify_all()
+
+
+def lock_of(device: torch.device) -> DeviceLock:
+    """Return the lock of a device, the same for every model in this process."""
+    with _creating:
+        return _locks.setdefault(str(device), DeviceLock())
+
+
+def _start_afresh() -> None:
+    global _creating  # noqa: PLW0603 - a thread of the fork's parent may hold it
+    _creating = Lock()
+    _locks.clear()
+
+
+_locks: dict[str, DeviceLock] = {}
+_creating = Lock()
+after_fork(_start_afresh)

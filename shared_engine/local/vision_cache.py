@@ -1,0 +1,79 @@
+"""A cache of encoded images, which do not depend on the query that a reranker scores them for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from shared_engine.images.tiles import Tiles
+
+
+@dataclass(eq=False)
+class KeyedImage:
+    """An image whose rows are kept."""
+
+    tiles: Tiles
+    key: bytes = field(init=False)
+    """A digest of all that the vision tower reads of the image."""
+
+    def __post_init__(self) -> None:
+        tiles = self.tiles
+        if isinstance(tiles, np.ndarray):
+            pixels, grid = tiles, None
+        else:
+            pixels, grid = tiles.pixels, (tiles.box, tiles.cols, tiles.rows)
+        digest = hashlib.blake2b(repr((pixels.shape, grid)).encode())
+        digest.update(np.ascontiguousarray(pixels).data)
+        self.key = digest.digest()
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+
+class VisionCache:
+    """Rows of images by key, the least recently used dropped first. Not thread-safe."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._rows: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._size = 0
+
+    def __call__(
+        self,
+        images: Sequence[Tiles | KeyedImage],
+        encode: Callable[[Sequence[Tiles]], Sequence[Tensor]],
+    ) -> list[Tensor]:
+        """Return the rows of each image, and encode those that the cache does not have.
+
+        Args:
+            encode: The vision tower: from images to the rows of each.
+        """
+        found = [self._find(image) for image in images]
+        missing = [image for image, rows in zip(images, found, strict=True) if rows is None]
+        tiles = [image.tiles if isinstance(image, KeyedImage) else image for image in missing]
+        encoded = iter(encode(tiles) if tiles else ())
+        out = [next(encoded) if rows is None else rows for rows in found]
+        for image, rows in zip(images, out, strict=True):
+            if isinstance(image, KeyedImage):
+                self._keep(image.key, rows)
+        return out
+
+    def _find(self, image: Tiles | KeyedImage) -> Tensor | None:
+        return self._rows.get(image.key) if isinstance(image, KeyedImage) else None
+
+    def _keep(self, key: bytes, rows: Tensor) -> None:
+        if key in self._rows:
+            self._rows.move_to_end(key)
+        elif rows.nbytes <= self._most_bytes:
+            self._rows[key] = rows.clone()  # not a view, which keeps the rows of a whole step
+            self._size += rows.nbytes
+        while self._size > self._most_bytes:
+            _, dropped = self._rows.popitem(last=False)
+            self._size -= dropped.nbytes
