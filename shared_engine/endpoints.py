@@ -11,6 +11,8 @@ from shared_engine.errors import ConfigurationError
 
 HOSTED = "https://integrate.api.nvidia.com/v1"
 """NVIDIA's catalogue of hosted models."""
+HOSTED_RANKING = "https://ai.api.nvidia.com/v1/retrieval/{}/reranking"
+"""Where the catalogue has a reranker, with the name of the model, whose dots are underscores."""
 POLLING = "https://api.nvcf.nvidia.com/v2/nvcf/pexec/status/"
 """Where a client polls the catalogue for the result of a request that it answered with 202."""
 MOST_HOSTED_CHARACTERS = 180_000

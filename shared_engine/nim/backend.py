@@ -2,7 +2,8 @@
 
     submit ─► batches.py: inputs of one request ─► client.py ─► transport.py ─► httpx
                    ▲                                   │
-                   └──────── decisions.py ◄────────────┘      protocol.py: bodies and errors
+                   └──────── decisions.py ◄────────────┘      forms.py: bodies
+                                                              protocol.py: replies, errors
 
 One event loop in one thread serves all callers, so they share connections and one limit of requests
 in flight, from any thread or event loop. Images are opened in other threads, as that would block
@@ -10,8 +11,8 @@ the loop for too long.
 
 Whatever a server replies, n inputs take a bounded number of requests. They are split at most n - 1
 times, so there are at most 2 n - 1 batches. Each is sent at most MOST_SENDS times, and each of
-these has at most `max_retries` retries. The list of models, one probe per modality, and requests
-over connections that the server had closed come on top.
+these has at most `max_retries` retries. The list of models, one probe per modality and per form of
+rerankers, and requests over connections that the server had closed come on top.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any, Literal, TypeVar
 import httpx
 from pydantic import SecretStr
 
-from shared_engine.backend import Backend, Request, Rows
+from shared_engine.backend import Backend, Request, Rows, ScoreKind
 from shared_engine.catalogue import AvailableModel, ModelSpec, lookup
 from shared_engine.documents import EmbeddingInput, Modality
 from shared_engine.endpoints import MOST_HOSTED_CHARACTERS, is_hosted
@@ -50,15 +51,22 @@ from shared_engine.nim.decisions import (
     Deliver,
     Fail,
     Isolate,
-    Known,
     Probe,
     Resend,
     Split,
     decide,
 )
+from shared_engine.nim.forms import (
+    MOST_VALUES,
+    RERANK_FORMS,
+    EmbeddingsForm,
+    Form,
+    Known,
+    RankingForm,
+)
 from shared_engine.options import EngineOptions
 from shared_engine.threads import result_of
-from shared_engine.wire import INPUT_TYPE, split_role_suffix
+from shared_engine.wire import split_role_suffix
 
 TRIES_MALFORMED = 3
 MOST_SENDS = TRIES_MALFORMED + 2
@@ -72,7 +80,7 @@ _log = logging.getLogger("shared_engine")
 
 
 class NimBackend(Backend):
-    """An embedding model behind `/v1/embeddings`, shared by any number of callers."""
+    """An embedding model or reranker at a server, shared by any number of callers."""
 
     def __init__(
         self, options: EngineOptions, base_url: str, api_key: SecretStr | None = None
@@ -95,10 +103,17 @@ class NimBackend(Backend):
         self._limits = BatchLimits(options.max_batch_size)
         self._encoding: Literal["base64", "float"] = "base64"
         self._sends_modality = True
+        width = self._spec.hidden_size if self._spec else MOST_VALUES
+        self._form: Form | None = None
+        if options.task == "embed":
+            self._form = EmbeddingsForm(width, options.user)
+        elif is_hosted(base_url):
+            self._form = RankingForm()
+        self._has_logits = False
         self._width: int | None = None
         self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "nemoretriever-images")
         self._succeeded = 0.0  # time.monotonic() of the last valid reply
-        self._finding_model = asyncio.Lock()
+        self._finding_model, self._finding_form = asyncio.Lock(), asyncio.Lock()
         self._lock = threading.RLock()  # reentrant, as a finalizer may call close() anywhere
         self._closed = False
         self._calls: set[Future[Any]] = set()
@@ -115,8 +130,20 @@ class NimBackend(Backend):
 
     @property
     def description(self) -> str:
-        """The name of the model and the address of the server."""
-        return f"{self._served or self._name} at {self._base_url}"
+        """The name of the model, the address of the server and, once known, its rerank form."""
+        form = f" ({self._form.name})" if self._form and self._form.name else ""
+        return f"{self._served or self._name} at {self._base_url}{form}"
+
+    @property
+    def score_kind(self) -> ScoreKind:
+        """What the scores are; asks a server for its form.
+
+        Raises:
+            RemoteError: the server has no reranker.
+        """
+        if self._form is None:
+            result_of(self._start(self._connect()))
+        return "logit" if self._has_logits or self._form is None else self._form.score_kind
 
     @property
     def fingerprint(self) -> str:
@@ -214,7 +241,8 @@ class NimBackend(Backend):
             self._loop.stop()
 
     async def _embed(self, request: Request) -> Rows:
-        call = Dispatch(request, self._encode, self._spec.hidden_size if self._spec else 0)
+        width = self._spec.hidden_size if self._spec else 0
+        call = Dispatch(request, self._encode, 1 if request.query is not None else width)
         seconds = self._options.deadline
         try:
             async with asyncio.timeout(seconds) as deadline:
@@ -227,20 +255,20 @@ class NimBackend(Backend):
             call.close()
         return call.result()
 
-    def _encode(self, document: EmbeddingInput) -> asyncio.Future[bytes]:
+    def _encode(self, form: Form, document: EmbeddingInput) -> asyncio.Future[bytes]:
         urls, most = self._options.allow_image_urls, self._most_characters
         if most is not None and not self._has_logged_limit:
             self._has_logged_limit = True
             _log.info("images with more than %d base64 characters are reduced", most)
         return self._loop.run_in_executor(
-            self._encoders, lambda: protocol.encode_input(document, urls, most)
+            self._encoders, lambda: form.encode_input(document, urls, most)
         )
 
     async def _run(self, call: Dispatch) -> None:
         n = len(call.request.documents)
         if not n:
             return
-        model = await self._find_model()
+        model, call.form = await self._connect()
         has_images = any(document.image is not None for document in call.request.documents)
         batches = n if has_images else -(-n // self._limits.inputs)
         in_flight = self._client.most_in_flight
@@ -283,13 +311,13 @@ class NimBackend(Backend):
     async def _send_batch(self, call: Dispatch, batch: RequestBatch, model: str) -> None:
         """Send a batch once, and carry out the decision on its reply."""
         known = self._get_known(batch)
-        response = await self._post(call.request, batch, model, known)
-        reply = await self._read(response, len(batch.rows), call.request.dimensions)
+        response = await self._post(call, batch, model, known)
+        reply = await self._read(response, call, len(batch.rows))
         known = replace(known, is_accepted=call.is_accepted(batch.modality))
         decision = decide(reply, batch, known)
         if isinstance(decision, Probe):
             is_accepted = await call.probe(
-                batch.modality, lambda probe: self._probe(call.request, probe, model)
+                batch.modality, lambda probe: self._probe(call, probe, model)
             )
             decision = decide(reply, batch, replace(known, is_accepted=is_accepted))
         match decision:
@@ -320,26 +348,29 @@ class NimBackend(Backend):
         call.deliver(batch, reply.vectors, reply.tokens)
         self._succeeded = time.monotonic()
         self._limits.accepted_size = max(self._limits.accepted_size, batch.size)
-        if call.request.dimensions is None:
+        if call.request.query is not None:
+            # Some servers of Cohere's form send logits instead.
+            self._has_logits |= not ((reply.vectors >= 0) & (reply.vectors <= 1)).all()
+        elif call.request.dimensions is None:
             self._width = reply.vectors.shape[1]
 
-    async def _probe(self, request: Request, batch: RequestBatch, model: str) -> bool:
+    async def _probe(self, call: Dispatch, batch: RequestBatch, model: str) -> bool:
         """Return whether the server accepts a valid input, sent as other batches are."""
         try:
-            response = await self._post(request, batch, model, self._get_known(batch))
+            response = await self._post(call, batch, model, self._get_known(batch))
         except NeMoRetrieverError:
             return True  # no refusal of the input
         return not self._client.read_error(response).is_ambiguous
 
     async def _read(
-        self, response: httpx.Response, n: int, dimensions: int | None
+        self, response: httpx.Response, call: Dispatch, n: int
     ) -> protocol.Reply | protocol.ErrorReply:
         if not response.is_success:
             return self._client.read_error(response)
-        arguments = (response.content, n, dimensions, self._client.mask)
+        arguments = (response.content, call.request, n, self._client.mask)
         if len(response.content) < _LARGE_REPLY:
-            return protocol.parse_reply(*arguments)
-        return await asyncio.to_thread(protocol.parse_reply, *arguments)
+            return call.form.parse_reply(*arguments)
+        return await asyncio.to_thread(call.form.parse_reply, *arguments)
 
     def _shrink(self, batch: RequestBatch, by_count: bool) -> None:
         if by_count:
@@ -360,27 +391,22 @@ class NimBackend(Backend):
         """
         is_text_model = self._spec is not None and not self._spec.is_multimodal
         has_modality = batch.has_images or (self._sends_modality and not is_text_model)
-        return Known(self._encoding, has_modality)
+        return Known(self._encoding, batch.modality if has_modality else None)
 
     async def _post(
-        self, request: Request, batch: RequestBatch, model: str, known: Known
+        self, call: Dispatch, batch: RequestBatch, model: str, known: Known
     ) -> httpx.Response:
-        fields = {
-            "model": model,
-            "input_type": INPUT_TYPE[request.role],
-            "encoding_format": known.encoding,
-            "truncate": request.truncate,
-            "dimensions": request.dimensions,
-            "modality": batch.modality if known.has_modality else None,
-            "user": self._options.user,
-        }
-        width = protocol.MOST_VALUES if self._spec is None else self._spec.hidden_size
-        width = max(width, request.dimensions or 0)
-        return await self._client.post_embeddings(
-            protocol.build_body(fields, batch.inputs),
-            protocol.bound_reply(len(batch.rows), width),
-            urgent=request.role == "query",
+        return await self._client.post(
+            call.form.find_url(self._base_url, model),
+            call.form.build_body(call.request, model, batch.inputs, known),
+            call.form.bound_reply(call.request, batch.inputs),
+            urgent=call.request.is_search,
         )
+
+    async def _connect(self) -> tuple[str, Form]:
+        """Return the server's name of the model, and the form of its requests."""
+        model = await self._find_model()
+        return model, await self._find_form(model)
 
     async def _find_model(self) -> str:
         async with self._finding_model:
@@ -388,6 +414,46 @@ class NimBackend(Backend):
                 listed = protocol.list_models(await self._client.get_models())
                 self._served = self._match_served_model(listed)
         return self._served
+
+    async def _find_form(self, model: str) -> Form:
+        """Return the form of the server's requests.
+
+        A server of rerankers is asked for a score in each form, until it replies with one.
+
+        Raises:
+            ModelNotFoundError: it has none of the paths.
+            RemoteError: it fails, or refuses the key.
+        """
+        async with self._finding_form:
+            if self._form is None:
+                self._form = await self._choose_form(model)
+                _log.info("%s", self.description)
+        return self._form
+
+    async def _choose_form(self, model: str) -> Form:
+        request = Request([EmbeddingInput("?")], "query", query="?")
+        refused: list[tuple[Form, NeMoRetrieverError]] = []
+        for kind in RERANK_FORMS:
+            call = Dispatch(request, self._encode, 1)
+            call.form = form = kind()
+            batch = RequestBatch((0,), (form.probes["text"],), "text")
+            response = await self._post(call, batch, model, self._get_known(batch))
+            try:
+                reply = await self._read(response, call, 1)
+            except MalformedResponseError:  # a web page, for example
+                continue
+            if isinstance(reply, protocol.Reply):
+                return form
+            error = protocol.build_error(response, reply)
+            if reply.status in (401, 403, 407, 410, 429) or reply.status >= 500:
+                raise error
+            if reply.status not in (404, 405):
+                refused.append((form, error))
+        if refused:  # its path exists, so the first request will have its error
+            return refused[0][0]
+        raise ModelNotFoundError(
+            f"{self._base_url} serves no reranker: it has neither /ranking nor /rerank"
+        )
 
     async def _list_models(self) -> list[AvailableModel]:
         response = await self._client.get_models()

@@ -24,7 +24,7 @@ from shared_engine.errors import (
     NeMoRetrieverError,
     PayloadTooLargeError,
 )
-from shared_engine.nim.protocol import PROBES, encode_input
+from shared_engine.nim.forms import Form
 
 INPUTS_AHEAD = 8
 """Inputs of a call whose encoding has started before they are in a batch."""
@@ -32,7 +32,7 @@ MOST_HELD = 128 * 2**20
 """Bytes of a call's unanswered batches above which no further batch is built."""
 _OF_ONE_INPUT = (InvalidRequestError, PayloadTooLargeError)
 """Errors of a request with one input that belong to the input: another might be accepted."""
-Encode = Callable[[EmbeddingInput], "asyncio.Future[bytes]"]
+Encode = Callable[[Form, EmbeddingInput], "asyncio.Future[bytes]"]
 
 
 @dataclass
@@ -95,11 +95,14 @@ class RequestBatch:
 class Dispatch:
     """The rows of a request: waiting, encoded, in a batch, or finished."""
 
+    form: Form
+    """The requests that the server takes; set before the first batch."""
+
     def __init__(self, request: Request, encode: Encode, width: int = 0) -> None:
         """Queue the rows.
 
         Args:
-            encode: Runs `encode_input` for an image in a thread.
+            encode: Runs `encode_input` of a form for an image in a thread.
             width: Length of a vector; 0 if unknown.
         """
         self.request = request
@@ -136,7 +139,7 @@ class Dispatch:
         while self._waiting and len(self._ahead) < INPUTS_AHEAD:
             row = self._waiting.popleft()
             document = self.request.documents[row]
-            encoding = None if document.image is None else self._encode(document)
+            encoding = None if document.image is None else self._encode(self.form, document)
             self._ahead.append((row, encoding))
         return bool(self._ahead)
 
@@ -172,7 +175,9 @@ class Dispatch:
     ) -> bytes | None:
         """Return an encoded input, or None if that failed and the row has an error."""
         try:
-            return encode_input(self.request.documents[row]) if encoding is None else await encoding
+            if encoding is None:
+                return self.form.encode_input(self.request.documents[row])
+            return await encoding
         except NeMoRetrieverError as exc:
             self._errors[row] = exc
         except Exception as exc:
@@ -226,7 +231,7 @@ class Dispatch:
     ) -> bool:
         """Return whether the server accepts a valid input of a modality; send it only once."""
         if modality not in self._probes:
-            batch = RequestBatch((-1,), (PROBES[modality],), modality)
+            batch = RequestBatch((-1,), (self.form.probes[modality],), modality)
             self._probes[modality] = asyncio.ensure_future(send(batch))
         return await asyncio.shield(self._probes[modality])
 

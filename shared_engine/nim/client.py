@@ -110,10 +110,10 @@ class NimClient:
         # The proxy may have replied itself.
         return reply._replace(detail=f"{reply.detail} [through the proxy {self._proxy.url}]")
 
-    async def post_embeddings(
-        self, content: bytes, most_bytes: int, urgent: bool = False
+    async def post(
+        self, url: str, content: bytes, most_bytes: int, urgent: bool = False
     ) -> httpx.Response:
-        """Return the reply to a request for vectors, whatever its status.
+        """Return the reply to a request for vectors or scores, whatever its status.
 
         Args:
             most_bytes: The most bytes of a successful reply.
@@ -122,12 +122,12 @@ class NimClient:
         Raises:
             RemoteError: there is no reply, or it cannot be read.
         """
-        request = self._build_request("POST", "/embeddings", most_bytes, content)
+        request = self._build_request("POST", url, most_bytes, content)
         request.extensions["urgent"] = urgent
         return await self._send(request)
 
     async def get_models(self) -> httpx.Response:
-        """Return the reply to `GET /v1/models`; raises like `post_embeddings`."""
+        """Return the reply to `GET /v1/models`; raises like `post`."""
         return await self._send(self._build_request("GET", "/models"))
 
     async def wait_until_ready(self, seconds: float) -> None:

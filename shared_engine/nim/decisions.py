@@ -6,22 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from shared_engine.nim.batches import RequestBatch
+from shared_engine.nim.forms import Known
 from shared_engine.nim.protocol import ErrorReply, Reply
 from shared_engine.nim.transport import is_retried
 
 Feature: TypeAlias = Literal["base64", "modality"]
-
-
-@dataclass(frozen=True)
-class Known:
-    """How a batch was sent, and what is known of the server."""
-
-    encoding: Literal["base64", "float"]
-    """The `encoding_format` that the batch was sent with."""
-    has_modality: bool
-    """Whether the batch was sent with a `modality`."""
-    is_accepted: bool | None = None
-    """Whether the server accepts valid inputs of this modality; None if only a probe can show."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +83,6 @@ def decide(reply: Reply | ErrorReply, batch: RequestBatch, known: Known) -> Deci
 def _find_unsupported(reply: ErrorReply, batch: RequestBatch, known: Known) -> Feature | None:
     if known.encoding == "base64" and reply.is_about("encoding_format"):
         return "base64"
-    if known.has_modality and not batch.has_images and reply.is_about("modality"):
+    if known.modality and not batch.has_images and reply.is_about("modality"):
         return "modality"
     return None

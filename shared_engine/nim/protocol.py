@@ -1,4 +1,4 @@
-"""The wire protocol of a NIM: one request body, one parser, one table of errors.
+"""Replies of servers: one parser of vectors, one of scores, one table of errors.
 
 Sources: NVIDIA's reference of `POST /v1/embeddings` (Text Embedding NIM 2.0) and replies that users
 have published. NVIDIA calls the wording of errors unstable, so the status decides first.
@@ -6,9 +6,8 @@ have published. NVIDIA calls the wording of errors unstable, so the status decid
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import httpx
@@ -17,8 +16,6 @@ import orjson
 from numpy.typing import NDArray
 from pybase64 import b64decode
 
-from shared_engine import images
-from shared_engine.documents import EmbeddingInput, Modality
 from shared_engine.errors import (
     AuthenticationError,
     ImageTooLargeError,
@@ -38,21 +35,8 @@ from shared_engine.errors import (
 from shared_engine.nim.transport import read_retry_after
 from shared_engine.wire import read_error_index
 
-_WHITE = (  # a PNG of 64 x 64 pixels
-    b"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAAlC+aJAAAAS0lEQVR42u3PMQ"
-    b"0AAAwDoPo33UrYvQQckD4XAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAY"
-    b"HLAMpT0sIcNbcEAAAAAElFTkSuQmCC"
-)
-PROBES: Mapping[Modality, bytes] = {
-    "text": b'"?"',
-    "image": b'"%b"' % _WHITE,
-    "text_image": b'"?\\n%b"' % _WHITE,
-}
-"""A valid input of each modality, as `encode_input` returns it."""
-MOST_VALUES = 16_384
-"""The most values of a vector whose length is unknown."""
-_BYTES_PER_VALUE = 32
-"""The most bytes of one value in indented JSON; base64 takes six, but the server chooses."""
+_INPUTS = ("input", "passages", "documents", "texts")
+"""Names of the list of inputs in a request."""
 _LONGEST_DETAIL = 1000
 _DEEPEST = 8
 """Nesting levels of an error's body that are read."""
@@ -75,56 +59,14 @@ _TOO_LARGE = re.compile(
 )
 
 
-def encode_input(
-    document: EmbeddingInput, allow_image_urls: bool = False, most_characters: int | None = None
-) -> bytes:
-    r"""Return a document as one item of `input`, in JSON: a text, a data URL, or both.
-
-    Opening and converting an image takes up to seconds.
-
-    >>> encode_input(EmbeddingInput(text="a\n"))
-    b'"a\\n"'
-
-    Args:
-        allow_image_urls: Whether an image may be fetched over http(s).
-        most_characters: The most characters of a data URL; larger images are reduced.
-
-    Raises:
-        InputError: the image cannot be opened.
-    """
-    text = json.dumps(document.text or "", ensure_ascii=False).encode()
-    if document.image is None:
-        return text
-    url = images.encode_data_url(document.image, allow_image_urls, most_characters).encode()
-    if document.modality == "image":
-        return b'"%b"' % url
-    return b'%b\\n%b"' % (text[:-1], url)  # the separator of NVIDIA's own client
-
-
-def build_body(fields: Mapping[str, object], inputs: Sequence[bytes]) -> bytes:
-    """Return the body of a request: the fields that are not None, and the encoded inputs.
-
-    >>> build_body({"model": "m", "input_type": "query", "user": None}, [b'"a"', b'"b"'])
-    b'{"model":"m","input_type":"query","input":["a","b"]}'
-    """
-    wanted = {name: value for name, value in fields.items() if value is not None}
-    head = json.dumps(wanted, ensure_ascii=False, separators=(",", ":")).encode()
-    return b"".join((head[:-1], b',"input":[', b",".join(inputs), b"]}"))
-
-
-def bound_reply(n: int, width: int) -> int:
-    """Return the most bytes that a reply with n vectors of `width` values may take."""
-    return 64 * 1024 + n * (1024 + width * _BYTES_PER_VALUE)
-
-
 Mask = Callable[[str], str]
 
 
 class Reply(NamedTuple):
-    """A reply whose vectors were checked."""
+    """A reply whose vectors or scores were checked."""
 
     vectors: NDArray[np.float32]
-    """(n, d), in the order of the request."""
+    """(n, d), in the order of the request; (n, 1) for scores."""
     tokens: int
     """The server's count of tokens; 0 if it sent none."""
 
@@ -143,14 +85,7 @@ def parse_reply(content: bytes, n: int, dimensions: int | None = None, mask: Mas
     """
     # Errors are raised outside of `except`, as the cause would quote the reply.
     reply = _load_json(content)
-    rows = _sort_items(reply, n)
-    if rows is None:
-        message, _ = _find_message(reply, mask)
-        quoted = f": {message}" if message else ""
-        raise MalformedResponseError(f"the reply has no list of vectors{quoted}", detail=message)
-    if any(row is None for row in rows):
-        present = sum(row is not None for row in rows)
-        raise MalformedResponseError(f"the reply has {present} different vectors for {n} inputs")
+    rows = _sort_items(reply, n, "data", "embedding", kind="vectors", mask=mask)
     vectors = _stack(rows)
     if vectors is None:
         raise MalformedResponseError("a vector of the reply cannot be read")
@@ -170,17 +105,50 @@ def _load_json(content: bytes) -> Any:
         return None
 
 
-def _sort_items(reply: Any, n: int) -> list[Any] | None:
-    """Return the embedding of each input, None if it is missing; None for an invalid list."""
+def parse_scores(content: bytes, n: int, items: str | None, field: str, mask: Mask = str) -> Reply:
+    """Return the scores of a reply to `n` documents.
+
+    Args:
+        items: Name of the list of results; None if the reply is the list.
+        field: Name of the score in a result; `index` is the position of the document.
+        mask: Removes secrets from the server's message.
+
+    Raises:
+        MalformedResponseError: there is not one finite score for each document.
+    """
+    reply = _load_json(content)
+    rows = _sort_items(reply, n, items, field, kind="scores", mask=mask)
+    if not all(type(row) in (int, float) for row in rows):
+        raise MalformedResponseError("a score of the reply is not a number")
+    with np.errstate(over="ignore"):
+        scores = np.array(rows, np.float64).astype(np.float32).reshape(n, 1)
+    if not np.isfinite(scores).all():
+        raise MalformedResponseError("the reply has a score that is NaN or infinite")
+    return Reply(scores, _read_tokens(reply))
+
+
+def _sort_items(
+    reply: Any, n: int, items: str | None, field: str, *, kind: str, mask: Mask
+) -> list[Any]:
+    """Return a field of each result in the order of the request; every index must come once."""
     rows: list[Any] = [None] * n
+    is_valid = True
     try:
-        for item in reply["data"]:
+        for item in reply if items is None else reply[items]:
             index = item["index"]
             if type(index) is not int or not 0 <= index < n or rows[index] is not None:
-                return None
-            rows[index] = item["embedding"]
+                is_valid = False
+                break
+            rows[index] = item[field]
     except (TypeError, LookupError):
-        return None
+        is_valid = False
+    if not is_valid:
+        message, _ = _find_message(reply, mask)
+        quoted = f": {message}" if message else ""
+        raise MalformedResponseError(f"the reply has no list of {kind}{quoted}", detail=message)
+    if any(row is None for row in rows):
+        present = sum(row is not None for row in rows)
+        raise MalformedResponseError(f"the reply has {present} different {kind} for {n} inputs")
     return rows
 
 
@@ -202,8 +170,8 @@ def _stack(rows: list[Any]) -> NDArray[np.float32] | None:
     return vectors if vectors.ndim == 2 and vectors.shape[1] else None
 
 
-def _read_tokens(reply: Mapping[str, Any]) -> int:
-    usage = reply.get("usage")
+def _read_tokens(reply: Any) -> int:
+    usage = reply.get("usage") if isinstance(reply, dict) else None
     count = usage.get("total_tokens", usage.get("prompt_tokens")) if isinstance(usage, dict) else 0
     return count if type(count) is int and count > 0 else 0
 
@@ -251,7 +219,7 @@ class ErrorReply(NamedTuple):
         """Whether the reply states that an input is at fault, so the others pass without it."""
         if self.tokens_and_limit is not None or self.position is not None:
             return True
-        return self._is_input_status and self.field == "input" and not self.is_too_large
+        return self._is_input_status and self.field in _INPUTS and not self.is_too_large
 
     @property
     def is_ambiguous(self) -> bool:
@@ -261,9 +229,9 @@ class ErrorReply(NamedTuple):
     @property
     def position(self) -> int | None:
         """The position of the input at fault in its batch, if the server names it."""
-        if not self._is_input_status or self.field != "input":
+        if not self._is_input_status or self.field not in _INPUTS:
             return None
-        part = self.location[self.location.index("input") + 1 :][:1]
+        part = self.location[self.location.index(self.field) + 1 :][:1]
         return part[0] if part and type(part[0]) is int and part[0] >= 0 else None
 
     @property

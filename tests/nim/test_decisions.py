@@ -25,10 +25,10 @@ TWO = RequestBatch((4, 7), (b'"a"', b'"b"'), "text")
 IMAGE = RequestBatch((4,), (b'"data:"',), "image")
 IMAGES = RequestBatch((4, 7), (b'"data:"', b'"data:"'), "image")
 
-SENT = Known("base64", has_modality=True)
-PLAIN = Known("float", has_modality=False)
-ACCEPTED = Known("float", has_modality=False, is_accepted=True)
-REFUSED = Known("float", has_modality=False, is_accepted=False)
+SENT = Known("base64", "text")
+PLAIN = Known("float")
+ACCEPTED = Known("float", is_accepted=True)
+REFUSED = Known("float", is_accepted=False)
 
 
 def refusal(status: int, message: str = "no", *loc: object, index: int | None = None) -> ErrorReply:

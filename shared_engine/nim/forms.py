@@ -1,0 +1,320 @@
+"""How requests and replies look on the wire, for each task and kind of server.
+
+| form             | path           | documents     | scores        | servers                      |
+|------------------|----------------|---------------|---------------|------------------------------|
+| `EmbeddingsForm` | /v1/embeddings | texts, images |               | NIM, others of OpenAI's form |
+| `RankingForm`    | /v1/ranking    | texts, images | logits        | NIM, NVIDIA's catalogue      |
+| `CohereForm`     | /v1/rerank     | texts, images | probabilities | vLLM, others                 |
+| `TeiForm`        | /rerank        | texts         | logits        | text-embeddings-inference    |
+| `RootCohereForm` | /rerank        | texts, images | probabilities | infinity                     |
+
+Sources: NVIDIA's reference of `POST /v1/ranking` (Text Reranking NIM 2.0), vLLM's
+`entrypoints/pooling/score/protocol.py`, and text-embeddings-inference's `router/src/http/types.rs`.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from shared_engine import images
+from shared_engine.backend import Request, ScoreKind
+from shared_engine.documents import EmbeddingInput, Modality
+from shared_engine.endpoints import HOSTED_RANKING, is_hosted
+from shared_engine.errors import ConfigurationError, UnsupportedModalityError
+from shared_engine.nim import protocol
+from shared_engine.nim.protocol import Mask, Reply
+from shared_engine.wire import INPUT_TYPE
+
+_WHITE = (  # a PNG of 64 x 64 pixels
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAAlC+aJAAAAS0lEQVR42u3PMQ"
+    "0AAAwDoPo33UrYvQQckD4XAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAY"
+    "HLAMpT0sIcNbcEAAAAAElFTkSuQmCC"
+)
+MOST_VALUES = 16_384
+"""The most values of a vector whose length is unknown."""
+_BYTES_PER_VALUE = 32
+"""The most bytes of one value in indented JSON; base64 takes six, but the server chooses."""
+_BYTES_QUOTED = 6
+"""The most bytes that a byte of a document becomes in a reply that repeats it."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """How a batch was sent, and what is known of the server."""
+
+    encoding: Literal["base64", "float"]
+    """The `encoding_format` that the batch was sent with."""
+    modality: Modality | None = None
+    """The `modality` that the batch was sent with; None for none."""
+    is_accepted: bool | None = None
+    """Whether the server accepts valid inputs of this modality; None if only a probe can show."""
+
+
+class Form(ABC):
+    """The requests and replies of one task at one kind of server."""
+
+    name = ""
+    """What is said of it in descriptions."""
+    path = ""
+    """Path of a request, below the base URL."""
+    score_kind: ScoreKind = "logit"
+    """What its scores are."""
+
+    def find_url(self, base_url: str, model: str) -> str:
+        """Return the address of a request."""
+        return base_url + self.path
+
+    def encode_input(
+        self,
+        document: EmbeddingInput,
+        allow_image_urls: bool = False,
+        most_characters: int | None = None,
+    ) -> bytes:
+        """Return a document as one item of a request, in JSON.
+
+        Opening and converting an image takes up to seconds.
+
+        Args:
+            allow_image_urls: Whether an image may be fetched over http(s).
+            most_characters: The most characters of a data URL; larger images are reduced.
+
+        Raises:
+            InputError: the image cannot be opened.
+        """
+        if document.image is None:
+            return self.build_item(document.text or "", None)
+        url = images.encode_data_url(document.image, allow_image_urls, most_characters)
+        return self.build_item(None if document.modality == "image" else document.text, url)
+
+    @cached_property
+    def probes(self) -> Mapping[Modality, bytes]:
+        """A valid item of each modality."""
+        return {
+            "text": self.build_item("?", None),
+            "image": self.build_item(None, _WHITE),
+            "text_image": self.build_item("?", _WHITE),
+        }
+
+    @abstractmethod
+    def build_item(self, text: str | None, url: str | None) -> bytes:
+        """Return a text, the data URL of an image, or both as one item of a request, in JSON."""
+
+    @abstractmethod
+    def build_body(
+        self, request: Request, model: str, inputs: Sequence[bytes], known: Known
+    ) -> bytes:
+        """Return the body of a request with encoded inputs."""
+
+    @abstractmethod
+    def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
+        """Return the most bytes that a reply may take."""
+
+    @abstractmethod
+    def parse_reply(self, content: bytes, request: Request, n: int, mask: Mask) -> Reply:
+        """Return the rows of a reply to n documents.
+
+        Raises:
+            MalformedResponseError: it has not one valid row for each document.
+        """
+
+
+class EmbeddingsForm(Form):
+    r"""`POST /v1/embeddings` of a NIM.
+
+    >>> EmbeddingsForm().build_item("a\n", None)
+    b'"a\\n"'
+    """
+
+    path = "/embeddings"
+
+    def __init__(self, width: int = MOST_VALUES, user: str | None = None) -> None:
+        """Create the form.
+
+        Args:
+            width: The most values of a full vector.
+            user: Value of the field `user`.
+        """
+        self._width, self._user = width, user
+
+    def build_item(self, text: str | None, url: str | None) -> bytes:
+        """See `Form.build_item`: the separator of text and image is that of NVIDIA's client."""
+        if url is None:
+            return dump(text)
+        return dump(url if text is None else f"{text}\n{url}")
+
+    def build_body(
+        self, request: Request, model: str, inputs: Sequence[bytes], known: Known
+    ) -> bytes:
+        """See `Form.build_body`."""
+        fields = {
+            "model": model,
+            "input_type": INPUT_TYPE[request.role],
+            "encoding_format": known.encoding,
+            "truncate": request.truncate,
+            "dimensions": request.dimensions,
+            "modality": known.modality,
+            "user": self._user,
+        }
+        return build_body(fields, "input", inputs)
+
+    def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
+        """See `Form.bound_reply`."""
+        return _bound_reply(len(inputs), max(self._width, request.dimensions or 0))
+
+    def parse_reply(self, content: bytes, request: Request, n: int, mask: Mask) -> Reply:
+        """See `Form.parse_reply`."""
+        return protocol.parse_reply(content, n, request.dimensions, mask)
+
+
+class RankingForm(Form):
+    """`POST /v1/ranking` of a NIM, which takes these four fields alone."""
+
+    name = "/v1/ranking of a NIM"
+    path = "/ranking"
+
+    def find_url(self, base_url: str, model: str) -> str:
+        """Return the address of a request; in NVIDIA's catalogue every model has its own."""
+        if not is_hosted(base_url):
+            return super().find_url(base_url, model)
+        return HOSTED_RANKING.format(model.replace(".", "_"))
+
+    def build_item(self, text: str | None, url: str | None) -> bytes:
+        """See `Form.build_item`: an image alone has no `text`, as a NIM refuses an empty one."""
+        return dump({"text": text, "image": url})
+
+    def build_body(
+        self, request: Request, model: str, inputs: Sequence[bytes], known: Known
+    ) -> bytes:
+        """See `Form.build_body`."""
+        fields = {"model": model, "query": {"text": request.query}, "truncate": request.truncate}
+        return build_body(fields, "passages", inputs)
+
+    def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
+        """See `Form.bound_reply`."""
+        return _bound_reply(len(inputs), 1)
+
+    def parse_reply(self, content: bytes, request: Request, n: int, mask: Mask) -> Reply:
+        """See `Form.parse_reply`."""
+        return protocol.parse_scores(content, n, "rankings", "logit", mask)
+
+
+class CohereForm(Form):
+    """`POST /v1/rerank` in Cohere's form, with images as vLLM takes them."""
+
+    name = "/v1/rerank of Cohere's form"
+    path = "/rerank"
+    score_kind = "probability"
+
+    def build_item(self, text: str | None, url: str | None) -> bytes:
+        """See `Form.build_item`."""
+        if url is None:
+            return dump(text)
+        content: list[object] = [{"type": "image_url", "image_url": {"url": url}}]
+        if text is not None:
+            content.append({"type": "text", "text": text})
+        return dump({"content": content})
+
+    def build_body(
+        self, request: Request, model: str, inputs: Sequence[bytes], known: Known
+    ) -> bytes:
+        """See `Form.build_body`.
+
+        Raises:
+            ConfigurationError: the request is to be truncated.
+        """
+        if request.truncate != "NONE":
+            raise ConfigurationError(
+                f'truncate="{request.truncate}": the server takes {self.name}, which has no field '
+                "for it; split long documents, or use a NIM"
+            )
+        fields = {"model": model, "query": request.query, "top_n": len(inputs)}
+        return build_body(fields, "documents", inputs)
+
+    def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
+        """See `Form.bound_reply`: vLLM repeats the documents."""
+        return _bound_reply(len(inputs), 1) + _BYTES_QUOTED * sum(map(len, inputs))
+
+    def parse_reply(self, content: bytes, request: Request, n: int, mask: Mask) -> Reply:
+        """See `Form.parse_reply`."""
+        return protocol.parse_scores(content, n, "results", "relevance_score", mask)
+
+
+class RootCohereForm(CohereForm):
+    """The same outside of `/v1`, as infinity serves it."""
+
+    name = "/rerank of Cohere's form"
+
+    def find_url(self, base_url: str, model: str) -> str:
+        """See `Form.find_url`."""
+        return base_url.removesuffix("/v1") + self.path
+
+
+class TeiForm(Form):
+    """`POST /rerank` of text-embeddings-inference, outside of `/v1`."""
+
+    name = "/rerank of text-embeddings-inference"
+    path = "/rerank"
+
+    def find_url(self, base_url: str, model: str) -> str:
+        """See `Form.find_url`."""
+        return base_url.removesuffix("/v1") + self.path
+
+    def build_item(self, text: str | None, url: str | None) -> bytes:
+        """See `Form.build_item`.
+
+        Raises:
+            UnsupportedModalityError: an image, which this server does not take.
+        """
+        if url is not None:
+            raise UnsupportedModalityError(f"has an image; the server takes {self.name}: texts")
+        return dump(text)
+
+    @cached_property
+    def probes(self) -> Mapping[Modality, bytes]:
+        """A valid item of each modality."""
+        return {"text": self.build_item("?", None)}
+
+    def build_body(
+        self, request: Request, model: str, inputs: Sequence[bytes], known: Known
+    ) -> bytes:
+        """See `Form.build_body`."""
+        is_truncated = request.truncate == "END"
+        fields = {"query": request.query, "raw_scores": True, "truncate": is_truncated}
+        return build_body(fields, "texts", inputs)
+
+    def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
+        """See `Form.bound_reply`."""
+        return _bound_reply(len(inputs), 1)
+
+    def parse_reply(self, content: bytes, request: Request, n: int, mask: Mask) -> Reply:
+        """See `Form.parse_reply`."""
+        return protocol.parse_scores(content, n, None, "score", mask)
+
+
+RERANK_FORMS: tuple[type[Form], ...] = (RankingForm, CohereForm, TeiForm, RootCohereForm)
+"""The forms of rerankers in the order in which a server is asked for them."""
+
+
+def dump(value: object) -> bytes:
+    """Return a value as JSON; the fields of an object that are None are left out."""
+    if isinstance(value, dict):
+        value = {name: part for name, part in value.items() if part is not None}
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def build_body(fields: Mapping[str, object], name: str, inputs: Sequence[bytes]) -> bytes:
+    """Return the body of a request: the fields that are not None, and the encoded inputs.
+
+    >>> build_body({"model": "m", "input_type": "query", "user": None}, "input", [b'"a"', b'"b"'])
+    b'{"model":"m","input_type":"query","input":["a","b"]}'
+    """
+    return b"".join((dump(fields)[:-1], b',"%b":[' % name.encode(), b",".join(inputs), b"]}"))
+
+
+def _bound_reply(n: int, width: int) -> int:
+    return 64 * 1024 + n * (1024 + width * _BYTES_PER_VALUE)
