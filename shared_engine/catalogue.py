@@ -2,18 +2,38 @@
 
 Sources: names and renames from the release notes of the NeMo Retriever text embedding NIM
 (1.13.0), sizes and limits from NVIDIA's model cards and its support matrix, public checkpoints and
-their revisions from NVIDIA/NeMo-Retriever `models/hf_model_registry.py`.
+their revisions from NVIDIA/NeMo-Retriever `models/hf_model_registry.py`. What the hosted catalogue
+does with a model comes from its replies, as users published them up to HOSTED_AS_OF.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from shared_engine.documents import Modality
+from shared_engine.errors import ConfigurationError, ModelRetiredError
+from shared_engine.wire import split_role_suffix
 
 DEFAULT_MODEL = "nvidia/llama-nemotron-embed-1b-v2"
-"""The text model of the family with public weights."""
+"""The text model of the family with public weights; the hosted catalogue has no default."""
+
+HOSTED_AS_OF = "2026-11"
+"""Month of the last look at the hosted catalogue; update it with `hosted` of the rows."""
+
+
+class Hosted(NamedTuple):
+    """What NVIDIA's hosted catalogue does with a model."""
+
+    state: Literal["live", "deprecated", "ended", "unknown"] = "unknown"
+    """Requests for an ended model are answered with 410."""
+    since: str = ""
+    """Date on which it was deprecated or ended."""
+    successor: str = ""
+    """NVIDIA's newer model for the same inputs; its vectors do not mix with those of this one."""
+
+
+_UNKNOWN = Hosted()
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,10 @@ class ModelSpec:
     """Maximum number of tokens of an image, or of an image with a text."""
     modalities: frozenset[Modality] = frozenset({"text"})
     """Kinds of input that the model was trained on."""
+    hosted: Hosted = _UNKNOWN
+    """What the hosted catalogue does with it."""
+    is_local: bool = True
+    """Whether the engine computes its architecture; if not, it runs at a server only."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,6 +96,7 @@ CATALOGUE: tuple[ModelSpec, ...] = (
         ),
         num_hidden_layers=9,
         dimensions=_MATRYOSHKA,
+        hosted=Hosted("ended", "2026-05-18", "nvidia/nemotron-3-embed-1b"),
     ),
     ModelSpec(
         name="nvidia/llama-3.2-nemoretriever-300m-embed-v1",
@@ -84,6 +109,7 @@ CATALOGUE: tuple[ModelSpec, ...] = (
         checkpoint="nvidia/llama-nemotron-embed-1b-v2",
         revision="113abe4acafa848e77ead9c0623205e511932348",
         dimensions=_MATRYOSHKA,
+        hosted=Hosted("ended", "2026-08-25", "nvidia/nemotron-3-embed-1b"),
     ),
     ModelSpec(
         name="nvidia/llama-nemotron-embed-vl-1b-v2",
@@ -96,10 +122,18 @@ CATALOGUE: tuple[ModelSpec, ...] = (
         dimensions=_MATRYOSHKA,
         max_tokens_with_image=10_240,
         modalities=frozenset({"text", "image", "text_image"}),
+        hosted=Hosted("deprecated", "2026-09-20", "nvidia/Nemotron-3.5-Embed-1B-BF16"),
+    ),
+    ModelSpec(
+        name="nvidia/nemotron-3-embed-1b",
+        aliases=("nvidia/Nemotron-3-Embed-1B-BF16",),
+        max_tokens=4096,  # of a NIM; 32,768 in the checkpoint
+        hosted=Hosted("live"),
+        is_local=False,
     ),
 )
 
-_BY_NAME = {name.removeprefix("nvidia/"): spec for spec in CATALOGUE for name in spec.names}
+_BY_NAME = {name.lower().removeprefix("nvidia/"): spec for spec in CATALOGUE for name in spec.names}
 
 
 def lookup(model: str) -> ModelSpec | None:
@@ -111,3 +145,48 @@ def lookup(model: str) -> ModelSpec | None:
     True
     """
     return _BY_NAME.get(model.lower().removeprefix("nvidia/"))
+
+
+def require_hosted(model: str | None) -> None:
+    """Check that the hosted catalogue runs a model, as far as its row knows.
+
+    Args:
+        model: Its name, which may have a role as suffix; None if the caller named none.
+
+    Raises:
+        ConfigurationError: no model was named.
+        ModelRetiredError: the model has ended.
+    """
+    if model is None:
+        raise ConfigurationError(
+            f"model= is missing, and NVIDIA's catalogue has no default; {_use_live()}"
+        )
+    spec = lookup(split_role_suffix(model)[0])
+    if spec is not None and spec.hosted.state == "ended":
+        raise ModelRetiredError(
+            f"NVIDIA's catalogue ended {model} on {spec.hosted.since}; {explain_end(spec)}"
+        )
+
+
+def explain_end(spec: ModelSpec | None) -> str:
+    """Return, for an error, what to use instead of a hosted model that ends.
+
+    Args:
+        spec: Its row; None if it has none.
+    """
+    successor = spec.hosted.successor if spec is not None else ""
+    newer = f"its successor is {successor}" if successor else _use_live()
+    if spec is None or not spec.is_local:
+        place = "may still run at a self-hosted NIM (base_url=)"
+    else:
+        here = 'backend="local"' if spec.checkpoint else 'backend="local", checkpoint="/folder"'
+        place = f"still run in this process ({here}) or at a self-hosted NIM (base_url=)"
+    return (
+        f"{newer}. Vectors of two models do not mix in an index: embed all documents again, or "
+        f"keep the model. The same weights {place}"
+    )
+
+
+def _use_live() -> str:
+    live = [spec.name for spec in CATALOGUE if spec.hosted.state == "live"]
+    return f"use a live hosted model ({HOSTED_AS_OF}): {', '.join(live)}"

@@ -273,13 +273,13 @@ class Embedder:
         return "-".join(str(part) for part in (self.load().fingerprint, *parts))
 
     def list_models(self) -> list[AvailableModel]:
-        """Return the models of the catalogue, or those that the server serves.
+        """Return the models that run in this process, or those that the server serves.
 
         Raises:
             RemoteError: the server does not list them.
         """
         if select_backend(self.options).base_url is None:
-            return [AvailableModel(spec.name) for spec in CATALOGUE]
+            return [AvailableModel(spec.name) for spec in CATALOGUE if spec.is_local]
         return self.load().list_models()
 
     def wait_until_ready(self, timeout: float = 600.0) -> None:

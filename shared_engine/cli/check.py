@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from shared_engine import images
 from shared_engine._version import __version__
-from shared_engine.catalogue import lookup
+from shared_engine.catalogue import lookup, require_hosted
 from shared_engine.cli.options import (
     LOCAL,
     add_key,
@@ -25,7 +25,7 @@ from shared_engine.cli.options import (
 )
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
-from shared_engine.endpoints import normalize_url, read_key
+from shared_engine.endpoints import is_hosted, normalize_url, read_key
 from shared_engine.errors import NeMoRetrieverError
 from shared_engine.options import Options
 
@@ -113,12 +113,18 @@ def check(
 
     Returns:
         Whether everything works and all vectors are interchangeable.
+
+    Raises:
+        ConfigurationError: the hosted catalogue no longer runs the model, or no model is named.
     """
+    base_url = base_url and normalize_url(base_url)
+    if base_url and is_hosted(base_url):
+        given = local.model if local is not None and local.is_model_given else None
+        require_hosted(served_name or given)
     print(f"nemoretriever {__version__}, Python {platform.python_version()}, {_torch_version()}")
     expected = None if local is None else _measure("local", local)
     works = local is None or expected is not None
-    if base_url is not None:
-        base_url = normalize_url(base_url)
+    if base_url:
         _probe(base_url)
         key = SecretStr(api_key) if api_key else None
         options = Options(base_url=base_url, api_key=key, max_retries=1)

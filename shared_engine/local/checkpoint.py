@@ -70,6 +70,11 @@ def resolve(options: Options) -> Checkpoint:
             field, the expected value, and what to do.
     """
     spec = lookup(options.model)
+    if spec is not None and not spec.is_local:
+        raise CheckpointError(
+            f"{spec.name} has an architecture that the engine does not compute; use a NIM "
+            '(base_url=) or NVIDIA\'s catalogue (backend="nim")'
+        )
     folder = _locate(options, spec)
     path = folder / "config.json"
     file = read_config(path)

@@ -31,7 +31,7 @@ import httpx
 from pydantic import SecretStr
 
 from shared_engine.backend import Backend, Request, Rows
-from shared_engine.catalogue import AvailableModel, ModelSpec, lookup
+from shared_engine.catalogue import AvailableModel, ModelSpec, explain_end, lookup, require_hosted
 from shared_engine.documents import EmbeddingInput, Modality
 from shared_engine.endpoints import MOST_HOSTED_CHARACTERS, is_hosted
 from shared_engine.errors import (
@@ -84,7 +84,7 @@ class NimBackend(Backend):
         self._base_url = base_url
         self._name, self._fixed_role = split_role_suffix(options.model)
         self._spec: ModelSpec | None = lookup(self._name)
-        self._served: str | None = self._name if is_hosted(base_url) else None
+        self._served: str | None = None
         self._client = NimClient(options, base_url, api_key)
         self._most_characters = options.max_image_characters
         if self._most_characters is None and is_hosted(base_url):
@@ -307,7 +307,9 @@ class NimBackend(Backend):
             case Isolate(position):
                 call.send_again(*batch.isolate(position))
             case Fail(refusal, fault):
-                error = protocol.build_error(response, refusal, batch.has_images, fault == "input")
+                error = protocol.build_error(
+                    response, refusal, batch.has_images, fault == "input", self._spec
+                )
                 if fault == "server":
                     raise error
                 call.fail(batch, error)
@@ -382,10 +384,19 @@ class NimBackend(Backend):
 
     async def _find_model(self) -> str:
         async with self._finding_model:
-            if self._served is None:
+            if self._served is None and is_hosted(self._base_url):
+                require_hosted(self._options.model if self._options.is_model_given else None)
+                self._warn_if_deprecated()
+                self._served = self._name
+            elif self._served is None:
                 listed = protocol.list_models(await self._client.get_models())
                 self._served = self._match_served_model(listed)
         return self._served
+
+    def _warn_if_deprecated(self) -> None:
+        if self._spec is not None and self._spec.hosted.state == "deprecated":
+            since, newer = self._spec.hosted.since, explain_end(self._spec)
+            _log.warning("hosted model %s is deprecated since %s; %s", self._name, since, newer)
 
     async def _list_models(self) -> list[AvailableModel]:
         response = await self._client.get_models()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pybase64 import b64decode
 
 from shared_engine import images
+from shared_engine.catalogue import ModelSpec, explain_end
 from shared_engine.documents import EmbeddingInput, Modality
 from shared_engine.errors import (
     AuthenticationError,
@@ -26,6 +27,7 @@ from shared_engine.errors import (
     InvalidRequestError,
     MalformedResponseError,
     ModelNotFoundError,
+    ModelRetiredError,
     NeMoRetrieverError,
     PayloadTooLargeError,
     PermissionDeniedError,
@@ -365,6 +367,7 @@ def build_error(
     reply: ErrorReply,
     has_image: bool = False,
     is_input_fault: bool = False,
+    spec: ModelSpec | None = None,
 ) -> NeMoRetrieverError:
     """Return the error of a reply that is not a success.
 
@@ -372,7 +375,11 @@ def build_error(
         reply: The result of `read_error` for the response.
         has_image: Whether the request had images.
         is_input_fault: Whether its only input is at fault, so the message may quote that input.
+        spec: The catalogue's row of the model, if it has one.
     """
+    if reply.status == 410:
+        detail = reply.detail.rstrip(".")
+        return ModelRetiredError(f"the server ended the model (410): {detail}; {explain_end(spec)}")
     if (lengths := reply.tokens_and_limit) is not None:
         tokens, limit = lengths
         return InputTooLongError(

@@ -600,9 +600,10 @@ def test_the_catalogue_is_polled_after_202() -> None:
 
     owed: list[dict[str, Any]] = []
     nim = Nim(answer)
-    with nim.embedder(base_url=HOSTED, api_key=KEY) as engine:
+    live = "nvidia/nemotron-3-embed-1b"
+    with nim.embedder(base_url=HOSTED, api_key=KEY, model=live) as engine:
         np.testing.assert_allclose(engine.embed(["a"]), vectors(["a"]), atol=1e-6)
-    assert owed[0]["model"] == MODEL
+    assert owed[0]["model"] == live
     nim = Nim(lambda r, _: httpx.Response(202, headers={"nvcf-reqid": "a"}))
     with nim.embedder(api_key=KEY) as engine, pytest.raises(MalformedResponseError):
         engine.embed(["a"])
