@@ -136,19 +136,19 @@ CATALOGUE: tuple[ModelSpec, ...] = (
 _BY_NAME = {name.lower().removeprefix("nvidia/"): spec for spec in CATALOGUE for name in spec.names}
 
 
-def lookup(model: str) -> ModelSpec | None:
-    """Return the row of a model name or alias, with or without `nvidia/`; None if unknown.
+def lookup(model: str | None) -> ModelSpec | None:
+    """Return the row of a model name or alias, with or without `nvidia/`; None without one.
 
     >>> lookup("llama-nemotron-embed-300m-v2").name
     'nvidia/llama-3.2-nemoretriever-300m-embed-v2'
     >>> lookup("intfloat/e5-small") is None
     True
     """
-    return _BY_NAME.get(model.lower().removeprefix("nvidia/"))
+    return _BY_NAME.get(model.lower().removeprefix("nvidia/")) if model else None
 
 
-def require_hosted(model: str | None) -> None:
-    """Check that the hosted catalogue runs a model, as far as its row knows.
+def require_hosted(model: str | None) -> str:
+    """Return the name of a model that the hosted catalogue runs, as far as its row knows.
 
     Args:
         model: Its name, which may have a role as suffix; None if the caller named none.
@@ -161,11 +161,13 @@ def require_hosted(model: str | None) -> None:
         raise ConfigurationError(
             f"model= is missing, and NVIDIA's catalogue has no default; {_use_live()}"
         )
-    spec = lookup(split_role_suffix(model)[0])
+    name, _ = split_role_suffix(model)
+    spec = lookup(name)
     if spec is not None and spec.hosted.state == "ended":
         raise ModelRetiredError(
             f"NVIDIA's catalogue ended {model} on {spec.hosted.since}; {explain_end(spec)}"
         )
+    return name
 
 
 def explain_end(spec: ModelSpec | None) -> str:

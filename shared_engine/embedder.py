@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from shared_engine.backend import Backend, Rows
-from shared_engine.catalogue import CATALOGUE, AvailableModel
+from shared_engine.catalogue import CATALOGUE, DEFAULT_MODEL, AvailableModel
 from shared_engine.documents import EmbeddingInput, Modality, Role, require_list
 from shared_engine.errors import ConfigurationError
 from shared_engine.options import Options
@@ -235,6 +235,13 @@ class Embedder:
             EngineClosedError: `close` was called.
         """
         return self._lease.acquire()
+
+    @property
+    def model(self) -> str | None:
+        """Name of the model. Loads nothing; None while only a server knows it."""
+        if self.options.model is None and select_backend(self.options).base_url is None:
+            return DEFAULT_MODEL
+        return self.options.model or self.load().model
 
     @property
     def dimensions(self) -> int:

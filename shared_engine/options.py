@@ -70,11 +70,12 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
-    model: str = _option(
+    model: str | None = _option(
         "engine",
-        default=DEFAULT_MODEL,
+        default=None,
         min_length=1,
-        description="Name or alias of a model in the catalogue, a Hugging Face id, or a folder.",
+        description="Name or alias of a model in the catalogue, a Hugging Face id, or a folder. "
+        f"None: {DEFAULT_MODEL} in this process, and the only model of a NIM.",
     )
     checkpoint: str | None = _option(
         "local",
@@ -323,11 +324,6 @@ class Options(BaseModel):
         """
         given = Options.model_fields.keys() & self.model_fields_set
         return Options(**{name: getattr(self, name) for name in given} | changes)
-
-    @property
-    def is_model_given(self) -> bool:
-        """Whether `model` was passed; if True, a NIM serving a different model is an error."""
-        return "model" in self.model_fields_set
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()

@@ -69,7 +69,7 @@ class Pipeline:
         offered = backend.dimensions
         if wanted is not None and offered and wanted not in offered:
             raise UnsupportedDimensionsError(
-                f"dimensions={wanted}, but {self.options.model} offers "
+                f"dimensions={wanted}, but {backend.model} offers "
                 f"{', '.join(map(str, offered))}. For a folder or Hugging Face id, pass the "
                 "catalogue's name as model= and the folder as checkpoint="
             )

@@ -119,8 +119,7 @@ def check(
     """
     base_url = base_url and normalize_url(base_url)
     if base_url and is_hosted(base_url):
-        given = local.model if local is not None and local.is_model_given else None
-        require_hosted(served_name or given)
+        require_hosted(served_name or (local.model if local else None))
     print(f"nemoretriever {__version__}, Python {platform.python_version()}, {_torch_version()}")
     expected = None if local is None else _measure("local", local)
     works = local is None or expected is not None
@@ -131,7 +130,8 @@ def check(
         if name := served_name or _find_name(local, options):
             options = options.replace(model=name)
         # A server may serve only the text part of a model under a name of its own.
-        has_images = "image" in expected if expected else lookup(options.model) is not None
+        is_known = options.model is None or lookup(options.model) is not None
+        has_images = "image" in expected if expected else is_known
         found = _measure("server", options, has_images)
         works = works and found is not None
         if expected and found:
@@ -235,7 +235,7 @@ def _probe(base_url: str) -> None:
 
 def _find_name(local: Options | None, remote: Options) -> str | None:
     """Return the name of the model on a server; None for the options' default."""
-    name = local.model if local is not None and local.is_model_given else None
+    name = local.model if local else None
     if name and lookup(name):
         return name
     try:

@@ -69,13 +69,14 @@ def resolve(options: Options) -> Checkpoint:
         CheckpointError: the checkpoint is missing or not supported; the message has the file or
             field, the expected value, and what to do.
     """
-    spec = lookup(options.model)
+    model = options.model or DEFAULT_MODEL
+    spec = lookup(model)
     if spec is not None and not spec.is_local:
         raise CheckpointError(
             f"{spec.name} has an architecture that the engine does not compute; use a NIM "
             '(base_url=) or NVIDIA\'s catalogue (backend="nim")'
         )
-    folder = _locate(options, spec)
+    folder = _locate(model, options, spec)
     path = folder / "config.json"
     file = read_config(path)
     if isinstance(file, MultimodalFile):
@@ -109,7 +110,7 @@ def resolve(options: Options) -> Checkpoint:
     smaller = spec.dimensions if spec else file.matryoshka_dimensions or ()
     return Checkpoint(
         folder=folder,
-        name=spec.name if spec else options.model,
+        name=spec.name if spec else model,
         config=config,
         vision=vision,
         prompts=_prompts(folder, file),
@@ -131,11 +132,11 @@ def _prompts(folder: Path, file: TextFile | MultimodalFile) -> dict[Role, str]:
     }
 
 
-def _locate(options: Options, spec: ModelSpec | None) -> Path:
-    source = options.checkpoint or (spec.checkpoint if spec else options.model)
+def _locate(model: str, options: Options, spec: ModelSpec | None) -> Path:
+    source = options.checkpoint or (spec.checkpoint if spec else model)
     if source is None:
         raise CheckpointError(
-            f"{options.model!r} has no public weights; pass checkpoint='/path/to/folder' with the "
+            f"{model!r} has no public weights; pass checkpoint='/path/to/folder' with the "
             f"weights from NGC, or use model={DEFAULT_MODEL!r}, which is public and has the same "
             "vector sizes"
         )

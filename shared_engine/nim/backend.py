@@ -31,8 +31,14 @@ import httpx
 from pydantic import SecretStr
 
 from shared_engine.backend import Backend, Request, Rows
-from shared_engine.catalogue import AvailableModel, ModelSpec, explain_end, lookup, require_hosted
-from shared_engine.documents import EmbeddingInput, Modality
+from shared_engine.catalogue import (
+    DEFAULT_MODEL,
+    AvailableModel,
+    explain_end,
+    lookup,
+    require_hosted,
+)
+from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.endpoints import MOST_HOSTED_CHARACTERS, is_hosted
 from shared_engine.errors import (
     ConfigurationError,
@@ -82,8 +88,11 @@ class NimBackend(Backend):
         """
         self._options = options
         self._base_url = base_url
-        self._name, self._fixed_role = split_role_suffix(options.model)
-        self._spec: ModelSpec | None = lookup(self._name)
+        self._name: str | None = None
+        self._fixed_role: Role | None = None
+        if options.model is not None:
+            self._name, self._fixed_role = split_role_suffix(options.model)
+        self._spec = lookup(self._name)
         self._served: str | None = None
         self._client = NimClient(options, base_url, api_key)
         self._most_characters = options.max_image_characters
@@ -107,14 +116,19 @@ class NimBackend(Backend):
         self._thread.start()
 
     @property
+    def model(self) -> str | None:
+        """The server's name of the model, the given one before the first request, or None."""
+        return self._served or self._name
+
+    @property
     def modalities(self) -> frozenset[Modality]:
         """Kinds of input that the model takes; all if only the server knows."""
-        return self._spec.modalities if self._spec and self._is_model_known else _ALL_MODALITIES
+        return self._spec.modalities if self._spec else _ALL_MODALITIES
 
     @property
     def description(self) -> str:
         """The name of the model and the address of the server."""
-        return f"{self._served or self._name} at {self._base_url}"
+        return f"{self.model or 'the only model'} at {self._base_url}"
 
     @property
     def fingerprint(self) -> str:
@@ -122,7 +136,7 @@ class NimBackend(Backend):
 
         Asks the server for the name of its model if the options have none.
         """
-        if not self._is_model_known:
+        if self._name is None:
             result_of(self._start(self._find_model()))
         name = self._spec.name if self._spec else self._name
         return hashlib.sha256(f"{self._base_url} {name}".encode()).hexdigest()[:16]
@@ -348,11 +362,6 @@ class NimBackend(Backend):
             self._limits.shrink_below(batch.size)
         _log.info("%d inputs of %d bytes are too large a request", len(batch.rows), batch.size)
 
-    @property
-    def _is_model_known(self) -> bool:
-        """Whether the options or the server have named the model."""
-        return self._options.is_model_given or self._served is not None
-
     def _get_known(self, batch: RequestBatch) -> Known:
         """Return how a batch is sent now.
 
@@ -385,9 +394,8 @@ class NimBackend(Backend):
     async def _find_model(self) -> str:
         async with self._finding_model:
             if self._served is None and is_hosted(self._base_url):
-                require_hosted(self._options.model if self._options.is_model_given else None)
+                self._served = require_hosted(self._options.model)
                 self._warn_if_deprecated()
-                self._served = self._name
             elif self._served is None:
                 listed = protocol.list_models(await self._client.get_models())
                 self._served = self._match_served_model(listed)
@@ -413,21 +421,21 @@ class NimBackend(Backend):
         Raises:
             ModelNotFoundError: the server has other models only.
         """
-        names = [self._name, *(self._spec.names if self._spec else ())]
-        by_root = [name for name, root in listed.items() if root in names]
-        for name in [*(name for name in names if name in listed), *by_root]:
-            return name
-        if not listed:
-            return self._name
-        if len(listed) == 1 and not self._options.is_model_given:
-            (only,) = listed
-            _log.info("model= is not given; using the only one of %s: %r", self._base_url, only)
-            self._spec = lookup(only)
-            self._name = only
-            return only
+        name = self._name or DEFAULT_MODEL
+        spec = lookup(name)
+        names = [name, *(spec.names if spec else ())]
+        by_root = [served for served, root in listed.items() if root in names]
+        found = next(iter([*(name for name in names if name in listed), *by_root]), None)
+        if self._name is None and found is None and len(listed) == 1:
+            (found,) = listed
+            name, spec = found, lookup(found)
+            _log.info("model= is not given; using the only one of %s: %r", self._base_url, found)
+        if found is not None or not listed:
+            self._name, self._spec = name, spec
+            return found or name
         some = ", ".join(protocol.make_printable(name[:100]) for name in list(listed)[:20])
         raise ModelNotFoundError(
-            f"{self._base_url} serves {some}, not {self._name}; use one of them as model="
+            f"{self._base_url} serves {some}, not {name}; use one of them as model="
         )
 
 

@@ -37,7 +37,7 @@ from starlette.routing import Route
 from shared_engine import images
 from shared_engine._version import __version__
 from shared_engine.backend import Backend, StepStats
-from shared_engine.catalogue import lookup
+from shared_engine.catalogue import DEFAULT_MODEL, lookup
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError, NeMoRetrieverError
@@ -141,9 +141,9 @@ class _Server:
         self._embedder = Embedder(options)
         self._limits = limits
         self._on_failure = on_failure
-        self._spec = spec = lookup(options.model)
-        folder = Path(options.model)
-        own_name = spec.name if spec else folder.name if folder.is_dir() else options.model
+        model = options.model or DEFAULT_MODEL
+        self._spec = spec = lookup(model)
+        own_name = spec.name if spec else Path(model).name if Path(model).is_dir() else model
         self._name = served_name or own_name
         names = {self._name, *(spec.names if spec else ())}
         names |= {name.removeprefix("nvidia/") for name in names}
