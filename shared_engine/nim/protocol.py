@@ -38,7 +38,7 @@ from shared_engine.errors import (
     UnsupportedDimensionsError,
 )
 from shared_engine.nim.transport import read_retry_after
-from shared_engine.wire import read_error_index
+from shared_engine.wire import read_error_index, split_role_suffix
 
 _WHITE = (  # a PNG of 64 x 64 pixels
     b"data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAIAAAAlC+aJAAAAS0lEQVR42u3PMQ"
@@ -424,6 +424,8 @@ def _find_target(response: httpx.Response) -> str:
 def list_models(response: httpx.Response) -> dict[str, str | None]:
     """Return the ids that `/v1/models` lists, each with its `root`; none for an invalid reply.
 
+    A name with a role as suffix is left out if the name without it is listed.
+
     >>> list_models(httpx.Response(200, json={"data": [{"id": "mine", "root": "nvidia/m"}]}))
     {'mine': 'nvidia/m'}
     >>> list_models(httpx.Response(404))
@@ -431,6 +433,8 @@ def list_models(response: httpx.Response) -> dict[str, str | None]:
     """
     try:
         items = _load_json(response.content)["data"] if response.is_success else []
-        return {item["id"]: item.get("root") for item in items if isinstance(item["id"], str)}
+        found = {item["id"]: item.get("root") for item in items if isinstance(item["id"], str)}
     except (TypeError, LookupError, AttributeError):
         return {}
+    bases = {name: split_role_suffix(name)[0] for name in found}  # the name itself without a role
+    return {n: root for n, root in found.items() if bases[n] == n or bases[n] not in found}

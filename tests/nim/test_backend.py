@@ -194,6 +194,7 @@ def test_floats_are_requested_after_base64_is_refused() -> None:
         ("ours/custom", ["ours/custom", "b"], "ours/custom"),
         (None, [MODEL, "other"], MODEL),
         (None, ["prod-embed"], "prod-embed"),
+        (None, ["prod-embed", "prod-embed-query", "prod-embed-passage"], "prod-embed"),
         (None, ["nvidia/llama-nemotron-embed-vl-1b-v2"], "nvidia/llama-nemotron-embed-vl-1b-v2"),
         (None, [], MODEL),
     ],
