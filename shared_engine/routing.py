@@ -90,7 +90,7 @@ def explain_key_in_environment() -> str:
         return ""
     return (
         ". NVIDIA_API_KEY is set, but alone never selects NVIDIA's catalogue; use "
-        'backend="nim" for that'
+        'backend="nim" and a hosted model= for that'
     )
 
 
