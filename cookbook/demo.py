@@ -76,7 +76,7 @@ class Default:
         """How to run another one."""
         return (
             f"make {self.target} MODEL=/path/to/folder, or MODEL=organisation/name from the hub; "
-            "with NVIDIA_BASE_URL or NVIDIA_API_KEY set, a NIM"
+            "with NVIDIA_BASE_URL set, a NIM"
         )
 
 
@@ -93,8 +93,6 @@ def choose_model(asked: str | None, default: Default = DEFAULT) -> tuple[dict[st
     model = {"model": asked or default.name}
     if url := os.environ.get("NVIDIA_BASE_URL"):
         return model | {"base_url": url}, "at the NIM of NVIDIA_BASE_URL"
-    if not asked and (key := os.environ.get("NVIDIA_API_KEY")):
-        return model | {"api_key": key}, "in NVIDIA's catalogue, as NVIDIA_API_KEY is set"
     if asked:
         return model, "asked for"
     options, why = _public_checkpoint(default.name)
@@ -134,9 +132,8 @@ def is_slow(options: Mapping[str, str], embedder: Embedder, device: str) -> bool
     """Tell whether a full-size model runs in this process without a GPU."""
     import torch
 
-    here = not {"base_url", "api_key"} & options.keys()
     gpu = torch.cuda.is_available() and device != "cpu"
-    return here and embedder.dimensions >= 2048 and not gpu
+    return "base_url" not in options and embedder.dimensions >= 2048 and not gpu
 
 
 def read_corpus(limit: int) -> dict[str, str]:

@@ -12,11 +12,7 @@ from shared_engine.options import Options
 
 with needs_extra("langchain"):
     from langchain_core.embeddings import Embeddings
-    from langchain_core.load.serializable import (
-        Serializable,
-        SerializedConstructor,
-        SerializedNotImplemented,
-    )
+    from langchain_core.load.serializable import Serializable
 
 
 class NeMoRetrieverEmbeddings(Adapter, Embeddings, Serializable):
@@ -93,11 +89,3 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings, Serializable):
     def lc_secrets(self) -> dict[str, str]:
         """The environment variable of each secret option."""
         return {"api_key": "NVIDIA_API_KEY"}
-
-    def to_json(self) -> SerializedConstructor | SerializedNotImplemented:
-        """Return LangChain's serialization of the options that were passed, not of defaults."""
-        serialized = super().to_json()
-        if serialized["type"] == "constructor":
-            passed = serialized["kwargs"].keys() & self.model_fields_set
-            serialized["kwargs"] = {name: serialized["kwargs"][name] for name in sorted(passed)}
-        return serialized

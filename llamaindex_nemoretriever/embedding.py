@@ -52,6 +52,7 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
 
+    model_name: str = Field(default="", description="Alias of `model`.")
     embed_batch_size: int = Field(
         default=2048,
         gt=0,
@@ -66,13 +67,13 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
 
     @model_validator(mode="after")
     def _model_name_from_model(self) -> NeMoRetrieverEmbedding:
-        self.model_name = self.model
+        self.model_name = self.model or ""
         return self
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Copy as pydantic does; `model_name` in `update` sets `model`."""
         copy = super().model_copy(update=update and _one_model(dict(update)), deep=deep)
-        copy.model_name = copy.model
+        copy.model_name = copy.model or ""
         return copy
 
     @classmethod
@@ -84,7 +85,7 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
         """Return what events say of this model; LlamaIndex asks for it since 0.14.23."""
         return {
             "class_name": self.class_name(),
-            "model_name": self.model_name,
+            "model_name": self.embedder.model or "unknown",  # before a NIM has named it
             "embed_batch_size": self.embed_batch_size,
         }
 
@@ -217,9 +218,9 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
 
 def _one_model(options: dict[str, Any]) -> dict[str, Any]:
     """Return options with `model` set from `model_name`."""
-    if (name := options.get("model_name")) is None:
+    if not (name := options.get("model_name")):
         return options
-    if options.get("model", name) != name:
+    if options.get("model") not in (None, name):
         raise ValueError("model= and model_name= are one option; pass only model=")
     return {**options, "model": name}
 

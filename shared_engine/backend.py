@@ -123,6 +123,11 @@ class Backend(ABC):
     """
 
     @property
+    def model(self) -> str | None:
+        """Name of the model; None while only a server knows it."""
+        return None
+
+    @property
     def modalities(self) -> frozenset[Modality]:
         """Kinds of input that it takes."""
         return frozenset({"text"})

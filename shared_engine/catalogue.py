@@ -2,24 +2,47 @@
 
 Sources: names and renames from the release notes of the NeMo Retriever text embedding NIM
 (1.13.0), sizes and limits from NVIDIA's model cards and its support matrix, public checkpoints and
-their revisions from NVIDIA/NeMo-Retriever `models/hf_model_registry.py`.
+their revisions from NVIDIA/NeMo-Retriever `models/hf_model_registry.py`. What the hosted catalogue
+does with a model comes from its replies, as users published them up to HOSTED_AS_OF.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from shared_engine.documents import Modality
-from shared_engine.errors import CheckpointError
+from shared_engine.errors import CheckpointError, ConfigurationError, ModelRetiredError
+from shared_engine.wire import split_role_suffix
 
 Task = Literal["embed", "rerank"]
 """What a model computes: a vector of each input, or the score of a document for a query."""
 
 DEFAULT_MODEL = "nvidia/llama-nemotron-embed-1b-v2"
-"""The text model of the family with public weights."""
-DEFAULT_RERANKER = "nvidia/llama-nemotron-rerank-1b-v2"
-"""The text reranker of the family."""
+"""The text model of the family with public weights; the hosted catalogue has no default."""
+DEFAULT_MODELS: Mapping[Task, str] = {
+    "embed": DEFAULT_MODEL,
+    "rerank": "nvidia/llama-nemotron-rerank-1b-v2",
+}
+"""The model of each task in this process."""
+
+HOSTED_AS_OF = "2026-11"
+"""Month of the last look at the hosted catalogue; update it with `hosted` of the rows."""
+
+
+class Hosted(NamedTuple):
+    """What NVIDIA's hosted catalogue does with a model."""
+
+    state: Literal["live", "deprecated", "ended", "unknown"] = "unknown"
+    """Requests for an ended model are answered with 410."""
+    since: str = ""
+    """Date on which it was deprecated or ended."""
+    successor: str = ""
+    """NVIDIA's newer model for the same inputs; its vectors do not mix with those of this one."""
+
+
+_UNKNOWN = Hosted()
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,10 @@ class ModelSpec:
     """Kinds of input that the model was trained on."""
     task: Task = "embed"
     """What the model computes."""
+    hosted: Hosted = _UNKNOWN
+    """What the hosted catalogue does with it."""
+    is_local: bool = True
+    """Whether the engine computes its architecture; if not, it runs at a server only."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,6 +107,7 @@ CATALOGUE: tuple[ModelSpec, ...] = (
         ),
         num_hidden_layers=9,
         dimensions=_MATRYOSHKA,
+        hosted=Hosted("ended", "2026-05-18", "nvidia/nemotron-3-embed-1b"),
     ),
     ModelSpec(
         name="nvidia/llama-3.2-nemoretriever-300m-embed-v1",
@@ -92,6 +120,7 @@ CATALOGUE: tuple[ModelSpec, ...] = (
         checkpoint="nvidia/llama-nemotron-embed-1b-v2",
         revision="113abe4acafa848e77ead9c0623205e511932348",
         dimensions=_MATRYOSHKA,
+        hosted=Hosted("ended", "2026-08-25", "nvidia/nemotron-3-embed-1b"),
     ),
     ModelSpec(
         name="nvidia/llama-nemotron-embed-vl-1b-v2",
@@ -104,6 +133,14 @@ CATALOGUE: tuple[ModelSpec, ...] = (
         dimensions=_MATRYOSHKA,
         max_tokens_with_image=10_240,
         modalities=frozenset({"text", "image", "text_image"}),
+        hosted=Hosted("deprecated", "2026-09-20", "nvidia/Nemotron-3.5-Embed-1B-BF16"),
+    ),
+    ModelSpec(
+        name="nvidia/nemotron-3-embed-1b",
+        aliases=("nvidia/Nemotron-3-Embed-1B-BF16",),
+        max_tokens=4096,  # of a NIM; 32,768 in the checkpoint
+        hosted=Hosted("live"),
+        is_local=False,
     ),
     ModelSpec(
         name="nvidia/llama-nemotron-rerank-1b-v2",
@@ -119,21 +156,22 @@ CATALOGUE: tuple[ModelSpec, ...] = (
         max_tokens_with_image=10_240,
         modalities=frozenset({"text", "image", "text_image"}),
         task="rerank",
+        hosted=Hosted("live"),
     ),
 )
 
-_BY_NAME = {name.removeprefix("nvidia/"): spec for spec in CATALOGUE for name in spec.names}
+_BY_NAME = {name.lower().removeprefix("nvidia/"): spec for spec in CATALOGUE for name in spec.names}
 
 
-def lookup(model: str) -> ModelSpec | None:
-    """Return the row of a model name or alias, with or without `nvidia/`; None if unknown.
+def lookup(model: str | None) -> ModelSpec | None:
+    """Return the row of a model name or alias, with or without `nvidia/`; None without one.
 
     >>> lookup("llama-nemotron-embed-300m-v2").name
     'nvidia/llama-3.2-nemoretriever-300m-embed-v2'
     >>> lookup("intfloat/e5-small") is None
     True
     """
-    return _BY_NAME.get(model.lower().removeprefix("nvidia/"))
+    return _BY_NAME.get(model.lower().removeprefix("nvidia/")) if model else None
 
 
 def report_task(name: str, task: Task) -> CheckpointError:
@@ -147,3 +185,56 @@ def report_task(name: str, task: Task) -> CheckpointError:
         f"{name} is an embedding model and does not score documents; use shared_engine.Embedder, "
         "or the embeddings of an adapter"
     )
+
+
+def require_hosted(model: str | None, task: Task = "embed") -> str:
+    """Return the name of a model that the hosted catalogue runs, as far as its row knows.
+
+    Args:
+        model: Its name, which may have a role as suffix; None if the caller named none.
+        task: What it is to compute.
+
+    Raises:
+        ConfigurationError: no model was named.
+        ModelRetiredError: the model has ended.
+    """
+    if model is None:
+        raise ConfigurationError(
+            f"model= is missing, and NVIDIA's catalogue has no default; {_use_live(task)}"
+        )
+    name, _ = split_role_suffix(model)
+    spec = lookup(name)
+    if spec is not None and spec.hosted.state == "ended":
+        raise ModelRetiredError(
+            f"NVIDIA's catalogue ended {model} on {spec.hosted.since}; {explain_end(spec)}"
+        )
+    return name
+
+
+def explain_end(spec: ModelSpec | None) -> str:
+    """Return, for an error, what to use instead of a hosted model that ends.
+
+    Args:
+        spec: Its row; None if it has none.
+    """
+    successor = spec.hosted.successor if spec is not None else ""
+    task: Task = "embed" if spec is None else spec.task
+    newer = f"its successor is {successor}" if successor else _use_live(task)
+    if spec is None or not spec.is_local:
+        place = "may still run at a self-hosted NIM (base_url=)"
+    else:
+        here = 'backend="local"' if spec.checkpoint else 'backend="local", checkpoint="/folder"'
+        place = f"still run in this process ({here}) or at a self-hosted NIM (base_url=)"
+    return f"{newer}. {_MIXING[task]}. The same weights {place}"
+
+
+_MIXING: Mapping[Task, str] = {
+    "embed": "Vectors of two models do not mix in an index: embed all documents again, or keep the "
+    "model",
+    "rerank": "Scores of two models do not compare: set thresholds again",
+}
+
+
+def _use_live(task: Task) -> str:
+    live = [spec.name for spec in CATALOGUE if spec.task == task and spec.hosted.state == "live"]
+    return f"use a live hosted model ({HOSTED_AS_OF}): {', '.join(live)}"

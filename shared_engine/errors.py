@@ -3,6 +3,7 @@
 NeMoRetrieverError
 ├── ConfigurationError (ValueError)       options that cannot work, alone or together
 │   ├── CheckpointError                   model files missing or not supported
+│   ├── ModelRetiredError (LookupError)   a server no longer runs the model
 │   └── UnsupportedDimensionsError        a vector size that the model does not offer
 ├── MissingExtraError (ImportError)       an optional dependency is not installed
 ├── InputError (ValueError)               one input is invalid; `index` is its position
@@ -51,6 +52,13 @@ class ConfigurationError(NeMoRetrieverError, ValueError):
 
 class CheckpointError(ConfigurationError):
     """A checkpoint is missing, incomplete, or of an unsupported architecture."""
+
+
+class ModelRetiredError(ConfigurationError, LookupError):
+    """A server, such as NVIDIA's hosted catalogue, no longer runs the model.
+
+    The message has the date and the successor as far as known, and where the model still runs.
+    """
 
 
 class UnsupportedDimensionsError(ConfigurationError):

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from shared_engine.backend import Backend, Rows
-from shared_engine.catalogue import CATALOGUE, AvailableModel
+from shared_engine.catalogue import CATALOGUE, DEFAULT_MODELS, AvailableModel
 from shared_engine.documents import Modality
 from shared_engine.errors import ConfigurationError
 from shared_engine.pipeline import OptionsT, Pipeline
@@ -78,6 +78,13 @@ class Model(Generic[OptionsT]):
         return self._lease.acquire()
 
     @property
+    def model(self) -> str | None:
+        """Name of the model. Loads nothing; None while only a server knows it."""
+        if self.options.model is None and select_backend(self.options).base_url is None:
+            return DEFAULT_MODELS[self.options.task]
+        return self.options.model or self.load().model
+
+    @property
     def modalities(self) -> frozenset[Modality]:
         """Kinds of input that the model takes. Loads the model.
 
@@ -96,14 +103,14 @@ class Model(Generic[OptionsT]):
         return self._used.tokens
 
     def list_models(self) -> list[AvailableModel]:
-        """Return the models of the catalogue, or those that the server serves.
+        """Return the models that run in this process, or those that the server serves.
 
         Raises:
             RemoteError: the server does not list them.
         """
         if select_backend(self.options).base_url is None:
-            task = self.options.task
-            return [AvailableModel(spec.name) for spec in CATALOGUE if spec.task == task]
+            here = (spec for spec in CATALOGUE if spec.is_local)
+            return [AvailableModel(spec.name) for spec in here if spec.task == self.options.task]
         return self.load().list_models()
 
     def wait_until_ready(self, timeout: float = 600.0) -> None:

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
-from shared_engine.catalogue import DEFAULT_MODEL, DEFAULT_RERANKER, Task
+from shared_engine.catalogue import DEFAULT_MODELS, Task
 from shared_engine.endpoints import check_header, normalize_url
 from shared_engine.errors import ConfigurationError
 from shared_engine.vectors import EmbeddingType
@@ -79,11 +79,12 @@ class EngineOptions(BaseModel):
     task: ClassVar[Task]
     """What the model computes: vectors or scores."""
 
-    model: str = _option(
+    model: str | None = _option(
         "engine",
-        default=DEFAULT_MODEL,
+        default=None,
         min_length=1,
-        description="Name or alias of a model in the catalogue, a Hugging Face id, or a folder.",
+        description="Name or alias of a model in the catalogue, a Hugging Face id, or a folder. "
+        f"None: {DEFAULT_MODELS['embed']} in this process, and the only model of a NIM.",
     )
     checkpoint: str | None = _option(
         "local",
@@ -327,11 +328,6 @@ class EngineOptions(BaseModel):
         given = self.model_fields_set.intersection(self.names_of())
         return {name: getattr(self, name) for name in given} | changes
 
-    @property
-    def is_model_given(self) -> bool:
-        """Whether `model` was passed; if True, a NIM serving a different model is an error."""
-        return "model" in self.model_fields_set
-
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
         if state["__dict__"].get("api_key") is not None:
@@ -379,11 +375,12 @@ class RerankOptions(EngineOptions):
 
     task = "rerank"
 
-    model: str = _option(
+    model: str | None = _option(
         "engine",
-        default=DEFAULT_RERANKER,
+        default=None,
         min_length=1,
-        description="Name or alias of a reranker in the catalogue, a Hugging Face id, or a folder.",
+        description="Name or alias of a reranker in the catalogue, a Hugging Face id, or a folder. "
+        f"None: {DEFAULT_MODELS['rerank']} in this process, and the only model of a server.",
     )
     truncate: Literal["NONE", "END"] = _option(
         "request",

@@ -116,10 +116,11 @@ class EmbeddingPipeline(Pipeline[Options]):
     """The path from documents to vectors."""
 
     def _find_dimensions(self) -> int | None:
-        offered, wanted = self.lease.acquire().dimensions, self.options.dimensions
+        backend, wanted = self.lease.acquire(), self.options.dimensions
+        offered = backend.dimensions
         if wanted is not None and offered and wanted not in offered:
             raise UnsupportedDimensionsError(
-                f"dimensions={wanted}, but {self.options.model} offers "
+                f"dimensions={wanted}, but {backend.model} offers "
                 f"{', '.join(map(str, offered))}. For a folder or Hugging Face id, pass the "
                 "catalogue's name as model= and the folder as checkpoint="
             )

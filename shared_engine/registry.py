@@ -28,7 +28,7 @@ class Engine:
     def __init__(self, options: EngineOptions, choice: Choice) -> None:
         names = options.names_of("engine", choice.scope)
         values = (_make_hashable(getattr(options, name)) for name in names)
-        self.key = (options.task, choice.base_url, choice.api_key, options.is_model_given, *values)
+        self.key = (options.task, choice.base_url, choice.api_key, *values)
         self.pid = os.getpid()
         self.leases = 0
         self._options = options

@@ -66,7 +66,7 @@ def select_backend(options: EngineOptions) -> Choice:
             raise ConfigurationError('base_url= contradicts backend="local"; leave one of them out')
         return Choice(None, None, 'backend="local" is given, so this process')
     if options.base_url is None and not is_explicit:
-        if options.model.startswith(_FOLDERS):
+        if options.model and options.model.startswith(_FOLDERS):
             only_local.insert(0, "a folder as model=")
         if not variable:
             hint = "" if only_local else explain_key_in_environment()
@@ -96,7 +96,7 @@ def explain_key_in_environment() -> str:
         return ""
     return (
         ". NVIDIA_API_KEY is set, but alone never selects NVIDIA's catalogue; use "
-        'backend="nim" for that'
+        'backend="nim" and a hosted model= for that'
     )
 
 

@@ -27,7 +27,7 @@ def split_role_suffix(model: str) -> tuple[str, Role | None]:
 
 
 def build_error(message: str, index: int | None = None) -> dict[str, object]:
-    """Return the body of an error: `error` as a NIM sends it, `message` for OpenAI's clients.
+    """Return the body of an error, as a NIM sends it.
 
     Args:
         index: Position of the failed input, for our own client; a NIM does not send it.

@@ -247,7 +247,7 @@ def test_a_folder_of_the_other_task_names_the_class_to_use(folder, tmp_path):
 
 
 def test_the_default_model_is_the_text_reranker():
-    assert RerankOptions().model == "nvidia/llama-nemotron-rerank-1b-v2"
+    assert Reranker().model == "nvidia/llama-nemotron-rerank-1b-v2"
     assert [model.id for model in Reranker().list_models()] == [
         "nvidia/llama-nemotron-rerank-1b-v2",
         "nvidia/llama-nemotron-rerank-vl-1b-v2",

@@ -131,14 +131,16 @@ def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
         ConfigurationError: the folder holds vectors of another model, dtype or the like.
     """
     options = job.options
-    spec = catalogue.lookup(options.model)
+    cache_key = embedder.cache_key(job.role)  # first, as it asks a server for the model's name
+    model = embedder.model or ""
+    spec = catalogue.lookup(model)
     facts = {
-        "model": options.model,
+        "model": model,
         "revision": options.revision or (not options.checkpoint and spec and spec.revision) or "",
         "role": job.role,
         "dimensions": str(embedder.dimensions),
         "embedding_type": options.embedding_type,
-        "cache_key": embedder.cache_key(job.role),
+        "cache_key": cache_key,
     }
     _agree(job, "engine.json", {**facts, "version": __version__}, facts)
     return {**facts, "version": __version__}

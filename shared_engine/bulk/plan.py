@@ -113,7 +113,7 @@ def plan(  # noqa: PLR0917
     count = sum(fragment.rows for fragment in work.fragments)
     missing = sum(fragment.rows for fragment in work.missing)
     full = embedder.with_options(dimensions=None).dimensions
-    spec = lookup(job.options.model)
+    spec = lookup(embedder.model)
     shorter = (width for width in (spec.dimensions if spec else ()) if width < full)
     widths = tuple(sorted({*shorter, full, embedder.dimensions}))
     tokens = rate = kept_bytes = 0.0

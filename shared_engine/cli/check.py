@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from shared_engine import images
 from shared_engine._version import __version__
-from shared_engine.catalogue import lookup
+from shared_engine.catalogue import lookup, require_hosted
 from shared_engine.cli.options import (
     LOCAL,
     add_key,
@@ -25,7 +25,7 @@ from shared_engine.cli.options import (
 )
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
-from shared_engine.endpoints import normalize_url, read_key
+from shared_engine.endpoints import is_hosted, normalize_url, read_key
 from shared_engine.errors import NeMoRetrieverError
 from shared_engine.options import Options
 
@@ -113,19 +113,25 @@ def check(
 
     Returns:
         Whether everything works and all vectors are interchangeable.
+
+    Raises:
+        ConfigurationError: the hosted catalogue no longer runs the model, or no model is named.
     """
+    base_url = base_url and normalize_url(base_url)
+    if base_url and is_hosted(base_url):
+        require_hosted(served_name or (local.model if local else None))
     print(f"nemoretriever {__version__}, Python {platform.python_version()}, {_torch_version()}")
     expected = None if local is None else _measure("local", local)
     works = local is None or expected is not None
-    if base_url is not None:
-        base_url = normalize_url(base_url)
+    if base_url:
         _probe(base_url)
         key = SecretStr(api_key) if api_key else None
         options = Options(base_url=base_url, api_key=key, max_retries=1)
         if name := served_name or _find_name(local, options):
             options = options.replace(model=name)
         # A server may serve only the text part of a model under a name of its own.
-        has_images = "image" in expected if expected else lookup(options.model) is not None
+        is_known = options.model is None or lookup(options.model) is not None
+        has_images = "image" in expected if expected else is_known
         found = _measure("server", options, has_images)
         works = works and found is not None
         if expected and found:
@@ -229,7 +235,7 @@ def _probe(base_url: str) -> None:
 
 def _find_name(local: Options | None, remote: Options) -> str | None:
     """Return the name of the model on a server; None for the options' default."""
-    name = local.model if local is not None and local.is_model_given else None
+    name = local.model if local else None
     if name and lookup(name):
         return name
     try:

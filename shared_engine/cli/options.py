@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from shared_engine.catalogue import DEFAULT_MODEL
 from shared_engine.options import Options
 
 LOCAL = (
@@ -25,10 +24,9 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Add arguments for some of the engine's options, with the type and help that they have."""
     for name in names:
         field = Options.model_fields[name]
-        default = f" Default: {DEFAULT_MODEL}." if name == "model" else ""
         parser.add_argument(
             "--" + name.replace("_", "-"),
-            help=((field.description or "") + default).replace("%", "%%"),
+            help=(field.description or "").replace("%", "%%"),
             **({"metavar": "URL"} if name == "base_url" else _argument(field.annotation)),
         )
 

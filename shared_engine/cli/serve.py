@@ -37,6 +37,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="Host name accepted without a key, besides localhost and the server's addresses. "
         "Repeatable; may be a pattern: *.example.com.",
     )
+    verb.add_argument(
+        "--default-input-type",
+        choices=("query", "passage"),
+        help="Role of texts whose request has none, for clients that cannot send input_type. "
+        "Default: none, such a request is an error.",
+    )
     for limit in fields(ServerLimits):
         verb.add_argument(
             "--" + limit.name.replace("_", "-"),
@@ -81,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
             served_name=args.served_name,
             allowed_hosts=tuple(args.allowed_host),
             limits=limits,
+            default_input_type=args.default_input_type,
             api_key_env=args.api_key_env,
             replicas=args.replicas or 1,
             max_replicas=args.max_replicas,
@@ -99,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         api_key=key,
         limits=limits,
         allowed_hosts=args.allowed_host,
+        default_input_type=args.default_input_type,
         log_level=args.log_level,
         access_log=args.access_log,
     )

@@ -16,7 +16,7 @@ import logging
 import signal
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -44,6 +44,7 @@ class Replicas(BaseModel):
     served_name: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     limits: ServerLimits = ServerLimits()
+    default_input_type: Literal["query", "passage"] | None = None
     api_key_env: str | None = None
     """Environment variable with the API key, set on every node. Ray would store the key itself."""
     replicas: PositiveInt = 1
@@ -113,6 +114,7 @@ def _create_app(settings: Replicas) -> Any:
         api_key=read_key(settings.api_key_env),
         limits=settings.limits,
         allowed_hosts=settings.allowed_hosts,
+        default_input_type=settings.default_input_type,
         on_failure=failures.append,
     )
     app.state.failures = failures

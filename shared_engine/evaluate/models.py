@@ -38,9 +38,10 @@ class EngineModel:
 
     def __init__(self, options: Options) -> None:
         self._embedder = Embedder(options.replace(dimensions=None, embedding_type="float"))
-        self.name = Path(options.model).name if Path(options.model).is_dir() else options.model
+        model = self._embedder.model or "NIM"
+        self.name = Path(model).name if Path(model).is_dir() else model
         if options.base_url:
-            prefix = f"{self.name} at " if options.is_model_given else ""
+            prefix = f"{self.name} at " if options.model else ""
             self.name = f"{prefix}{options.base_url}"
         self.cache_key = self._embedder.cache_key
 
@@ -48,7 +49,7 @@ class EngineModel:
     def revision(self) -> str | None:
         """Revision of the weights: the given one, or that of the catalogue."""
         options = self._embedder.options
-        spec = None if options.checkpoint or options.base_url else lookup(options.model)
+        spec = None if options.checkpoint or options.base_url else lookup(self._embedder.model)
         return options.revision or (spec.revision if spec else None)
 
     @property

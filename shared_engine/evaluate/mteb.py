@@ -80,14 +80,15 @@ class MTEBModel(AbsEncoder):
 
     def __init__(self, embedder: Embedder) -> None:
         self.embedder = embedder
-        name = embedder.options.model
+        revision = embedder.cache_key("document")  # first, as it asks a server for the model's name
+        name = embedder.model or ""
         if name.count("/") != 1:  # MTEB requires owner/name
             name = f"local/{name.strip('/').rpartition('/')[2] or 'model'}"
         modalities = {part for kind in embedder.modalities for part in kind.split("_")}
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": name,
-                "revision": embedder.cache_key("document"),  # identifies MTEB's stored results
+                "revision": revision,  # identifies MTEB's stored results
                 "embed_dim": embedder.dimensions,
                 "similarity_fn_name": ScoringFunction.DOT_PRODUCT,  # exact for bits, so ties stay
                 "modalities": sorted(modalities),

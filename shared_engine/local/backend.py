@@ -64,6 +64,7 @@ _log = logging.getLogger("shared_engine")
 class LocalBackend(Backend):
     """An embedding model or reranker on one or more devices, shared by any number of callers."""
 
+    model = ""
     modalities: frozenset[Modality] = frozenset()
     dimensions: tuple[int, ...] = ()
     description = ""
@@ -92,9 +93,10 @@ class LocalBackend(Backend):
         self._scheduler = Scheduler(placements[0].max_batch_tokens)
         self._dtype = placements[0].dtype
         self._cuts_on_device = placements[0].device.type == "cuda"
+        self.model = self._checkpoint.name
         self.dimensions = self._checkpoint.dimensions
         devices = "; ".join(encoder.description for encoder in self._encoders.values())
-        self.description = f"{self._checkpoint.name} in this process on {devices}"
+        self.description = f"{self.model} in this process on {devices}"
         if self._vision:
             self.description += f", at most {self._vision.max_tiles} tiles per image"
         _log.info("%s", self.description)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shared_engine.catalogue import DEFAULT_MODEL, ModelSpec, lookup, report_task
+from shared_engine.catalogue import DEFAULT_MODEL, DEFAULT_MODELS, ModelSpec, lookup, report_task
 from shared_engine.documents import Role
 from shared_engine.errors import CheckpointError, first_line
 from shared_engine.local.config import (
@@ -83,8 +83,14 @@ def resolve(options: EngineOptions) -> Checkpoint:
         CheckpointError: the checkpoint is missing or not supported; the message has the file or
             field, the expected value, and what to do.
     """
-    spec = lookup(options.model)
-    folder = _locate(options, spec)
+    model = options.model or DEFAULT_MODELS[options.task]
+    spec = lookup(model)
+    if spec is not None and not spec.is_local:
+        raise CheckpointError(
+            f"{spec.name} has an architecture that the engine does not compute; use a NIM "
+            '(base_url=) or NVIDIA\'s catalogue (backend="nim")'
+        )
+    folder = _locate(model, options, spec)
     path = folder / "config.json"
     file = read_config(path)
     is_reranker = isinstance(file, RerankerFile)
@@ -92,9 +98,8 @@ def resolve(options: EngineOptions) -> Checkpoint:
         raise report_task(str(folder), "rerank" if is_reranker else "embed")
     if isinstance(file, MultimodalFile | MultimodalRerankerFile):
         config, prefix = file.llm_config, "llm_config."
-        vision = read_vision(path, file, options.max_tiles)
-        if isinstance(options, RerankOptions):
-            vision = replace(vision, cache_bytes=options.vision_cache_bytes)
+        cache_bytes = options.vision_cache_bytes if isinstance(options, RerankOptions) else 0
+        vision = replace(read_vision(path, file, options.max_tiles), cache_bytes=cache_bytes)
     else:
         config, prefix, vision = file, "", None
     if spec is None:
@@ -129,7 +134,7 @@ def resolve(options: EngineOptions) -> Checkpoint:
         dimensions = {d for d in smaller if d < config.hidden_size} | {config.hidden_size}
     return Checkpoint(
         folder=folder,
-        name=spec.name if spec else options.model,
+        name=spec.name if spec else model,
         config=config,
         vision=vision,
         prompts=prompts,
@@ -157,11 +162,11 @@ def _prompts(folder: Path, file: EmbedderFile) -> dict[Role, str]:
     }
 
 
-def _locate(options: EngineOptions, spec: ModelSpec | None) -> Path:
-    source = options.checkpoint or (spec.checkpoint if spec else options.model)
+def _locate(model: str, options: EngineOptions, spec: ModelSpec | None) -> Path:
+    source = options.checkpoint or (spec.checkpoint if spec else model)
     if source is None:
         raise CheckpointError(
-            f"{options.model!r} has no public weights; pass checkpoint='/path/to/folder' with the "
+            f"{model!r} has no public weights; pass checkpoint='/path/to/folder' with the "
             f"weights from NGC, or use model={DEFAULT_MODEL!r}, which is public and has the same "
             "vector sizes"
         )

@@ -32,8 +32,14 @@ import httpx
 from pydantic import SecretStr
 
 from shared_engine.backend import Backend, Request, Rows, ScoreKind
-from shared_engine.catalogue import AvailableModel, ModelSpec, lookup
-from shared_engine.documents import EmbeddingInput, Modality
+from shared_engine.catalogue import (
+    DEFAULT_MODELS,
+    AvailableModel,
+    explain_end,
+    lookup,
+    require_hosted,
+)
+from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.endpoints import MOST_HOSTED_CHARACTERS, is_hosted
 from shared_engine.errors import (
     ConfigurationError,
@@ -92,9 +98,12 @@ class NimBackend(Backend):
         """
         self._options = options
         self._base_url = base_url
-        self._name, self._fixed_role = split_role_suffix(options.model)
-        self._spec: ModelSpec | None = lookup(self._name)
-        self._served: str | None = self._name if is_hosted(base_url) else None
+        self._name: str | None = None
+        self._fixed_role: Role | None = None
+        if options.model is not None:
+            self._name, self._fixed_role = split_role_suffix(options.model)
+        self._spec = lookup(self._name)
+        self._served: str | None = None
         self._client = NimClient(options, base_url, api_key)
         self._most_characters = options.max_image_characters
         if self._most_characters is None and is_hosted(base_url):
@@ -124,15 +133,20 @@ class NimBackend(Backend):
         self._thread.start()
 
     @property
+    def model(self) -> str | None:
+        """The server's name of the model, the given one before the first request, or None."""
+        return self._served or self._name
+
+    @property
     def modalities(self) -> frozenset[Modality]:
         """Kinds of input that the model takes; all if only the server knows."""
-        return self._spec.modalities if self._spec and self._is_model_known else _ALL_MODALITIES
+        return self._spec.modalities if self._spec else _ALL_MODALITIES
 
     @property
     def description(self) -> str:
         """The name of the model, the address of the server and, once known, its rerank form."""
         form = f" ({self._form.name})" if self._form and self._form.name else ""
-        return f"{self._served or self._name} at {self._base_url}{form}"
+        return f"{self.model or 'the only model'} at {self._base_url}{form}"
 
     @property
     def score_kind(self) -> ScoreKind:
@@ -151,7 +165,7 @@ class NimBackend(Backend):
 
         Asks the server for the name of its model if the options have none.
         """
-        if not self._is_model_known:
+        if self._name is None:
             result_of(self._start(self._find_model()))
         name = self._spec.name if self._spec else self._name
         return hashlib.sha256(f"{self._base_url} {name}".encode()).hexdigest()[:16]
@@ -337,7 +351,9 @@ class NimBackend(Backend):
             case Isolate(position):
                 call.send_again(*batch.isolate(position))
             case Fail(refusal, fault):
-                error = protocol.build_error(response, refusal, batch.has_images, fault == "input")
+                error = protocol.build_error(
+                    response, refusal, batch.has_images, fault == "input", self._spec
+                )
                 if fault == "server":
                     raise error
                 call.fail(batch, error)
@@ -379,11 +395,6 @@ class NimBackend(Backend):
             self._limits.shrink_below(batch.size)
         _log.info("%d inputs of %d bytes are too large a request", len(batch.rows), batch.size)
 
-    @property
-    def _is_model_known(self) -> bool:
-        """Whether the options or the server have named the model."""
-        return self._options.is_model_given or self._served is not None
-
     def _get_known(self, batch: RequestBatch) -> Known:
         """Return how a batch is sent now.
 
@@ -410,7 +421,10 @@ class NimBackend(Backend):
 
     async def _find_model(self) -> str:
         async with self._finding_model:
-            if self._served is None:
+            if self._served is None and is_hosted(self._base_url):
+                self._served = require_hosted(self._options.model, self._options.task)
+                self._warn_if_deprecated()
+            elif self._served is None:
                 listed = protocol.list_models(await self._client.get_models())
                 self._served = self._match_served_model(listed)
         return self._served
@@ -444,7 +458,7 @@ class NimBackend(Backend):
                 continue
             if isinstance(reply, protocol.Reply):
                 return form
-            error = protocol.build_error(response, reply)
+            error = protocol.build_error(response, reply, spec=self._spec)
             if reply.status in (401, 403, 407, 410, 429) or reply.status >= 500:
                 raise error
             if reply.status not in (404, 405):
@@ -454,6 +468,11 @@ class NimBackend(Backend):
         raise ModelNotFoundError(
             f"{self._base_url} serves no reranker: it has neither /ranking nor /rerank"
         )
+
+    def _warn_if_deprecated(self) -> None:
+        if self._spec is not None and self._spec.hosted.state == "deprecated":
+            since, newer = self._spec.hosted.since, explain_end(self._spec)
+            _log.warning("hosted model %s is deprecated since %s; %s", self._name, since, newer)
 
     async def _list_models(self) -> list[AvailableModel]:
         response = await self._client.get_models()
@@ -470,21 +489,21 @@ class NimBackend(Backend):
         Raises:
             ModelNotFoundError: the server has other models only.
         """
-        names = [self._name, *(self._spec.names if self._spec else ())]
-        by_root = [name for name, root in listed.items() if root in names]
-        for name in [*(name for name in names if name in listed), *by_root]:
-            return name
-        if not listed:
-            return self._name
-        if len(listed) == 1 and not self._options.is_model_given:
-            (only,) = listed
-            _log.info("model= is not given; using the only one of %s: %r", self._base_url, only)
-            self._spec = lookup(only)
-            self._name = only
-            return only
+        name = self._name or DEFAULT_MODELS[self._options.task]
+        spec = lookup(name)
+        names = [name, *(spec.names if spec else ())]
+        by_root = [served for served, root in listed.items() if root in names]
+        found = next(iter([*(name for name in names if name in listed), *by_root]), None)
+        if self._name is None and found is None and len(listed) == 1:
+            (found,) = listed
+            name, spec = found, lookup(found)
+            _log.info("model= is not given; using the only one of %s: %r", self._base_url, found)
+        if found is not None or not listed:
+            self._name, self._spec = name, spec
+            return found or name
         some = ", ".join(protocol.make_printable(name[:100]) for name in list(listed)[:20])
         raise ModelNotFoundError(
-            f"{self._base_url} serves {some}, not {self._name}; use one of them as model="
+            f"{self._base_url} serves {some}, not {name}; use one of them as model="
         )
 
 

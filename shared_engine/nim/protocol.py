@@ -16,6 +16,7 @@ import orjson
 from numpy.typing import NDArray
 from pybase64 import b64decode
 
+from shared_engine.catalogue import ModelSpec, explain_end
 from shared_engine.errors import (
     AuthenticationError,
     ImageTooLargeError,
@@ -23,6 +24,7 @@ from shared_engine.errors import (
     InvalidRequestError,
     MalformedResponseError,
     ModelNotFoundError,
+    ModelRetiredError,
     NeMoRetrieverError,
     PayloadTooLargeError,
     PermissionDeniedError,
@@ -33,7 +35,7 @@ from shared_engine.errors import (
     UnsupportedDimensionsError,
 )
 from shared_engine.nim.transport import read_retry_after
-from shared_engine.wire import read_error_index
+from shared_engine.wire import read_error_index, split_role_suffix
 
 _INPUTS = ("input", "passages", "documents", "texts")
 """Names of the list of inputs in a request."""
@@ -333,6 +335,7 @@ def build_error(
     reply: ErrorReply,
     has_image: bool = False,
     is_input_fault: bool = False,
+    spec: ModelSpec | None = None,
 ) -> NeMoRetrieverError:
     """Return the error of a reply that is not a success.
 
@@ -340,7 +343,11 @@ def build_error(
         reply: The result of `read_error` for the response.
         has_image: Whether the request had images.
         is_input_fault: Whether its only input is at fault, so the message may quote that input.
+        spec: The catalogue's row of the model, if it has one.
     """
+    if reply.status == 410:
+        detail = reply.detail.rstrip(".")
+        return ModelRetiredError(f"the server ended the model (410): {detail}; {explain_end(spec)}")
     if (lengths := reply.tokens_and_limit) is not None:
         tokens, limit = lengths
         return InputTooLongError(
@@ -385,6 +392,8 @@ def _find_target(response: httpx.Response) -> str:
 def list_models(response: httpx.Response) -> dict[str, str | None]:
     """Return the ids that `/v1/models` lists, each with its `root`; none for an invalid reply.
 
+    A name with a role as suffix is left out if the name without it is listed.
+
     >>> list_models(httpx.Response(200, json={"data": [{"id": "mine", "root": "nvidia/m"}]}))
     {'mine': 'nvidia/m'}
     >>> list_models(httpx.Response(404))
@@ -392,6 +401,8 @@ def list_models(response: httpx.Response) -> dict[str, str | None]:
     """
     try:
         items = _load_json(response.content)["data"] if response.is_success else []
-        return {item["id"]: item.get("root") for item in items if isinstance(item["id"], str)}
+        found = {item["id"]: item.get("root") for item in items if isinstance(item["id"], str)}
     except (TypeError, LookupError, AttributeError):
         return {}
+    bases = {name: split_role_suffix(name)[0] for name in found}  # the name itself without a role
+    return {n: root for n, root in found.items() if bases[n] == n or bases[n] not in found}

@@ -18,7 +18,7 @@ from shared_engine.errors import ConfigurationError
 from shared_engine.server.errors import HTTPRefusal, shorten
 from shared_engine.server.responses import refuse
 
-_OPEN = ("/v1/health/live", "/v1/health/ready")
+_OPEN = ("/health", "/v1/health/live", "/v1/health/ready")
 _PATTERN = re.compile(r"\*|(\*\.)?[^*]+")
 _NAME = re.compile(r"[a-z0-9._-]+")
 _PORT = re.compile(r":\d*$")
@@ -70,7 +70,7 @@ class RequireKey:
         body = {"status": 401, "title": "Unauthorized", "detail": detail}
         headers = {"WWW-Authenticate": "Bearer"}
         refusal = HTTPRefusal(401, "unauthorized", detail, body, headers)
-        await refuse(refusal, Headers(scope=scope))(scope, receive, send)
+        await refuse(refusal)(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -96,8 +96,7 @@ class RequireHost:
         if scope["type"] != "http" or scope["path"] in _OPEN:
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        host = headers.get("host", "")
+        host = Headers(scope=scope).get("host", "")
         if self._is_allowed(host):
             await self._app(scope, receive, send)
             return
@@ -105,7 +104,7 @@ class RequireHost:
             f"host {shorten(host)!r} is not allowed; start the server with --allowed-host NAME, or "
             "with a key"
         )
-        await refuse(HTTPRefusal(421, "host", message), headers)(scope, receive, send)
+        await refuse(HTTPRefusal(421, "host", message))(scope, receive, send)
 
     def _is_allowed(self, host: str) -> bool:
         name = _PORT.sub("", host).lower()

@@ -24,20 +24,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from sys import getsizeof
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shared_engine import images
 from shared_engine._version import __version__
 from shared_engine.backend import Backend, StepStats
-from shared_engine.catalogue import lookup
+from shared_engine.catalogue import DEFAULT_MODEL, lookup
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError, NeMoRetrieverError
@@ -62,7 +64,7 @@ from shared_engine.server.protocol import (
     write_reply,
 )
 from shared_engine.server.responses import refuse, refuse_route, respond
-from shared_engine.wire import INPUT_TYPE, split_role_suffix
+from shared_engine.wire import INPUT_TYPE, ROLE, split_role_suffix
 
 _log = logging.getLogger("shared_engine")
 _T = TypeVar("_T")
@@ -70,6 +72,15 @@ _T = TypeVar("_T")
 _SMALL_BODY = 64 * 1024
 _SMALL_REPLY = 16 * 1024
 """Bytes to parse and values to write on the event loop; more of them go to a thread."""
+_HOME = """\
+nemoretriever {version}: an embedding model, with the API of a NIM and of OpenAI
+
+POST /v1/embeddings  {{"model": "{name}", "input": ["a text"], "input_type": "passage"}}
+                     input_type: passage or query; or append it to the name: {name}-query
+GET  /v1/models      the model and its names
+GET  /v1/metadata    its inputs and vector sizes
+GET  /v1/health/ready, /v1/health/live, /v1/metrics, /v1/version
+"""
 _pool = ThreadPoolExecutor(2, "nemoretriever-large")
 """Two threads: they share a GIL, and glibc may retain 64 MB for each that used much memory."""
 
@@ -81,6 +92,7 @@ def create_app(
     api_key: str | None = None,
     limits: ServerLimits | None = None,
     allowed_hosts: Sequence[str] = (),
+    default_input_type: Literal["query", "passage"] | None = None,
     on_failure: Callable[[Exception], object] | None = None,
 ) -> Starlette:
     """Return the ASGI app that serves a model.
@@ -96,6 +108,8 @@ def create_app(
         limits: Limits on requests.
         allowed_hosts: Host names accepted without a key, besides localhost and IP addresses;
             "*.example.com" and "*" are patterns.
+        default_input_type: `input_type` of texts whose request has none, for clients that cannot
+            send it. None refuses such a request.
         on_failure: Called in the event loop with the error if the model cannot be loaded.
 
     Raises:
@@ -108,8 +122,12 @@ def create_app(
         raise ConfigurationError(
             f"a server runs its model in this process, but {selected.reason}; remove that setting"
         )
-    server = _Server(options, served_name, limits or ServerLimits(), on_failure)
+    role = None if default_input_type is None else ROLE[default_input_type]
+    server = _Server(options, served_name, limits or ServerLimits(), role, on_failure)
     routes = [
+        Route("/", server.home),
+        Route("/health", server.ready),
+        Route("/metrics", server.metrics_text),
         Route("/v1/embeddings", server.embeddings, methods=["POST"]),
         Route("/v1/models", server.list_models),
         Route("/v1/models/{name:path}", server.show_model),
@@ -117,15 +135,28 @@ def create_app(
         Route("/v1/health/ready", server.ready),
         Route("/v1/metadata", server.metadata),
         Route("/v1/metrics", server.metrics_text),
+        Route("/v1/version", server.version),
     ]
     app = Starlette(
         routes=routes,
-        middleware=[middleware],
+        middleware=[Middleware(_TrimSlash), middleware],
         exception_handlers={HTTPException: refuse_route},
         lifespan=server.lifespan,
     )
     app.router.redirect_slashes = False  # clients handle a 404 better than a redirected POST
     return app
+
+
+class _TrimSlash:
+    """Removes slashes at the end of the path; a redirect would lose the body of a POST."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        await self._app(scope, receive, send)
 
 
 class _Server:
@@ -136,14 +167,16 @@ class _Server:
         options: Options,
         served_name: str | None,
         limits: ServerLimits,
+        default_role: Role | None,
         on_failure: Callable[[Exception], object] | None,
     ) -> None:
         self._embedder = Embedder(options)
         self._limits = limits
+        self._default_role = default_role
         self._on_failure = on_failure
-        self._spec = spec = lookup(options.model)
-        folder = Path(options.model)
-        own_name = spec.name if spec else folder.name if folder.is_dir() else options.model
+        model = options.model or DEFAULT_MODEL
+        self._spec = spec = lookup(model)
+        own_name = spec.name if spec else Path(model).name if Path(model).is_dir() else model
         self._name = served_name or own_name
         names = {self._name, *(spec.names if spec else ())}
         names |= {name.removeprefix("nvidia/") for name in names}
@@ -180,6 +213,9 @@ class _Server:
         else:
             self._backend = backend
             _log.info("serving %s: %s", self._name, backend.description)
+            if self._default_role is not None:
+                word = INPUT_TYPE[self._default_role]
+                _log.warning("texts without input_type are embedded as %s", word)
 
     async def embeddings(self, request: Request) -> Response:
         """Embed the inputs of a request."""
@@ -189,12 +225,12 @@ class _Server:
             response = Response(status_code=499)  # as nginx logs it; nobody receives it
             self._metrics.errors.labels("disconnected").inc()
         except HTTPRefusal as refusal:
-            response = refuse(refusal, request.headers)
+            response = refuse(refusal, _is_nim_client(request))
             self._metrics.errors.labels(refusal.kind).inc()
         except Exception:
             _log.exception("a request failed")
             failure = HTTPRefusal(500, "internal", "internal error; see the log of the server")
-            response = refuse(failure, request.headers)
+            response = refuse(failure, _is_nim_client(request))
             self._metrics.errors.labels("internal").inc()
         self._metrics.requests.labels(str(response.status_code)).inc()
         return response
@@ -211,10 +247,11 @@ class _Server:
             raise self._refuse_load()
         with self._hold_bytes() as hold:
             body = await self._read(request, hold)
+            request.state.has_input_type = bool(body.input_type)
             is_large = sum(map(len, body.input)) > _SMALL_BODY
             given_role = body.find_role(self._served)
             inputs = await _run(is_large, lambda: body.read_inputs(backend.modalities))
-            role = require_role(given_role, inputs)
+            role = require_role(given_role, inputs, self._default_role)
             body.check_dimensions(backend.dimensions)
             kinds = Counter(item.modality for item in inputs)
             if (with_image := len(inputs) - kinds["text"]) > self._limits.max_images:
@@ -250,7 +287,7 @@ class _Server:
         try:
             decoded = await _run(is_large, lambda: decode_images(inputs, limit))
             embedder = self._embedder.with_options(
-                dimensions=body.dimensions or None,
+                dimensions=body.dimensions,
                 embedding_type=body.embedding_type,
                 truncate=body.truncate,
             )
@@ -330,20 +367,30 @@ class _Server:
         limit = self._limits.max_body_bytes
         return refuse_size(f"the body is larger than {limit} bytes; send fewer inputs in a request")
 
+    async def home(self, _: Request) -> Response:
+        """Describe the server in plain text."""
+        return Response(_HOME.format(version=__version__, name=self._name), media_type="text/plain")
+
+    async def version(self, _: Request) -> Response:
+        """Return the version of the package and that of the API."""
+        return respond({"release": __version__, "api": "v1"})
+
     async def list_models(self, _: Request) -> Response:
-        """List the model."""
-        return respond({"object": "list", "data": [self._describe_model()]})
+        """List the model, under its name and with each role as suffix."""
+        suffixes = ("", *(f"-{word}" for word in ROLE))
+        return respond({"object": "list", "data": [self._describe_model(s) for s in suffixes]})
 
     async def show_model(self, request: Request) -> Response:
         """Describe the model, by any of its names."""
         name = request.path_params["name"]
-        if split_role_suffix(name.lower())[0] not in self._served:
-            return refuse(refuse_model(name), request.headers)
-        return respond(self._describe_model())
+        base, role = split_role_suffix(name.lower())
+        if base not in self._served:
+            return refuse(refuse_model(name))
+        return respond(self._describe_model("" if role is None else f"-{INPUT_TYPE[role]}"))
 
-    def _describe_model(self) -> dict[str, Any]:
+    def _describe_model(self, suffix: str) -> dict[str, Any]:
         return {
-            "id": self._name,
+            "id": self._name + suffix,
             "object": "model",
             "created": self._started,
             "owned_by": "nemoretriever",
@@ -384,6 +431,12 @@ class _Server:
 
     def _read_stats(self) -> StepStats | None:
         return None if self._backend is None else self._backend.step_stats
+
+
+def _is_nim_client(request: Request) -> bool:
+    """Return whether the client has sent `input_type` and is none of OpenAI's."""
+    has_input_type = getattr(request.state, "has_input_type", False)
+    return has_input_type and "x-stainless-lang" not in request.headers
 
 
 async def _cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

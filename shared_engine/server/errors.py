@@ -47,7 +47,7 @@ class HTTPRefusal(Exception):  # noqa: N818 - a response, not a failure
         super().__init__(message)
         self.status = status
         self.kind = kind
-        """Label in the metrics."""
+        """Label in the metrics, and `error.code`."""
         self.body = build_error(message) if body is None else body
         self.headers = headers or {}
 

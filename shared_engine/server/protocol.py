@@ -35,6 +35,16 @@ from shared_engine.wire import INPUT_TYPE, ROLE, split_role_suffix
 
 EncodingFormat = Literal["float", "base64"]
 
+_INPUT_TYPE_MISSING = (
+    "'input_type' parameter is required for asymmetric models; send 'query' or 'passage' (in "
+    'Python: extra_body={"input_type": "query"}), append -query or -passage to the name of the '
+    "model, or start the server with --default-input-type"
+)
+"""It begins with the words of a NIM, as clients match them."""
+_NO_TOKEN_IDS = (
+    "send texts, not token ids (langchain-openai: "
+    "OpenAIEmbeddings(check_embedding_ctx_length=False))"
+)
 _SMALL_BODY = 64 * 1024
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 """A string of JSON, closed or not: the search for the next one starts after it."""
@@ -49,7 +59,10 @@ _Strings = Annotated[list[str], Field(min_length=1), FailFast(), BeforeValidator
 
 
 class EmbeddingsRequest(BaseModel):
-    """Body of a request. A field is absent or has a value; null is refused, as by a NIM."""
+    """Body of a request. A field is absent or has a value; null is refused, as by a NIM.
+
+    `dimensions` may be null, as some of OpenAI's clients send it.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
@@ -60,8 +73,8 @@ class EmbeddingsRequest(BaseModel):
     modality: _Strings = ["text"]
     encoding_format: EncodingFormat = "float"
     embedding_type: EmbeddingType = "float"
-    dimensions: int = Field(default=0, gt=0)
-    """0 if absent: the model's full size."""
+    dimensions: int | None = Field(default=None, gt=0)
+    """None: the model's full size."""
     truncate: Truncate = "NONE"
     user: str = ""
 
@@ -130,16 +143,23 @@ class EmbeddingsRequest(BaseModel):
         raise refuse_field("literal_error", ("dimensions",), message, self.dimensions)
 
 
-def require_role(role: Role | None, inputs: list[EmbeddingInput]) -> Role:
+def require_role(
+    role: Role | None, inputs: list[EmbeddingInput], default: Role | None = None
+) -> Role:
     """Return the role of the inputs; images need none, because they are always documents.
+
+    Args:
+        role: The role in the request, if it has one.
+        default: The role of texts without one.
 
     Raises:
         HTTPRefusal: a text without a role, or an image as a query.
     """
     kinds = {item.modality for item in inputs}
     if role is None and "text" in kinds:
-        message = "'input_type' parameter is required for asymmetric models"
-        raise HTTPRefusal(400, "input_type_missing", message)
+        role = default
+    if role is None and "text" in kinds:
+        raise HTTPRefusal(400, "input_type_missing", _INPUT_TYPE_MISSING)
     if role == "query" and kinds != {"text"}:
         message = "Input should be 'passage', as an image is among the inputs"
         raise refuse_field("value_error", ("input_type",), message, "query")
@@ -205,7 +225,10 @@ def _check_structure(body: bytes | bytearray, max_inputs: int) -> None:
             break
     outside += len(body) - end
     if strings > 4 * max_inputs or outside > 64 * max_inputs:
-        raise refuse_size(f"too many inputs or fields; the limit is {max_inputs} inputs")
+        raise refuse_size(
+            f"too many inputs or fields; the limit is {max_inputs} inputs. If they are numbers: "
+            f"{_NO_TOKEN_IDS}"
+        )
 
 
 def parse_request(body: bytes | bytearray, max_inputs: int = 8192) -> EmbeddingsRequest:
@@ -228,9 +251,10 @@ def parse_request(body: bytes | bytearray, max_inputs: int = 8192) -> Embeddings
         return EmbeddingsRequest.model_validate(content)
     except ValidationError as exc:
         error = exc.errors(include_url=False)[0]
-        context = error.get("ctx")
+        has_ids = error["loc"][:1] == ("input",) and error["type"] == "string_type"
+        message = f"{error['msg']}: {_NO_TOKEN_IDS}" if has_ids else error["msg"]
         raise refuse_field(
-            error["type"], error["loc"], error["msg"], error["input"], context
+            error["type"], error["loc"], message, error["input"], error.get("ctx")
         ) from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -27,13 +27,15 @@ def serve(
     api_key: str | None = None,
     limits: ServerLimits | None = None,
     allowed_hosts: Sequence[str] = (),
+    default_input_type: Literal["query", "passage"] | None = None,
     log_level: str = "info",
     access_log: bool = False,
 ) -> bool:
     """Serve a model until a signal stops it; accepted requests are finished.
 
     Args:
-        options, served_name, api_key, limits, allowed_hosts: As for `create_app`.
+        options, served_name, api_key, limits, allowed_hosts, default_input_type: As for
+            `create_app`.
         host: Interface to bind; its name is an allowed host.
         port: Port to bind; 0 for a free one.
         log_level: Log level of uvicorn.
@@ -63,6 +65,7 @@ def serve(
         api_key=api_key,
         limits=limits,
         allowed_hosts=(host, *check_hosts(allowed_hosts)),
+        default_input_type=default_input_type,
         on_failure=stop,
     )
     server = build_server(

@@ -318,9 +318,8 @@ def test_dumps_and_loads_keep_the_options_and_not_the_key(monkeypatch):
     allowed = {"allowed_objects": [NeMoRetrieverEmbeddings], "secrets_from_env": True}
     loaded = loads(text, valid_namespaces=["langchain_nemoretriever"], **allowed)
     assert loaded.model_dump() == NeMoRetrieverEmbeddings(**given).model_dump()
-    assert loaded.is_model_given
     assert loaded.api_key.get_secret_value() == "nvapi-other"
     without_key = dumps(NeMoRetrieverEmbeddings(dimensions=384))
     monkeypatch.delenv("NVIDIA_API_KEY")
     loaded = loads(without_key, valid_namespaces=["langchain_nemoretriever"], **allowed)
-    assert (loaded.dimensions, loaded.api_key, loaded.is_model_given) == (384, None, False)
+    assert (loaded.dimensions, loaded.api_key, loaded.model) == (384, None, None)

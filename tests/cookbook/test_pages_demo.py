@@ -6,6 +6,7 @@ import doctest
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +44,16 @@ def run(
         return capsys.readouterr().out
 
     return run
+
+
+def test_a_key_of_the_environment_sends_nothing_to_the_catalogue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-1")
+    monkeypatch.delenv("NVIDIA_BASE_URL", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    default = replace(terminal.DEFAULT, build=lambda: tmp_path)
+    assert terminal.choose_model(None, default)[0] == {"model": str(tmp_path)}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import json
 import logging
 import os
 import pickle
@@ -44,6 +45,7 @@ from shared_engine import (
     RateLimitError,
     Request,
     RequestTimeoutError,
+    ServerError,
     UnsupportedDimensionsError,
     track_usage,
 )
@@ -192,6 +194,7 @@ def test_floats_are_requested_after_base64_is_refused() -> None:
         ("ours/custom", ["ours/custom", "b"], "ours/custom"),
         (None, [MODEL, "other"], MODEL),
         (None, ["prod-embed"], "prod-embed"),
+        (None, ["prod-embed", "prod-embed-query", "prod-embed-passage"], "prod-embed"),
         (None, ["nvidia/llama-nemotron-embed-vl-1b-v2"], "nvidia/llama-nemotron-embed-vl-1b-v2"),
         (None, [], MODEL),
     ],
@@ -249,7 +252,6 @@ def test_a_model_by_name_does_not_share_an_engine_that_takes_any() -> None:
     nim = Nim(models=("prod-embed",))
     options = Options(base_url="http://nim", http_client_factory=nim.client)
     with Embedder(options) as any_model, Embedder(options.replace(model=MODEL)) as named:
-        assert any_model.options.model == named.options.model
         any_model.embed(["a"])
         with pytest.raises(ModelNotFoundError, match="prod-embed"):
             named.embed(["a"])
@@ -359,6 +361,35 @@ def test_the_server_may_name_the_input_at_fault() -> None:
         engine.embed(texts)
     assert {k: type(v) for k, v in caught.value.errors.items()} == {40: InvalidRequestError}
     assert len(nim.bodies) == 5
+
+
+def test_a_failed_request_fails_alone_if_later_ones_succeeded() -> None:
+    good = [f"good {i}" for i in range(20)]
+    answered: list[str] = []
+    are_others_answered, has_failed = asyncio.Event(), asyncio.Event()
+
+    async def reply(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(404)
+        body = json.loads(request.content)
+        if body["input"] == ["bad"]:
+            await are_others_answered.wait()  # requests that were sent after this one
+            has_failed.set()
+            return httpx.Response(500)
+        if len(answered) >= 9:
+            are_others_answered.set()
+            await has_failed.wait()
+        answered.extend(body["input"])
+        return httpx.Response(200, content=write(body))
+
+    nim = Nim()
+    nim.client = lambda: httpx.AsyncClient(transport=httpx.MockTransport(reply))
+    one_by_one = nim.embedder(max_batch_size=1, concurrency=2)
+    with one_by_one as engine, pytest.raises(PartialResultError) as caught:
+        engine.embed(["bad", *good])
+    assert {row: type(error) for row, error in caught.value.errors.items()} == {0: ServerError}
+    np.testing.assert_allclose(caught.value.vectors[1:], vectors(good), atol=1e-6)
+    assert sorted(answered) == sorted(good)
 
 
 @pytest.mark.parametrize("dimensions", [None, WIDTH])
@@ -600,9 +631,10 @@ def test_the_catalogue_is_polled_after_202() -> None:
 
     owed: list[dict[str, Any]] = []
     nim = Nim(answer)
-    with nim.embedder(base_url=HOSTED, api_key=KEY) as engine:
+    live = "nvidia/nemotron-3-embed-1b"
+    with nim.embedder(base_url=HOSTED, api_key=KEY, model=live) as engine:
         np.testing.assert_allclose(engine.embed(["a"]), vectors(["a"]), atol=1e-6)
-    assert owed[0]["model"] == MODEL
+    assert owed[0]["model"] == live
     nim = Nim(lambda r, _: httpx.Response(202, headers={"nvcf-reqid": "a"}))
     with nim.embedder(api_key=KEY) as engine, pytest.raises(MalformedResponseError):
         engine.embed(["a"])

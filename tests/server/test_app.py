@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared_engine import ConfigurationError, EmbeddingInput, Options
+from shared_engine._version import __version__
 from shared_engine.cli.main import main
 from shared_engine.local import LocalBackend
 from shared_engine.server.app import create_app
@@ -124,10 +125,12 @@ def test_optional_fields_are_taken(served: Running) -> None:
 
 
 def test_models_health_metadata(served: Running) -> None:
-    (model,) = served.client.get("/models").json()["data"]
-    assert (model["id"], model["object"], model["root"]) == (NAME, "model", NAME)
-    for name in (NAME, NAME.upper(), "tiny", f"{NAME}-query", NAME.replace("/", "%2F")):
-        assert served.client.get(f"/models/{name}").json() == model
+    listed = served.client.get("/models").json()["data"]
+    assert [model["id"] for model in listed] == [NAME, f"{NAME}-query", f"{NAME}-passage"]
+    assert {(model["object"], model["root"]) for model in listed} == {("model", NAME)}
+    for name in (NAME, NAME.upper(), "tiny", NAME.replace("/", "%2F")):
+        assert served.client.get(f"/models/{name}").json() == listed[0]
+    assert served.client.get(f"/models/{NAME}-query").json() == listed[1]
     for name in ("another", "nvidia", f"{NAME}/more", "%00", "%E2%82%AC"):
         response = served.client.get(f"/models/{name}")
         assert (response.status_code, response.json()["type"]) == (404, "model_not_found")
@@ -147,7 +150,6 @@ def test_models_health_metadata(served: Running) -> None:
     [
         ({"encoding_format": None}, "literal_error", ["encoding_format"]),
         ({"input_type": None}, "literal_error", ["input_type"]),
-        ({"dimensions": None}, "int_type", ["dimensions"]),
         ({"user": None}, "string_type", ["user"]),
         ({"modality": None}, "list_type", ["modality"]),
         ({"truncate": "end"}, "literal_error", ["truncate"]),
@@ -192,19 +194,86 @@ def test_errors_have_the_messages_that_clients_match(served: Running) -> None:
     response = served.post(input_type=...)
     assert response.status_code == 400
     words = "'input_type' parameter is required for asymmetric models"
-    assert response.json() == {"error": words, "message": words}
+    assert response.json()["message"].startswith(words)
     response = served.post(input=["short", LONG])
     assert response.status_code == 400
     words = r"Input length \d+ exceeds maximum allowed token size 2048"
     assert re.fullmatch(words, response.json()["error"])
     assert response.json()["index"] == 1
+    assert response.json()["message"] == response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code", "words"),
+    [
+        ({}, 400, "input_type_missing", "extra_body=.*-query or -passage .*--default-input-type"),
+        ({"model": f"{NAME}-query", "input": LONG}, 400, "input_too_long", "Input length"),
+        ({"model": "another"}, 404, "model_not_found", "does not exist"),
+        ({"dimensions": 17}, 400, "input_type_missing", "input_type"),
+        ({"input": 1.5}, 400, "invalid_request", "input: Input should be a valid list"),
+        ({"input": ["a", 7]}, 400, "invalid_request", "not token ids"),
+        ({"input": [7, 8]}, 400, "invalid_request", "check_embedding_ctx_length=False"),
+        ({"input": [[7, 8], [9]]}, 400, "invalid_request", "check_embedding_ctx_length=False"),
+        ({"input": [[123_456] * 99_000]}, 413, "too_large", "check_embedding_ctx_length=False"),
+    ],
+)
+def test_errors_for_openais_clients_have_the_next_step(
+    served: Running, fields: dict[str, Any], status: int, code: str, words: str
+) -> None:
+    body = {"model": NAME, "input": "a text", **fields}
+    response = served.client.post("/embeddings", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (status, code)
+    assert (error["type"], error["param"]) == ("invalid_request_error", None)
+    assert re.search(words, error["message"])
+
+
+@pytest.mark.parametrize("word", ["query", "passage"])
+def test_texts_without_input_type_get_the_default(
+    options: Options, word: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "shared_engine")
+    role = {"query": "query", "passage": "document"}
+    other = {"query": "passage", "passage": "query"}[word]
+    with running(options, default_input_type=word) as here:
+        assert f"texts without input_type are embedded as {word}" in caplog.text
+        for fields, used in (
+            ({"input_type": ...}, word),
+            ({"input_type": other}, other),
+            ({"input_type": ..., "model": f"{NAME}-{other}"}, other),
+        ):
+            expected = here.expected(role=role[used])
+            np.testing.assert_allclose(vectors(here.post(**fields)), expected, atol=1e-7, rtol=0)
+
+
+def test_health_metrics_and_a_description_are_served_outside_of_v1(options: Options) -> None:
+    with running(options, api_key="a secret") as here:
+        root = here.url.removesuffix("/v1")
+        key = {"Authorization": "Bearer a secret"}
+        assert httpx.get(f"{root}/health").json()["ready"] is True
+        page = httpx.get(root, headers=key)
+        assert page.headers["content-type"] == "text/plain; charset=utf-8"
+        assert f'"model": "{NAME}"' in page.text
+        metrics = httpx.get(f"{root}/metrics", headers=key).text
+        assert "nemoretriever_queue_inputs 0.0" in metrics
+        version = httpx.get(f"{root}/v1/version", headers=key).json()
+        assert version == {"release": __version__, "api": "v1"}
+        for path in ("/", "/metrics", "/v1/version"):
+            assert httpx.get(f"{root}{path}").status_code == 401
+
+
+def test_a_slash_at_the_end_is_ignored(served: Running) -> None:
+    body = {"model": NAME, "input": TEXTS, "input_type": "passage"}
+    got = vectors(served.client.post("/embeddings/", json=body))
+    np.testing.assert_allclose(got, served.expected(), atol=1e-7, rtol=0)
+    for path in ("/models/", "/health/ready/", f"/models/{NAME}/", "/metrics/"):
+        assert served.client.get(path).status_code == 200
 
 
 def test_wrong_paths_and_methods(served: Running) -> None:
     assert served.post(model="nvidia/another").status_code == 404
     assert served.post(model="nvidia/another").json()["type"] == "model_not_found"
     assert served.client.post("/embeddings/embeddings").status_code == 404
-    assert served.client.post("/embeddings/").status_code == 404
     response = served.client.get("/embeddings")
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
     response = served.client.post(
@@ -228,7 +297,7 @@ def test_a_catalogue_name_answers_to_its_aliases(tmp_path: Path) -> None:
         tmp_path / "weights", hidden_size=2048, num_hidden_layers=9, intermediate_size=64
     )
     with running(Options(model=name, checkpoint=str(folder), device="cpu"), served=None) as here:
-        (model,) = here.client.get("/models").json()["data"]
+        model, *_ = here.client.get("/models").json()["data"]
         assert (model["id"], model["root"]) == (name, name)
         for alias in (name, "llama-nemotron-embed-300m-v2", name.upper()):
             response = here.post(model=f"{alias}-query", input_type=..., dimensions=384)
@@ -330,7 +399,7 @@ def test_a_large_body_is_refused_while_it_arrives(options: Options, http: str) -
             assert here.client.post("/embeddings", content=chunks(), headers=headers).is_error
             response = here.client.post("/embeddings", content=chunks(), headers=headers)
             assert response.status_code == 413
-            assert "100000 bytes" in response.json()["error"]
+            assert "100000 bytes" in response.json()["message"]
         assert here.post().status_code == 200
 
 
@@ -400,7 +469,7 @@ def test_too_many_inputs(options: Options) -> None:
         assert here.post(input=["a"] * 4).status_code == 200
         response = here.post(input=["a"] * 5)
         assert response.status_code == 413
-        assert "5 inputs" in response.json()["error"]
+        assert "5 inputs" in response.json()["message"]
 
 
 def test_an_incomplete_body_gets_408(options: Options) -> None:
@@ -558,7 +627,15 @@ def test_openai_client(served: Running) -> None:
         create(model=NAME + "-query", input=LONG, extra_body={"truncate": "END"})
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             create(model="another", input="a")
-        assert [model.id for model in client.models.list()] == [NAME]
+        assert create(model=NAME + "-query", input="a", dimensions=None)
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(model=NAME, input="a")
+        assert (caught.value.code, caught.value.type) == (
+            "input_type_missing",
+            "invalid_request_error",
+        )
+        names = [NAME, f"{NAME}-query", f"{NAME}-passage"]
+        assert [model.id for model in client.models.list()] == names
         assert client.models.retrieve(NAME).id == NAME
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             client.models.retrieve("another/model")
@@ -580,7 +657,7 @@ def test_langchain_nvidia(served: Running) -> None:
     expected = served.expected([LONG], dimensions=16, truncate="END")
     np.testing.assert_allclose(cut.embed_documents([LONG]), expected, atol=1e-6, rtol=0)
     found = module.NVIDIAEmbeddings.get_available_models(base_url=served.url, model=NAME)
-    assert [model.id for model in found] == [NAME]
+    assert [model.id for model in found] == [NAME, f"{NAME}-query", f"{NAME}-passage"]
 
 
 async def test_llama_index_nvidia(served: Running) -> None:
@@ -613,6 +690,7 @@ def test_serve_finishes_requests_after_a_signal(checkpoint: Path) -> None:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "shared_engine.cli", "serve", "--model", str(checkpoint)]
     command += ["--port", str(port), "--api-key-env", "A_KEY", "--served-name", NAME]
+    command += ["--default-input-type", "passage"]
     environment = os.environ | {"A_KEY": "k"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         url = f"http://127.0.0.1:{port}/v1"
@@ -625,7 +703,7 @@ def test_serve_finishes_requests_after_a_signal(checkpoint: Path) -> None:
                     return False
 
             wait_for(ready, seconds=60)
-            body = {"model": NAME, "input": SLOW, "input_type": "passage"}
+            body = {"model": NAME, "input": SLOW}
             with ThreadPoolExecutor() as pool:
                 answer = pool.submit(client.post, "/embeddings", json=body, timeout=30)
                 wait_for(lambda: f"queue_inputs {len(SLOW)}.0" in client.get("/metrics").text)
@@ -634,6 +712,7 @@ def test_serve_finishes_requests_after_a_signal(checkpoint: Path) -> None:
         _, said = process.communicate(timeout=30)
     assert process.returncode in (0, -signal.SIGTERM)
     assert "Traceback" not in said
+    assert "texts without input_type are embedded as passage" in said
 
 
 def test_serve_exits_if_the_model_cannot_be_loaded(

@@ -316,7 +316,7 @@ def test_an_image_as_query_is_refused(served: Running) -> None:
     response = served.post(model=NAME + "-query", input=[TEXT, f"a\n{URL}"], input_type=...)
     assert violated(response) == ["input_type"]
     response = served.post(input=[TEXT, URL], input_type=...)
-    assert "'input_type' parameter is required" in response.json()["error"]
+    assert "'input_type' parameter is required" in response.json()["message"]
     got = vectors(served.post(model=NAME + "-passage", input=[TEXT, URL], input_type=...))
     assert_close(got, here(served, TEXT, EmbeddingInput(image=PNG)))
 
