@@ -1,5 +1,6 @@
 """The folder of results: what it holds, and what is missing.
 
+    OUT/run.lock                held by the run that writes into the folder; names it
     OUT/job.json                the job: written first, compared at each resume
     OUT/engine.json             the engine: written by the first process that embeds, compared by
                                 all others (cache_key: weights, dtype, role, dimensions, ...)

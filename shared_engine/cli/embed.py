@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     with needs_extra("bulk"):
         from shared_engine.bulk.job import Job
         from shared_engine.bulk.plan import plan
-        from shared_engine.bulk.run import begin, find_work, run_local
+        from shared_engine.bulk.run import Work, find_work, run_local
     job = Job(
         inputs=tuple(os.path.abspath(path) for path in args.inputs),
         out=os.path.abspath(args.out),
@@ -160,10 +160,12 @@ def run(args: argparse.Namespace) -> int:
                     work = find_work(job, folder)
                     print(plan(job, embedder, work, seconds=_PLAN_SECONDS))
                 return 0
-            work = begin(job)
-            estimate = plan(job, embedder, work, seconds=_HEADING_SECONDS, most=0.05)
-            print(estimate.heading, file=sys.stderr)
-            summary = run_local(job, embedder, work=work)
+
+            def print_heading(work: Work) -> None:
+                estimate = plan(job, embedder, work, seconds=_HEADING_SECONDS, most=0.05)
+                print(estimate.heading, file=sys.stderr)
+
+            summary = run_local(job, embedder, on_begin=print_heading)
     for each in summary.unread[:10]:
         print(f"nemoretriever: {each.error}", file=sys.stderr)
     if summary.failed or summary.unread:

@@ -218,11 +218,11 @@ def test_what_a_killed_run_left_beside_is_removed(make_job):
 
 def test_done_twice_is_the_same(make_job):
     job = make_job()
-    work = begin(job)
     embedder = Embedder(job.options)
-    first = embed_fragment(job, embedder, work.missing[0])
-    table = read(job)
-    again = embed_fragment(job, embedder, work.missing[0])
+    with begin(job) as work:
+        first = embed_fragment(job, embedder, work.missing[0])
+        table = read(job)
+        again = embed_fragment(job, embedder, work.missing[0])
     assert (first.rows, first.tokens) == (again.rows, again.tokens)
     assert read(job).equals(table)
 
@@ -279,7 +279,8 @@ def test_a_source_that_is_no_more_is_noticed(tmp_path, make_job):
 @pytest.mark.parametrize("when", ["before it is read", "after it was read"])
 def test_a_source_that_changes_meanwhile_gives_no_file(when, make_job):
     job = make_job()
-    (fragment, *_) = begin(job).missing
+    with begin(job) as work:
+        fragment = work.missing[0]
 
     def change() -> None:
         os.utime(job.inputs[0], ns=(1, 1))
@@ -538,7 +539,8 @@ def test_kinds_are_not_mixed(tmp_path, make_job):
 
 def test_a_file_that_may_not_grow_is_an_output_error_and_resumed(make_job):
     job = make_job(rows_per_file=100)
-    begin(job)
+    with begin(job):
+        pass
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
     try:
