@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,9 +23,12 @@ ROWS_PER_FILE = 10_000
 """Rows of text in a fragment: 80 MB of float32 vectors of 2,048 values."""
 IMAGES_PER_FILE = 500
 """Rows with images in a fragment: each takes as long as many texts."""
+_TABLES = (".parquet", *convert.SUFFIXES)
+"""Suffixes of tables."""
 TABLES = ".tables"
 """Folder of the converted tables, in the folder of results."""
-TABLE_SUFFIXES = frozenset({".parquet", *convert.CONVERTED})
+_NOT_DATA = re.compile(r"(dataset_info|dataset_infos|dataset_dict|state)\.json|cache-.*\.arrow")
+"""Names of other files that Hugging Face's `datasets` writes into a folder of tables."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Job:
     """What to embed, how, and where to. Its pickle has no API key, as that of its options."""
 
     inputs: tuple[str, ...]
-    """Absolute paths of files and folders."""
+    """Absolute paths of files and folders, or patterns of these as `glob` takes them."""
     out: str
     """Absolute path of the folder of results."""
     options: Options = field(default_factory=Options)
@@ -46,6 +51,8 @@ class Job:
     """Columns to keep with the vectors."""
     rows_per_file: int | None = None
     """Maximum number of rows in a fragment, and so in a file of vectors; None: by kind of input."""
+    delimiter: str | None = None
+    """Character between the fields of CSV and TSV files; None is a comma and a tab."""
     pdf: pages.Layer = "picture"
     """Part of a PDF page to embed."""
     strict: bool = False
@@ -61,6 +68,8 @@ class Job:
             raise ConfigurationError("columns: id and vector are made here; rename the columns")
         if self.rows_per_file is not None and self.rows_per_file < 1:
             raise ConfigurationError(f"rows_per_file={self.rows_per_file}: must be 1 or more")
+        if self.delimiter is not None and not re.fullmatch(r'[^"\r\n]', self.delimiter):
+            raise ConfigurationError(f"delimiter={self.delimiter!r}: expected one character")
 
     @property
     def input_columns(self) -> tuple[str | None, str | None]:
@@ -206,20 +215,17 @@ def find_sources(job: Job) -> list[Source]:
     Raises:
         ConfigurationError: an input does not exist, is inside another one, or of another kind.
     """
-    _check_overlap(job.inputs)
-    root = os.path.commonpath(job.inputs)
-    root = root if os.path.isdir(root) else os.path.dirname(root)
+    listed = [_list_files(given) for given in job.inputs]
+    root = os.path.commonpath([folder for folder, _ in listed])
+    given_by: dict[str, str] = {}
     kinds: dict[str, str] = {}
     sources: list[Source] = []
-    for given in job.inputs:
-        if not os.path.exists(given):
-            raise ConfigurationError(f"{given} does not exist")
-        files = pages.walk(given) if os.path.isdir(given) else [given]
+    for given, (_, files) in zip(job.inputs, listed, strict=True):
         pictures: list[str] = []
         for path in files:
             kind = _find_kind(path)
             if kind is None and path == given:
-                expected = ", ".join(sorted({*TABLE_SUFFIXES, ".pdf", *pages.SUFFIXES}))
+                expected = ", ".join(sorted({*_TABLES, ".pdf", *pages.SUFFIXES}))
                 raise ConfigurationError(f"{given} cannot be read; expected {expected}")
             if kind is None or path.startswith(job.out + os.sep):
                 continue
@@ -227,6 +233,10 @@ def find_sources(job: Job) -> list[Source]:
                 raise ConfigurationError(
                     f"{path!a}: the name is not UTF-8, so no id can hold it; rename the file"
                 )
+            key = os.path.normpath(path)
+            if key in given_by:
+                raise ConfigurationError(f"{path} is given twice: {given_by[key]} and {given}")
+            given_by[key] = given
             kinds.setdefault(kind, path)
             if kind == "picture":
                 pictures.append(path)
@@ -240,27 +250,38 @@ def find_sources(job: Job) -> list[Source]:
                 "and PDF files by separate commands, each with its own --out"
             )
     if not kinds:
-        raise ConfigurationError(f"no files to embed in {', '.join(job.inputs)}")
+        raise ConfigurationError(
+            f"no files to embed in {', '.join(job.inputs)} (a .txt file must be named)"
+        )
     return sources
 
 
-def _check_overlap(inputs: tuple[str, ...]) -> None:
-    """Refuse an input inside another one: its rows would be embedded twice."""
-    given: set[str] = set()
-    for path in map(os.path.normpath, inputs):
-        if path in given:
-            raise ConfigurationError(f"{path} is given twice")
-        given.add(path)
-    for path in given:
-        folder = path
-        while folder != (folder := os.path.dirname(folder)):
-            if folder in given:
-                raise ConfigurationError(f"{path} is in {folder}, which is given too")
+def _list_files(given: str) -> tuple[str, list[str]]:
+    """Return the folder that the titles of an input start from, and its files."""
+    if os.path.isdir(given):
+        return given, [path for path in pages.walk(given) if not _is_beside(path)]
+    if os.path.exists(given):
+        return os.path.dirname(given), [given]
+    folder = given
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+    files: dict[str, None] = {}
+    for path in sorted(glob.glob(given, recursive=True)):
+        if not any(name[0] in "._" for name in os.path.relpath(path, folder).split(os.sep)):
+            files |= dict.fromkeys(_list_files(path)[1])
+    if not files:
+        raise ConfigurationError(f"{given} does not exist")
+    return folder, list(files)
+
+
+def _is_beside(path: str) -> bool:
+    """Return whether a file in a folder is not data: a text, or about data."""
+    return convert.find_suffix(path) == ".txt" or bool(_NOT_DATA.fullmatch(os.path.basename(path)))
 
 
 def _find_kind(path: str) -> str | None:
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in TABLE_SUFFIXES:
+    suffix = convert.find_suffix(path)
+    if suffix in _TABLES:
         return "table"
     return "pdf" if suffix == ".pdf" else "picture" if suffix in pages.SUFFIXES else None
 
@@ -272,10 +293,11 @@ def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], 
     kind = "picture" if pictures else _find_kind(path)
     has_images = kind != "table" or job.image_column is not None
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
-    stem = f"{Path(path).stem[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
+    stem = re.sub(r"[*?[]", "_", Path(path).stem[:40])
+    stem += f"-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
     if kind == "picture":
         if not os.path.isdir(path):
-            path = os.path.dirname(path)
+            path = os.path.commonpath(list(map(os.path.dirname, pictures)))
             title = os.path.relpath(path, root)
         names = sorted(os.path.relpath(picture, path) for picture in pictures)
         fragments = []
@@ -307,8 +329,8 @@ def _open_table(  # noqa: PLR0917
     The schema has the ids, as `id`, and the kept columns.
     """
     wanted = job.read_columns
-    if is_converted := os.path.splitext(path)[1].lower() in convert.CONVERTED:
-        convert.convert(path, title, target, wanted, rows, mark)
+    if is_converted := convert.find_suffix(path) in convert.SUFFIXES:
+        convert.convert(path, title, target, wanted, rows, mark, job.delimiter)
     path = target if is_converted else path
     with tables.reading(title), pq.ParquetFile(path) as file:
         found, count = file.schema_arrow, file.metadata.num_rows

@@ -46,7 +46,8 @@ _OPTIONS = (
 )  # fmt: skip
 """Options that change the vectors and are known without an engine."""
 _OF_JOB = (
-    "inputs", "role", "text_column", "image_column", "id_column", "columns", "rows_per_file", "pdf",
+    "inputs", "role", "text_column", "image_column", "id_column", "columns", "rows_per_file",
+    "delimiter", "pdf",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from shared_engine.bulk import pages
-from shared_engine.bulk.convert import REASON, TEXT_SUFFIXES
+from shared_engine.bulk.convert import REASON, TEXT, find_suffix
 from shared_engine.bulk.job import Fragment, Job
 from shared_engine.bulk.tables import Cursors, read_texts, reading
 from shared_engine.documents import EmbeddingInput
@@ -66,7 +66,7 @@ def read_windows(
 
 def find_columns(job: Job, fragment: Fragment) -> list[str]:
     """Return the columns to read of a fragment's table."""
-    is_text = fragment.source.lower().endswith(TEXT_SUFFIXES)
+    is_text = find_suffix(fragment.source) in TEXT
     return [*job.read_columns, *([REASON] if is_text else [])]
 
 

@@ -28,15 +28,21 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verb = commands.add_parser(
         "embed",
         help="embed files of texts, images or PDF pages into Parquet files of vectors",
-        description="Embed the rows of tables (Parquet, Arrow, CSV, TSV, JSON Lines), folders of "
-        "images, or the pages of PDF files. The same command again resumes where it stopped.",
+        description="Embed the rows of tables (Parquet, Arrow, CSV, TSV, JSON Lines, lines of "
+        ".txt; text also with .gz, .zst or .bz2), folders of images, or the pages of PDF files. "
+        "The same command again resumes where it stopped.",
         epilog="exit codes:\n"
         "  0  all rows have a vector, or were reported as failed by an earlier run\n"
         "  1  rows or files failed in this run: see errors.parquet\n"
         "  2  invalid usage or configuration, such as a folder with the results of another job\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("inputs", nargs="+", metavar="INPUT", help="File or folder to embed.")
+    verb.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="File, folder, or quoted pattern such as 'data/**/*.csv'. Folders: without .txt.",
+    )
     verb.add_argument(
         "--out",
         required=True,
@@ -70,6 +76,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default=(),
         metavar="A,B",
         help="Columns to keep with the vectors; of images: path, of PDFs: path and page.",
+    )
+    verb.add_argument(
+        "--delimiter",
+        type=lambda text: "\t" if text == r"\t" else text,
+        metavar="CHARACTER",
+        help=r"Character between the fields of CSV files, such as ';' or '\t'. Default: a comma, "
+        "in TSV files a tab.",
     )
     verb.add_argument(
         "--rows-per-file",
@@ -137,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
         id_column=args.id_column,
         columns=args.columns,
         rows_per_file=args.rows_per_file,
+        delimiter=args.delimiter,
         pdf=args.pdf,
         strict=args.strict,
     )

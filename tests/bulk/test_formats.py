@@ -1,0 +1,170 @@
+"""Files that other tools write: data sets, compressed text, other delimiters, patterns."""
+
+from __future__ import annotations
+
+import bz2
+import decimal
+import gzip
+import json
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from shared_engine.bulk.job import Job
+from shared_engine.cli.main import main
+from shared_engine.errors import ConfigurationError, InputError
+from tests.bulk.conftest import passages, run
+from tests.support.nim import vectors
+
+Make = Callable[..., Job]
+
+
+def read(job: Job) -> list[dict]:
+    """Return the rows of a job, in the order of their ids, with vectors that were checked."""
+    rows = pq.read_table(Path(job.out, "vectors")).to_pylist()
+    return sorted(rows, key=lambda row: row["id"])
+
+
+def check_texts(rows: list[dict], texts: list[str]) -> None:
+    np.testing.assert_allclose([row["vector"] for row in rows], vectors(texts), atol=1e-6)
+
+
+@pytest.mark.parametrize("has_splits", [False, True])
+def test_a_data_set_saved_by_hugging_face(has_splits, tmp_path, make_job):
+    data = datasets.Dataset.from_dict(passages(20).to_pydict())
+    if has_splits:
+        data = datasets.DatasetDict({"test": data})
+    data.save_to_disk(tmp_path / "in")
+    folder = tmp_path / "in" / "test" if has_splits else tmp_path / "in"
+    saved = datasets.load_from_disk(str(folder))
+    saved.map(lambda row: {"more": row["key"]})  # leaves a cache in the folder
+    assert len(list(folder.glob("*.arrow"))) == 2
+    job = make_job(tmp_path / "in")
+    summary = run(job)
+    assert (summary.rows, summary.is_complete) == (20, True)
+    check_texts(read(job), passages(20)["text"].to_pylist())
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress,
+            ".zst": lambda raw: pa.compress(raw, "zstd", asbytes=True)}  # fmt: skip
+TEXTS = {
+    ".csv": "key,text\n0,\u00fcber\n\n1,b\n",
+    ".tsv": "key\ttext\n0\t\u00fcber\n1\tb\n",
+    ".jsonl": '{"key": 0, "text": "\u00fcber"}\n{"key": 1, "text": "b"}',
+    ".txt": "\ufeff\u00fcber\r\n \n\nb",
+}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("suffix", TEXTS)
+def test_text_may_be_compressed(suffix, compression, parts, tmp_path, make_job):
+    """Also in several parts, one after another, as bgzip and parallel compressors write them."""
+    raw = TEXTS[suffix].encode()
+    cuts = [raw] if parts == 1 else [raw[:9], raw[9:]]
+    path = tmp_path / f"in{suffix}{compression}"
+    path.write_bytes(b"".join(COMPRESS[compression](part) for part in cuts))
+    job = make_job(path, id_column=None, columns=())
+    assert run(job).rows == 2
+    rows = read(job)
+    assert [row["id"] for row in rows] == [f"{path.name}:{row}" for row in range(2)]
+    check_texts(rows, ["\u00fcber", "b"])
+
+
+def test_a_compressed_file_that_is_cut_off_is_named(tmp_path, make_job):
+    path = tmp_path / "in.csv.gz"
+    path.write_bytes(gzip.compress(b"key,text\n" + b"0,a\n" * 9)[:-9])
+    with pytest.raises(InputError, match=r"in\.csv\.gz cannot be read: Truncated"):
+        run(make_job(path, columns=(), strict=True))
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("suffix", TEXTS)
+def test_utf_16_is_named(suffix, codec, tmp_path, make_job):
+    path = tmp_path / f"in{suffix}.gz"
+    path.write_bytes(gzip.compress(TEXTS[suffix].lstrip("\ufeff").encode(codec)))
+    with pytest.raises(InputError, match="it is UTF-16; convert it first, as by iconv"):
+        run(make_job(path, id_column=None, columns=(), strict=True))
+
+
+@pytest.mark.parametrize(("given", "delimiter"), [(";", ";"), (r"\t", "\t"), ("|", "|")])
+def test_fields_are_cut_at_the_delimiter(given, delimiter, tmp_path, checkpoint, capsys):
+    path = tmp_path / "in.csv"
+    path.write_text(f'key{delimiter}text\n1{delimiter}"a{delimiter} b", c\n2{delimiter}d, e\n')
+    command = ["embed", str(path), "--out", str(tmp_path / "out"), "--model", str(checkpoint),
+               "--columns", "text"]  # fmt: skip
+    assert main([*command, "--delimiter", given]) == 1, "the text after a closing quote"
+    (row,) = pq.read_table(tmp_path / "out" / "vectors").to_pylist()
+    assert row["text"] == "d, e"
+    assert main(command) == 2
+    assert "was begun with delimiter" in capsys.readouterr().err
+    assert main([*command, "--delimiter", ";;"]) == 2
+    assert "delimiter=';;': expected one character" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.csv", ["a.csv", "b[1].csv"]),
+        ("**/*.csv", ["a.csv", "b[1].csv", "sub/c.csv"]),
+        ("s*", ["sub/c.csv"]),
+        ("**", ["a.csv", "b[1].csv", "sub/c.csv"]),
+        ("b[1].csv", ["b[1].csv"]),
+        ("[ab]*.csv", ["a.csv", "b[1].csv"]),
+    ],
+)
+def test_a_pattern_gives_the_files_of_a_folder(pattern, names, tmp_path, make_job):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "_old").mkdir()
+    for name in ("a.csv", "b[1].csv", "sub/c.csv", "_old/d.csv", ".hidden.csv", "notes.md"):
+        (tmp_path / "in" / name).write_text("text\na\n")
+    job = make_job(tmp_path / "in" / pattern, id_column=None, columns=())
+    assert run(job).is_complete
+    assert [row["id"] for row in read(job)] == [f"{name}:0" for name in names]
+    (tmp_path / "in" / "sub" / "new.csv").write_text("text\na\n")
+    assert run(job).rows == (pattern in ("**/*.csv", "s*", "**")), "more files are missing work"
+
+
+def test_a_pattern_that_no_file_has_is_named(tmp_path, make_job):
+    with pytest.raises(ConfigurationError, match=r"\*\.csv does not exist"):
+        run(make_job(tmp_path / "*.csv"))
+
+
+def test_a_text_file_in_a_folder_is_not_data_unless_it_is_named(tmp_path, make_job):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "LICENSE.txt").write_text("some\nlines")
+    with pytest.raises(ConfigurationError, match=r"no files .*\(a \.txt file must be named\)"):
+        run(make_job(tmp_path / "in", id_column=None))
+    assert run(make_job(tmp_path / "in" / "*.txt", id_column=None, columns=())).rows == 2
+
+
+def test_ids_may_be_uuids_and_decimals(tmp_path, make_job):
+    keys = {
+        "uuid": ([uuid.UUID(int=n) for n in range(3)], pa.uuid()),
+        "decimal": ([decimal.Decimal(n) / 100 for n in range(3)], pa.decimal128(12, 2)),
+        "large": ([decimal.Decimal(n) / 100 for n in range(3)], pa.decimal256(60, 2)),
+    }
+    for name, (values, kind) in keys.items():
+        held = [value.bytes for value in values] if name == "uuid" else values
+        table = passages(3).set_column(0, "key", pa.array(held, kind))
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(table, path)
+        job = make_job(path, columns=("key",))
+        job = Job(**{**vars(job), "out": str(tmp_path / f"out-{name}")})
+        assert run(job).rows == 3
+        texts = [str(each) if name == "uuid" else f"{each:.2f}" for each in values]
+        assert [row["id"] for row in read(job)] == texts
+        assert [row["key"] for row in read(job)] == values
+
+
+def test_bad_lines_of_json_in_a_compressed_file_cost_no_other(tmp_path, make_job):
+    lines = [json.dumps({"key": 0, "text": "a"}), "{", json.dumps({"key": 2, "text": "c"})]
+    (tmp_path / "in.json.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    summary = run(make_job(tmp_path / "in.json.gz", columns=()))
+    assert (summary.rows, summary.failed) == (2, 1)
