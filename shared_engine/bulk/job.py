@@ -41,8 +41,9 @@ class Job:
     """Absolute path of the folder of results."""
     options: Options = field(default_factory=Options)
     role: Role = "document"
-    text_column: str | None = None
-    """Column of the texts; None is "text", unless there is an image column."""
+    text_column: str | tuple[str, ...] | None = None
+    """Column of the texts; None is "text", unless there is an image column. Several, as title and
+    text, are joined by `join_title`."""
     image_column: str | None = None
     """Column of images: bytes, paths from the table's folder, or data URLs."""
     id_column: str | None = None
@@ -72,10 +73,11 @@ class Job:
             raise ConfigurationError(f"delimiter={self.delimiter!r}: expected one character")
 
     @property
-    def input_columns(self) -> tuple[str | None, str | None]:
-        """Columns of texts and of images, of tables."""
-        text = self.text_column or ("text" if self.image_column is None else None)
-        return text, self.image_column
+    def text_columns(self) -> tuple[str, ...]:
+        """Columns of the texts of tables."""
+        if not self.text_column:
+            return ("text",) if self.image_column is None else ()
+        return (self.text_column,) if isinstance(self.text_column, str) else self.text_column
 
     @property
     def kept_columns(self) -> tuple[str, ...]:
@@ -85,7 +87,7 @@ class Job:
     @property
     def read_columns(self) -> list[str]:
         """Columns of a table that are read, each once."""
-        wanted = (self.id_column, *self.input_columns, *self.kept_columns)
+        wanted = (self.id_column, *self.text_columns, self.image_column, *self.kept_columns)
         return list(dict.fromkeys(name for name in wanted if name is not None))
 
 
@@ -335,9 +337,8 @@ def _open_table(  # noqa: PLR0917
     with tables.reading(title), pq.ParquetFile(path) as file:
         found, count = file.schema_arrow, file.metadata.num_rows
     tables.require_columns(wanted, found.names, title)
-    text, _ = job.input_columns
-    if text is not None:
-        tables.require_texts(found.field(text).type, text, title)
+    for name in job.text_columns:
+        tables.require_texts(found.field(name).type, name, title)
     kind = pa.string()
     if job.id_column is not None:
         kind = tables.find_id_type(found.field(job.id_column).type, job.id_column, title)

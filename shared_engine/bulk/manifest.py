@@ -46,7 +46,7 @@ _OPTIONS = (
 )  # fmt: skip
 """Options that change the vectors and are known without an engine."""
 _OF_JOB = (
-    "inputs", "role", "text_column", "image_column", "id_column", "columns", "rows_per_file",
+    "inputs", "role", "text_columns", "image_column", "id_column", "columns", "rows_per_file",
     "delimiter", "pdf",
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from shared_engine.bulk import pages
 from shared_engine.bulk.convert import REASON, TEXT, find_suffix
 from shared_engine.bulk.job import Fragment, Job
 from shared_engine.bulk.tables import Cursors, read_texts, reading
-from shared_engine.documents import EmbeddingInput
+from shared_engine.documents import EmbeddingInput, join_title
 
 
 class Refused(NamedTuple):
@@ -73,7 +73,7 @@ def find_columns(job: Job, fragment: Fragment) -> list[str]:
 def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: int) -> Window:
     count = table.num_rows
     nothing: list[Any] = [None] * count
-    text, image = job.input_columns
+    image = job.image_column
     reasons: dict[int, str] = {}
     if REASON in table.column_names:
         reasons |= {row: why for row, why in enumerate(table[REASON].to_pylist()) if why}
@@ -83,14 +83,15 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
         reasons = {row: f"column {job.id_column!r} {why}" for row, why in wrong.items()} | reasons
         for row in (row for row, id_ in enumerate(ids) if id_ is None):
             reasons.setdefault(row, f"has no id in column {job.id_column}")
-    texts = nothing
-    if text is not None:
-        texts, wrong = read_texts(table[text])
-        reasons = {row: f"column {text!r} {why}" for row, why in wrong.items()} | reasons
+    texts: list[str | None] | None = None
+    for name in job.text_columns:
+        found, wrong = read_texts(table[name])
+        reasons = {row: f"column {name!r} {why}" for row, why in wrong.items()} | reasons
+        texts = found if texts is None else list(map(join_title, texts, found))
     images = nothing if image is None else table[image].to_pylist()
     documents: list[str | EmbeddingInput] = []
     good: list[int] = []
-    for row, (words, given) in enumerate(zip(texts, images, strict=True)):
+    for row, (words, given) in enumerate(zip(texts or nothing, images, strict=True)):
         document = _make_document(words, given, os.path.dirname(fragment.source))
         if document is None:
             reasons.setdefault(row, "has no text" if image is None else "has no text and no image")

@@ -57,8 +57,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     verb.add_argument(
         "--text-column",
+        type=_split,
         metavar="NAME",
-        help="Column of the texts. Default: text, unless there is an image column.",
+        help="Column of the texts, or several, such as title,text, that are joined as evaluate "
+        "joins them. Default: text, unless there is an image column.",
     )
     verb.add_argument(
         "--image-column",
@@ -72,7 +74,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     verb.add_argument(
         "--columns",
-        type=lambda text: tuple(name.strip() for name in text.split(",") if name.strip()),
+        type=_split,
         default=(),
         metavar="A,B",
         help="Columns to keep with the vectors; of images: path, of PDFs: path and page.",
@@ -131,6 +133,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add_key(verb)
     add_log_level(verb, "warning")
     verb.set_defaults(run=run)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """Return the names of columns in an argument."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def run(args: argparse.Namespace) -> int:

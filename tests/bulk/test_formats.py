@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shared_engine import Embedder, Options
 from shared_engine.bulk.job import Job
 from shared_engine.cli.main import main
 from shared_engine.errors import ConfigurationError, InputError
+from shared_engine.evaluate.data import read_folder
 from tests.bulk.conftest import passages, run
 from tests.support.nim import vectors
 
@@ -168,3 +170,39 @@ def test_bad_lines_of_json_in_a_compressed_file_cost_no_other(tmp_path, make_job
     (tmp_path / "in.json.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     summary = run(make_job(tmp_path / "in.json.gz", columns=()))
     assert (summary.rows, summary.failed) == (2, 1)
+
+
+def test_a_title_and_a_text_are_the_document_that_evaluate_reads(tmp_path, make_job, nim):
+    """Without a title, with blanks at the ends, and with a title alone."""
+    rows = [
+        {"_id": "a", "title": "T", "text": " t\n"},
+        {"_id": "b", "text": "no title\n"},
+        {"_id": "c", "title": "alone", "text": ""},
+        {"_id": "d", "title": "", "text": " "},
+    ]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "q"}')
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n")
+    corpus = read_folder(tmp_path).corpus
+    job = make_job(
+        tmp_path / "corpus.jsonl", id_column="_id", text_column=("title", "text"), columns=()
+    )
+    summary = run(job)
+    assert (summary.rows, summary.failed) == (3, 1)
+    texts = dict(zip(corpus.ids, corpus.texts, strict=True))
+    assert texts.pop("d") == "", "evaluate embeds a blank text; embed reports it"
+    assert {row["id"] for row in read(job)} == texts.keys()
+    check_texts(read(job), list(texts.values()))
+
+
+def test_the_command_joins_columns_of_texts(tmp_path, checkpoint, capsys):
+    (tmp_path / "in.csv").write_text("title,text\nParis,a city\n,no title\n")
+    command = ["embed", str(tmp_path / "in.csv"), "--out", str(tmp_path / "out"),
+               "--model", str(checkpoint)]  # fmt: skip
+    assert main([*command, "--text-column", "title, text"]) == 0
+    found = pq.read_table(tmp_path / "out" / "vectors")["vector"].to_pylist()
+    with Embedder(Options(model=str(checkpoint))) as embedder:
+        np.testing.assert_allclose(found, embedder.embed(["Paris a city", "no title"]), atol=1e-6)
+    assert main([*command, "--text-column", "text"]) == 2
+    assert "was begun with text_columns ['title', 'text']" in capsys.readouterr().err
