@@ -45,7 +45,7 @@ class Job:
     """Column of the texts; None is "text", unless there is an image column. Several, as title and
     text, are joined by `join_title`."""
     image_column: str | None = None
-    """Column of images: bytes, paths from the table's folder, or data URLs."""
+    """Column of images: bytes, paths from the table's folder, data URLs, or base64."""
     id_column: str | None = None
     """Column of unique ids, integers or texts; None: ids are file name and row number."""
     columns: tuple[str, ...] = ()

@@ -126,7 +126,9 @@ def _make_document(text: str | None, image: Any, folder: str) -> str | Embedding
     if not image:
         return text
     if isinstance(image, str) and ":" not in image[:8]:
-        image = os.path.join(folder, image)
+        path = os.path.join(folder, image)
+        is_base64 = "." not in image and not os.path.lexists(path)  # that has no dot
+        image = f"data:;base64,{image}" if is_base64 else path
     return EmbeddingInput(text, image)
 
 

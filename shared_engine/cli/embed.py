@@ -65,7 +65,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verb.add_argument(
         "--image-column",
         metavar="NAME",
-        help="Column of images: bytes, paths from the table's folder, or data URLs.",
+        help="Column of images: bytes, paths from the table's folder, data URLs, or base64.",
     )
     verb.add_argument(
         "--id-column",
