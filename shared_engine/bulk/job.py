@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.dataset import get_partition_keys, partitioning
 
 from shared_engine.bulk import convert, pages, tables
 from shared_engine.documents import Role
@@ -84,11 +85,18 @@ class Job:
         """Columns to keep apart from `id`, each once."""
         return tuple(dict.fromkeys(name for name in self.columns if name != "id"))
 
-    @property
-    def read_columns(self) -> list[str]:
-        """Columns of a table that are read, each once."""
-        wanted = (self.id_column, *self.text_columns, self.image_column, *self.kept_columns)
-        return list(dict.fromkeys(name for name in wanted if name is not None))
+    def find_columns(self, title: str) -> tuple[list[str], dict[str, str | None]]:
+        """Return the columns to read of a table, each once, and the kept ones that its path gives.
+
+        Args:
+            title: path of the table; a folder `lang=de` gives a column `lang`, as Hive writes it.
+        """
+        wanted = (self.id_column, *self.text_columns, self.image_column)
+        found = list(dict.fromkeys(name for name in wanted if name is not None))
+        kept = [name for name in self.kept_columns if name not in found]
+        schema = pa.schema([(name, pa.string()) for name in kept])
+        given = get_partition_keys(partitioning(schema, flavor="hive").parse(title))
+        return [*found, *(name for name in kept if name not in given)], given
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +338,7 @@ def _open_table(  # noqa: PLR0917
 
     The schema has the ids, as `id`, and the kept columns.
     """
-    wanted = job.read_columns
+    wanted, given = job.find_columns(title)
     if is_converted := convert.find_suffix(path) in convert.SUFFIXES:
         convert.convert(path, title, target, wanted, rows, mark, job.delimiter)
     path = target if is_converted else path
@@ -342,8 +350,11 @@ def _open_table(  # noqa: PLR0917
     kind = pa.string()
     if job.id_column is not None:
         kind = tables.find_id_type(found.field(job.id_column).type, job.id_column, title)
-    kept = [(name, tables.simplify(found.field(name).type)) for name in job.kept_columns]
-    return path, count, pa.schema([("id", kind), *kept])
+    kinds = [
+        pa.string() if name in given else tables.simplify(found.field(name).type)
+        for name in job.kept_columns
+    ]
+    return path, count, pa.schema(list(zip(("id", *job.kept_columns), (kind, *kinds), strict=True)))
 
 
 def _find_page_schema(job: Job, there: tuple[str, ...], title: str) -> Any:

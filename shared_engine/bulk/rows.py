@@ -67,7 +67,7 @@ def read_windows(
 def find_columns(job: Job, fragment: Fragment) -> list[str]:
     """Return the columns to read of a fragment's table."""
     is_text = find_suffix(fragment.source) in TEXT
-    return [*job.read_columns, *([REASON] if is_text else [])]
+    return [*job.find_columns(fragment.title)[0], *([REASON] if is_text else [])]
 
 
 def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: int) -> Window:
@@ -91,8 +91,8 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
     images = nothing if image is None else table[image].to_pylist()
     documents: list[str | EmbeddingInput] = []
     good: list[int] = []
-    for row, (words, given) in enumerate(zip(texts or nothing, images, strict=True)):
-        document = _make_document(words, given, os.path.dirname(fragment.source))
+    for row, (words, picture) in enumerate(zip(texts or nothing, images, strict=True)):
+        document = _make_document(words, picture, os.path.dirname(fragment.source))
         if document is None:
             reasons.setdefault(row, "has no text" if image is None else "has no text and no image")
         elif row not in reasons:
@@ -100,9 +100,12 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
             good.append(row)
     kept = [pa.array([first + row for row in good], pa.int64())]
     positions = pa.array(good, pa.int64())
+    _, given = job.find_columns(fragment.title)
     for name, kind in zip(schema.names, schema.types, strict=True):
         if name == "id":
             kept.append(pa.array([ids[row] for row in good], kind))
+        elif name in given:
+            kept.append(pa.array([given[name]] * len(good), kind))
         else:
             kept.append(table[name].take(positions).cast(kind))
     refused = [Refused(first + row, ids[row], reasons[row]) for row in sorted(reasons)]

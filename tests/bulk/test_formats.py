@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -206,3 +207,39 @@ def test_the_command_joins_columns_of_texts(tmp_path, checkpoint, capsys):
         np.testing.assert_allclose(found, embedder.embed(["Paris a city", "no title"]), atol=1e-6)
     assert main([*command, "--text-column", "text"]) == 2
     assert "was begun with text_columns ['title', 'text']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl.gz"])
+def test_folders_of_hive_partitions_are_columns(suffix, tmp_path, make_job):
+    folders = {"lang=de/day=2024-01-01": ("de", "2024-01-01"),
+               "lang=a%20b/day=__HIVE_DEFAULT_PARTITION__": ("a b", None)}  # fmt: skip
+    for number, folder in enumerate(folders):
+        path = tmp_path / "run=1" / folder / f"part-{number}{suffix}"
+        path.parent.mkdir(parents=True)
+        table = pa.table({"key": [f"{number}-{row}" for row in range(3)], "text": ["a", "b", "c"]})
+        if suffix == ".parquet":
+            pq.write_table(table, path)
+        elif suffix == ".csv":
+            pa.csv.write_csv(table, path)
+        else:
+            lines = "\n".join(map(json.dumps, table.to_pylist()))
+            path.write_bytes(gzip.compress(lines.encode()))
+    with pytest.raises(ConfigurationError, match="no column 'run'; it has key, text"):
+        run(make_job(tmp_path / "run=1", columns=("run",)))
+    job = make_job(tmp_path / "run=1", columns=("day", "text", "lang"))
+    assert run(job).rows == 6
+    rows = read(job)
+    assert [(row["lang"], row["day"]) for row in rows[::3]] == list(folders.values())
+    check_texts(rows, ["a", "b", "c"] * 2)
+
+
+def test_a_column_may_be_a_partition_of_one_file_and_a_number_in_another(tmp_path, make_job):
+    (tmp_path / "in" / "year=2024").mkdir(parents=True)
+    pq.write_table(passages(2), tmp_path / "in" / "year=2024" / "a.parquet")
+    pq.write_table(
+        passages(4).slice(2).append_column("year", pa.array([2025, 2026])),
+        tmp_path / "in" / "b.parquet",
+    )
+    job = make_job(tmp_path / "in", columns=("year",))
+    assert run(job).rows == 4
+    assert [row["year"] for row in read(job)] == ["2024", "2024", "2025", "2026"]
