@@ -59,6 +59,9 @@ class Job:
     """Part of a PDF page to embed."""
     strict: bool = False
     """Whether the first row or file that fails ends the run."""
+    trust_sizes: bool = False
+    """Whether to resume with inputs at other paths, or with other modification times, if names and
+    sizes are the same."""
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -201,7 +204,7 @@ def list_inputs(
 
 
 def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
-    """Return an identity of a source: size and modification time, as rsync compares.
+    """Return an identity of a source: size, "-", modification time; rsync compares the same.
 
     Raises:
         InputError: it does not exist.
@@ -210,13 +213,14 @@ def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
         if not names:
             found = os.stat(source)
             return f"{found.st_size}-{found.st_mtime_ns}"
-        digest = hashlib.sha256()
+        sizes, times = hashlib.sha256(), hashlib.sha256()
         for name in names:
             found = os.stat(os.path.join(source, name))
-            digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+            sizes.update(f"{name} {found.st_size}\n".encode())
+            times.update(f"{found.st_mtime_ns}\n".encode())
     except OSError as exc:
         raise InputError(f"{exc.filename} cannot be read: {exc.strerror}") from exc
-    return digest.hexdigest()[:16]
+    return f"{sizes.hexdigest()[:16]}-{times.hexdigest()[:16]}"
 
 
 def find_sources(job: Job) -> list[Source]:

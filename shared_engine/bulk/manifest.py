@@ -92,6 +92,7 @@ def record_schema(job: Job, schema: Any) -> Any:
 
 
 def _describe_job(job: Job) -> dict[str, Any]:
+    """Return what all runs of a job share."""
     settings: dict[str, Any] = {name: getattr(job.options, name) for name in _OPTIONS}
     settings |= {name: getattr(job, name) for name in _OF_JOB}
     found: dict[str, Any] = json.loads(json.dumps(settings))  # lists for tuples
@@ -163,10 +164,11 @@ def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]
                 Path(temporary).unlink(missing_ok=True)
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     for key, value in compared.items():
-        if found.get(key) != value:
+        if found.get(key) != value and not (key == "inputs" and job.trust_sizes):
+            moved = ", or --trust-sizes if the data moved" * (key == "inputs")
             raise ConfigurationError(
                 f"{job.out} was begun with {key} {found.get(key)!r}, now it is {value!r}; use the "
-                "same value, or another --out"
+                f"same value, or another --out{moved}"
             )
 
 
@@ -190,10 +192,14 @@ def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
         for fragment, footer in zip(written, footers, strict=True):
             if footer is None:
                 continue
-            if footer["fingerprint"] != fragment.fingerprint:
+            before, now = footer["fingerprint"], fragment.fingerprint
+            has_same_size = before.partition("-")[0] == now.partition("-")[0]
+            if before != now and not (has_same_size and job.trust_sizes):
+                how = "has another modification time" if has_same_size else "changed"
+                same = ", or use --trust-sizes if it is the same" * has_same_size
                 raise ConfigurationError(
-                    f"{fragment.source} changed since its rows were embedded; restore it, or "
-                    f"remove {folder}/{fragment.name[:-12]}*.parquet to embed it again"
+                    f"{fragment.source} {how} since its rows were embedded; restore it, or "
+                    f"remove {folder}/{fragment.name[:-12]}*.parquet to embed it again{same}"
                 )
             rows, failed, tokens = (int(footer[name]) for name in ("rows", "failed", "tokens"))
             seconds = float(footer["seconds"])

@@ -100,6 +100,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     verb.add_argument("--strict", action="store_true", help="Stop at the first row that fails.")
     verb.add_argument(
+        "--trust-sizes",
+        action="store_true",
+        help="Resume although the inputs moved, or have other modification times, if their names "
+        "and sizes are the same.",
+    )
+    verb.add_argument(
         "--plan",
         action="store_true",
         help="Estimate rows, tokens, time and bytes from a sample, and embed nothing.",
@@ -160,6 +166,7 @@ def run(args: argparse.Namespace) -> int:
         delimiter=args.delimiter,
         pdf=args.pdf,
         strict=args.strict,
+        trust_sizes=args.trust_sizes,
     )
     if args.ray is not None and not args.plan:
         with needs_extra("ray"):

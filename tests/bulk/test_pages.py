@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -147,3 +148,17 @@ def test_an_image_that_is_neither_a_file_nor_base64_is_a_bad_row(
     summary, _, errors = run(tmp_path / "in.parquet", image_column="image")
     assert summary.failed == 1
     assert reason in errors[0]["reason"]
+
+
+def test_a_folder_of_pictures_that_lost_its_times_goes_on_when_told(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    for n in range(3):
+        (tmp_path / "in" / f"{n}.png").write_bytes(picture(n))
+    assert run(tmp_path / "in")[0].rows == 3
+    os.utime(tmp_path / "in" / "1.png", ns=(1, 1))
+    with pytest.raises(ConfigurationError, match="--trust-sizes"):
+        run(tmp_path / "in")
+    assert run(tmp_path / "in", trust_sizes=True)[0].skipped == 3
+    (tmp_path / "in" / "1.png").write_bytes(b"another size")
+    with pytest.raises(ConfigurationError, match="changed since"):
+        run(tmp_path / "in", trust_sizes=True)

@@ -9,6 +9,7 @@ import pickle
 import resource
 import subprocess
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Any
@@ -262,6 +263,33 @@ def test_a_source_that_changed_is_noticed(make_job):
         run(make_job(passages(101)))
     os.unlink(job.inputs[0])
     with pytest.raises(ConfigurationError, match="does not exist"):
+        run(job)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_data_that_moved_and_lost_its_times_goes_on_when_told(suffix, tmp_path, make_job):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        write(passages(50), tmp_path / "in" / f"{name}{suffix}")
+    run(make_job(tmp_path / "in", id_column=None))
+    for path in sorted(Path(make_job().out, "vectors").iterdir())[1:]:
+        path.unlink()
+    (tmp_path / "in").rename(tmp_path / "moved")
+    job = make_job(tmp_path / "moved", id_column=None)
+    with pytest.raises(ConfigurationError, match=r"begun with inputs .*--trust-sizes if the data"):
+        run(job)
+    for name in "ab":
+        os.utime(tmp_path / "moved" / f"{name}{suffix}", ns=(1, 1))
+    (tmp_path / "moved").rename(tmp_path / "in")
+    with pytest.raises(ConfigurationError, match=r"has another modification time .*--trust-sizes"):
+        run(make_job(tmp_path / "in", id_column=None))
+    (tmp_path / "in").rename(tmp_path / "moved")
+    job = replace(job, trust_sizes=True)
+    assert (run(job).rows, run(job).skipped) == (70, 100)
+    keys = sorted(read(job)["id"].to_pylist())
+    assert keys == sorted(f"{name}{suffix}:{row}" for name in "ab" for row in range(50))
+    write(passages(49), tmp_path / "moved" / f"a{suffix}")
+    with pytest.raises(ConfigurationError, match=rf"a\{suffix} changed since"):
         run(job)
 
 
