@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from shared_engine.bulk.files import write_atomically, writing
 from shared_engine.bulk.tables import reading, require_columns, simplify
+from shared_engine.bulk.urls import is_url, locate
 
 REASON = "nemoretriever:reason"
 """Column of a converted text table: why a record cannot be read; null in all other rows."""
@@ -138,7 +139,8 @@ def _check(record: _Record, columns: Sequence[str]) -> list[str | None]:
 
 def _open_text(path: str, newline: str | None) -> TextIO:
     """Open a UTF-8 file, compressed or not; bytes that are not UTF-8 become lone surrogates."""
-    file = io.BufferedReader(pa.input_stream(path, compression="detect"), _BUFFER)
+    system, inner = locate(path)
+    file = io.BufferedReader(system.open_input_stream(inner, compression="detect"), _BUFFER)
     head = file.peek(4)[:4]
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
         file.close()
@@ -296,7 +298,8 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
 
     One of its batches is in memory, of the wanted columns only.
     """
-    with pa.memory_map(path) as source:
+    system, inner = locate(path)
+    with system.open_input_file(inner) if is_url(path) else pa.memory_map(path) as source:
         try:
             found, is_file = pa.ipc.open_file(source).schema, True
         except pa.ArrowInvalid:

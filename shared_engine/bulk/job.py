@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow.dataset import get_partition_keys, partitioning
 
 from shared_engine.bulk import convert, pages, tables
+from shared_engine.bulk.urls import is_url, list_remote, locate, open_parquet
 from shared_engine.documents import Role
 from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError
 from shared_engine.options import Options
@@ -37,7 +37,8 @@ class Job:
     """What to embed, how, and where to. Its pickle has no API key, as that of its options."""
 
     inputs: tuple[str, ...]
-    """Absolute paths of files and folders, or patterns of these as `glob` takes them."""
+    """Absolute paths of files and folders, patterns of these as `glob` takes them, or URLs of
+    tables."""
     out: str
     """Absolute path of the folder of results."""
     options: Options = field(default_factory=Options)
@@ -67,8 +68,11 @@ class Job:
         if not self.inputs:
             raise ConfigurationError("no inputs; expected files or folders")
         for path in (*self.inputs, self.out):
-            if not os.path.isabs(path):
-                raise ConfigurationError(f"{path}: expected an absolute path")
+            if not os.path.isabs(path) and (path == self.out or not is_url(path)):
+                raise ConfigurationError(
+                    f"{path}: expected an absolute path{' or a URL' * (path != self.out)}; results "
+                    "are written to a local or mounted folder"
+                )
         if "vector" in self.columns or ("id" in self.columns and self.id_column != "id"):
             raise ConfigurationError("columns: id and vector are made here; rename the columns")
         if self.rows_per_file is not None and self.rows_per_file < 1:
@@ -209,17 +213,18 @@ def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
     Raises:
         InputError: it does not exist.
     """
-    try:
+    with tables.reading(source):
         if not names:
-            found = os.stat(source)
-            return f"{found.st_size}-{found.st_mtime_ns}"
+            system, path = locate(source)
+            found = system.get_file_info(path)
+            if not found.is_file:
+                raise ValueError("it does not exist")
+            return f"{found.size}-{found.mtime_ns}"
         sizes, times = hashlib.sha256(), hashlib.sha256()
         for name in names:
-            found = os.stat(os.path.join(source, name))
-            sizes.update(f"{name} {found.st_size}\n".encode())
-            times.update(f"{found.st_mtime_ns}\n".encode())
-    except OSError as exc:
-        raise InputError(f"{exc.filename} cannot be read: {exc.strerror}") from exc
+            picture = os.stat(os.path.join(source, name))
+            sizes.update(f"{name} {picture.st_size}\n".encode())
+            times.update(f"{picture.st_mtime_ns}\n".encode())
     return f"{sizes.hexdigest()[:16]}-{times.hexdigest()[:16]}"
 
 
@@ -230,7 +235,13 @@ def find_sources(job: Job) -> list[Source]:
         ConfigurationError: an input does not exist, is inside another one, or of another kind.
     """
     listed = [_list_files(given) for given in job.inputs]
-    root = os.path.commonpath([folder for folder, _ in listed])
+    try:
+        root = os.path.commonpath([folder for folder, _ in listed])
+    except ValueError:
+        raise ConfigurationError(
+            f"inputs are local paths and URLs: {', '.join(job.inputs)}; embed them by separate "
+            "commands, each with its own --out"
+        ) from None
     given_by: dict[str, str] = {}
     kinds: dict[str, str] = {}
     sources: list[Source] = []
@@ -272,6 +283,13 @@ def find_sources(job: Job) -> list[Source]:
 
 def _list_files(given: str) -> tuple[str, list[str]]:
     """Return the folder that the titles of an input start from, and its files."""
+    if is_url(given):
+        folder, files = list_remote(given)
+        for path in files:
+            if _find_kind(path) in ("picture", "pdf"):
+                raise ConfigurationError(f"{path}: copy images and PDFs to a local folder first")
+        is_folder = folder == given.rstrip("/")
+        return folder, [path for path in files if not (is_folder and _is_beside(path))]
     if os.path.isdir(given):
         return given, [path for path in pages.walk(given) if not _is_beside(path)]
     if os.path.exists(given):
@@ -279,13 +297,13 @@ def _list_files(given: str) -> tuple[str, list[str]]:
     folder = given
     while glob.has_magic(folder):
         folder = os.path.dirname(folder)
-    files: dict[str, None] = {}
+    found: dict[str, None] = {}
     for path in sorted(glob.glob(given, recursive=True)):
         if not any(name[0] in "._" for name in os.path.relpath(path, folder).split(os.sep)):
-            files |= dict.fromkeys(_list_files(path)[1])
-    if not files:
+            found |= dict.fromkeys(_list_files(path)[1])
+    if not found:
         raise ConfigurationError(f"{given} does not exist")
-    return folder, list(files)
+    return folder, list(found)
 
 
 def _is_beside(path: str) -> bool:
@@ -346,7 +364,7 @@ def _open_table(  # noqa: PLR0917
     if is_converted := convert.find_suffix(path) in convert.SUFFIXES:
         convert.convert(path, title, target, wanted, rows, mark, job.delimiter)
     path = target if is_converted else path
-    with tables.reading(title), pq.ParquetFile(path) as file:
+    with tables.reading(title), open_parquet(path) as file:
         found, count = file.schema_arrow, file.metadata.num_rows
     tables.require_columns(wanted, found.names, title)
     for name in job.text_columns:

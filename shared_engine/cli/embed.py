@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import tempfile
+from urllib.request import url2pathname
 
 from shared_engine._lazy import needs_extra
 from shared_engine.cli.options import (
@@ -41,13 +42,14 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="File, folder, or quoted pattern such as 'data/**/*.csv'. Folders: without .txt.",
+        help="File, folder, quoted pattern such as 'data/**/*.csv', or URL of tables such as "
+        "s3://bucket/folder. In folders, .txt is skipped.",
     )
     verb.add_argument(
         "--out",
         required=True,
         metavar="FOLDER",
-        help="Folder of the results: vectors/*.parquet and errors.parquet.",
+        help="Local folder of the results: vectors/*.parquet and errors.parquet.",
     )
     verb.add_argument(
         "--role",
@@ -141,6 +143,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verb.set_defaults(run=run)
 
 
+def _find_path(text: str) -> str:
+    """Return the absolute path of an argument; a URL of another host stays one."""
+    if text.startswith("file:///"):
+        return url2pathname(text.removeprefix("file://"))
+    return text if "://" in text else os.path.abspath(text)
+
+
 def _split(text: str) -> tuple[str, ...]:
     """Return the names of columns in an argument."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
@@ -154,8 +163,8 @@ def run(args: argparse.Namespace) -> int:
         from shared_engine.bulk.plan import plan
         from shared_engine.bulk.run import Work, find_work, run_local
     job = Job(
-        inputs=tuple(os.path.abspath(path) for path in args.inputs),
-        out=os.path.abspath(args.out),
+        inputs=tuple(map(_find_path, args.inputs)),
+        out=_find_path(args.out),
         options=options,
         role=args.role,
         text_column=args.text_column,

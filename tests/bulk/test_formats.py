@@ -7,10 +7,13 @@ import decimal
 import gzip
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -46,7 +49,7 @@ def test_a_data_set_saved_by_hugging_face(has_splits, tmp_path, make_job):
     data.save_to_disk(tmp_path / "in")
     folder = tmp_path / "in" / "test" if has_splits else tmp_path / "in"
     saved = datasets.load_from_disk(str(folder))
-    saved.map(lambda row: {"more": row["key"]})  # leaves a cache in the folder
+    saved.map(dict, new_fingerprint="0")  # leaves a cache in the folder
     assert len(list(folder.glob("*.arrow"))) == 2
     job = make_job(tmp_path / "in")
     summary = run(job)
@@ -243,3 +246,86 @@ def test_a_column_may_be_a_partition_of_one_file_and_a_number_in_another(tmp_pat
     job = make_job(tmp_path / "in", columns=("year",))
     assert run(job).rows == 4
     assert [row["year"] for row in read(job)] == ["2024", "2024", "2025", "2026"]
+
+
+@pytest.fixture
+def remote() -> Iterator[Any]:
+    """A file system in memory, which pyarrow reaches through fsspec."""
+    files = fsspec.filesystem("memory")
+    yield files
+    files.rm("/bucket", recursive=True)
+
+
+def write_remote(remote: Any) -> None:
+    table = passages(20)
+    names = ("a.parquet", "lang=x/b.csv.gz", "c d.arrow", "_old/d.csv", "e.md", "state.json")
+    for name in (f"in/{name}" for name in names):
+        remote.makedirs("/bucket/" + name.rpartition("/")[0], exist_ok=True)
+        with remote.open(f"/bucket/{name}", "wb") as file:
+            if name.endswith(".parquet"):
+                pq.write_table(table, file)
+            elif name.endswith(".arrow"):
+                with pa.ipc.new_stream(file, table.schema) as writer:
+                    writer.write_table(table)
+            else:
+                rows = "".join(f'{row["key"]},"{row["key"]}th"\n' for row in table.to_pylist())
+                file.write(gzip.compress(("key,text\n" + rows).encode()))
+
+
+@pytest.mark.parametrize(
+    ("url", "titles"),
+    [
+        ("memory://bucket/in", ["a.parquet", "c d.arrow", "lang=x/b.csv.gz"]),
+        ("memory://bucket/in/", ["a.parquet", "c d.arrow", "lang=x/b.csv.gz"]),
+        ("memory://bucket/in/a.parquet", ["a.parquet"]),
+        ("memory://bucket/in/*.parquet", ["a.parquet"]),
+        ("memory://bucket/*/lang=*/b*", ["in/lang=x/b.csv.gz"]),
+    ],
+)
+def test_tables_of_other_file_systems(url, titles, remote, make_job):
+    write_remote(remote)
+    job = replace(make_job(passages(1), id_column=None, columns=("text",)), inputs=(url,))
+    summary = run(job)
+    assert (summary.rows, summary.is_complete) == (20 * len(titles), True)
+    rows = read(job)
+    assert {row["id"].rpartition(":")[0] for row in rows} == set(titles)
+    check_texts(rows, [row["text"] for row in rows])
+    assert run(job).skipped == 20 * len(titles)
+    if "a.parquet" in titles:
+        with remote.open("/bucket/in/a.parquet", "wb") as file:
+            pq.write_table(passages(21), file)
+        with pytest.raises(ConfigurationError, match=r"memory://bucket/in/a\.parquet changed"):
+            run(job)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (["memory://bucket/none"], "memory://bucket/none does not exist"),
+        (["memory://bucket/in/*.feather"], "does not exist"),
+        (["memory://bucket/in", "{here}"], "inputs are local paths and URLs"),
+        (["no-such://bucket/in"], "no-such://bucket cannot be opened"),
+        (["memory://bucket/pages"], "copy images and PDFs to a local folder first"),
+        (["relative/path"], "expected an absolute path or a URL"),
+    ],
+)
+def test_a_url_that_cannot_be_read_is_refused(inputs, said, remote, tmp_path, make_job):
+    write_remote(remote)
+    remote.pipe("/bucket/pages/a.pdf", b"")
+    pq.write_table(passages(1), tmp_path / "here.parquet")
+    job = make_job()
+    inputs = [each.replace("{here}", str(tmp_path / "here.parquet")) for each in inputs]
+    with pytest.raises(ConfigurationError, match=said):
+        run(replace(job, inputs=tuple(inputs)))
+
+
+def test_urls_of_local_files_are_paths_and_results_stay_local(tmp_path, checkpoint, capsys):
+    pq.write_table(passages(3), tmp_path / "an input.parquet")
+    url = tmp_path.as_uri()
+    command = ["embed", f"{url}/an%20input.parquet", "--model", str(checkpoint), "--out"]
+    assert main([*command, f"{url}/an%20output"]) == 0
+    assert pq.read_table(tmp_path / "an output" / "vectors").num_rows == 3
+    assert main([*command, "s3://bucket/out"]) == 2
+    assert "s3://bucket/out: expected an absolute path; results are written to a local" in (
+        capsys.readouterr().err
+    )

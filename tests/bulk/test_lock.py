@@ -103,6 +103,7 @@ def test_of_several_that_start_together_one_gets_the_folder(start, tmp_path):
 
 
 def test_a_run_on_a_cluster_and_one_here_keep_each_other_out(start, make_job):
+    pytest.importorskip("ray")
     job = make_job()
     process = start(Path(job.out))
     process.go_on()
