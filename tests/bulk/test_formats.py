@@ -43,7 +43,7 @@ def check_texts(rows: list[dict], texts: list[str]) -> None:
 
 @pytest.mark.parametrize("has_splits", [False, True])
 def test_a_data_set_saved_by_hugging_face(has_splits, tmp_path, make_job):
-    data = datasets.Dataset.from_dict(passages(20).to_pydict())
+    data = datasets.Dataset(datasets.table.InMemoryTable(passages(20)), fingerprint="0")
     if has_splits:
         data = datasets.DatasetDict({"test": data})
     data.save_to_disk(tmp_path / "in")
