@@ -140,7 +140,8 @@ def _check(record: _Record, columns: Sequence[str]) -> list[str | None]:
 def _open_text(path: str, newline: str | None) -> TextIO:
     """Open a UTF-8 file, compressed or not; bytes that are not UTF-8 become lone surrogates."""
     system, inner = locate(path)
-    file = io.BufferedReader(system.open_input_stream(inner, compression="detect"), _BUFFER)
+    compression = _COMPRESSED.get(os.path.splitext(path.lower())[1])
+    file = io.BufferedReader(system.open_input_stream(inner, compression=compression), _BUFFER)
     head = file.peek(4)[:4]
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
         file.close()
@@ -328,7 +329,7 @@ TEXT: dict[str, Callable[[str, Sequence[str], str], Iterator[_Record]]] = {
 }
 """Formats of text, by suffix; their converted tables have the column REASON."""
 _ARROW = (".arrow", ".feather")
-_COMPRESSED = (".gz", ".zst", ".bz2")
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 SUFFIXES = (*TEXT, *_ARROW)
 """Formats to convert."""
 

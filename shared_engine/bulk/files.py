@@ -63,7 +63,7 @@ def lock(folder: str) -> Iterator[None]:
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # the latter on some NFS
             file.seek(0)
             owner = file.read() or "another process"
             raise ConfigurationError(

@@ -28,7 +28,9 @@ _TABLES = (".parquet", *convert.SUFFIXES)
 """Suffixes of tables."""
 TABLES = ".tables"
 """Folder of the converted tables, in the folder of results."""
-_NOT_DATA = re.compile(r"(dataset_info|dataset_infos|dataset_dict|state)\.json|cache-.*\.arrow")
+_INFO = "dataset_info.json"
+_ABOUT_DATA = re.compile(r"dataset_(info|infos|dict)\.json")
+_BESIDE_INFO = re.compile(r"state\.json|cache-.*\.arrow")
 """Names of other files that Hugging Face's `datasets` writes into a folder of tables."""
 
 
@@ -288,10 +290,9 @@ def _list_files(given: str) -> tuple[str, list[str]]:
         for path in files:
             if _find_kind(path) in ("picture", "pdf"):
                 raise ConfigurationError(f"{path}: copy images and PDFs to a local folder first")
-        is_folder = folder == given.rstrip("/")
-        return folder, [path for path in files if not (is_folder and _is_beside(path))]
+        return folder, _choose_data(files) if folder == given.rstrip("/") else files
     if os.path.isdir(given):
-        return given, [path for path in pages.walk(given) if not _is_beside(path)]
+        return given, _choose_data(list(pages.walk(given)))
     if os.path.exists(given):
         return os.path.dirname(given), [given]
     folder = given
@@ -306,9 +307,16 @@ def _list_files(given: str) -> tuple[str, list[str]]:
     return folder, list(found)
 
 
-def _is_beside(path: str) -> bool:
-    """Return whether a file in a folder is not data: a text, or about data."""
-    return convert.find_suffix(path) == ".txt" or bool(_NOT_DATA.fullmatch(os.path.basename(path)))
+def _choose_data(files: list[str]) -> list[str]:
+    """Return the files of a folder without texts and files about data."""
+    saved = {folder for folder, name in map(os.path.split, files) if name == _INFO}
+    return [
+        path
+        for path, (folder, name) in zip(files, map(os.path.split, files), strict=True)
+        if convert.find_suffix(name) != ".txt"
+        and not _ABOUT_DATA.fullmatch(name)
+        and not (folder in saved and _BESIDE_INFO.fullmatch(name))
+    ]
 
 
 def _find_kind(path: str) -> str | None:

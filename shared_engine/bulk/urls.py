@@ -76,7 +76,8 @@ def list_remote(url: str) -> tuple[str, list[str]]:
         if not is_hidden and (is_match or folder == pattern):
             files.append(folder + name)
     if not files:
-        raise ConfigurationError(f"{url} does not exist")
+        hint = " (options after ? are not read: set AWS_ENDPOINT_URL and the like)" * ("?" in url)
+        raise ConfigurationError(f"{url} does not exist{hint}")
     return folder, sorted(files)
 
 

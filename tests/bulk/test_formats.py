@@ -51,10 +51,14 @@ def test_a_data_set_saved_by_hugging_face(has_splits, tmp_path, make_job):
     saved = datasets.load_from_disk(str(folder))
     saved.map(dict, new_fingerprint="0")  # leaves a cache in the folder
     assert len(list(folder.glob("*.arrow"))) == 2
+    (tmp_path / "in" / "other").mkdir()
+    row = {"key": 20, "text": "a state", "lang": "en"}
+    (tmp_path / "in" / "other" / "state.json").write_text(json.dumps(row))  # is data
     job = make_job(tmp_path / "in")
     summary = run(job)
-    assert (summary.rows, summary.is_complete) == (20, True)
-    check_texts(read(job), passages(20)["text"].to_pylist())
+    assert (summary.rows, summary.is_complete) == (21, True)
+    rows = sorted(read(job), key=lambda row: int(row["id"]))
+    check_texts(rows, [*passages(20)["text"].to_pylist(), "a state"])
 
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress,
@@ -74,7 +78,7 @@ def test_text_may_be_compressed(suffix, compression, parts, tmp_path, make_job):
     """Also in several parts, one after another, as bgzip and parallel compressors write them."""
     raw = TEXTS[suffix].encode()
     cuts = [raw] if parts == 1 else [raw[:9], raw[9:]]
-    path = tmp_path / f"in{suffix}{compression}"
+    path = tmp_path / f"in{suffix}{compression.upper()}"
     path.write_bytes(b"".join(COMPRESS[compression](part) for part in cuts))
     job = make_job(path, id_column=None, columns=())
     assert run(job).rows == 2
@@ -258,7 +262,8 @@ def remote() -> Iterator[Any]:
 
 def write_remote(remote: Any) -> None:
     table = passages(20)
-    names = ("a.parquet", "lang=x/b.csv.gz", "c d.arrow", "_old/d.csv", "e.md", "state.json")
+    names = ("a.parquet", "lang=x/b.csv.gz", "c d.arrow", "_old/d.csv", "e.md", "state.json",
+             "dataset_info.json")  # fmt: skip
     for name in (f"in/{name}" for name in names):
         remote.makedirs("/bucket/" + name.rpartition("/")[0], exist_ok=True)
         with remote.open(f"/bucket/{name}", "wb") as file:
@@ -303,6 +308,7 @@ def test_tables_of_other_file_systems(url, titles, remote, make_job):
     [
         (["memory://bucket/none"], "memory://bucket/none does not exist"),
         (["memory://bucket/in/*.feather"], "does not exist"),
+        (["memory://bucket/in?endpoint=here"], "options after . are not read"),
         (["memory://bucket/in", "{here}"], "inputs are local paths and URLs"),
         (["no-such://bucket/in"], "no-such://bucket cannot be opened"),
         (["memory://bucket/pages"], "copy images and PDFs to a local folder first"),
