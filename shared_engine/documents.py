@@ -37,6 +37,15 @@ class EmbeddingInput:
         return "text_image" if self.text and not str(self.text).isspace() else "image"
 
 
+def join_title(title: str | None, text: str | None) -> str:
+    r"""Return the text to embed for a document, joined as BEIR's and MTEB's own models join it.
+
+    >>> join_title("Paris", "The capital of France."), join_title(None, "No title.\n")
+    ('Paris The capital of France.', 'No title.')
+    """
+    return f"{title or ''} {text or ''}".strip()
+
+
 def wrap_images(images: Iterable[Any]) -> list[EmbeddingInput]:
     """Return an input for each image.
 

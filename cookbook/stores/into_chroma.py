@@ -1,38 +1,44 @@
 """Into Chroma, in a folder or on a server.
 
-Ids are texts there and metadata hold no nulls or lists. It takes a bounded number of rows at once
-(`client.get_max_batch_size()`).
+Ids are texts there and metadata hold no nulls; lists and structs become JSON. It takes a bounded
+number of rows at once (`client.get_max_batch_size()`).
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
-import pyarrow.dataset as ds
 from chromadb import Collection
 from chromadb.api import ClientAPI
 from langchain_chroma import Chroma
 from llama_index.core import VectorStoreIndex
 from llama_index.vector_stores.chroma import ChromaVectorStore
 
+from cookbook.stores.rows import open_rows, read_batches
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 
 
 def load(folder: Path, client: ClientAPI, name: str = "passages") -> Collection:
     """Put all rows of `folder/vectors` into a collection."""
+    rows = open_rows(folder)
     collection = client.get_or_create_collection(
         name, configuration={"hnsw": {"space": "cosine"}}, embedding_function=None
     )
-    for batch in ds.dataset(folder / "vectors").to_batches(batch_size=1024):
-        kept = batch.drop_columns(["vector", "text"]).to_pylist()
+    for vectors, kept in read_batches(rows):
         collection.upsert(
             ids=[str(row["id"]) for row in kept],
-            embeddings=batch["vector"].flatten().to_numpy().reshape(len(batch), -1),
-            documents=batch["text"].to_pylist(),
-            metadatas=[{k: v for k, v in row.items() if v is not None} for row in kept],
+            embeddings=vectors,
+            documents=[row.pop("text") for row in kept],
+            metadatas=[{k: _flatten(v) for k, v in row.items() if v is not None} for row in kept],
         )
     return collection
+
+
+def _flatten(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def for_langchain(

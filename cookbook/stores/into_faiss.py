@@ -3,7 +3,7 @@
 No texts and no metadata: they stay in the Parquet files and are read by the row's number. No ids
 but integers: the row's number in the files, sorted by name. No update: an index is built anew, in
 one go (`IndexFlatIP` is exact; `index_factory(n, "IVF4096,PQ64")` and `train` are for millions).
-Of `--embedding-type ubinary` files make an `IndexBinaryFlat(8 * n)`.
+Packed bits are for an `IndexBinaryFlat(8 * n)`, which this recipe does not make.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import Any
 
 import faiss
 import numpy as np
-import pyarrow.dataset as ds
+
+from cookbook.stores.rows import BATCH, open_rows, read_vectors
 
 
 def load(folder: Path, path: Path) -> None:
     """Write an index of all rows of `folder/vectors` to a file, in the place of the last one."""
-    rows = ds.dataset(sorted((folder / "vectors").glob("*.parquet")))
+    rows = open_rows(folder, is_any_type_held=True)
     index = faiss.IndexFlatIP(rows.schema.field("vector").type.list_size)
-    for batch in rows.to_batches(columns=["vector"], batch_size=1024):
-        index.add(batch["vector"].flatten().to_numpy().reshape(len(batch), -1))
+    for batch in rows.to_batches(columns=["vector"], batch_size=BATCH):
+        index.add(read_vectors(rows, batch))
     beside = path.with_suffix(".part")
     faiss.write_index(index, str(beside))
     beside.replace(path)
@@ -33,7 +34,7 @@ def open_search(
 ) -> Callable[[np.ndarray, int], list[tuple[str, dict[str, Any], float]]]:
     """Return a function that gives texts, metadata and cosines of the nearest rows."""
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-    rows = ds.dataset(sorted((folder / "vectors").glob("*.parquet")))
+    rows = open_rows(folder, is_any_type_held=True)
     columns = [name for name in rows.schema.names if name != "vector"]
 
     def search(vector: np.ndarray, k: int) -> list[tuple[str, dict[str, Any], float]]:

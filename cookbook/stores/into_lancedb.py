@@ -7,22 +7,34 @@ more, and LlamaIndex's wants metadata in a column of its own, so both search thr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lancedb
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
+
+from cookbook.stores.rows import BATCH, open_rows, read_vectors
 
 
 def load(folder: Path, database: lancedb.DBConnection, name: str = "passages") -> lancedb.Table:
-    """Put all rows of `folder/vectors` into a table, as Arrow from end to end."""
-    rows = ds.dataset(folder / "vectors")
-    schema = rows.schema.remove_metadata()
+    """Put all rows of `folder/vectors` into a table, as Arrow from end to end, in their types."""
+    rows = open_rows(folder, is_any_type_held=True)
+    kind = pa.list_(pa.float32(), rows.schema.field("vector").type.list_size)
+    place = rows.schema.get_field_index("vector")
+    schema = rows.schema.remove_metadata().set(place, pa.field("vector", kind))
+
+    def read() -> Iterator[pa.RecordBatch]:
+        for batch in rows.to_batches(batch_size=BATCH):
+            values = pa.array(read_vectors(rows, batch).reshape(-1))
+            vectors = pa.FixedSizeListArray.from_arrays(values, type=kind)
+            columns = [*batch.columns[:place], vectors, *batch.columns[place + 1 :]]
+            yield pa.record_batch(columns, schema)
+
     is_new = name not in database.list_tables().tables
     table = database.create_table(name, schema=schema) if is_new else database.open_table(name)
-    reader = pa.RecordBatchReader.from_batches(schema, rows.to_batches(batch_size=1024))
+    reader = pa.RecordBatchReader.from_batches(schema, read())
     merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
     merge.execute(reader)
     return table

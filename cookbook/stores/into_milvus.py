@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.dataset as ds
 from pymilvus import DataType, MilvusClient
+
+from cookbook.stores.rows import open_rows, read_batches
 
 
 def load(folder: Path, client: MilvusClient, name: str = "passages") -> None:
     """Put all rows of `folder/vectors` into a collection."""
-    rows = ds.dataset(folder / "vectors")
+    rows = open_rows(folder)
     if not client.has_collection(name):
         size = rows.schema.field("vector").type.list_size
         schema = client.create_schema(enable_dynamic_field=True)  # for all kept columns
@@ -26,9 +27,7 @@ def load(folder: Path, client: MilvusClient, name: str = "passages") -> None:
         index = client.prepare_index_params()
         index.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
         client.create_collection(name, schema=schema, index_params=index)
-    for batch in rows.to_batches(batch_size=1024):
-        vectors = batch["vector"].flatten().to_numpy().reshape(len(batch), -1)
-        kept = batch.drop_columns(["vector"]).to_pylist()
+    for vectors, kept in read_batches(rows):
         each = zip(kept, vectors, strict=True)
         client.upsert(name, [row | {"id": str(row["id"]), "vector": v} for row, v in each])
 

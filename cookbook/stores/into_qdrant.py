@@ -10,27 +10,25 @@ from __future__ import annotations
 from pathlib import Path
 from uuid import NAMESPACE_OID, uuid5
 
-import pyarrow.dataset as ds
 from langchain_qdrant import QdrantVectorStore
 from llama_index.core import VectorStoreIndex
 from llama_index.vector_stores.qdrant import QdrantVectorStore as QdrantStore
 from qdrant_client import QdrantClient, models
 
+from cookbook.stores.rows import open_rows, read_batches
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 
 
 def load(folder: Path, client: QdrantClient, name: str = "passages") -> None:
     """Put all rows of `folder/vectors` into a collection."""
-    rows = ds.dataset(folder / "vectors")
+    rows = open_rows(folder)
     if not client.collection_exists(name):
         size = rows.schema.field("vector").type.list_size
         params = models.VectorParams(size=size, distance=models.Distance.COSINE)
         client.create_collection(name, params)
-    for batch in rows.to_batches(batch_size=1024):
-        vectors = batch["vector"].flatten().to_numpy().reshape(len(batch), -1)
-        kept = batch.drop_columns(["vector", "text"]).to_pylist()
-        texts = batch["text"].to_pylist()
+    for vectors, kept in read_batches(rows):
+        texts = [row.pop("text") for row in kept]
         client.upload_collection(
             name,
             vectors,

@@ -1,6 +1,7 @@
 """Embed files of documents into files of vectors.
 
 job.py        what to embed, cut into fragments ......... Job, Fragment, list_fragments
+urls.py       tables by path or URL
 convert.py    CSV, JSON Lines and Arrow to Parquet, once
 tables.py     rows of Parquet; types and errors of Arrow
 pages.py      images and pages of PDFs

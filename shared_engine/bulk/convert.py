@@ -1,4 +1,4 @@
-"""Tables of other formats, streamed into Parquet once: CSV, TSV, JSON Lines and Arrow files.
+"""Tables of other formats, streamed into Parquet once: CSV, TSV, JSON Lines, lines and Arrow.
 
 Values of text formats stay texts: nothing guesses their types. Arrow's own readers of CSV and JSON
 stop at the first bad byte and change numbers, so Python's read these: a record that cannot be read
@@ -8,6 +8,7 @@ becomes a row with the reason in the column REASON, and the rows after it keep t
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections import deque
@@ -20,12 +21,14 @@ import pyarrow.parquet as pq
 
 from shared_engine.bulk.files import write_atomically, writing
 from shared_engine.bulk.tables import reading, require_columns, simplify
+from shared_engine.bulk.urls import is_url, locate
 
 REASON = "nemoretriever:reason"
 """Column of a converted text table: why a record cannot be read; null in all other rows."""
 _LONGEST = 1 << 24
 """Characters of a CSV field or of a line of JSON. After an opening quote that is never closed, so
 much is read before the record is given up."""
+_BUFFER = 1 << 20
 _GROUP_BYTES = 1 << 25
 """Bytes of values in a row group, about: a group is in memory while it is written."""
 _HEAD = 1_000
@@ -36,7 +39,13 @@ _Record = list[str | None] | str
 
 
 def convert(  # noqa: PLR0917
-    path: str, title: str, target: str, columns: Sequence[str], rows: int, fingerprint: str
+    path: str,
+    title: str,
+    target: str,
+    columns: Sequence[str],
+    rows: int,
+    fingerprint: str,
+    delimiter: str | None = None,
 ) -> None:
     """Write some columns of a table to a Parquet file, unless it holds them already.
 
@@ -47,18 +56,19 @@ def convert(  # noqa: PLR0917
         columns: names of the columns; a table without one of them is refused.
         rows: the most rows in a row group.
         fingerprint: changes when the table does; a target with the same one is kept.
+        delimiter: between the fields of CSV and TSV; None is a comma and a tab.
 
     Raises:
         InputError: the table cannot be read.
         ConfigurationError: a column is missing, or there twice.
         OutputError: the target cannot be written.
     """
-    facts = {"fingerprint": fingerprint, "columns": json.dumps(list(columns))}
+    facts = {"fingerprint": fingerprint, "columns": json.dumps([*columns, delimiter])}
     if _read_facts(target) >= facts.items():
         return
-    with reading(title), writing(target):
+    with writing(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        groups = CONVERTED[os.path.splitext(path)[1].lower()](path, columns, max(rows, 1024))
+        groups = _read_groups(path, title, columns, max(rows, 1024), delimiter)
         schema = next(groups)
         with (
             write_atomically(target) as temporary,
@@ -67,6 +77,18 @@ def convert(  # noqa: PLR0917
             for group in groups:
                 writer.write_table(group)
             writer.add_key_value_metadata(facts)
+
+
+def _read_groups(
+    path: str, title: str, columns: Sequence[str], rows: int, delimiter: str | None
+) -> Iterator[Any]:
+    """Yield the schema, then the row groups of a table."""
+    with reading(title):
+        if (suffix := find_suffix(path)) in _ARROW:
+            yield from _read_arrow(path, columns, rows)
+        else:
+            delimiter = delimiter or {".csv": ",", ".tsv": "\t"}.get(suffix, "")
+            yield from _make_groups(TEXT[suffix](path, columns, delimiter), columns, rows)
 
 
 def _read_facts(path: str) -> Any:
@@ -80,7 +102,7 @@ def _read_facts(path: str) -> Any:
 # Text
 
 
-def _write_groups(records: Iterator[_Record], columns: Sequence[str], rows: int) -> Iterator[Any]:
+def _make_groups(records: Iterator[_Record], columns: Sequence[str], rows: int) -> Iterator[Any]:
     """Yield the schema, then the row groups of records."""
     schema = pa.schema([(name, pa.string()) for name in (*columns, REASON)])
     yield schema
@@ -115,12 +137,16 @@ def _check(record: _Record, columns: Sequence[str]) -> list[str | None]:
     return [*(None for _ in columns), record]
 
 
-def _open_text(path: str, newline: str) -> TextIO:
-    """Open a UTF-8 file; bytes that are not UTF-8 become lone surrogates."""
-    with open(path, "rb") as file:
-        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            raise ValueError("it is UTF-16; convert it first, as by iconv -f UTF-16 -t UTF-8")
-    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+def _open_text(path: str, newline: str | None) -> TextIO:
+    """Open a UTF-8 file, compressed or not; bytes that are not UTF-8 become lone surrogates."""
+    system, inner = locate(path)
+    compression = _COMPRESSED.get(os.path.splitext(path.lower())[1])
+    file = io.BufferedReader(system.open_input_stream(inner, compression=compression), _BUFFER)
+    head = file.peek(4)[:4]
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
+        file.close()
+        raise ValueError("it is UTF-16; convert it first, as by iconv -f UTF-16 -t UTF-8")
+    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
 
 
 class _Lines(Iterator[str]):
@@ -203,7 +229,7 @@ def _write_digits(number: _Number) -> orjson.Fragment:
     return orjson.Fragment(str(number))
 
 
-def _read_json(path: str, columns: Sequence[str]) -> Iterator[_Record]:
+def _read_json(path: str, columns: Sequence[str], _: str) -> Iterator[_Record]:
     """Yield the wanted members of each object; an object without one of them has None.
 
     Raises:
@@ -243,6 +269,19 @@ def _read_json(path: str, columns: Sequence[str]) -> Iterator[_Record]:
         require_columns(sorted(missing), list(names), path)
 
 
+def _read_lines(path: str, columns: Sequence[str], _: str) -> Iterator[_Record]:
+    """Yield each line that is not blank as the value of a column `text`."""
+    require_columns(columns, ["text"], path)
+    with _open_text(path, newline=None) as file:
+        while line := file.readline(_LONGEST):
+            if line.isspace():
+                continue
+            try:
+                yield [_require_whole(line, file).removesuffix("\n")] * len(columns)
+            except ValueError as exc:
+                yield f"is not a line of text: {exc}"
+
+
 def _require_whole(line: str, file: TextIO) -> str:
     """Return a line; refuse one that is longer than what was read of it, and skip its rest."""
     if len(line) < _LONGEST or line[-1] == "\n":
@@ -260,7 +299,8 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
 
     One of its batches is in memory, of the wanted columns only.
     """
-    with pa.memory_map(path) as source:
+    system, inner = locate(path)
+    with system.open_input_file(inner) if is_url(path) else pa.memory_map(path) as source:
         try:
             found, is_file = pa.ipc.open_file(source).schema, True
         except pa.ArrowInvalid:
@@ -282,15 +322,24 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
                 yield table.slice(first, rows).cast(schema)
 
 
-TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
-"""Of formats whose converted tables have the column REASON."""
-CONVERTED: dict[str, Callable[[str, Sequence[str], int], Iterator[Any]]] = {
-    ".csv": lambda path, names, rows: _write_groups(_read_csv(path, names, ","), names, rows),
-    ".tsv": lambda path, names, rows: _write_groups(_read_csv(path, names, "\t"), names, rows),
-    **dict.fromkeys(
-        TEXT_SUFFIXES[2:],
-        lambda path, names, rows: _write_groups(_read_json(path, names), names, rows),
-    ),
-    **dict.fromkeys((".arrow", ".feather"), _read_arrow),
+TEXT: dict[str, Callable[[str, Sequence[str], str], Iterator[_Record]]] = {
+    **dict.fromkeys((".csv", ".tsv"), _read_csv),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json),
+    ".txt": _read_lines,
 }
-"""Formats to convert, by suffix."""
+"""Formats of text, by suffix; their converted tables have the column REASON."""
+_ARROW = (".arrow", ".feather")
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+SUFFIXES = (*TEXT, *_ARROW)
+"""Formats to convert."""
+
+
+def find_suffix(path: str) -> str:
+    """Return the suffix that gives a file's format, in lower case, without that of a compression.
+
+    >>> [find_suffix(name) for name in ("a.csv.gz", "a.JSONL", "a.parquet", "a.parquet.gz")]
+    ['.csv', '.jsonl', '.parquet', '.gz']
+    """
+    stem, suffix = os.path.splitext(path.lower())
+    inner = os.path.splitext(stem)[1]
+    return inner if suffix in _COMPRESSED and inner in TEXT else suffix

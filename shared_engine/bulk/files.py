@@ -1,16 +1,23 @@
-"""Files written as a whole or not at all."""
+"""Files written as a whole or not at all, in a folder that one run writes at a time."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import logging
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
-from shared_engine.errors import NeMoRetrieverError, OutputError
+from shared_engine.errors import ConfigurationError, NeMoRetrieverError, OutputError
 
+_log = logging.getLogger("shared_engine")
+
+LOCK = "run.lock"
 _TEMPORARY = ".tmp"
 _NO_SYNC = (errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL)
 """Errors of Windows for opening a folder, and of some file systems for syncing one; the list is
@@ -34,6 +41,42 @@ def writing(path: str) -> Iterator[None]:
             f"{path} cannot be written: {reason}. "
             "What was finished is kept; the same command continues from there"
         ) from exc
+
+
+@contextmanager
+def lock(folder: str) -> Iterator[None]:
+    """Keep all other runs out of a folder while the block runs.
+
+    The lock is `flock` on the file LOCK, which names host, process and start time. The kernel
+    releases it when the process ends, killed or not, so a file that a dead process left locks
+    nothing. It holds between hosts on NFS, where Linux asks the server, but not on a mount with
+    `nolock` or `local_lock`. A file system without locks gives a warning.
+
+    Raises:
+        ConfigurationError: another run holds the lock; names host, process and start time.
+        OutputError: the folder or the file cannot be made.
+    """
+    path = os.path.join(folder, LOCK)
+    with writing(path):
+        os.makedirs(folder, exist_ok=True)
+        Path(path).touch()
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # the latter on some NFS
+            file.seek(0)
+            owner = file.read() or "another process"
+            raise ConfigurationError(
+                f"{folder} is in use by {owner}; wait until that run ends, or use another --out"
+            ) from None
+        except OSError as exc:
+            _log.warning("%s cannot be locked (%s): start no other run into it", folder, exc)
+        with writing(path):
+            file.truncate(0)
+            now = datetime.now(UTC)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%F %T} UTC")
+            file.flush()
+        yield
 
 
 @contextmanager

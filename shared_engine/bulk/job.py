@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+from pyarrow.dataset import get_partition_keys, partitioning
 
 from shared_engine.bulk import convert, pages, tables
+from shared_engine.bulk.urls import is_url, list_remote, locate, open_parquet
 from shared_engine.documents import Role
 from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError
 from shared_engine.options import Options
@@ -21,9 +24,14 @@ ROWS_PER_FILE = 10_000
 """Rows of text in a fragment: 80 MB of float32 vectors of 2,048 values."""
 IMAGES_PER_FILE = 500
 """Rows with images in a fragment: each takes as long as many texts."""
+_TABLES = (".parquet", *convert.SUFFIXES)
+"""Suffixes of tables."""
 TABLES = ".tables"
 """Folder of the converted tables, in the folder of results."""
-TABLE_SUFFIXES = frozenset({".parquet", *convert.CONVERTED})
+_INFO = "dataset_info.json"
+_ABOUT_DATA = re.compile(r"dataset_(info|infos|dict)\.json")
+_BESIDE_INFO = re.compile(r"state\.json|cache-.*\.arrow")
+"""Names of other files that Hugging Face's `datasets` writes into a folder of tables."""
 
 
 @dataclass(frozen=True)
@@ -31,53 +39,73 @@ class Job:
     """What to embed, how, and where to. Its pickle has no API key, as that of its options."""
 
     inputs: tuple[str, ...]
-    """Absolute paths of files and folders."""
+    """Absolute paths of files and folders, patterns of these as `glob` takes them, or URLs of
+    tables."""
     out: str
     """Absolute path of the folder of results."""
     options: Options = field(default_factory=Options)
     role: Role = "document"
-    text_column: str | None = None
-    """Column of the texts; None is "text", unless there is an image column."""
+    text_column: str | tuple[str, ...] | None = None
+    """Column of the texts; None is "text", unless there is an image column. Several, as title and
+    text, are joined by `join_title`."""
     image_column: str | None = None
-    """Column of images: bytes, paths from the table's folder, or data URLs."""
+    """Column of images: bytes, paths from the table's folder, data URLs, or base64."""
     id_column: str | None = None
     """Column of unique ids, integers or texts; None: ids are file name and row number."""
     columns: tuple[str, ...] = ()
     """Columns to keep with the vectors."""
     rows_per_file: int | None = None
     """Maximum number of rows in a fragment, and so in a file of vectors; None: by kind of input."""
+    delimiter: str | None = None
+    """Character between the fields of CSV and TSV files; None is a comma and a tab."""
     pdf: pages.Layer = "picture"
     """Part of a PDF page to embed."""
     strict: bool = False
     """Whether the first row or file that fails ends the run."""
+    trust_sizes: bool = False
+    """Whether to resume with inputs at other paths, or with other modification times, if names and
+    sizes are the same."""
 
     def __post_init__(self) -> None:
         if not self.inputs:
             raise ConfigurationError("no inputs; expected files or folders")
         for path in (*self.inputs, self.out):
-            if not os.path.isabs(path):
-                raise ConfigurationError(f"{path}: expected an absolute path")
+            if not os.path.isabs(path) and (path == self.out or not is_url(path)):
+                raise ConfigurationError(
+                    f"{path}: expected an absolute path{' or a URL' * (path != self.out)}; results "
+                    "are written to a local or mounted folder"
+                )
         if "vector" in self.columns or ("id" in self.columns and self.id_column != "id"):
             raise ConfigurationError("columns: id and vector are made here; rename the columns")
         if self.rows_per_file is not None and self.rows_per_file < 1:
             raise ConfigurationError(f"rows_per_file={self.rows_per_file}: must be 1 or more")
+        if self.delimiter is not None and not re.fullmatch(r'[^"\r\n]', self.delimiter):
+            raise ConfigurationError(f"delimiter={self.delimiter!r}: expected one character")
 
     @property
-    def input_columns(self) -> tuple[str | None, str | None]:
-        """Columns of texts and of images, of tables."""
-        text = self.text_column or ("text" if self.image_column is None else None)
-        return text, self.image_column
+    def text_columns(self) -> tuple[str, ...]:
+        """Columns of the texts of tables."""
+        if not self.text_column:
+            return ("text",) if self.image_column is None else ()
+        return (self.text_column,) if isinstance(self.text_column, str) else self.text_column
 
     @property
     def kept_columns(self) -> tuple[str, ...]:
         """Columns to keep apart from `id`, each once."""
         return tuple(dict.fromkeys(name for name in self.columns if name != "id"))
 
-    @property
-    def read_columns(self) -> list[str]:
-        """Columns of a table that are read, each once."""
-        wanted = (self.id_column, *self.input_columns, *self.kept_columns)
-        return list(dict.fromkeys(name for name in wanted if name is not None))
+    def find_columns(self, title: str) -> tuple[list[str], dict[str, str | None]]:
+        """Return the columns to read of a table, each once, and the kept ones that its path gives.
+
+        Args:
+            title: path of the table; a folder `lang=de` gives a column `lang`, as Hive writes it.
+        """
+        wanted = (self.id_column, *self.text_columns, self.image_column)
+        found = list(dict.fromkeys(name for name in wanted if name is not None))
+        kept = [name for name in self.kept_columns if name not in found]
+        schema = pa.schema([(name, pa.string()) for name in kept])
+        given = get_partition_keys(partitioning(schema, flavor="hive").parse(title))
+        return [*found, *(name for name in kept if name not in given)], given
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,22 +210,24 @@ def list_inputs(
 
 
 def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
-    """Return an identity of a source: size and modification time, as rsync compares.
+    """Return an identity of a source: size, "-", modification time; rsync compares the same.
 
     Raises:
         InputError: it does not exist.
     """
-    try:
+    with tables.reading(source):
         if not names:
-            found = os.stat(source)
-            return f"{found.st_size}-{found.st_mtime_ns}"
-        digest = hashlib.sha256()
+            system, path = locate(source)
+            found = system.get_file_info(path)
+            if not found.is_file:
+                raise ValueError("it does not exist")
+            return f"{found.size}-{found.mtime_ns}"
+        sizes, times = hashlib.sha256(), hashlib.sha256()
         for name in names:
-            found = os.stat(os.path.join(source, name))
-            digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
-    except OSError as exc:
-        raise InputError(f"{exc.filename} cannot be read: {exc.strerror}") from exc
-    return digest.hexdigest()[:16]
+            picture = os.stat(os.path.join(source, name))
+            sizes.update(f"{name} {picture.st_size}\n".encode())
+            times.update(f"{picture.st_mtime_ns}\n".encode())
+    return f"{sizes.hexdigest()[:16]}-{times.hexdigest()[:16]}"
 
 
 def find_sources(job: Job) -> list[Source]:
@@ -206,20 +236,23 @@ def find_sources(job: Job) -> list[Source]:
     Raises:
         ConfigurationError: an input does not exist, is inside another one, or of another kind.
     """
-    _check_overlap(job.inputs)
-    root = os.path.commonpath(job.inputs)
-    root = root if os.path.isdir(root) else os.path.dirname(root)
+    listed = [_list_files(given) for given in job.inputs]
+    try:
+        root = os.path.commonpath([folder for folder, _ in listed])
+    except ValueError:
+        raise ConfigurationError(
+            f"inputs are local paths and URLs: {', '.join(job.inputs)}; embed them by separate "
+            "commands, each with its own --out"
+        ) from None
+    given_by: dict[str, str] = {}
     kinds: dict[str, str] = {}
     sources: list[Source] = []
-    for given in job.inputs:
-        if not os.path.exists(given):
-            raise ConfigurationError(f"{given} does not exist")
-        files = pages.walk(given) if os.path.isdir(given) else [given]
+    for given, (_, files) in zip(job.inputs, listed, strict=True):
         pictures: list[str] = []
         for path in files:
             kind = _find_kind(path)
             if kind is None and path == given:
-                expected = ", ".join(sorted({*TABLE_SUFFIXES, ".pdf", *pages.SUFFIXES}))
+                expected = ", ".join(sorted({*_TABLES, ".pdf", *pages.SUFFIXES}))
                 raise ConfigurationError(f"{given} cannot be read; expected {expected}")
             if kind is None or path.startswith(job.out + os.sep):
                 continue
@@ -227,6 +260,10 @@ def find_sources(job: Job) -> list[Source]:
                 raise ConfigurationError(
                     f"{path!a}: the name is not UTF-8, so no id can hold it; rename the file"
                 )
+            key = os.path.normpath(path)
+            if key in given_by:
+                raise ConfigurationError(f"{path} is given twice: {given_by[key]} and {given}")
+            given_by[key] = given
             kinds.setdefault(kind, path)
             if kind == "picture":
                 pictures.append(path)
@@ -240,27 +277,51 @@ def find_sources(job: Job) -> list[Source]:
                 "and PDF files by separate commands, each with its own --out"
             )
     if not kinds:
-        raise ConfigurationError(f"no files to embed in {', '.join(job.inputs)}")
+        raise ConfigurationError(
+            f"no files to embed in {', '.join(job.inputs)} (a .txt file must be named)"
+        )
     return sources
 
 
-def _check_overlap(inputs: tuple[str, ...]) -> None:
-    """Refuse an input inside another one: its rows would be embedded twice."""
-    given: set[str] = set()
-    for path in map(os.path.normpath, inputs):
-        if path in given:
-            raise ConfigurationError(f"{path} is given twice")
-        given.add(path)
-    for path in given:
-        folder = path
-        while folder != (folder := os.path.dirname(folder)):
-            if folder in given:
-                raise ConfigurationError(f"{path} is in {folder}, which is given too")
+def _list_files(given: str) -> tuple[str, list[str]]:
+    """Return the folder that the titles of an input start from, and its files."""
+    if is_url(given):
+        folder, files = list_remote(given)
+        for path in files:
+            if _find_kind(path) in ("picture", "pdf"):
+                raise ConfigurationError(f"{path}: copy images and PDFs to a local folder first")
+        return folder, _choose_data(files) if folder == given.rstrip("/") else files
+    if os.path.isdir(given):
+        return given, _choose_data(list(pages.walk(given)))
+    if os.path.exists(given):
+        return os.path.dirname(given), [given]
+    folder = given
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+    found: dict[str, None] = {}
+    for path in sorted(glob.glob(given, recursive=True)):
+        if not any(name[0] in "._" for name in os.path.relpath(path, folder).split(os.sep)):
+            found |= dict.fromkeys(_list_files(path)[1])
+    if not found:
+        raise ConfigurationError(f"{given} does not exist")
+    return folder, list(found)
+
+
+def _choose_data(files: list[str]) -> list[str]:
+    """Return the files of a folder without texts and files about data."""
+    saved = {folder for folder, name in map(os.path.split, files) if name == _INFO}
+    return [
+        path
+        for path, (folder, name) in zip(files, map(os.path.split, files), strict=True)
+        if convert.find_suffix(name) != ".txt"
+        and not _ABOUT_DATA.fullmatch(name)
+        and not (folder in saved and _BESIDE_INFO.fullmatch(name))
+    ]
 
 
 def _find_kind(path: str) -> str | None:
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in TABLE_SUFFIXES:
+    suffix = convert.find_suffix(path)
+    if suffix in _TABLES:
         return "table"
     return "pdf" if suffix == ".pdf" else "picture" if suffix in pages.SUFFIXES else None
 
@@ -272,10 +333,11 @@ def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], 
     kind = "picture" if pictures else _find_kind(path)
     has_images = kind != "table" or job.image_column is not None
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
-    stem = f"{Path(path).stem[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
+    stem = re.sub(r"[*?[]", "_", Path(path).stem[:40])
+    stem += f"-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
     if kind == "picture":
         if not os.path.isdir(path):
-            path = os.path.dirname(path)
+            path = os.path.commonpath(list(map(os.path.dirname, pictures)))
             title = os.path.relpath(path, root)
         names = sorted(os.path.relpath(picture, path) for picture in pictures)
         fragments = []
@@ -306,21 +368,23 @@ def _open_table(  # noqa: PLR0917
 
     The schema has the ids, as `id`, and the kept columns.
     """
-    wanted = job.read_columns
-    if is_converted := os.path.splitext(path)[1].lower() in convert.CONVERTED:
-        convert.convert(path, title, target, wanted, rows, mark)
+    wanted, given = job.find_columns(title)
+    if is_converted := convert.find_suffix(path) in convert.SUFFIXES:
+        convert.convert(path, title, target, wanted, rows, mark, job.delimiter)
     path = target if is_converted else path
-    with tables.reading(title), pq.ParquetFile(path) as file:
+    with tables.reading(title), open_parquet(path) as file:
         found, count = file.schema_arrow, file.metadata.num_rows
     tables.require_columns(wanted, found.names, title)
-    text, _ = job.input_columns
-    if text is not None:
-        tables.require_texts(found.field(text).type, text, title)
+    for name in job.text_columns:
+        tables.require_texts(found.field(name).type, name, title)
     kind = pa.string()
     if job.id_column is not None:
         kind = tables.find_id_type(found.field(job.id_column).type, job.id_column, title)
-    kept = [(name, tables.simplify(found.field(name).type)) for name in job.kept_columns]
-    return path, count, pa.schema([("id", kind), *kept])
+    kinds = [
+        pa.string() if name in given else tables.simplify(found.field(name).type)
+        for name in job.kept_columns
+    ]
+    return path, count, pa.schema(list(zip(("id", *job.kept_columns), (kind, *kinds), strict=True)))
 
 
 def _find_page_schema(job: Job, there: tuple[str, ...], title: str) -> Any:

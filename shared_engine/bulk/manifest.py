@@ -1,5 +1,6 @@
 """The folder of results: what it holds, and what is missing.
 
+    OUT/run.lock                held by the run that writes into the folder; names it
     OUT/job.json                the job: written first, compared at each resume
     OUT/engine.json             the engine: written by the first process that embeds, compared by
                                 all others (cache_key: weights, dtype, role, dimensions, ...)
@@ -45,7 +46,8 @@ _OPTIONS = (
 )  # fmt: skip
 """Options that change the vectors and are known without an engine."""
 _OF_JOB = (
-    "inputs", "role", "text_column", "image_column", "id_column", "columns", "rows_per_file", "pdf",
+    "inputs", "role", "text_columns", "image_column", "id_column", "columns", "rows_per_file",
+    "delimiter", "pdf",
 )  # fmt: skip
 
 
@@ -90,6 +92,7 @@ def record_schema(job: Job, schema: Any) -> Any:
 
 
 def _describe_job(job: Job) -> dict[str, Any]:
+    """Return what all runs of a job share."""
     settings: dict[str, Any] = {name: getattr(job.options, name) for name in _OPTIONS}
     settings |= {name: getattr(job, name) for name in _OF_JOB}
     found: dict[str, Any] = json.loads(json.dumps(settings))  # lists for tuples
@@ -163,10 +166,11 @@ def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]
                 Path(temporary).unlink(missing_ok=True)
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     for key, value in compared.items():
-        if found.get(key) != value:
+        if found.get(key) != value and not (key == "inputs" and job.trust_sizes):
+            moved = ", or --trust-sizes if the data moved" * (key == "inputs")
             raise ConfigurationError(
                 f"{job.out} was begun with {key} {found.get(key)!r}, now it is {value!r}; use the "
-                "same value, or another --out"
+                f"same value, or another --out{moved}"
             )
 
 
@@ -190,10 +194,14 @@ def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
         for fragment, footer in zip(written, footers, strict=True):
             if footer is None:
                 continue
-            if footer["fingerprint"] != fragment.fingerprint:
+            before, now = footer["fingerprint"], fragment.fingerprint
+            has_same_size = before.partition("-")[0] == now.partition("-")[0]
+            if before != now and not (has_same_size and job.trust_sizes):
+                how = "has another modification time" if has_same_size else "changed"
+                same = ", or use --trust-sizes if it is the same" * has_same_size
                 raise ConfigurationError(
-                    f"{fragment.source} changed since its rows were embedded; restore it, or "
-                    f"remove {folder}/{fragment.name[:-12]}*.parquet to embed it again"
+                    f"{fragment.source} {how} since its rows were embedded; restore it, or "
+                    f"remove {folder}/{fragment.name[:-12]}*.parquet to embed it again{same}"
                 )
             rows, failed, tokens = (int(footer[name]) for name in ("rows", "failed", "tokens"))
             seconds = float(footer["seconds"])

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from shared_engine.bulk import pages
-from shared_engine.bulk.convert import REASON, TEXT_SUFFIXES
+from shared_engine.bulk.convert import REASON, TEXT, find_suffix
 from shared_engine.bulk.job import Fragment, Job
 from shared_engine.bulk.tables import Cursors, read_texts, reading
-from shared_engine.documents import EmbeddingInput
+from shared_engine.documents import EmbeddingInput, join_title
 
 
 class Refused(NamedTuple):
@@ -66,14 +66,14 @@ def read_windows(
 
 def find_columns(job: Job, fragment: Fragment) -> list[str]:
     """Return the columns to read of a fragment's table."""
-    is_text = fragment.source.lower().endswith(TEXT_SUFFIXES)
-    return [*job.read_columns, *([REASON] if is_text else [])]
+    is_text = find_suffix(fragment.source) in TEXT
+    return [*job.find_columns(fragment.title)[0], *([REASON] if is_text else [])]
 
 
 def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: int) -> Window:
     count = table.num_rows
     nothing: list[Any] = [None] * count
-    text, image = job.input_columns
+    image = job.image_column
     reasons: dict[int, str] = {}
     if REASON in table.column_names:
         reasons |= {row: why for row, why in enumerate(table[REASON].to_pylist()) if why}
@@ -83,15 +83,16 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
         reasons = {row: f"column {job.id_column!r} {why}" for row, why in wrong.items()} | reasons
         for row in (row for row, id_ in enumerate(ids) if id_ is None):
             reasons.setdefault(row, f"has no id in column {job.id_column}")
-    texts = nothing
-    if text is not None:
-        texts, wrong = read_texts(table[text])
-        reasons = {row: f"column {text!r} {why}" for row, why in wrong.items()} | reasons
+    texts: list[str | None] | None = None
+    for name in job.text_columns:
+        found, wrong = read_texts(table[name])
+        reasons = {row: f"column {name!r} {why}" for row, why in wrong.items()} | reasons
+        texts = found if texts is None else list(map(join_title, texts, found))
     images = nothing if image is None else table[image].to_pylist()
     documents: list[str | EmbeddingInput] = []
     good: list[int] = []
-    for row, (words, given) in enumerate(zip(texts, images, strict=True)):
-        document = _make_document(words, given, os.path.dirname(fragment.source))
+    for row, (words, picture) in enumerate(zip(texts or nothing, images, strict=True)):
+        document = _make_document(words, picture, os.path.dirname(fragment.source))
         if document is None:
             reasons.setdefault(row, "has no text" if image is None else "has no text and no image")
         elif row not in reasons:
@@ -99,9 +100,12 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
             good.append(row)
     kept = [pa.array([first + row for row in good], pa.int64())]
     positions = pa.array(good, pa.int64())
+    _, given = job.find_columns(fragment.title)
     for name, kind in zip(schema.names, schema.types, strict=True):
         if name == "id":
             kept.append(pa.array([ids[row] for row in good], kind))
+        elif name in given:
+            kept.append(pa.array([given[name]] * len(good), kind))
         else:
             kept.append(table[name].take(positions).cast(kind))
     refused = [Refused(first + row, ids[row], reasons[row]) for row in sorted(reasons)]
@@ -125,7 +129,9 @@ def _make_document(text: str | None, image: Any, folder: str) -> str | Embedding
     if not image:
         return text
     if isinstance(image, str) and ":" not in image[:8]:
-        image = os.path.join(folder, image)
+        path = os.path.join(folder, image)
+        is_base64 = "." not in image and not os.path.lexists(path)  # that has no dot
+        image = f"data:;base64,{image}" if is_base64 else path
     return EmbeddingInput(text, image)
 
 

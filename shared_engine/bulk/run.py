@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from shared_engine.bulk import manifest
+from shared_engine.bulk import files, manifest
 from shared_engine.bulk.fragment import embed_fragment
 from shared_engine.bulk.ids import check_ids
 from shared_engine.bulk.job import Fragment, Job, Source, Unread, find_sources, list_inputs
@@ -96,23 +96,24 @@ def find_work(job: Job, folder: str | None = None, sources: Sequence[Source] | N
     return Work(fragments, missing, done, schema, tuple(unread))
 
 
-def begin(job: Job) -> Work:
-    """Open a job's folder, find what is missing, and check its ids.
+@contextmanager
+def begin(job: Job) -> Iterator[Work]:
+    """Open a job's folder, find what is missing, and check its ids; keep the folder locked.
 
     Raises:
-        ConfigurationError: the folder is another job's; a source changed; two rows have the same
-            id; every file lacks a column.
+        ConfigurationError: the folder is another job's, or in use by another run; a source changed;
+            two rows have the same id; every file lacks a column.
         OutputError: the folder cannot be written.
     """
     sources = find_sources(job)  # wrong inputs are refused before a folder is made for them
-    manifest.open_folder(job)
-    work = find_work(job, sources=sources)
-    if work.schema is None:
-        return work
-    work = replace(work, schema=manifest.record_schema(job, work.schema))
-    if work.missing:
-        check_ids(job, work.fragments, work.schema)
-    return work
+    with files.lock(job.out):
+        manifest.open_folder(job)
+        work = find_work(job, sources=sources)
+        if work.schema is not None:
+            work = replace(work, schema=manifest.record_schema(job, work.schema))
+            if work.missing:
+                check_ids(job, work.fragments, work.schema)
+        yield work
 
 
 def finish(
@@ -133,7 +134,7 @@ def run_local(
     job: Job,
     embedder: Embedder | None = None,
     show_progress: bool = True,
-    work: Work | None = None,
+    on_begin: Callable[[Work], object] | None = None,
 ) -> Summary:
     """Do what is missing of a job on this machine.
 
@@ -141,7 +142,7 @@ def run_local(
         job: what to embed, and how.
         embedder: the engine; None makes one of the job's options and closes it.
         show_progress: whether to show a progress bar.
-        work: the result of `begin`, if that was called before.
+        on_begin: called with what `begin` found, before any row is embedded.
 
     Returns:
         What was done. Rows that failed and files that cannot be read are in errors.parquet.
@@ -151,23 +152,25 @@ def run_local(
         NeMoRetrieverError: the error that ended the run, as `embed_fragment` raises it. What was
             finished is kept.
     """
-    work = begin(job) if work is None else work
-    start = time.monotonic()
-    engine = Embedder(job.options) if embedder is None else embedder
-    bar = tqdm(
-        total=sum(fragment.rows for fragment in work.fragments),
-        initial=sum(done.rows + done.failed for done in work.done.values()),
-        unit="row",
-        disable=not show_progress,
-    )
-    running = _Running(job, engine, bar)
-    try:
-        running.do(work.missing)
-    finally:
-        bar.close()
-        if engine is not embedder:
-            engine.close(cancel=True)
-    return finish(job, work, running.done, running.unread, time.monotonic() - start)
+    with begin(job) as work:
+        if on_begin is not None:
+            on_begin(work)
+        start = time.monotonic()
+        engine = Embedder(job.options) if embedder is None else embedder
+        bar = tqdm(
+            total=sum(fragment.rows for fragment in work.fragments),
+            initial=sum(done.rows + done.failed for done in work.done.values()),
+            unit="row",
+            disable=not show_progress,
+        )
+        running = _Running(job, engine, bar)
+        try:
+            running.do(work.missing)
+        finally:
+            bar.close()
+            if engine is not embedder:
+                engine.close(cancel=True)
+        return finish(job, work, running.done, running.unread, time.monotonic() - start)
 
 
 class _StoppedError(Exception):

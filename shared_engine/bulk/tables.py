@@ -10,6 +10,7 @@ from itertools import accumulate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shared_engine.bulk.urls import open_parquet
 from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError
 
 _BUFFER = 1 << 20
@@ -147,7 +148,7 @@ class Cursor:
 
     def __init__(self, path: str, columns: Sequence[str]) -> None:
         self.path, self.columns = path, list(columns)
-        self._file = pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
+        self._file = open_parquet(path, buffer_size=_BUFFER, pre_buffer=False)
         self._groups: list[pq.RowGroupMetaData] = [
             self._file.metadata.row_group(number) for number in range(self._file.num_row_groups)
         ]

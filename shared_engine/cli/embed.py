@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import tempfile
+from urllib.request import url2pathname
 
 from shared_engine._lazy import needs_extra
 from shared_engine.cli.options import (
@@ -28,20 +29,27 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verb = commands.add_parser(
         "embed",
         help="embed files of texts, images or PDF pages into Parquet files of vectors",
-        description="Embed the rows of tables (Parquet, Arrow, CSV, TSV, JSON Lines), folders of "
-        "images, or the pages of PDF files. The same command again resumes where it stopped.",
+        description="Embed the rows of tables (Parquet, Arrow, CSV, TSV, JSON Lines, lines of "
+        ".txt; text also with .gz, .zst or .bz2), folders of images, or the pages of PDF files. "
+        "The same command again resumes where it stopped.",
         epilog="exit codes:\n"
         "  0  all rows have a vector, or were reported as failed by an earlier run\n"
         "  1  rows or files failed in this run: see errors.parquet\n"
         "  2  invalid usage or configuration, such as a folder with the results of another job\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("inputs", nargs="+", metavar="INPUT", help="File or folder to embed.")
+    verb.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="File, folder, quoted pattern such as 'data/**/*.csv', or URL of tables such as "
+        "s3://bucket/folder. In folders, .txt is skipped.",
+    )
     verb.add_argument(
         "--out",
         required=True,
         metavar="FOLDER",
-        help="Folder of the results: vectors/*.parquet and errors.parquet.",
+        help="Local folder of the results: vectors/*.parquet and errors.parquet.",
     )
     verb.add_argument(
         "--role",
@@ -51,13 +59,15 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     verb.add_argument(
         "--text-column",
+        type=_split,
         metavar="NAME",
-        help="Column of the texts. Default: text, unless there is an image column.",
+        help="Column of the texts, or several, such as title,text, that are joined as evaluate "
+        "joins them. Default: text, unless there is an image column.",
     )
     verb.add_argument(
         "--image-column",
         metavar="NAME",
-        help="Column of images: bytes, paths from the table's folder, or data URLs.",
+        help="Column of images: bytes, paths from the table's folder, data URLs, or base64.",
     )
     verb.add_argument(
         "--id-column",
@@ -66,10 +76,17 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     verb.add_argument(
         "--columns",
-        type=lambda text: tuple(name.strip() for name in text.split(",") if name.strip()),
+        type=_split,
         default=(),
         metavar="A,B",
         help="Columns to keep with the vectors; of images: path, of PDFs: path and page.",
+    )
+    verb.add_argument(
+        "--delimiter",
+        type=lambda text: "\t" if text == r"\t" else text,
+        metavar="CHARACTER",
+        help=r"Character between the fields of CSV files, such as ';' or '\t'. Default: a comma, "
+        "in TSV files a tab.",
     )
     verb.add_argument(
         "--rows-per-file",
@@ -84,6 +101,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="Part of a PDF page to embed: its image, its text, or both. Default: %(default)s.",
     )
     verb.add_argument("--strict", action="store_true", help="Stop at the first row that fails.")
+    verb.add_argument(
+        "--trust-sizes",
+        action="store_true",
+        help="Resume although the inputs moved, or have other modification times, if their names "
+        "and sizes are the same.",
+    )
     verb.add_argument(
         "--plan",
         action="store_true",
@@ -120,16 +143,28 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verb.set_defaults(run=run)
 
 
+def _find_path(text: str) -> str:
+    """Return the absolute path of an argument; a URL of another host stays one."""
+    if text.startswith("file:///"):
+        return url2pathname(text.removeprefix("file://"))
+    return text if "://" in text else os.path.abspath(text)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """Return the names of columns in an argument."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def run(args: argparse.Namespace) -> int:
     """Embed, or plan to; print a summary and return the exit code."""
     options = read_options(args, (*LOCAL, *VECTORS, *REMOTE), api_key=read_key(args.api_key_env))
     with needs_extra("bulk"):
         from shared_engine.bulk.job import Job
         from shared_engine.bulk.plan import plan
-        from shared_engine.bulk.run import begin, find_work, run_local
+        from shared_engine.bulk.run import Work, find_work, run_local
     job = Job(
-        inputs=tuple(os.path.abspath(path) for path in args.inputs),
-        out=os.path.abspath(args.out),
+        inputs=tuple(map(_find_path, args.inputs)),
+        out=_find_path(args.out),
         options=options,
         role=args.role,
         text_column=args.text_column,
@@ -137,8 +172,10 @@ def run(args: argparse.Namespace) -> int:
         id_column=args.id_column,
         columns=args.columns,
         rows_per_file=args.rows_per_file,
+        delimiter=args.delimiter,
         pdf=args.pdf,
         strict=args.strict,
+        trust_sizes=args.trust_sizes,
     )
     if args.ray is not None and not args.plan:
         with needs_extra("ray"):
@@ -160,10 +197,12 @@ def run(args: argparse.Namespace) -> int:
                     work = find_work(job, folder)
                     print(plan(job, embedder, work, seconds=_PLAN_SECONDS))
                 return 0
-            work = begin(job)
-            estimate = plan(job, embedder, work, seconds=_HEADING_SECONDS, most=0.05)
-            print(estimate.heading, file=sys.stderr)
-            summary = run_local(job, embedder, work=work)
+
+            def print_heading(work: Work) -> None:
+                estimate = plan(job, embedder, work, seconds=_HEADING_SECONDS, most=0.05)
+                print(estimate.heading, file=sys.stderr)
+
+            summary = run_local(job, embedder, on_begin=print_heading)
     for each in summary.unread[:10]:
         print(f"nemoretriever: {each.error}", file=sys.stderr)
     if summary.failed or summary.unread:

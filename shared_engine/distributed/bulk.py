@@ -71,24 +71,24 @@ def run_ray(
     """
     import_ray()
     started = time.perf_counter()
-    work = begin(job)
     done: list[Done] = []
     unread: list[Unread] = []
-    if work.missing:
-        with connect(address):
-            count, share = find_share(
-                job.options, workers, cpus=cpus_per_worker, gpus=gpus_per_worker
-            )
-            with closing(embed_fragments(job, work.missing, count, share)) as outcomes:
-                for fragment, outcome in outcomes:
-                    if isinstance(outcome, Done):
-                        done.append(outcome)
-                    elif isinstance(outcome, InputError) and not job.strict:
-                        lost = Unread(fragment.title, fragment.first, fragment.rows, outcome)
-                        unread.append(lost)
-                    else:
-                        raise outcome
-    return finish(job, work, done, unread, time.perf_counter() - started)
+    with begin(job) as work:
+        if work.missing:
+            with connect(address):
+                count, share = find_share(
+                    job.options, workers, cpus=cpus_per_worker, gpus=gpus_per_worker
+                )
+                with closing(embed_fragments(job, work.missing, count, share)) as outcomes:
+                    for fragment, outcome in outcomes:
+                        if isinstance(outcome, Done):
+                            done.append(outcome)
+                        elif isinstance(outcome, InputError) and not job.strict:
+                            lost = Unread(fragment.title, fragment.first, fragment.rows, outcome)
+                            unread.append(lost)
+                        else:
+                            raise outcome
+        return finish(job, work, done, unread, time.perf_counter() - started)
 
 
 def embed_fragments(

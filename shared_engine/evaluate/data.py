@@ -22,20 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared_engine.documents import EmbeddingInput, Role
+from shared_engine.documents import EmbeddingInput, Role, join_title
 from shared_engine.errors import ConfigurationError, InputError
 
 Qrels = dict[str, dict[str, int]]
 """Scores by query and document; a document is relevant if its score is greater than 0."""
-
-
-def join_title(title: str | None, text: str | None) -> str:
-    r"""Return the text to embed for a document, joined as BEIR's and MTEB's own models join it.
-
-    >>> join_title("Paris", "The capital of France."), join_title(None, "No title.\n")
-    ('Paris The capital of France.', 'No title.')
-    """
-    return f"{title or ''} {text or ''}".strip()
 
 
 @dataclass(frozen=True)

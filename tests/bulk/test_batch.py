@@ -8,9 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shared_engine import ConfigurationError, Embedder, Options, PartialResultError
+from shared_engine import (
+    ConfigurationError,
+    Embedder,
+    EmbeddingInput,
+    Options,
+    PartialResultError,
+)
 from shared_engine.bulk import EmbedBatch
 from shared_engine.errors import InputTypeError
+from tests.support.vl_checkpoints import build_vl_checkpoint, page
 
 TEXTS = ["a first text", "", "東京は日本の首都です。", "another " * 9]
 LONG = "word " * 3000  # over the tiny checkpoint's 2048 tokens
@@ -56,6 +63,23 @@ def test_columns_and_role_are_as_named(options, convert):
     with Embedder(options) as embedder:
         expected = embedder.embed(TEXTS, "query")
     np.testing.assert_array_equal(np.array(read(out, "question"), np.float32), expected)
+
+
+@pytest.mark.parametrize("text_column", ["caption", None])
+def test_images_are_embedded_with_their_texts_or_alone(convert, text_column, tmp_path):
+    make, read = convert
+    images = []
+    for seed in range(2):
+        images.append(str(tmp_path / f"{seed}.png"))
+        page(seed, 40, 30).save(images[-1])
+    captions = ["a caption", "another one"]
+    model = build_vl_checkpoint(tmp_path / "vl")
+    embed = EmbedBatch(text_column, "scan", options=Options(model=str(model), device="cpu"))
+    out = embed(make({"scan": images, "caption": captions}))
+    texts = captions if text_column else [None, None]
+    with Embedder(Options(model=str(model), device="cpu")) as embedder:
+        expected = embedder.embed(list(map(EmbeddingInput, texts, images)))
+    np.testing.assert_array_equal(np.array(read(out, "vector"), np.float32), expected)
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -108,7 +109,7 @@ def test_a_pdf_that_cannot_be_opened_and_a_page_without_text_are_bad_rows(run, t
     assert "has a page that cannot be read" in errors[0]["reason"]
 
 
-@pytest.mark.parametrize("way", ["bytes", "path", "url", "struct"])
+@pytest.mark.parametrize("way", ["bytes", "path", "url", "base64", "lines", "struct"])
 def test_a_column_of_images(way, run, tmp_path):
     (tmp_path / "pictures").mkdir()
     images = [picture(n) for n in range(5)]
@@ -118,6 +119,8 @@ def test_a_column_of_images(way, run, tmp_path):
         "bytes": images,
         "path": [f"pictures/{n}.png" for n in range(5)],  # from the table's folder
         "url": ["data:image/png;base64," + base64.b64encode(data).decode() for data in images],
+        "base64": [base64.b64encode(data).decode() for data in images],
+        "lines": [base64.encodebytes(data).decode() for data in images],
         "struct": [{"bytes": data, "path": None} for data in images],
     }
     table = pa.table({"image": [*columns[way], None], "title": ["a", None, "c", "d", "e", None]})
@@ -125,6 +128,37 @@ def test_a_column_of_images(way, run, tmp_path):
     summary, _, errors = run(tmp_path / "in.parquet", image_column="image", text_column="title")
     assert (summary.rows, summary.failed) == (5, 1)
     assert errors[0]["reason"] == "has no text and no image"
+    assert errors[0]["index"] == 5
     sent = [item for body in run.nim.bodies for item in body["input"] if "data:image" in item]
     assert len(sent) == 5
     assert sum(item.startswith("a ") or " a" in item[:3] for item in sent) <= 1
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [("no/such.png", "no/such.png'"), ("photo", "its base64 is invalid")]
+)
+def test_an_image_that_is_neither_a_file_nor_base64_is_a_bad_row(
+    value, reason, run, tmp_path, monkeypatch
+):
+    """Nor is it a file in the folder where the command runs."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "photo").write_bytes(picture(1))
+    monkeypatch.chdir(tmp_path / "other")
+    pq.write_table(pa.table({"image": [value]}), tmp_path / "in.parquet")
+    summary, _, errors = run(tmp_path / "in.parquet", image_column="image")
+    assert summary.failed == 1
+    assert reason in errors[0]["reason"]
+
+
+def test_a_folder_of_pictures_that_lost_its_times_goes_on_when_told(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    for n in range(3):
+        (tmp_path / "in" / f"{n}.png").write_bytes(picture(n))
+    assert run(tmp_path / "in")[0].rows == 3
+    os.utime(tmp_path / "in" / "1.png", ns=(1, 1))
+    with pytest.raises(ConfigurationError, match="--trust-sizes"):
+        run(tmp_path / "in")
+    assert run(tmp_path / "in", trust_sizes=True)[0].skipped == 3
+    (tmp_path / "in" / "1.png").write_bytes(b"another size")
+    with pytest.raises(ConfigurationError, match="changed since"):
+        run(tmp_path / "in", trust_sizes=True)

@@ -9,6 +9,7 @@ import pickle
 import resource
 import subprocess
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Any
@@ -218,11 +219,11 @@ def test_what_a_killed_run_left_beside_is_removed(make_job):
 
 def test_done_twice_is_the_same(make_job):
     job = make_job()
-    work = begin(job)
     embedder = Embedder(job.options)
-    first = embed_fragment(job, embedder, work.missing[0])
-    table = read(job)
-    again = embed_fragment(job, embedder, work.missing[0])
+    with begin(job) as work:
+        first = embed_fragment(job, embedder, work.missing[0])
+        table = read(job)
+        again = embed_fragment(job, embedder, work.missing[0])
     assert (first.rows, first.tokens) == (again.rows, again.tokens)
     assert read(job).equals(table)
 
@@ -265,6 +266,33 @@ def test_a_source_that_changed_is_noticed(make_job):
         run(job)
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_data_that_moved_and_lost_its_times_goes_on_when_told(suffix, tmp_path, make_job):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        write(passages(50), tmp_path / "in" / f"{name}{suffix}")
+    run(make_job(tmp_path / "in", id_column=None))
+    for path in sorted(Path(make_job().out, "vectors").iterdir())[1:]:
+        path.unlink()
+    (tmp_path / "in").rename(tmp_path / "moved")
+    job = make_job(tmp_path / "moved", id_column=None)
+    with pytest.raises(ConfigurationError, match=r"begun with inputs .*--trust-sizes if the data"):
+        run(job)
+    for name in "ab":
+        os.utime(tmp_path / "moved" / f"{name}{suffix}", ns=(1, 1))
+    (tmp_path / "moved").rename(tmp_path / "in")
+    with pytest.raises(ConfigurationError, match=r"has another modification time .*--trust-sizes"):
+        run(make_job(tmp_path / "in", id_column=None))
+    (tmp_path / "in").rename(tmp_path / "moved")
+    job = replace(job, trust_sizes=True)
+    assert (run(job).rows, run(job).skipped) == (70, 100)
+    keys = sorted(read(job)["id"].to_pylist())
+    assert keys == sorted(f"{name}{suffix}:{row}" for name in "ab" for row in range(50))
+    write(passages(49), tmp_path / "moved" / f"a{suffix}")
+    with pytest.raises(ConfigurationError, match=rf"a\{suffix} changed since"):
+        run(job)
+
+
 def test_a_source_that_is_no_more_is_noticed(tmp_path, make_job):
     (tmp_path / "in").mkdir()
     for name in "ab":
@@ -279,7 +307,8 @@ def test_a_source_that_is_no_more_is_noticed(tmp_path, make_job):
 @pytest.mark.parametrize("when", ["before it is read", "after it was read"])
 def test_a_source_that_changes_meanwhile_gives_no_file(when, make_job):
     job = make_job()
-    (fragment, *_) = begin(job).missing
+    with begin(job) as work:
+        fragment = work.missing[0]
 
     def change() -> None:
         os.utime(job.inputs[0], ns=(1, 1))
@@ -538,7 +567,8 @@ def test_kinds_are_not_mixed(tmp_path, make_job):
 
 def test_a_file_that_may_not_grow_is_an_output_error_and_resumed(make_job):
     job = make_job(rows_per_file=100)
-    begin(job)
+    with begin(job):
+        pass
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
     try:

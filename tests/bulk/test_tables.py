@@ -170,13 +170,16 @@ def test_a_bad_record_costs_no_other(suffix, kind, tmp_path, make_job):
 def test_a_converted_table_is_reused_while_its_source_is_unchanged(tmp_path, make_job, nim):
     write(tmp_path / "in.csv")
     job = make_job(tmp_path / "in.csv")
-    begin(job)
+    with begin(job):
+        pass
     (table,) = Path(job.out, ".tables").iterdir()
     before = table.stat().st_ino
-    begin(job)
+    with begin(job):
+        pass
     assert table.stat().st_ino == before
     os.utime(tmp_path / "in.csv", ns=(1, 1))
-    begin(job)
+    with begin(job):
+        pass
     assert table.stat().st_ino != before
     assert run(job).rows == 3
     assert not table.parent.exists()
@@ -219,7 +222,7 @@ def test_an_input_within_another_would_be_there_twice(second, tmp_path, make_job
     assert run(job).rows == 6
     both = replace(job, inputs=(*job.inputs, str(tmp_path.joinpath(*second))))
     for inputs in (both.inputs, both.inputs[::-1]):
-        with pytest.raises(ConfigurationError, match=r"twice|given too"):
+        with pytest.raises(ConfigurationError, match="twice"):
             run(replace(both, inputs=inputs))
 
 

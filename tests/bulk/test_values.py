@@ -322,6 +322,7 @@ def test_ids_and_plans_do_not_stop_at_a_file_that_cannot_be_read(
         raw.seek(start)
         raw.write(b"\xff" * 20)
     job = make_job(tmp_path / "in")
-    assert len(begin(job).missing) == 4
+    with begin(job) as work:
+        assert len(work.missing) == 4
     summary = run(job)
     assert (summary.rows, len(summary.unread)) == (50, 2)

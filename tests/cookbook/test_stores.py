@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 from collections.abc import Callable
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +17,7 @@ import pytest
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
+from shared_engine.vectors import quantize, unit
 from tests.support.faulty_nim import FaultyNim
 from tests.support.nim import vectors
 
@@ -154,13 +158,13 @@ def write_as_the_command_does(folder: Path, ids: pa.Array) -> None:
         pq.write_table(table.slice(first, 40), folder / "vectors" / f"part-{n}.parquet")
 
 
-def run_the_command(nim: FaultyNim, folder: Path, ids: pa.Array) -> None:
+def run_the_command(nim: FaultyNim, folder: Path, table: pa.Table, *more: str) -> None:
     from shared_engine.cli.main import main
 
     source = folder.with_suffix(".parquet")
-    pq.write_table(pa.table({"id": ids, "text": TEXTS, "topic": TOPICS}), source)
-    options = ["--model", "nvidia/m", "--base-url", nim.url, "--rows-per-file", "40"]
-    columns = ["--id-column", "id", "--columns", "text,topic"]
+    pq.write_table(table, source)
+    options = ["--model", "nvidia/m", "--base-url", nim.url, "--rows-per-file", "40", *more]
+    columns = ["--id-column", "id", "--columns", ",".join(table.column_names[1:])]
     assert main(["embed", str(source), "--out", str(folder), *options, *columns]) == 0
 
 
@@ -173,9 +177,7 @@ def test_every_row_is_there_once_and_the_nearest_are_numpys(
     folder = tmp_path / "out"
     with FaultyNim() as nim:
         if kind == "command":
-            if importlib.util.find_spec("shared_engine.cli.embed") is None:
-                pytest.skip("there is no such command yet")
-            run_the_command(nim, folder, ids)
+            run_the_command(nim, folder, pa.table({"id": ids, "text": TEXTS, "topic": TOPICS}))
         else:
             write_as_the_command_does(folder, ids)
         options = {"model": "nvidia/m", "base_url": nim.url}
@@ -192,3 +194,84 @@ def test_every_row_is_there_once_and_the_nearest_are_numpys(
                 assert [text for text, _ in found] == [TEXTS[n] for n in nearest]
                 for (_, metadata), n in zip(found, nearest, strict=True):
                     assert metadata.get("metadata", metadata)["topic"] == TOPICS[n]
+
+
+DAYS = [date(2024, 1, 1) + timedelta(n) for n in range(N)]
+KEPT: dict[str, tuple[pa.DataType, list[Any], list[Any]]] = {
+    "topic": (pa.string(), TOPICS, TOPICS),
+    "day": (pa.date32(), DAYS, [day.isoformat() for day in DAYS]),
+    "price": (pa.decimal128(12, 2), [Decimal(n) / 100 for n in range(N)],
+              [f"{n / 100:.2f}" for n in range(N)]),
+    "tags": (pa.list_(pa.string()), [[str(n), "a"] for n in range(N)],
+             [[str(n), "a"] for n in range(N)]),
+    "days": (pa.list_(pa.date32()), [[day] for day in DAYS], [[day.isoformat()] for day in DAYS]),
+    "of": (pa.struct([("at", pa.time32("s"))]), [{"at": time(n % 24)} for n in range(N)],
+           [{"at": f"{n % 24:02}:00:00"} for n in range(N)]),
+    "key": (pa.uint64(), [2**64 - 1 - n for n in range(N)], [str(2**64 - 1 - n) for n in range(N)]),
+    "uuid": (pa.uuid(), [UUID(int=n) for n in range(N)], [str(UUID(int=n)) for n in range(N)]),
+    "some": (pa.float64(), [None if n % 2 else n / 3 for n in range(N)],
+             [None if n % 2 else n / 3 for n in range(N)]),
+}  # fmt: skip
+"""Columns to keep: their types, their values, and these as JSON holds them."""
+
+
+def keep() -> pa.Table:
+    columns = {"id": pa.array(range(N)), "text": pa.array(TEXTS)}
+    for name, (kind, values, _) in KEPT.items():
+        held = [value.bytes for value in values] if name == "uuid" else values
+        columns[name] = pa.array(held, kind)
+    return pa.table(columns)
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8"])
+@pytest.mark.parametrize("store", STORES)
+def test_columns_of_all_types_and_small_numbers_are_held(
+    store: str, kind: str, tmp_path: Path
+) -> None:
+    with FaultyNim() as nim:
+        run_the_command(nim, tmp_path / "out", keep(), "--embedding-type", kind)
+        options = {"model": "nvidia/m", "base_url": nim.url}
+        models = NeMoRetrieverEmbeddings(**options), NeMoRetrieverEmbedding(**options)
+        recipe = STORES[store](tmp_path / "out", tmp_path / "store", *models)
+        assert recipe.count() == N
+        levels = quantize(vectors(TEXTS), "int8")
+        cosines = vectors(QUESTIONS, "query") @ unit(levels.astype(np.float32)).T
+        for question, row in zip(QUESTIONS, cosines, strict=True):
+            nearest = np.argsort(-row)[:K]
+            found = recipe.ask_langchain(question)
+            assert [text for text, _ in found] == [TEXTS[n] for n in nearest]
+            for (_, metadata), n in zip(found, nearest, strict=True):
+                for name, (_, values, plain) in KEPT.items():
+                    expected = (values if store in ("lancedb", "faiss") else plain)[n]
+                    if store == "chroma" and isinstance(expected, list | dict):
+                        expected = json.dumps(expected)
+                    assert metadata.get(name) == expected
+                if "score" in metadata:
+                    assert metadata["score"] == pytest.approx(row[n], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["binary", "ubinary"])
+@pytest.mark.parametrize("store", STORES)
+def test_packed_bits_are_not_numbers(store: str, kind: str, tmp_path: Path) -> None:
+    with FaultyNim() as nim:
+        run_the_command(nim, tmp_path / "out", keep(), "--embedding-type", kind)
+    with pytest.raises(ValueError, match=f"vectors of type {kind}, packed bits; expected float"):
+        STORES[store](tmp_path / "out", tmp_path / "store", None, None)
+
+
+@pytest.mark.parametrize("store", ["qdrant", "chroma", "milvus"])
+def test_a_column_that_the_store_cannot_hold_is_named(store: str, tmp_path: Path) -> None:
+    table = pa.table({"id": range(3), "text": list("abc"), "scan": [b"a", b"b", b"c"]})
+    with FaultyNim() as nim:
+        run_the_command(nim, tmp_path / "out", table)
+    with pytest.raises(ValueError, match="column 'scan' holds binary, which the store cannot hold"):
+        STORES[store](tmp_path / "out", tmp_path / "store", None, None)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_folder_without_texts_is_named(store: str, tmp_path: Path) -> None:
+    with FaultyNim() as nim:
+        run_the_command(nim, tmp_path / "out", pa.table({"id": [1], "body": ["a"]}),
+                        "--text-column", "body")  # fmt: skip
+    with pytest.raises(ValueError, match="no column 'text'; embed with --columns text"):
+        STORES[store](tmp_path / "out", tmp_path / "store", None, None)

@@ -1,0 +1,87 @@
+"""Tables by path or URL: s3://, gs://, hf:// and whatever else pyarrow and fsspec read."""
+
+from __future__ import annotations
+
+import glob
+import os
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from shared_engine.errors import ConfigurationError, first_line
+
+
+def is_url(path: str) -> bool:
+    """Return whether an input is a URL, and not a local path."""
+    return "://" in path
+
+
+def locate(path: str) -> tuple[Any, str]:
+    """Return the file system of a path or URL, and the path in it.
+
+    Raises:
+        ConfigurationError: there is no such file system, or it cannot be reached.
+    """
+    if not is_url(path):
+        return fs.LocalFileSystem(), path
+    scheme, _, rest = path.partition("://")
+    host, slash, rest = rest.partition("/")
+    system, base = _connect(f"{scheme}://{host}")
+    return system, base.rstrip("/") + slash + rest
+
+
+@cache
+def _connect(url: str) -> tuple[Any, str]:
+    try:
+        try:
+            return fs.FileSystem.from_uri(url)  # type: ignore[no-any-return]
+        except pa.ArrowInvalid:
+            return fs.FileSystem.from_uri(f"fsspec+{url}")  # type: ignore[no-any-return]
+    except Exception as exc:  # of any package
+        raise ConfigurationError(
+            f"{url} cannot be opened: {first_line(exc)}; expected a file system of pyarrow, or of "
+            "fsspec with its package installed"
+        ) from exc
+
+
+def list_remote(url: str) -> tuple[str, list[str]]:
+    """Return the folder that the titles of a URL start from, and the URLs of its files.
+
+    Args:
+        url: a file, a folder, or a pattern; `*` does not match a slash, and `**` is not known.
+
+    Raises:
+        ConfigurationError: there is no such file; the file system cannot be read.
+    """
+    folder = pattern = url.rstrip("/")
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+    system, base = locate(folder)
+    try:
+        if system.get_file_info(base).is_file:
+            return os.path.dirname(folder), [folder]
+        found = system.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
+    except Exception as exc:  # of any package
+        raise ConfigurationError(f"{url} cannot be read: {first_line(exc)}") from exc
+    wanted = pattern[len(folder) :].split("/")
+    files: list[str] = []
+    for name in (info.path.removeprefix(base) for info in found if info.is_file):
+        parts = name.split("/")
+        is_hidden = any(part[:1] in "._" for part in parts[1:])
+        is_match = len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+        if not is_hidden and (is_match or folder == pattern):
+            files.append(folder + name)
+    if not files:
+        hint = " (options after ? are not read: set AWS_ENDPOINT_URL and the like)" * ("?" in url)
+        raise ConfigurationError(f"{url} does not exist{hint}")
+    return folder, sorted(files)
+
+
+def open_parquet(path: str, **options: Any) -> pq.ParquetFile:
+    """Open a Parquet file by path or URL."""
+    system, inner = locate(path)
+    return pq.ParquetFile(inner, filesystem=system, **options)

@@ -1,0 +1,337 @@
+"""Files that other tools write: data sets, compressed text, other delimiters, patterns."""
+
+from __future__ import annotations
+
+import bz2
+import decimal
+import gzip
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from shared_engine import Embedder, Options
+from shared_engine.bulk.job import Job
+from shared_engine.cli.main import main
+from shared_engine.errors import ConfigurationError, InputError
+from shared_engine.evaluate.data import read_folder
+from tests.bulk.conftest import passages, run
+from tests.support.nim import vectors
+
+Make = Callable[..., Job]
+
+
+def read(job: Job) -> list[dict]:
+    """Return the rows of a job, in the order of their ids, with vectors that were checked."""
+    rows = pq.read_table(Path(job.out, "vectors")).to_pylist()
+    return sorted(rows, key=lambda row: row["id"])
+
+
+def check_texts(rows: list[dict], texts: list[str]) -> None:
+    np.testing.assert_allclose([row["vector"] for row in rows], vectors(texts), atol=1e-6)
+
+
+@pytest.mark.parametrize("has_splits", [False, True])
+def test_a_data_set_saved_by_hugging_face(has_splits, tmp_path, make_job):
+    data = datasets.Dataset(datasets.table.InMemoryTable(passages(20)), fingerprint="0")
+    if has_splits:
+        data = datasets.DatasetDict({"test": data})
+    data.save_to_disk(tmp_path / "in")
+    folder = tmp_path / "in" / "test" if has_splits else tmp_path / "in"
+    saved = datasets.load_from_disk(str(folder))
+    saved.map(dict, new_fingerprint="0")  # leaves a cache in the folder
+    assert len(list(folder.glob("*.arrow"))) == 2
+    (tmp_path / "in" / "other").mkdir()
+    row = {"key": 20, "text": "a state", "lang": "en"}
+    (tmp_path / "in" / "other" / "state.json").write_text(json.dumps(row))  # is data
+    job = make_job(tmp_path / "in")
+    summary = run(job)
+    assert (summary.rows, summary.is_complete) == (21, True)
+    rows = sorted(read(job), key=lambda row: int(row["id"]))
+    check_texts(rows, [*passages(20)["text"].to_pylist(), "a state"])
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress,
+            ".zst": lambda raw: pa.compress(raw, "zstd", asbytes=True)}  # fmt: skip
+TEXTS = {
+    ".csv": "key,text\n0,\u00fcber\n\n1,b\n",
+    ".tsv": "key\ttext\n0\t\u00fcber\n1\tb\n",
+    ".jsonl": '{"key": 0, "text": "\u00fcber"}\n{"key": 1, "text": "b"}',
+    ".txt": "\ufeff\u00fcber\r\n \n\nb",
+}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("suffix", TEXTS)
+def test_text_may_be_compressed(suffix, compression, parts, tmp_path, make_job):
+    """Also in several parts, one after another, as bgzip and parallel compressors write them."""
+    raw = TEXTS[suffix].encode()
+    cuts = [raw] if parts == 1 else [raw[:9], raw[9:]]
+    path = tmp_path / f"in{suffix}{compression.upper()}"
+    path.write_bytes(b"".join(COMPRESS[compression](part) for part in cuts))
+    job = make_job(path, id_column=None, columns=())
+    assert run(job).rows == 2
+    rows = read(job)
+    assert [row["id"] for row in rows] == [f"{path.name}:{row}" for row in range(2)]
+    check_texts(rows, ["\u00fcber", "b"])
+
+
+def test_a_compressed_file_that_is_cut_off_is_named(tmp_path, make_job):
+    path = tmp_path / "in.csv.gz"
+    path.write_bytes(gzip.compress(b"key,text\n" + b"0,a\n" * 9)[:-9])
+    with pytest.raises(InputError, match=r"in\.csv\.gz cannot be read: Truncated"):
+        run(make_job(path, columns=(), strict=True))
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("suffix", TEXTS)
+def test_utf_16_is_named(suffix, codec, tmp_path, make_job):
+    path = tmp_path / f"in{suffix}.gz"
+    path.write_bytes(gzip.compress(TEXTS[suffix].lstrip("\ufeff").encode(codec)))
+    with pytest.raises(InputError, match="it is UTF-16; convert it first, as by iconv"):
+        run(make_job(path, id_column=None, columns=(), strict=True))
+
+
+@pytest.mark.parametrize(("given", "delimiter"), [(";", ";"), (r"\t", "\t"), ("|", "|")])
+def test_fields_are_cut_at_the_delimiter(given, delimiter, tmp_path, checkpoint, capsys):
+    path = tmp_path / "in.csv"
+    path.write_text(f'key{delimiter}text\n1{delimiter}"a{delimiter} b", c\n2{delimiter}d, e\n')
+    command = ["embed", str(path), "--out", str(tmp_path / "out"), "--model", str(checkpoint),
+               "--columns", "text"]  # fmt: skip
+    assert main([*command, "--delimiter", given]) == 1, "the text after a closing quote"
+    (row,) = pq.read_table(tmp_path / "out" / "vectors").to_pylist()
+    assert row["text"] == "d, e"
+    assert main(command) == 2
+    assert "was begun with delimiter" in capsys.readouterr().err
+    assert main([*command, "--delimiter", ";;"]) == 2
+    assert "delimiter=';;': expected one character" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.csv", ["a.csv", "b[1].csv"]),
+        ("**/*.csv", ["a.csv", "b[1].csv", "sub/c.csv"]),
+        ("s*", ["sub/c.csv"]),
+        ("**", ["a.csv", "b[1].csv", "sub/c.csv"]),
+        ("b[1].csv", ["b[1].csv"]),
+        ("[ab]*.csv", ["a.csv", "b[1].csv"]),
+    ],
+)
+def test_a_pattern_gives_the_files_of_a_folder(pattern, names, tmp_path, make_job):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "_old").mkdir()
+    for name in ("a.csv", "b[1].csv", "sub/c.csv", "_old/d.csv", ".hidden.csv", "notes.md"):
+        (tmp_path / "in" / name).write_text("text\na\n")
+    job = make_job(tmp_path / "in" / pattern, id_column=None, columns=())
+    assert run(job).is_complete
+    assert [row["id"] for row in read(job)] == [f"{name}:0" for name in names]
+    (tmp_path / "in" / "sub" / "new.csv").write_text("text\na\n")
+    assert run(job).rows == (pattern in ("**/*.csv", "s*", "**")), "more files are missing work"
+
+
+def test_a_pattern_that_no_file_has_is_named(tmp_path, make_job):
+    with pytest.raises(ConfigurationError, match=r"\*\.csv does not exist"):
+        run(make_job(tmp_path / "*.csv"))
+
+
+def test_a_text_file_in_a_folder_is_not_data_unless_it_is_named(tmp_path, make_job):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "LICENSE.txt").write_text("some\nlines")
+    with pytest.raises(ConfigurationError, match=r"no files .*\(a \.txt file must be named\)"):
+        run(make_job(tmp_path / "in", id_column=None))
+    assert run(make_job(tmp_path / "in" / "*.txt", id_column=None, columns=())).rows == 2
+
+
+def test_ids_may_be_uuids_and_decimals(tmp_path, make_job):
+    keys = {
+        "uuid": ([uuid.UUID(int=n) for n in range(3)], pa.uuid()),
+        "decimal": ([decimal.Decimal(n) / 100 for n in range(3)], pa.decimal128(12, 2)),
+        "large": ([decimal.Decimal(n) / 100 for n in range(3)], pa.decimal256(60, 2)),
+    }
+    for name, (values, kind) in keys.items():
+        held = [value.bytes for value in values] if name == "uuid" else values
+        table = passages(3).set_column(0, "key", pa.array(held, kind))
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(table, path)
+        job = make_job(path, columns=("key",))
+        job = Job(**{**vars(job), "out": str(tmp_path / f"out-{name}")})
+        assert run(job).rows == 3
+        texts = [str(each) if name == "uuid" else f"{each:.2f}" for each in values]
+        assert [row["id"] for row in read(job)] == texts
+        assert [row["key"] for row in read(job)] == values
+
+
+def test_bad_lines_of_json_in_a_compressed_file_cost_no_other(tmp_path, make_job):
+    lines = [json.dumps({"key": 0, "text": "a"}), "{", json.dumps({"key": 2, "text": "c"})]
+    (tmp_path / "in.json.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    summary = run(make_job(tmp_path / "in.json.gz", columns=()))
+    assert (summary.rows, summary.failed) == (2, 1)
+
+
+def test_a_title_and_a_text_are_the_document_that_evaluate_reads(tmp_path, make_job, nim):
+    """Without a title, with blanks at the ends, and with a title alone."""
+    rows = [
+        {"_id": "a", "title": "T", "text": " t\n"},
+        {"_id": "b", "text": "no title\n"},
+        {"_id": "c", "title": "alone", "text": ""},
+        {"_id": "d", "title": "", "text": " "},
+    ]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "q"}')
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n")
+    corpus = read_folder(tmp_path).corpus
+    job = make_job(
+        tmp_path / "corpus.jsonl", id_column="_id", text_column=("title", "text"), columns=()
+    )
+    summary = run(job)
+    assert (summary.rows, summary.failed) == (3, 1)
+    texts = dict(zip(corpus.ids, corpus.texts, strict=True))
+    assert texts.pop("d") == "", "evaluate embeds a blank text; embed reports it"
+    assert {row["id"] for row in read(job)} == texts.keys()
+    check_texts(read(job), list(texts.values()))
+
+
+def test_the_command_joins_columns_of_texts(tmp_path, checkpoint, capsys):
+    (tmp_path / "in.csv").write_text("title,text\nParis,a city\n,no title\n")
+    command = ["embed", str(tmp_path / "in.csv"), "--out", str(tmp_path / "out"),
+               "--model", str(checkpoint)]  # fmt: skip
+    assert main([*command, "--text-column", "title, text"]) == 0
+    found = pq.read_table(tmp_path / "out" / "vectors")["vector"].to_pylist()
+    with Embedder(Options(model=str(checkpoint))) as embedder:
+        np.testing.assert_allclose(found, embedder.embed(["Paris a city", "no title"]), atol=1e-6)
+    assert main([*command, "--text-column", "text"]) == 2
+    assert "was begun with text_columns ['title', 'text']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl.gz"])
+def test_folders_of_hive_partitions_are_columns(suffix, tmp_path, make_job):
+    folders = {"lang=de/day=2024-01-01": ("de", "2024-01-01"),
+               "lang=a%20b/day=__HIVE_DEFAULT_PARTITION__": ("a b", None)}  # fmt: skip
+    for number, folder in enumerate(folders):
+        path = tmp_path / "run=1" / folder / f"part-{number}{suffix}"
+        path.parent.mkdir(parents=True)
+        table = pa.table({"key": [f"{number}-{row}" for row in range(3)], "text": ["a", "b", "c"]})
+        if suffix == ".parquet":
+            pq.write_table(table, path)
+        elif suffix == ".csv":
+            pa.csv.write_csv(table, path)
+        else:
+            lines = "\n".join(map(json.dumps, table.to_pylist()))
+            path.write_bytes(gzip.compress(lines.encode()))
+    with pytest.raises(ConfigurationError, match="no column 'run'; it has key, text"):
+        run(make_job(tmp_path / "run=1", columns=("run",)))
+    job = make_job(tmp_path / "run=1", columns=("day", "text", "lang"))
+    assert run(job).rows == 6
+    rows = read(job)
+    assert [(row["lang"], row["day"]) for row in rows[::3]] == list(folders.values())
+    check_texts(rows, ["a", "b", "c"] * 2)
+
+
+def test_a_column_may_be_a_partition_of_one_file_and_a_number_in_another(tmp_path, make_job):
+    (tmp_path / "in" / "year=2024").mkdir(parents=True)
+    pq.write_table(passages(2), tmp_path / "in" / "year=2024" / "a.parquet")
+    pq.write_table(
+        passages(4).slice(2).append_column("year", pa.array([2025, 2026])),
+        tmp_path / "in" / "b.parquet",
+    )
+    job = make_job(tmp_path / "in", columns=("year",))
+    assert run(job).rows == 4
+    assert [row["year"] for row in read(job)] == ["2024", "2024", "2025", "2026"]
+
+
+@pytest.fixture
+def remote() -> Iterator[Any]:
+    """A file system in memory, which pyarrow reaches through fsspec."""
+    files = fsspec.filesystem("memory")
+    yield files
+    files.rm("/bucket", recursive=True)
+
+
+def write_remote(remote: Any) -> None:
+    table = passages(20)
+    names = ("a.parquet", "lang=x/b.csv.gz", "c d.arrow", "_old/d.csv", "e.md", "state.json",
+             "dataset_info.json")  # fmt: skip
+    for name in (f"in/{name}" for name in names):
+        remote.makedirs("/bucket/" + name.rpartition("/")[0], exist_ok=True)
+        with remote.open(f"/bucket/{name}", "wb") as file:
+            if name.endswith(".parquet"):
+                pq.write_table(table, file)
+            elif name.endswith(".arrow"):
+                with pa.ipc.new_stream(file, table.schema) as writer:
+                    writer.write_table(table)
+            else:
+                rows = "".join(f'{row["key"]},"{row["key"]}th"\n' for row in table.to_pylist())
+                file.write(gzip.compress(("key,text\n" + rows).encode()))
+
+
+@pytest.mark.parametrize(
+    ("url", "titles"),
+    [
+        ("memory://bucket/in", ["a.parquet", "c d.arrow", "lang=x/b.csv.gz"]),
+        ("memory://bucket/in/", ["a.parquet", "c d.arrow", "lang=x/b.csv.gz"]),
+        ("memory://bucket/in/a.parquet", ["a.parquet"]),
+        ("memory://bucket/in/*.parquet", ["a.parquet"]),
+        ("memory://bucket/*/lang=*/b*", ["in/lang=x/b.csv.gz"]),
+    ],
+)
+def test_tables_of_other_file_systems(url, titles, remote, make_job):
+    write_remote(remote)
+    job = replace(make_job(passages(1), id_column=None, columns=("text",)), inputs=(url,))
+    summary = run(job)
+    assert (summary.rows, summary.is_complete) == (20 * len(titles), True)
+    rows = read(job)
+    assert {row["id"].rpartition(":")[0] for row in rows} == set(titles)
+    check_texts(rows, [row["text"] for row in rows])
+    assert run(job).skipped == 20 * len(titles)
+    if "a.parquet" in titles:
+        with remote.open("/bucket/in/a.parquet", "wb") as file:
+            pq.write_table(passages(21), file)
+        with pytest.raises(ConfigurationError, match=r"memory://bucket/in/a\.parquet changed"):
+            run(job)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (["memory://bucket/none"], "memory://bucket/none does not exist"),
+        (["memory://bucket/in/*.feather"], "does not exist"),
+        (["memory://bucket/in?endpoint=here"], "options after . are not read"),
+        (["memory://bucket/in", "{here}"], "inputs are local paths and URLs"),
+        (["no-such://bucket/in"], "no-such://bucket cannot be opened"),
+        (["memory://bucket/pages"], "copy images and PDFs to a local folder first"),
+        (["relative/path"], "expected an absolute path or a URL"),
+    ],
+)
+def test_a_url_that_cannot_be_read_is_refused(inputs, said, remote, tmp_path, make_job):
+    write_remote(remote)
+    remote.pipe("/bucket/pages/a.pdf", b"")
+    pq.write_table(passages(1), tmp_path / "here.parquet")
+    job = make_job()
+    inputs = [each.replace("{here}", str(tmp_path / "here.parquet")) for each in inputs]
+    with pytest.raises(ConfigurationError, match=said):
+        run(replace(job, inputs=tuple(inputs)))
+
+
+def test_urls_of_local_files_are_paths_and_results_stay_local(tmp_path, checkpoint, capsys):
+    pq.write_table(passages(3), tmp_path / "an input.parquet")
+    url = tmp_path.as_uri()
+    command = ["embed", f"{url}/an%20input.parquet", "--model", str(checkpoint), "--out"]
+    assert main([*command, f"{url}/an%20output"]) == 0
+    assert pq.read_table(tmp_path / "an output" / "vectors").num_rows == 3
+    assert main([*command, "s3://bucket/out"]) == 2
+    assert "s3://bucket/out: expected an absolute path; results are written to a local" in (
+        capsys.readouterr().err
+    )
