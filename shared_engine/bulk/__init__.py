@@ -3,7 +3,6 @@
 job.py        what to embed, cut into fragments ......... Job, Fragment, list_fragments
 convert.py    CSV, JSON Lines and Arrow to Parquet, once
 tables.py     rows of Parquet; types and errors of Arrow
-pages.py      images and pages of PDFs
 rows.py       rows of all of these as documents
 ids.py        a check for ids that two rows share
 fragment.py   one fragment to one file, in any process .. embed_fragment

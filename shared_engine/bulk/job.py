@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared_engine.bulk import convert, pages, tables
+from shared_engine.bulk import convert, tables
 from shared_engine.documents import Role
-from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError
+from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError, PageError
+from shared_engine.images import pages
 from shared_engine.options import Options
 
 ROWS_PER_FILE = 10_000
@@ -24,6 +25,8 @@ IMAGES_PER_FILE = 500
 TABLES = ".tables"
 """Folder of the converted tables, in the folder of results."""
 TABLE_SUFFIXES = frozenset({".parquet", *convert.CONVERTED})
+_HIDDEN = "._"
+"""First characters of hidden names; Spark and Hive begin those of their own files with _."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Fragment:
     name: str
     """Name of its files without suffix; the same in every run, whatever other inputs there are."""
     source: str
-    """Absolute path of the table, the PDF, or the folder of images."""
+    """Absolute path of the table, the PDF or TIFF, or the folder of images."""
     title: str
     """Name of the source in ids and messages."""
     first: int
@@ -103,7 +106,9 @@ class Fragment:
     @property
     def kind(self) -> Literal["table", "pdf", "picture"]:
         """Kind of its source."""
-        return "table" if self.table else "picture" if self.names else "pdf"
+        if self.table:
+            return "table"
+        return "picture" if self.names or _find_kind(self.source) == "picture" else "pdf"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; `Fragment(**values)` makes an equal one."""
@@ -121,7 +126,7 @@ class Unread(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A table, a PDF, or a folder with images."""
+    """A table, a PDF, a TIFF of several pages, or a folder with other images."""
 
     path: str
     root: str
@@ -201,7 +206,7 @@ def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
 
 
 def find_sources(job: Job) -> list[Source]:
-    """Return the tables, PDFs and folders with images of a job.
+    """Return the tables, PDFs, TIFFs of several pages, and folders with images of a job.
 
     Raises:
         ConfigurationError: an input does not exist, is inside another one, or of another kind.
@@ -214,7 +219,7 @@ def find_sources(job: Job) -> list[Source]:
     for given in job.inputs:
         if not os.path.exists(given):
             raise ConfigurationError(f"{given} does not exist")
-        files = pages.walk(given) if os.path.isdir(given) else [given]
+        files = pages.walk(given, _HIDDEN) if os.path.isdir(given) else [given]
         pictures: list[str] = []
         for path in files:
             kind = _find_kind(path)
@@ -228,7 +233,7 @@ def find_sources(job: Job) -> list[Source]:
                     f"{path!a}: the name is not UTF-8, so no id can hold it; rename the file"
                 )
             kinds.setdefault(kind, path)
-            if kind == "picture":
+            if kind == "picture" and not _has_pages(path):
                 pictures.append(path)
             else:
                 sources.append(Source(path, root))
@@ -265,15 +270,26 @@ def _find_kind(path: str) -> str | None:
     return "pdf" if suffix == ".pdf" else "picture" if suffix in pages.SUFFIXES else None
 
 
+def _has_pages(path: str) -> bool:
+    """Return whether an image file is a TIFF of several pages, whose rows are those of a PDF."""
+    if not path.lower().endswith((".tif", ".tiff")):
+        return False
+    try:
+        with pages.open_pages(path) as found:
+            return len(found) > 1
+    except PageError:  # the row will have the error
+        return False
+
+
 def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], Any]:
     """Return the fragments of a source, and names and types of its id and kept columns."""
     path, root, pictures = source
     title = os.path.relpath(path, root)
-    kind = "picture" if pictures else _find_kind(path)
-    has_images = kind != "table" or job.image_column is not None
+    is_table = not pictures and _find_kind(path) == "table"
+    has_images = not is_table or job.image_column is not None
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
     stem = f"{Path(path).stem[:40]}-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
-    if kind == "picture":
+    if pictures:
         if not os.path.isdir(path):
             path = os.path.dirname(path)
             title = os.path.relpath(path, root)
@@ -283,14 +299,15 @@ def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], 
             some = tuple(names[first : first + rows])
             name, mark = f"{stem}-{first:012d}", take_fingerprint(path, some)
             fragments.append(Fragment(name, path, title, first, len(some), mark, names=some))
-        return fragments, _find_page_schema(job, ("path",), title)
+        return fragments, _find_page_schema(job, title)
     mark = take_fingerprint(path)
     table = ""
-    if kind == "pdf":
-        count = pages.count_pages(path)
-        schema = _find_page_schema(job, ("path", "page"), title)
-    else:
+    if is_table:
         table, count, schema = _open_table(job, path, title, f"{folder}/{stem}.parquet", rows, mark)
+    else:
+        schema = _find_page_schema(job, title)
+        with pages.open_pages(path, title) as found:
+            count = len(found)
     return [
         Fragment(
             f"{stem}-{first:012d}", path, title, first, min(rows, count - first), mark, table=table
@@ -323,9 +340,9 @@ def _open_table(  # noqa: PLR0917
     return path, count, pa.schema([("id", kind), *kept])
 
 
-def _find_page_schema(job: Job, there: tuple[str, ...], title: str) -> Any:
-    tables.require_columns(job.kept_columns, there, title)
+def _find_page_schema(job: Job, title: str) -> Any:
     kinds = {"path": pa.string(), "page": pa.int32()}
+    tables.require_columns(job.kept_columns, tuple(kinds), title)
     return pa.schema([("id", pa.string()), *((name, kinds[name]) for name in job.kept_columns)])
 
 
