@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from shared_engine.catalogue import CATALOGUE
+from shared_engine.images.pages import open_pages
 
 CHAPTERS = {
     "files": ("tempfile", "fileinput", "shelve", "plistlib", "mimetypes", "zipfile"),
@@ -119,7 +120,7 @@ def _form_fields() -> list[Field]:
 
 
 def _form(fields: list[Field]) -> bytes:
-    """Return a page with the labels of a form; a reader draws the fields."""
+    """Return a page with the labels of a form; a reader draws what is filled in."""
     top = _HEIGHT - _MARGIN
     drawn = [_text("B", 20, _MARGIN, top - 15, "Request for an embedding model")]
     drawn += _paragraph(
@@ -127,11 +128,10 @@ def _form(fields: list[Field]) -> bytes:
         "operate the servers; they answer within five working days.",
         top - 45,
     )
-    for name, value, (left, bottom, right, upper) in fields:
+    for name, _, (left, bottom, right, upper) in fields:
         drawn += [
             _text("H", 11, _MARGIN, bottom + 6, name),
             f"0.6 G {left} {bottom} {right - left} {upper - bottom} re S 0 G",
-            _text("H", 11, left + 4, bottom + 6, value),
         ]
     drawn.append(_text("H", 9, _MARGIN, 370, "Signature of the head of the department:"))
     return "\n".join(drawn).encode()
@@ -139,11 +139,10 @@ def _form(fields: list[Field]) -> bytes:
 
 def _scan(source: Path, target: Path) -> Path:
     """Write the first page of a PDF as a scanner would: a grey picture, a little askew."""
-    import pypdfium2
-
-    with pypdfium2.PdfDocument(source) as pdf:
-        page = pdf[0].render(scale=1.5).to_pil().convert("L")
-    askew = page.rotate(1.2, fillcolor=255, resample=Image.Resampling.BICUBIC)
+    with open_pages(source) as pages:
+        page = pages.read(0, "picture", 3 * _HEIGHT // 2).picture
+    assert page is not None
+    askew = page.convert("L").rotate(1.2, fillcolor=255, resample=Image.Resampling.BICUBIC)
     then = time.gmtime(0)  # else the file has the time of writing
     askew.save(target, "PDF", resolution=108, quality=60, creationDate=then, modDate=then)
     return target

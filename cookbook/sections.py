@@ -8,6 +8,9 @@ from pathlib import Path
 
 from langchain_core.documents import Document
 
+from shared_engine import PageError
+from shared_engine.images.pages import open_pages, walk
+
 
 def read(folder: Path) -> tuple[list[Document], list[str]]:
     """Return the sections of every Markdown, text and PDF file, and what had to be left out.
@@ -23,31 +26,31 @@ def read(folder: Path) -> tuple[list[Document], list[str]]:
     readers = {".md": _read_markdown, ".txt": _read_markdown, ".pdf": _read_pdf}
     sections: list[Document] = []
     left_out = []
-    for path in sorted(folder.rglob("*")):
+    for path in map(Path, walk(folder)):
         read = readers.get(path.suffix.lower())
         if read is None or not path.is_file():
             continue
         source = path.relative_to(folder).as_posix()
         try:
-            found = list(read(path))
+            found = list(read(path, source))
         except (OSError, ValueError) as exc:
-            left_out.append(f"{source}: {exc}")
+            left_out.append(str(exc) if isinstance(exc, PageError) else f"{source}: {exc}")
             continue
         for number, section in enumerate(found):
-            section.metadata |= {"source": source, "section": f"{source}#{number}"}
-        left_out += [f"{source}: {s.metadata['place']} has no text" for s in found if _is_blank(s)]
-        sections += [section for section in found if not _is_blank(section)]
+            if isinstance(section, str):
+                left_out.append(section)
+            elif section.page_content.strip():
+                section.metadata |= {"source": source, "section": f"{source}#{number}"}
+                sections.append(section)
+            else:
+                left_out.append(f"{source}: {section.metadata['place']} has no text")
     if not sections:
         reasons = "".join(f"\n  {reason}" for reason in left_out)
         raise FileNotFoundError(f"{folder} has no .md, .txt or .pdf with text in it{reasons}")
     return sections, left_out
 
 
-def _is_blank(section: Document) -> bool:
-    return not section.page_content.strip()
-
-
-def _read_markdown(path: Path) -> Iterator[Document]:
+def _read_markdown(path: Path, _: str) -> Iterator[Document]:
     """Yield the sections between headings; a file without any is one section."""
     from langchain_text_splitters import MarkdownHeaderTextSplitter
 
@@ -61,17 +64,15 @@ def _read_markdown(path: Path) -> Iterator[Document]:
         )
 
 
-def _read_pdf(path: Path) -> Iterator[Document]:
-    """Yield the text layer of each page; a scanned page has an empty one."""
-    import pypdfium2
-
-    try:
-        pdf = pypdfium2.PdfDocument(path)
-    except pypdfium2.PdfiumError as exc:
-        raise ValueError(f"not a PDF that can be read ({exc})") from exc
-    with pdf:
-        for number, page in enumerate(pdf, 1):
-            text = page.get_textpage().get_text_bounded().replace("\r\n", "\n")
-            first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+def _read_pdf(path: Path, source: str) -> Iterator[Document | str]:
+    """Yield the text layer of each page, empty for a scan; of a broken page the reason."""
+    with open_pages(path, source) as pages:
+        for index, place in enumerate(pages.places):
+            try:
+                text = pages.read(index, "text").text
+            except PageError as exc:
+                yield str(exc)
+                continue
+            first, _, _ = text.partition("\n")
             title = f"{path.stem}: {textwrap.shorten(first, 60)}"
-            yield Document(text, metadata={"title": title, "place": f"page {number}"})
+            yield Document(text, metadata={"title": title, "place": str(place)})

@@ -12,6 +12,7 @@ NeMoRetrieverError
 │   ├── UnsupportedModalityError
 │   ├── ImageError                        an image cannot be found, fetched or decoded
 │   │   └── ImageTooLargeError            it exceeds a limit of bytes, pixels or tokens
+│   ├── PageError                         a PDF, or a page of one, cannot be read
 │   ├── DeviceMemoryError (MemoryError)   the input does not fit on the device, even alone
 │   └── NonFiniteVectorError              the vector holds NaN or infinity
 ├── EngineError (RuntimeError)            the engine failed; the inputs are valid
@@ -127,6 +128,10 @@ class ImageError(InputError):
 
 class ImageTooLargeError(ImageError):
     """An image exceeds a limit: bytes of the file, pixels of a side, or tokens of its tiles."""
+
+
+class PageError(InputError):
+    """A PDF or an image file, or one of its pages, cannot be read; the message names it."""
 
 
 class DeviceMemoryError(InputError, MemoryError):

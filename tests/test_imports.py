@@ -61,6 +61,7 @@ ONLY = {
     # images; to fetch one, a connection must be checked below httpx
     "httpcore": {"images"},
     "PIL": {"images"},
+    "pypdfium2": {"images"},
     # the server
     "prometheus_client": {"server"},
     "starlette": {"server"},
@@ -68,7 +69,6 @@ ONLY = {
     "h11": {"server"},
     # bulk work
     "pyarrow": {"bulk", "distributed"},
-    "pypdfium2": {"bulk"},
     "ray": {"distributed"},
     # evaluation
     "bm25s": {"evaluate"},

@@ -1,9 +1,9 @@
 """Search pages of PDFs and pictures in a browser; `--terminal` shows a search here.
 
     files.py ....... what was sent, in a folder         access.py .... who may use the app
-    render.py ...... a file to pages, or why not        app.py ....... what each address answers
-    index.py ....... LlamaIndex over Chroma             answer.py .... a vision LLM looks at pages
-    jobs.py ........ one file after the other           search.py .... by words, picture or page
+    index.py ....... LlamaIndex over Chroma             app.py ....... what each address answers
+    jobs.py ........ one file after the other           answer.py .... a vision LLM looks at pages
+                                                        search.py .... by words, picture or page
 
 `make pages` sets everything up and runs this; `make pages ARGS=--help` lists the options.
 """
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 PORT = 8090
 LLM = "nvidia/nemotron-nano-12b-v2-vl"  # in NVIDIA's catalogue
-SUFFIXES = {".pdf", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -150,8 +149,13 @@ def send_first(args: Namespace, folder: Path, jobs: Jobs) -> None:
 
 def find_files(path: Path) -> Iterator[Path]:
     """Yield a file, or the PDFs and pictures of a folder."""
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    yield from (each for each in found if each == path or each.suffix.lower() in SUFFIXES)
+    from shared_engine.images.pages import SUFFIXES, walk
+
+    if path.is_dir():
+        files = map(Path, walk(path))
+        yield from (file for file in files if file.suffix.lower() in {".pdf", *SUFFIXES})
+    else:
+        yield path
 
 
 if __name__ == "__main__":

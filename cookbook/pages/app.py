@@ -25,10 +25,9 @@ from typing import Any
 
 from pages.access import RequireOrigin, SecureHeaders
 from pages.answer import Answerer
-from pages.files import File, Files, Page
+from pages.files import THUMB, File, Files, Page
 from pages.index import Index
 from pages.jobs import Jobs
-from pages.render import FORMATS, MAX_PAGES, THUMB, UnusableFileError, open_source
 from pages.search import Query, Search
 from PIL import Image
 from starlette.applications import Starlette
@@ -42,11 +41,14 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
-from shared_engine import NeMoRetrieverError
+from shared_engine import NeMoRetrieverError, PageError
+from shared_engine.images.formats import FORMATS
+from shared_engine.images.pages import open_pages
 from shared_engine.server.access import RequireHost
 
 MAX_BYTES = 100 * 2**20  # of all files sent at once
 MAX_FILES = 100
+MAX_PAGES = 500  # of one file
 MAX_WORDS = 2_000  # characters
 SHOWN = 12  # pages of a file on the first page
 ANSWERED_FROM = 3  # pages
@@ -99,7 +101,7 @@ def create_app(
         ],
         exception_handlers={
             HTTPException: pages.show_refusal,
-            UnusableFileError: pages.show_unusable,
+            PageError: pages.show_unusable,
             NeMoRetrieverError: pages.show_engine_error,
             Exception: pages.show_failure,
         },
@@ -238,8 +240,8 @@ class _Pages:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "sent")
             path.write_bytes(upload.file.read())
-            with open_source(path, name) as source:
-                picture = source.draw(0).picture
+            with open_pages(path, name, MAX_PAGES) as source:
+                picture = source.read(0, "picture").picture
             drawn = Path(folder, "drawn.png")
             picture.save(drawn, compress_level=1)
             return self._search.keep_picture(name, drawn, _shrink(picture))

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from pages.render import THUMB, Drawn
+from shared_engine.images import pages as reader
 
+THUMB = 480  # pixels of the longer side of the small picture in lists
 _CHUNK = 2**20
 
 
@@ -38,11 +39,19 @@ class Page:
     width: int
     height: int
     text: str
+    """Its text layer; empty where it has none, as in a scan."""
+    place: str = ""
+    """Which page of the file it is, or which part of a very long one; as `title` shows it."""
 
     @property
     def id(self) -> str:
         """The same as long as the bytes of its file are."""
         return f"{self.file}-{self.number}"
+
+    @property
+    def title(self) -> str:
+        """How it is called."""
+        return self.place or f"page {self.number}"
 
     @property
     def thumb(self) -> Path:
@@ -68,12 +77,13 @@ class File:
         """What was sent."""
         return self.folder / "original"
 
-    def save_page(self, number: int, drawn: Drawn) -> Page:
+    def save_page(self, number: int, read: reader.Page) -> Page:
         """Write a page's pictures."""
+        assert read.picture is not None
         path = self.folder / f"{number}.png"
-        page = Page(self.id, number, path, *drawn.picture.size, drawn.text)
-        drawn.picture.save(path, compress_level=1)
-        small = drawn.picture.copy()
+        page = Page(self.id, number, path, *read.picture.size, read.text, str(read.place))
+        read.picture.save(path, compress_level=1)
+        small = read.picture.copy()
         small.thumbnail((THUMB, THUMB))
         small.save(page.thumb, quality=80)
         return page
@@ -118,7 +128,7 @@ class Files:
 
     def finish(self, file: File, pages: list[Page], notes: list[str]) -> None:
         """Write down that the pages of a file are indexed."""
-        rows = [[page.number, page.width, page.height, page.text] for page in pages]
+        rows = [[each.number, each.width, each.height, each.text, each.place] for each in pages]
         _write(file.folder / "pages.json", {"pages": rows, "notes": notes})
         self._finished[file.id] = _read(file.folder)
 
@@ -151,8 +161,8 @@ def _read(folder: Path) -> File:
     finished = folder / "pages.json"
     found = json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else {}
     pages = {
-        number: Page(folder.name, number, folder / f"{number}.png", width, height, text)
-        for number, width, height, text in found.get("pages", ())
+        number: Page(folder.name, number, folder / f"{number}.png", *rest)
+        for number, *rest in found.get("pages", ())
     }
     notes = tuple(found.get("notes", ()))
     return File(folder.name, named["name"], folder, named["added"], pages, notes)

@@ -12,9 +12,9 @@ from typing import IO, Literal
 
 from pages.files import File, Files, Page
 from pages.index import Index
-from pages.render import Source, UnusableFileError, open_source
 
-from shared_engine import NeMoRetrieverError
+from shared_engine import NeMoRetrieverError, PageError
+from shared_engine.images.pages import Pages, open_pages
 
 BATCH = 4  # pages between two steps of the progress bar
 
@@ -99,10 +99,10 @@ class Jobs:
     def _work(self, job: Job, file: File) -> None:
         job.state = "working"
         try:
-            with open_source(file.original, file.name, self._max_pages) as source:
+            with open_pages(file.original, file.name, self._max_pages) as source:
                 job.total = len(source)
                 is_complete = self._take_in(job, file, source)
-        except UnusableFileError as exc:
+        except PageError as exc:
             self._files.remove(file)
             self._index.remove(file.id)
             job.state, job.message = "failed", str(exc)
@@ -119,7 +119,7 @@ class Jobs:
         finally:
             self._busy.discard(file.id)
 
-    def _take_in(self, job: Job, file: File, source: Source) -> bool:
+    def _take_in(self, job: Job, file: File, source: Pages) -> bool:
         """Index the pages of a file; return whether it got to its end."""
         pages: list[Page] = []
         notes: list[str] = []
@@ -129,15 +129,15 @@ class Jobs:
             batch = []
             for number in range(first + 1, min(first + BATCH, len(source)) + 1):
                 try:
-                    batch.append(file.save_page(number, source.draw(number - 1)))
-                except UnusableFileError as exc:
+                    batch.append(file.save_page(number, source.read(number - 1)))
+                except PageError as exc:
                     notes.append(str(exc))
             if batch:
                 self._index.add(batch)
             pages += batch
             job.done = min(first + BATCH, len(source))
         if not pages:
-            raise UnusableFileError(notes[0])
+            raise PageError(notes[0])
         self._files.finish(file, pages, notes + _tell_textless(pages))
         return True
 
@@ -147,7 +147,7 @@ _LATER = "It is tried again when the app is started again."
 
 def _tell_textless(pages: list[Page]) -> list[str]:
     """Say which pages words cannot find by their text layer."""
-    without = [str(page.number) for page in pages if not page.text]
+    without = [page.title.removeprefix("page ") for page in pages if not page.text]
     if not without:
         return []
     which = "It has" if len(without) == len(pages) else f"Of its pages, {', '.join(without)} have"

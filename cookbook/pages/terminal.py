@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import handbook  # beside this folder, as are `standin` and `demo`
-import pypdfium2
 import standin
 from demo import (
     Default,
@@ -38,6 +37,8 @@ from tqdm import tqdm
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
+from shared_engine import PageError
+from shared_engine.images.pages import PIXELS, open_pages, walk
 
 if TYPE_CHECKING:
     from chromadb import Collection
@@ -55,8 +56,7 @@ QUESTIONS = (
     "How can I read a ZIP archive?",
     "A bar chart whose longest bar is SpooledTemporaryFile",
 )
-PIXELS = 1_754  # of the longer side: A4 at 150 dpi
-PIXELS_SENT = 1_000  # the same of a picture to search with
+PIXELS_SENT = 1_000  # of the longer side of a picture to search with
 BATCH = 16  # pages between two saves
 LIMIT, LIMIT_SLOW = 1_000, 8  # pages; the second for a full-size model without a GPU
 TOP = 3  # pages that answer a question
@@ -92,29 +92,30 @@ class Page:
 
     def render(self, pixels: int) -> Image.Image:
         """Draw it with so many pixels on its longer side."""
-        try:
-            with pypdfium2.PdfDocument(self.path) as document:
-                page = document[self.index]
-                picture: Image.Image = page.render(scale=pixels / max(page.get_size())).to_pil()
-        except pypdfium2.PdfiumError as exc:
-            raise OSError(f"{self.name} cannot be rendered: {exc}") from exc
+        with open_pages(self.path) as pages:
+            picture = pages.read(self.index, "picture", pixels).picture
+        assert picture is not None
         return picture
 
 
 def read_pages(source: Path) -> list[Page]:
     """Return the pages of a PDF, or of all PDFs in a folder; one that cannot be read is named."""
     pages = []
-    for path in sorted(source.rglob("*.pdf")) if source.is_dir() else [source]:
-        name = path.relative_to(source).as_posix() if source.is_dir() else path.name
-        content = path.read_bytes()
-        digest = hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:24]
-        try:
-            with pypdfium2.PdfDocument(content) as document:
-                count = len(document)
-        except pypdfium2.PdfiumError as exc:
-            show("Skipped", f"{name}: {exc}")
+    for path in map(Path, walk(source)) if source.is_dir() else [source]:
+        if path != source and path.suffix.lower() != ".pdf":
             continue
-        pages += [Page(path, f"{name}, page {n + 1}", f"{digest}-{n + 1}", n) for n in range(count)]
+        name = path.relative_to(source).as_posix() if source.is_dir() else path.name
+        digest = hashlib.sha256(name.encode() + b"\0" + path.read_bytes()).hexdigest()[:24]
+        try:
+            with open_pages(path, name) as opened:
+                places = opened.places
+        except PageError as exc:
+            show("Skipped", str(exc))
+            continue
+        pages += [
+            Page(path, f"{name}, {place}", f"{digest}-{index + 1}", index)
+            for index, place in enumerate(places)
+        ]
     return pages
 
 

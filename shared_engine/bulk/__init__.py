@@ -4,7 +4,6 @@ job.py        what to embed, cut into fragments ......... Job, Fragment, list_fr
 urls.py       tables by path or URL
 convert.py    CSV, JSON Lines and Arrow to Parquet, once
 tables.py     rows of Parquet; types and errors of Arrow
-pages.py      images and pages of PDFs
 rows.py       rows of all of these as documents
 ids.py        a check for ids that two rows share
 fragment.py   one fragment to one file, in any process .. embed_fragment

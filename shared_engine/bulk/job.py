@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 from pyarrow.dataset import get_partition_keys, partitioning
 
-from shared_engine.bulk import convert, pages, tables
+from shared_engine.bulk import convert, tables
 from shared_engine.bulk.urls import is_url, list_remote, locate, open_parquet
 from shared_engine.documents import Role
-from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError
+from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError, PageError
+from shared_engine.images import pages
 from shared_engine.options import Options
 
 ROWS_PER_FILE = 10_000
@@ -32,6 +33,8 @@ _INFO = "dataset_info.json"
 _ABOUT_DATA = re.compile(r"dataset_(info|infos|dict)\.json")
 _BESIDE_INFO = re.compile(r"state\.json|cache-.*\.arrow")
 """Names of other files that Hugging Face's `datasets` writes into a folder of tables."""
+_HIDDEN = "._"
+"""First characters of hidden names; Spark and Hive begin those of their own files with _."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Fragment:
     name: str
     """Name of its files without suffix; the same in every run, whatever other inputs there are."""
     source: str
-    """Absolute path of the table, the PDF, or the folder of images."""
+    """Absolute path of the table, the PDF or TIFF, or the folder of images."""
     title: str
     """Name of the source in ids and messages."""
     first: int
@@ -131,7 +134,9 @@ class Fragment:
     @property
     def kind(self) -> Literal["table", "pdf", "picture"]:
         """Kind of its source."""
-        return "table" if self.table else "picture" if self.names else "pdf"
+        if self.table:
+            return "table"
+        return "picture" if self.names or _find_kind(self.source) == "picture" else "pdf"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; `Fragment(**values)` makes an equal one."""
@@ -149,7 +154,7 @@ class Unread(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A table, a PDF, or a folder with images."""
+    """A table, a PDF, a TIFF of several pages, or a folder with other images."""
 
     path: str
     root: str
@@ -231,7 +236,7 @@ def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
 
 
 def find_sources(job: Job) -> list[Source]:
-    """Return the tables, PDFs and folders with images of a job.
+    """Return the tables, PDFs, TIFFs of several pages, and folders with images of a job.
 
     Raises:
         ConfigurationError: an input does not exist, is inside another one, or of another kind.
@@ -265,7 +270,7 @@ def find_sources(job: Job) -> list[Source]:
                 raise ConfigurationError(f"{path} is given twice: {given_by[key]} and {given}")
             given_by[key] = given
             kinds.setdefault(kind, path)
-            if kind == "picture":
+            if kind == "picture" and not _has_pages(path):
                 pictures.append(path)
             else:
                 sources.append(Source(path, root))
@@ -292,7 +297,7 @@ def _list_files(given: str) -> tuple[str, list[str]]:
                 raise ConfigurationError(f"{path}: copy images and PDFs to a local folder first")
         return folder, _choose_data(files) if folder == given.rstrip("/") else files
     if os.path.isdir(given):
-        return given, _choose_data(list(pages.walk(given)))
+        return given, _choose_data(list(pages.walk(given, _HIDDEN)))
     if os.path.exists(given):
         return os.path.dirname(given), [given]
     folder = given
@@ -300,7 +305,7 @@ def _list_files(given: str) -> tuple[str, list[str]]:
         folder = os.path.dirname(folder)
     found: dict[str, None] = {}
     for path in sorted(glob.glob(given, recursive=True)):
-        if not any(name[0] in "._" for name in os.path.relpath(path, folder).split(os.sep)):
+        if not any(name[0] in _HIDDEN for name in os.path.relpath(path, folder).split(os.sep)):
             found |= dict.fromkeys(_list_files(path)[1])
     if not found:
         raise ConfigurationError(f"{given} does not exist")
@@ -326,16 +331,27 @@ def _find_kind(path: str) -> str | None:
     return "pdf" if suffix == ".pdf" else "picture" if suffix in pages.SUFFIXES else None
 
 
+def _has_pages(path: str) -> bool:
+    """Return whether an image file is a TIFF of several pages, whose rows are those of a PDF."""
+    if not path.lower().endswith((".tif", ".tiff")):
+        return False
+    try:
+        with pages.open_pages(path) as found:
+            return len(found) > 1
+    except PageError:  # the row will have the error
+        return False
+
+
 def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], Any]:
     """Return the fragments of a source, and names and types of its id and kept columns."""
     path, root, pictures = source
     title = os.path.relpath(path, root)
-    kind = "picture" if pictures else _find_kind(path)
-    has_images = kind != "table" or job.image_column is not None
+    is_table = not pictures and _find_kind(path) == "table"
+    has_images = not is_table or job.image_column is not None
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
     stem = re.sub(r"[*?[]", "_", Path(path).stem[:40])
     stem += f"-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
-    if kind == "picture":
+    if pictures:
         if not os.path.isdir(path):
             path = os.path.commonpath(list(map(os.path.dirname, pictures)))
             title = os.path.relpath(path, root)
@@ -345,14 +361,15 @@ def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], 
             some = tuple(names[first : first + rows])
             name, mark = f"{stem}-{first:012d}", take_fingerprint(path, some)
             fragments.append(Fragment(name, path, title, first, len(some), mark, names=some))
-        return fragments, _find_page_schema(job, ("path",), title)
+        return fragments, _find_page_schema(job, title)
     mark = take_fingerprint(path)
     table = ""
-    if kind == "pdf":
-        count = pages.count_pages(path)
-        schema = _find_page_schema(job, ("path", "page"), title)
-    else:
+    if is_table:
         table, count, schema = _open_table(job, path, title, f"{folder}/{stem}.parquet", rows, mark)
+    else:
+        schema = _find_page_schema(job, title)
+        with pages.open_pages(path, title) as found:
+            count = len(found)
     return [
         Fragment(
             f"{stem}-{first:012d}", path, title, first, min(rows, count - first), mark, table=table
@@ -387,9 +404,9 @@ def _open_table(  # noqa: PLR0917
     return path, count, pa.schema(list(zip(("id", *job.kept_columns), (kind, *kinds), strict=True)))
 
 
-def _find_page_schema(job: Job, there: tuple[str, ...], title: str) -> Any:
-    tables.require_columns(job.kept_columns, there, title)
+def _find_page_schema(job: Job, title: str) -> Any:
     kinds = {"path": pa.string(), "page": pa.int32()}
+    tables.require_columns(job.kept_columns, tuple(kinds), title)
     return pa.schema([("id", pa.string()), *((name, kinds[name]) for name in job.kept_columns)])
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from shared_engine.bulk import pages
 from shared_engine.bulk.convert import REASON, TEXT, find_suffix
 from shared_engine.bulk.job import Fragment, Job
 from shared_engine.bulk.tables import Cursors, read_texts, reading
 from shared_engine.documents import EmbeddingInput, join_title
+from shared_engine.errors import PageError
+from shared_engine.images.pages import open_pages
 
 
 class Refused(NamedTuple):
@@ -51,9 +53,9 @@ def read_windows(
         InputError: the source cannot be read.
     """
     if fragment.kind != "table":
-        for start in range(0, fragment.rows, size):
-            numbers = range(start, min(start + size, fragment.rows))
-            yield _read_pages(job, fragment, schema, numbers)
+        pages = _read_pages(job, fragment)
+        while some := list(islice(pages, size)):
+            yield _from_pages(schema, some)
         return
     cursor = cursors.open(fragment.table, find_columns(job, fragment))
     first = fragment.first
@@ -135,24 +137,50 @@ def _make_document(text: str | None, image: Any, folder: str) -> str | Embedding
     return EmbeddingInput(text, image)
 
 
-def _read_pages(job: Job, fragment: Fragment, schema: Any, rows: range) -> Window:
+class _Page(NamedTuple):
+    """A page or an image, with the columns that can be kept."""
+
+    number: int
+    """Position in the source, from 0."""
+    id: str
+    path: str
+    page: int
+    document: EmbeddingInput | str
+    """What to embed, or the reason why there is nothing."""
+
+
+def _read_pages(job: Job, fragment: Fragment) -> Iterator[_Page]:
+    for number, name in enumerate(fragment.names, fragment.first):
+        path = os.path.join(fragment.source, name)
+        id_ = os.path.normpath(os.path.join(fragment.title, name))
+        yield _Page(number, id_, path, 1, EmbeddingInput(image=path))
+    if fragment.names:
+        return
+    layer = job.pdf if fragment.kind == "pdf" else "picture"
+    with open_pages(fragment.source, fragment.title) as pages:
+        for number in range(fragment.first, fragment.first + fragment.rows):
+            place = pages.places[number]
+            part = f"&part={place.part}" if place.part else ""
+            document: EmbeddingInput | str = "has no text: its text layer is empty"
+            try:
+                _, picture, text = pages.read(number, layer)
+                if picture is not None or text:
+                    document = EmbeddingInput(text, picture)
+            except PageError as exc:
+                document = str(exc)
+            id_ = f"{fragment.title}#page={place.page}{part}"
+            yield _Page(number, id_, fragment.source, place.page, document)
+
+
+def _from_pages(schema: Any, pages: Sequence[_Page]) -> Window:
     documents: list[str | EmbeddingInput] = []
     refused: list[Refused] = []
     kept: list[dict[str, Any]] = []
-    for row in rows:
-        number = fragment.first + row
-        if fragment.names:
-            name = fragment.names[row]
-            path = os.path.join(fragment.source, name)
-            id_ = os.path.normpath(os.path.join(fragment.title, name))
-            document: EmbeddingInput | str = EmbeddingInput(image=path)
+    for page in pages:
+        if isinstance(page.document, str):
+            refused.append(Refused(page.number, page.id, page.document))
         else:
-            path, id_ = fragment.source, f"{fragment.title}#page={number + 1}"
-            document = pages.read_page(path, number, job.pdf)
-        if isinstance(document, str):
-            refused.append(Refused(number, id_, document))
-            continue
-        documents.append(document)
-        kept.append({"": number, "id": id_, "path": path, "page": number + 1})
+            documents.append(page.document)
+            kept.append({"": page.number, **page._asdict()})
     fields = pa.schema([pa.field("", pa.int64()), *schema])
     return Window(pa.Table.from_pylist(kept, schema=fields), documents, refused)

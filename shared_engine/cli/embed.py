@@ -79,7 +79,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         type=_split,
         default=(),
         metavar="A,B",
-        help="Columns to keep with the vectors; of images: path, of PDFs: path and page.",
+        help="Columns to keep with the vectors; of images and PDFs: path and page.",
     )
     verb.add_argument(
         "--delimiter",

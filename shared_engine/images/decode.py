@@ -216,10 +216,10 @@ def open_image(content: bytes | Image.Image) -> OpenedImage:
             f"it has {width:,} x {height:,} pixels; expected at most {LONG_SIDE:,} x "
             f"{SHORT_SIDE:,} or {SHORT_SIDE:,} x {LONG_SIDE:,}"
         )
-    return OpenedImage(picture, file, _read_orientation(picture), width * height)
+    return OpenedImage(picture, file, read_orientation(picture), width * height)
 
 
-def _read_orientation(picture: Image.Image) -> int:
+def read_orientation(picture: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing or its block is corrupt.
 
     `picture.getexif` would decode a PNG, and write to a caller's image. Pillow itself turns TIFFs.

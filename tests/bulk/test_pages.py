@@ -15,6 +15,9 @@ from PIL import Image
 from shared_engine.bulk.job import Job
 from shared_engine.bulk.run import run_local
 from shared_engine.errors import ConfigurationError
+from shared_engine.images import pages
+from tests.support import pdfs
+from tests.support.image_files import write_tiff
 from tests.support.nim import Nim
 
 VL = "nvidia/llama-nemotron-embed-vl-1b-v2"
@@ -26,23 +29,13 @@ def picture(shade: int) -> bytes:
     return data.getvalue()
 
 
-def write_pdf(path: Path, texts: list[str]) -> None:
-    """A page with a line of text for each; PDFium finds its objects without a table of them."""
-    kids = " ".join(f"{10 + 2 * n} 0 R" for n in range(len(texts)))
-    objects = [
-        "1 0 obj <</Type/Catalog/Pages 2 0 R>> endobj",
-        f"2 0 obj <</Type/Pages/Kids[{kids}]/Count {len(texts)}>> endobj",
-        "3 0 obj <</Type/Font/Subtype/Type1/BaseFont/Helvetica>> endobj",
+def write_pdf(path: Path, texts: list[str], heights: list[int] | None = None) -> None:
+    """A page with a line of text for each."""
+    pages = [
+        pdfs.Leaf(f"BT /F1 24 Tf 20 100 Td ({text}) Tj ET", f"0 0 300 {height}")
+        for text, height in zip(texts, heights or [200] * len(texts), strict=True)
     ]
-    for n, text in enumerate(texts):
-        body = f"BT /F1 24 Tf 20 100 Td ({text}) Tj ET"
-        objects += [
-            f"{10 + 2 * n} 0 obj <</Type/Page/Parent 2 0 R/MediaBox[0 0 300 200]/Contents "
-            f"{11 + 2 * n} 0 R/Resources<</Font<</F1 3 0 R>>>>>> endobj",
-            f"{11 + 2 * n} 0 obj <</Length {len(body)}>> stream\n{body}\nendstream endobj",
-        ]
-    trailer = "trailer <</Root 1 0 R>>\n%%EOF"
-    path.write_text("\n".join(["%PDF-1.4", *objects, trailer]), encoding="latin-1")
+    path.write_bytes(pdfs.write(*pages))
 
 
 @pytest.fixture
@@ -98,15 +91,80 @@ def test_a_row_per_page_of_a_pdf(layer, run, tmp_path):
     assert any("data:image" in item for item in sent) == (layer != "text")
 
 
-def test_a_pdf_that_cannot_be_opened_and_a_page_without_text_are_bad_rows(run, tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
-    write_pdf(tmp_path / "in" / "good.pdf", ["", "words"])
-    summary, table, errors = run(tmp_path / "in", pdf="text")
-    assert (summary.rows, summary.failed) == (1, 2)
+def test_a_pdf_that_cannot_be_read_and_a_page_without_text_are_reported(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    (folder / "dynamic.pdf").write_bytes(pdfs.xfa(is_dynamic=True))
+    (folder / "locked.pdf").write_bytes(pdfs.lock(pdfs.scan("one")))
+    write_pdf(folder / "good.pdf", ["", "words"])
+    summary, table, errors = run(folder, pdf="text")
+    assert (summary.rows, summary.failed, len(summary.unread)) == (1, 1, 3)
+    assert not summary.is_complete
     assert table["id"].to_pylist() == ["good.pdf#page=2"]
-    assert [e["id"] for e in errors] == ["broken.pdf#page=1", "good.pdf#page=1"]
-    assert "has a page that cannot be read" in errors[0]["reason"]
+    assert [(e["id"], e["source"], e["index"]) for e in errors] == [
+        ("good.pdf#page=1", "good.pdf", 0),
+        (None, "broken.pdf", None),
+        (None, "dynamic.pdf", None),
+        (None, "locked.pdf", None),
+    ]
+    reasons = [
+        "has no text",
+        "is a broken PDF",
+        "is a dynamic XFA form",
+        "is locked with a password",
+    ]
+    assert all(reason in e["reason"] for reason, e in zip(reasons, errors, strict=True))
+    (folder / "broken.pdf").unlink()  # was copied again
+    write_pdf(folder / "broken.pdf", ["whole"])
+    summary, table, errors = run(folder, pdf="text")
+    assert table["id"].to_pylist() == ["broken.pdf#page=1", "good.pdf#page=2"]
+    assert len(errors) == 3
+
+
+def test_pages_of_a_tiff_are_rows_as_those_of_a_pdf(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(picture(1))
+    (folder / "one.tif").write_bytes(write_tiff(0))
+    (folder / "broken.tif").write_bytes(b"II*\0")
+    pages = [Image.new("L", (30, 40), shade) for shade in (10, 90, 170)]
+    pages[0].save(folder / "scan.TIFF", save_all=True, append_images=pages[1:])
+    summary, table, errors = run(folder, columns=("path", "page"), pdf="text")  # is for PDFs
+    assert (summary.rows, summary.failed) == (5, 1)
+    assert table["id"].to_pylist() == ["a.png", "one.tif"] + [
+        f"scan.TIFF#page={number}" for number in (1, 2, 3)
+    ]
+    assert table["page"].to_pylist() == [1, 1, 1, 2, 3]
+    assert set(table["path"][2:].to_pylist()) == {str(folder / "scan.TIFF")}
+    assert len({tuple(row) for row in table["vector"][2:].to_pylist()}) == 3
+    assert [e["id"] for e in errors] == ["broken.tif"]
+
+
+def test_a_very_long_page_is_several_rows(run, tmp_path):
+    write_pdf(tmp_path / "a.pdf", ["top", "short"], heights=[3_000, 200])
+    summary, table, errors = run(tmp_path / "a.pdf", columns=("page",), rows_per_file=2)
+    assert (summary.rows, errors) == (4, [])
+    assert table["id"].to_pylist() == [
+        *(f"a.pdf#page=1&part={part}" for part in (1, 2, 3)),
+        "a.pdf#page=2",
+    ]
+    assert table["page"].to_pylist() == [1, 1, 1, 2]
+
+
+def test_a_pdf_of_many_pages_is_opened_once_for_each_file_of_vectors(run, tmp_path, monkeypatch):
+    opened = []
+    first = pages.pypdfium2.PdfDocument
+
+    def count(*given):
+        opened.append(given)
+        return first(*given)
+
+    write_pdf(tmp_path / "a.pdf", [f"page number {n}" for n in range(100)])
+    monkeypatch.setattr(pages.pypdfium2, "PdfDocument", count)
+    summary, _, _ = run(tmp_path / "a.pdf", rows_per_file=50)
+    assert summary.rows == 100
+    assert len(opened) == 1 + 2  # to count the pages, and for each file
 
 
 @pytest.mark.parametrize("way", ["bytes", "path", "url", "base64", "lines", "struct"])
@@ -135,7 +193,8 @@ def test_a_column_of_images(way, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "reason"), [("no/such.png", "no/such.png'"), ("photo", "its base64 is invalid")]
+    ("value", "reason"),
+    [("no/such.png", "neither an existing file nor"), ("photo", "its base64 is invalid")],
 )
 def test_an_image_that_is_neither_a_file_nor_base64_is_a_bad_row(
     value, reason, run, tmp_path, monkeypatch

@@ -24,11 +24,10 @@ import handbook
 import numpy as np
 import pytest
 from pages.answer import Answerer
-from pages.app import create_app
+from pages.app import MAX_PAGES, create_app
 from pages.files import Files
 from pages.index import Index
 from pages.jobs import Jobs
-from pages.render import MAX_PAGES
 
 from cookbook.standin import build_multimodal
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding

@@ -20,6 +20,7 @@ import pages.app
 import pages.index
 import pages.jobs
 import pytest
+from pages.__main__ import find_files
 from pages.app import create_app
 from pages.files import Files
 from pages.index import KINDS, Index
@@ -243,6 +244,7 @@ def unusable() -> dict[str, tuple[bytes, str]]:
         "locked.pdf": (pdfs.lock(good), "locked with a password"),
         "broken.pdf": (b"%PDF-1.7\n" + b"?" * 4096, "is a broken PDF"),
         "half.pdf": (good[: len(good) // 3], "is a broken PDF"),
+        "dynamic.pdf": (pdfs.xfa(is_dynamic=True), "is a dynamic XFA form"),
         "none.pdf": (pdfs.without_pages(), "one without pages"),
         "long.pdf": (pdfs.scan(*"abcdefghijklmnopqrstu"), "over 20 pages, the most"),
         "long.tiff": (write_tiff(*[0] * 100_000), "pages, the most for one file"),
@@ -296,6 +298,41 @@ def test_a_scan_or_picture_is_shown_and_says_that_it_has_no_text(
     assert "no text layer" in html
     assert "This page has none" in app.look(f"/files/{file.id}/1")
     assert "has no text layer" in app.look("/", like=f"{file.id}-1", kind="text")
+
+
+def test_what_is_filled_into_a_form_is_shown_and_found(app: App) -> None:
+    app.send(("form.pdf", pdfs.xfa(is_dynamic=False)))
+    (file,) = app.files
+    assert "name: A. Example" in app.look(f"/files/{file.id}/1")
+    with Image.open(file.pages[1].picture) as shown:
+        scale = shown.width / 300
+        field = shown.convert("L").crop([int(scale * at) for at in (20, 80, 200, 100)])
+    assert field.getextrema()[0] < 128, "its value is drawn"
+
+
+def test_a_very_long_page_is_shown_in_parts(start: Callable[..., Any]) -> None:
+    lines = "".join(f"BT /F1 12 Tf 20 {5_980 - 30 * n} Td (item {n}) Tj ET " for n in range(199))
+    receipt = pdfs.write(pdfs.Leaf(lines, "0 0 200 6000"), pdfs.Leaf("", "0 0 595 842"))
+    with start() as app:
+        app.send(("receipt.pdf", receipt))
+        (file,) = app.files
+        assert [page.title for page in file.pages.values()] == [
+            *(f"page 1, part {part}" for part in range(1, 8)),
+            "page 2",
+        ]
+        assert all(page.width > 350 for page in file.pages.values())
+        home = app.look("/")
+        assert "receipt.pdf, page 1, part 7" in home
+    with start() as app:
+        assert app.look("/") == home
+
+
+def test_hidden_files_of_a_folder_are_not_sent(tmp_path: Path) -> None:
+    for name in (".git/a.pdf", "._b.pdf", "sub/c.PDF", "d.tif", "e.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert [path.name for path in find_files(tmp_path)] == ["d.tif", "c.PDF"]
 
 
 def test_only_pages_without_a_text_are_named(app: App, two_pages: bytes, tmp_path: Path) -> None:

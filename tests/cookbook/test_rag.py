@@ -17,6 +17,7 @@ from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from tests.conftest import ROOT
 from tests.cookbook.questions import HELD_OUT
+from tests.support import pdfs
 
 ENVIRONMENT = ("NVIDIA_BASE_URL", "NVIDIA_API_KEY")
 DOCS = {
@@ -93,14 +94,10 @@ def test_the_handbook_has_prose_tables_charts_a_form_and_a_scan(
     assert "llama-3.2-nemoretriever-300m-embed-v2" in table.page_content
 
 
-def test_a_form_has_fields_with_their_values(rag: ModuleType, tmp_path: Path) -> None:
-    import pypdfium2
-
-    rag.handbook.write_reports(tmp_path)
-    with pypdfium2.PdfDocument(tmp_path / "model-request.pdf") as pdf:
-        pdf.init_forms()
-        assert pdf.formenv is not None
-        assert "Number of documents" in pdf[0].get_textpage().get_text_bounded()
+def test_a_form_is_read_with_its_values(rag: ModuleType, tmp_path: Path) -> None:
+    sections, _ = rag.read(None, tmp_path)
+    (form,) = (s for s in sections if s.metadata["source"] == "model-request.pdf")
+    assert "Number of documents: 1,200,000\n" in form.page_content
 
 
 def test_long_sections_become_passages_below_their_titles(rag: ModuleType) -> None:
@@ -112,12 +109,33 @@ def test_long_sections_become_passages_below_their_titles(rag: ModuleType) -> No
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_taken(rag: ModuleType, docs: Path) -> None:
+    good = pdfs.write(pdfs.Leaf("BT /F1 9 Tf 9 9 Td (words) Tj ET"), pdfs.Leaf(""))
+    (docs / "a").mkdir()
+    (docs / "a" / "page.pdf").write_bytes(
+        good.replace(b"5 0 obj <</Type/Page/", b"5 0 obj <</Type/")
+    )
+    (docs / "a" / "xfa.pdf").write_bytes(pdfs.xfa(is_dynamic=True))
+    (docs / ".git").mkdir()
+    (docs / ".git" / "hidden.pdf").write_bytes(good)
     (docs / "broken.pdf").write_bytes(b"%PDF-1.4 nonsense")
     (docs / "latin.txt").write_bytes(b"\xe9t\xe9")
     sections, left_out = rag.read(docs, docs)
-    assert len(sections) == 3
-    assert [line.partition(":")[0] for line in left_out] == ["broken.pdf", "latin.txt"]
-    assert "not a PDF" in left_out[0]
+    assert places(sections) == {
+        ("fruit.md", '"Apples"'),
+        ("fruit.md", '"Pears"'),
+        ("notes.txt", "the whole"),
+        ("a/page.pdf", "page 1"),
+    }
+    told = {
+        "broken.pdf": "is a broken PDF",
+        "latin.txt:": "can't decode",
+        "a/page.pdf, page 2,": "cannot be read",
+        "a/xfa.pdf": "is a dynamic XFA form",
+    }
+    assert len(left_out) == len(told)
+    for line, (start, reason) in zip(left_out, told.items(), strict=True):
+        assert line.startswith(f"{start} ")
+        assert reason in line
 
 
 @pytest.mark.parametrize("content", [{}, {"broken.pdf": b"%PDF"}, {"a.png": b"x"}, {"a.md": b" "}])
