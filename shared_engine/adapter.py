@@ -1,4 +1,4 @@
-"""Base classes of the adapters: the options plus an engine of them."""
+"""Base classes of the adapters: the options plus an `Embedder` or `Reranker` of them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from shared_engine.catalogue import AvailableModel
 from shared_engine.documents import EmbeddingInput
 from shared_engine.embedder import Embedder
 from shared_engine.model import Model
-from shared_engine.options import EngineOptions, Options
+from shared_engine.options import EngineOptions, Options, RerankOptions
+from shared_engine.reranker import RankedDocument, Reranker
+from shared_engine.threads import run_off_loop
 
 
 class Adapter(EngineOptions):  # noqa: PLW1641 - unhashable, as every pydantic model
@@ -76,3 +78,35 @@ class EmbeddingAdapter(Options, Adapter):
     def embedder(self) -> Embedder:
         """The engine: `embedder.embed(...)` returns float32 arrays instead of lists."""
         return self._engine
+
+
+class RerankAdapter(RerankOptions, Adapter):
+    """Base of the framework classes that rerank."""
+
+    model_config = ConfigDict(validate_assignment=True)  # options are frozen, other fields not
+
+    top_n: int | None = Field(
+        default=5, ge=0, description="Number of documents to return. None returns all."
+    )
+
+    _engine: Reranker = PrivateAttr()
+
+    def _create_engine(self) -> Reranker:
+        return Reranker(self.replace())
+
+    @property
+    def reranker(self) -> Reranker:
+        """The engine: `reranker.score(...)` returns a float32 array, in the caller's order."""
+        return self._engine
+
+    def _rank(self, query: str, documents: list[EmbeddingInput]) -> list[RankedDocument]:
+        """Return the best `top_n` documents; an empty result loads nothing."""
+        if not documents or self.top_n == 0:
+            return []
+        return self._engine.rank(query, self._drop_images(documents), self.top_n)
+
+    async def _arank(self, query: str, documents: list[EmbeddingInput]) -> list[RankedDocument]:
+        if not documents or self.top_n == 0:
+            return []
+        documents = await run_off_loop(self._drop_images, documents)
+        return await self._engine.arank(query, documents, self.top_n)
