@@ -126,9 +126,9 @@ class NimClient:
         request.extensions["urgent"] = urgent
         return await self._send(request)
 
-    async def get_models(self) -> httpx.Response:
-        """Return the reply to `GET /v1/models`; raises like `post`."""
-        return await self._send(self._build_request("GET", "/models"))
+    async def get(self, path: str) -> httpx.Response:
+        """Return the reply to a request for a path below /v1; raises like `post`."""
+        return await self._send(self._build_request("GET", path))
 
     async def wait_until_ready(self, seconds: float) -> None:
         """Return when the server replies that it is ready.
