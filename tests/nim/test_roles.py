@@ -391,6 +391,16 @@ async def test_a_probe_ends_with_its_call_and_the_next_call_probes_again(models:
     assert len(server.probes) == 2
 
 
+def test_a_server_without_the_path_of_a_nim_is_asked_for_its_health(models: Models) -> None:
+    for kind in ("vllm", "tei"):
+        server = Server(models, kind)
+        with server.embedder() as engine:
+            engine.wait_until_ready(5)
+        assert server.paths == ["/v1/health/ready", "/health"]
+    with Server(models, "openai").embedder() as engine, pytest.raises(ModelNotFoundError):
+        engine.wait_until_ready(5)
+
+
 def test_the_option_has_a_prefix_for_both_roles() -> None:
     with pytest.raises(ValidationError, match="a prefix for each of query, document"):
         Options(prefixes={"query": "query: "})
