@@ -303,6 +303,24 @@ class EngineOptions(BaseModel):
         return value
 
     @classmethod
+    def of(cls, given: Self | str | Path | None) -> Self:
+        """Return options unchanged, those of a model by its name or folder, or the defaults.
+
+        Raises:
+            ConfigurationError: something else was given.
+        """
+        if given is None:
+            return cls()
+        if isinstance(given, str | Path):
+            return cls(model=given)  # type: ignore[arg-type]  # a validator takes paths
+        if not isinstance(given, cls):
+            raise ConfigurationError(
+                f"expected {cls.__name__}(...) or the name of a model, got one "
+                f"{type(given).__name__}"
+            )
+        return given
+
+    @classmethod
     def names_of(cls, *scopes: Scope) -> list[str]:
         """Return the names of the options of some scopes, or of all, in order.
 
