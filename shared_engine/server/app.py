@@ -300,10 +300,7 @@ class _Server:
             inputs = await _run(is_large, lambda: decode_images(work.inputs, limit))
             return await _cancel_on_disconnect(request, work.compute(inputs))
         except NeMoRetrieverError as exc:
-            refusal = refuse_for(exc, endpoint.too_long_status)
-            if refusal.status >= 500:
-                _log.error("a request failed: %s", exc, exc_info=exc)
-            raise refusal from exc
+            raise _refuse_logged(exc, endpoint.too_long_status) from exc
 
     async def home(self, _: Request) -> Response:
         """Describe the server in plain text."""
@@ -382,8 +379,16 @@ async def _cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, _T])
         disconnect.cancel()
         task.cancel()
         await asyncio.gather(disconnect, task, return_exceptions=True)
+        del task  # it has the error, whose traceback has this frame
 
 
 async def _run(is_large: bool, work: Callable[[], _T]) -> _T:
     """Do large work in a thread, so that the event loop stays free, and small work directly."""
     return await asyncio.get_running_loop().run_in_executor(_pool, work) if is_large else work()
+
+
+def _refuse_logged(error: NeMoRetrieverError, too_long_status: int) -> HTTPRefusal:
+    refusal = refuse_for(error, too_long_status)
+    if refusal.status >= 500:
+        _log.error("a request failed: %s", error, exc_info=error)
+    return refusal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import re
@@ -35,7 +36,7 @@ from shared_engine.cli.main import main
 from shared_engine.local import LocalBackend
 from shared_engine.server.app import create_app
 from shared_engine.server.limits import ServerLimits
-from shared_engine.server.protocol import parse_request
+from shared_engine.server.protocol import RequestBody, parse_request
 from shared_engine.server.ranking import RankingRequest, RerankRequest
 from tests.support.checkpoints import SHAPES, build_checkpoint
 from tests.support.image_files import with_sides
@@ -514,6 +515,23 @@ def test_a_disconnected_client_cancels_its_work(rerank_options: RerankOptions) -
         wait_for(lambda: here.metric("nemoretriever_queue_inputs") == 0)
         assert here.metric('nemoretriever_errors_total{kind="disconnected"}') == 1
         assert here.rank().status_code == 200
+
+
+@pytest.mark.parametrize("fields", [{"query": {"text": LONG}}, {"passages": [{"text": LONG}]}])
+def test_a_refused_request_is_released_without_a_garbage_collection(
+    served: Running, fields: dict[str, Any]
+) -> None:
+    def count() -> int:
+        return sum(issubclass(type(item), RequestBody) for item in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert served.rank(**fields).status_code == 422
+        assert served.post(input=LONG).status_code == 400
+        wait_for(lambda: count() == 0)
+    finally:
+        gc.enable()
 
 
 def test_an_incomplete_body_gets_408(rerank_options: RerankOptions) -> None:
