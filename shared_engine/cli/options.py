@@ -51,7 +51,9 @@ def add_reranker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rerank-model",
         metavar="MODEL",
-        help="Reranker: a name or alias of the catalogue, a Hugging Face id, or a folder.",
+        help="Reranker: a name or alias of the catalogue, a Hugging Face id, or a folder. "
+        "--device, --dtype and the --max options of a model are for it, too. Without --model and "
+        "--checkpoint there is no embedding model.",
     )
     parser.add_argument(
         "--rerank-checkpoint",

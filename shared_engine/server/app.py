@@ -61,7 +61,10 @@ _SMALL_BODY = 64 * 1024
 _SMALL_REPLY = 16 * 1024
 """Bytes to parse and values to write on the event loop; more of them go to a thread."""
 _HOME = {
-    "": "nemoretriever {version}: retrieval models, with the API of a NIM, OpenAI and Cohere\n\n",
+    "start": """\
+nemoretriever {version}: retrieval models, with the API of a NIM, OpenAI and Cohere
+
+""",
     "embed": """\
 POST /v1/embeddings  {{"model": "{name}", "input": ["a text"], "input_type": "passage"}}
                      input_type: passage or query; or append it to the name: {name}-query
@@ -78,7 +81,7 @@ GET  /v1/metadata    their inputs and vector sizes
 GET  /v1/health/ready, /v1/health/live, /v1/metrics, /v1/version
 """,
 }
-"""Parts of the description: the first line, a part for each task, and the end."""
+"""Parts of the description: the start, a part for each task, and the end."""
 _RERANKER = "a reranker; start the server with --rerank-model MODEL"
 _NEEDED = {
     EmbeddingsEndpoint.path: "an embedding model; start the server with --model MODEL",
@@ -304,7 +307,7 @@ class _Server:
 
     async def home(self, _: Request) -> Response:
         """Describe the server in plain text."""
-        parts = [_HOME[""].format(version=__version__)]
+        parts = [_HOME["start"].format(version=__version__)]
         parts += [_HOME[served.task].format(name=served.name) for served in self._models]
         return Response("".join([*parts, _HOME["end"]]), media_type="text/plain")
 
