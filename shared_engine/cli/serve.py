@@ -1,4 +1,4 @@
-"""`nemoretriever serve`: serve a model over HTTP with the API of a NIM."""
+"""`nemoretriever serve`: serve models over HTTP with the API of a NIM."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from shared_engine.cli.options import (
     add_key,
     add_log_level,
     add_options,
+    add_reranker,
     add_served_name,
     read_options,
+    read_reranker,
 )
 from shared_engine.endpoints import read_key
 from shared_engine.server.limits import ServerLimits
@@ -19,9 +21,15 @@ from shared_engine.server.limits import ServerLimits
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `serve` to the command line."""
-    verb = commands.add_parser("serve", help="serve a model over HTTP with the API of a NIM")
+    verb = commands.add_parser("serve", help="serve models over HTTP with the API of a NIM")
     add_options(verb, LOCAL)
     add_served_name(verb)
+    add_reranker(verb)
+    verb.add_argument(
+        "--rerank-served-name",
+        metavar="NAME",
+        help="Name of the reranker on the server. Default: that of --rerank-model.",
+    )
     add_key(verb)
     verb.add_argument(
         "--host",
@@ -73,8 +81,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve a model until a signal comes, then finish the accepted requests."""
-    options = read_options(args, LOCAL, backend="local")
+    """Serve models until a signal comes, then finish the accepted requests."""
+    rerank_options = read_reranker(args)
+    has_embedder = rerank_options is None or args.model or args.checkpoint or args.revision
+    options = read_options(args, LOCAL, backend="local") if has_embedder else None
     limits = ServerLimits(
         **{limit.name: getattr(args, limit.name) for limit in fields(ServerLimits)}
     )
@@ -84,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
 
         settings = Replicas(
             options=options,
+            rerank_options=rerank_options,
             served_name=args.served_name,
+            rerank_served_name=args.rerank_served_name,
             allowed_hosts=tuple(args.allowed_host),
             limits=limits,
             default_input_type=args.default_input_type,
@@ -100,9 +112,11 @@ def run(args: argparse.Namespace) -> int:
 
     is_loaded = serve(
         options,
+        rerank_options=rerank_options,
         host=args.host,
         port=args.port,
         served_name=args.served_name,
+        rerank_served_name=args.rerank_served_name,
         api_key=key,
         limits=limits,
         allowed_hosts=args.allowed_host,
