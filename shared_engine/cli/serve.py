@@ -16,12 +16,21 @@ from shared_engine.cli.options import (
     read_reranker,
 )
 from shared_engine.endpoints import read_key
+from shared_engine.errors import ConfigurationError
 from shared_engine.server.limits import ServerLimits
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `serve` to the command line."""
-    verb = commands.add_parser("serve", help="serve models over HTTP with the API of a NIM")
+    verb = commands.add_parser(
+        "serve",
+        help="serve models over HTTP with the API of a NIM",
+        epilog="examples:\n"
+        "  nemoretriever serve nvidia/llama-nemotron-embed-1b-v2 --port 8000\n"
+        "  nemoretriever serve /folder --rerank-model nvidia/llama-nemotron-rerank-1b-v2\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("name", nargs="?", metavar="MODEL", help="The same as --model MODEL.")
     add_options(verb, LOCAL)
     add_served_name(verb)
     add_reranker(verb)
@@ -82,6 +91,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(args: argparse.Namespace) -> int:
     """Serve models until a signal comes, then finish the accepted requests."""
+    if args.name is not None:
+        if args.model is not None:
+            raise ConfigurationError(f"--model {args.model}: the model is given twice, {args.name}")
+        args.model = args.name
     rerank_options = read_reranker(args)
     has_embedder = rerank_options is None or args.model or args.checkpoint or args.revision
     options = read_options(args, LOCAL, backend="local") if has_embedder else None

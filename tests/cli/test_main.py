@@ -36,3 +36,12 @@ def test_a_misspelt_model_is_recognized(capsys, tmp_path):
     for name in ("nvidia/llama-nemotron-embed-1bv2", "lama-nemotron-embed-1b-v2"):
         assert main(["check", "--model", name, "--device", "cpu"]) == 1
         assert "did you mean 'nvidia/llama-nemotron-embed-1b-v2'?" in capsys.readouterr().out
+
+
+def test_serve_takes_the_model_without_its_option(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for arguments in ([str(tmp_path)], ["--model", str(tmp_path)]):
+        assert main(["serve", *arguments, "--port", "0"]) == 1
+        assert f"{tmp_path}/config.json: architectures is missing" in capsys.readouterr().err
+    assert main(["serve", "one", "--model", "two"]) == 2
+    assert "--model two: the model is given twice, one" in capsys.readouterr().err
