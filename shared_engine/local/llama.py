@@ -13,6 +13,7 @@ weights, divided by the temperature), and transformers' `modeling_llama.py`.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -362,7 +363,7 @@ def _query_scales(
     Source: `get_llama_4_attn_scale` of transformers' `modeling_ministral3.py`.
     """
     if not isinstance(rope, YarnRope) or not rope.llama_4_scaling_beta:
-        return max_tokens, torch.empty(0)
+        return sys.maxsize, torch.empty(0)
     blocks = torch.arange(max_tokens) // rope.original_max_position_embeddings
     scales = 1 + rope.llama_4_scaling_beta * torch.log(1.0 + blocks)
     return rope.original_max_position_embeddings, scales.to(placement.device, placement.dtype)
