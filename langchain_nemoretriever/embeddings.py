@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from langchain_nemoretriever.serializing import SerializableOptions
 from shared_engine._lazy import needs_extra
-from shared_engine.adapter import Adapter
+from shared_engine.adapter import EmbeddingAdapter
 from shared_engine.documents import EmbeddingInput, pair_with_images, wrap_images
-from shared_engine.options import Options
 
 with needs_extra("langchain"):
     from langchain_core.embeddings import Embeddings
-    from langchain_core.load.serializable import Serializable
 
 
-class NeMoRetrieverEmbeddings(Adapter, Embeddings, Serializable):
+class NeMoRetrieverEmbeddings(EmbeddingAdapter, Embeddings, SerializableOptions):
     """Embeds texts, images and queries for LangChain; takes the fields of `shared_engine.Options`.
 
     An image is a path, a `file://` or `data:` URL, base64, bytes, a binary file or a Pillow image.
@@ -31,8 +30,6 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings, Serializable):
         ConfigurationError: the options cannot work; at first use.
         EngineClosedError: `embedder.close()` was called.
     """
-
-    model_config = Options.model_config  # not Serializable's, which ignores unknown options
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed documents and return one vector per text, in order.
@@ -79,13 +76,3 @@ class NeMoRetrieverEmbeddings(Adapter, Embeddings, Serializable):
     async def aembed_mixed(self, documents: Sequence[str | EmbeddingInput]) -> list[list[float]]:
         """Embed texts, images and both; see `embed_mixed`."""
         return await self.embedder._aembed_lists(documents, "document")
-
-    @classmethod
-    def is_lc_serializable(cls) -> bool:
-        """Return True: LangChain's `dumps` and `loads` support this class."""
-        return True
-
-    @property
-    def lc_secrets(self) -> dict[str, str]:
-        """The environment variable of each secret option."""
-        return {"api_key": "NVIDIA_API_KEY"}

@@ -8,9 +8,10 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from llamaindex_nemoretriever.nodes import list_inputs
 from shared_engine import images
 from shared_engine._lazy import needs_extra
-from shared_engine.adapter import Adapter
+from shared_engine.adapter import EmbeddingAdapter
 from shared_engine.documents import EmbeddingInput, wrap_images
 from shared_engine.threads import run_off_loop
 
@@ -22,14 +23,14 @@ with needs_extra("llamaindex"):
         EmbeddingEndEvent,
         EmbeddingStartEvent,
     )
-    from llama_index.core.schema import BaseNode, ImageNode, ImageType, MetadataMode, Node
+    from llama_index.core.schema import BaseNode, ImageType
     from llama_index.core.utils import get_tqdm_iterable
     from llama_index_instrumentation import get_dispatcher
 
 dispatcher = get_dispatcher(__name__)
 
 
-class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
+class NeMoRetrieverEmbedding(EmbeddingAdapter, MultiModalEmbedding):
     """Embeds texts, images and queries for LlamaIndex; takes the fields of `shared_engine.Options`.
 
     An image is a path, a `file://` or `data:` URL, base64, or a BytesIO. In an `IngestionPipeline`
@@ -163,19 +164,10 @@ class NeMoRetrieverEmbedding(Adapter, MultiModalEmbedding):
 
     def _documents(self, nodes: Sequence[BaseNode]) -> list[EmbeddingInput]:
         """Return the inputs of the nodes; empty if no node has an image."""
-        images = [_image(node) for node in nodes]
-        if all(image is None for image in images):
+        documents = list_inputs(nodes)
+        if all(document.image is None for document in documents):
             return []
-        takes_images = "image" in self.embedder.modalities
-        documents = []
-        for node, image in zip(nodes, images, strict=True):
-            caption = node.get_content(metadata_mode=MetadataMode.NONE).strip()
-            if image is not None and not caption:  # metadata alone is no caption
-                documents.append(EmbeddingInput(image=image))
-            else:
-                text = node.get_content(metadata_mode=MetadataMode.EMBED)
-                documents.append(EmbeddingInput(text, image if takes_images else None))
-        return documents
+        return self._drop_images(documents)
 
     @dispatcher.span
     def _embed(self, documents: list[EmbeddingInput]) -> list[Embedding]:
@@ -227,17 +219,6 @@ def _one_model(options: dict[str, Any]) -> dict[str, Any]:
 
 def _images(paths: list[ImageType], show_progress: bool) -> list[EmbeddingInput]:
     return wrap_images(get_tqdm_iterable(paths, show_progress, "Generating image embeddings"))
-
-
-def _image(node: BaseNode) -> Any:
-    """Return a node's image as base64, path or URL; b"" if it is empty; None without an image."""
-    if isinstance(node, ImageNode):
-        return node.image or node.image_path or node.image_url or b""
-    resource = node.image_resource if isinstance(node, Node) else None
-    if resource is None:
-        return None
-    data = resource.data and resource.data.decode()  # base64
-    return data or resource.path or (str(resource.url) if resource.url else b"")
 
 
 def _with_vectors(nodes: Sequence[BaseNode], vectors: list[Embedding]) -> Sequence[BaseNode]:

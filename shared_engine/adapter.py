@@ -1,32 +1,41 @@
-"""Base class of both adapters: the options plus an `Embedder` of them."""
+"""Base classes of the adapters: the options plus an `Embedder` or `Reranker` of them."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from shared_engine.catalogue import AvailableModel
+from shared_engine.documents import EmbeddingInput
 from shared_engine.embedder import Embedder
-from shared_engine.options import Options
+from shared_engine.model import Model
+from shared_engine.options import EngineOptions, Options, RerankOptions
+from shared_engine.reranker import RankedDocument, Reranker
+from shared_engine.threads import run_off_loop
 
 
-class Adapter(Options):  # noqa: PLW1641 - unhashable, as every pydantic model
+class Adapter(EngineOptions):  # noqa: PLW1641 - unhashable, as every pydantic model
     """Base of the framework classes; pickles, copies and dumps as its options."""
 
-    _embedder: Embedder = PrivateAttr()
+    _engine: Model[Any] = PrivateAttr()
+
+    @abstractmethod
+    def _create_engine(self) -> Model[Any]:
+        """Return the object that computes; it loads nothing before its first use."""
 
     def model_post_init(self, context: Any, /) -> None:
-        """Create the embedder, which loads nothing before its first use."""
+        """Create the engine."""
         super().model_post_init(context)
-        self._embedder = Embedder(self.replace())
+        self._engine = self._create_engine()
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Copy as pydantic does; a copy with other options gets another embedder."""
+        """Copy as pydantic does; a copy with other options gets another engine."""
         copy = super().model_copy(update=update, deep=deep)
-        if update and update.keys() & Options.model_fields.keys():
-            copy._embedder = Embedder(copy.replace())
+        if update and update.keys() & {*self.names_of()}:
+            copy._engine = copy._create_engine()
         return copy
 
     def __eq__(self, other: object) -> bool:
@@ -34,16 +43,70 @@ class Adapter(Options):  # noqa: PLW1641 - unhashable, as every pydantic model
         return type(self) is type(other) and vars(self) == vars(other)
 
     @property
-    def embedder(self) -> Embedder:
-        """The engine: `embedder.embed(...)` returns float32 arrays instead of lists."""
-        return self._embedder
-
-    @property
     def available_models(self) -> list[AvailableModel]:
         """The models of the catalogue, or those that the NIM serves (sends a request)."""
-        return self._embedder.list_models()
+        return self._engine.list_models()
 
     @classmethod
     def get_available_models(cls, **options: Any) -> list[AvailableModel]:
         """Return the models available with these options; see `available_models`."""
         return cls(**options).available_models
+
+    def _drop_images(self, documents: list[EmbeddingInput]) -> list[EmbeddingInput]:
+        """Return the inputs without images beside a text if the model takes no images.
+
+        An image without a text stays, and the engine refuses it. Loads the model if there are
+        images.
+        """
+        if all(each.image is None for each in documents) or "image" in self._engine.modalities:
+            return documents
+        return [
+            EmbeddingInput(each.text) if each.modality == "text_image" else each
+            for each in documents
+        ]
+
+
+class EmbeddingAdapter(Options, Adapter):
+    """Base of the framework classes that embed."""
+
+    _engine: Embedder = PrivateAttr()
+
+    def _create_engine(self) -> Embedder:
+        return Embedder(self.replace())
+
+    @property
+    def embedder(self) -> Embedder:
+        """The engine: `embedder.embed(...)` returns float32 arrays instead of lists."""
+        return self._engine
+
+
+class RerankAdapter(RerankOptions, Adapter):
+    """Base of the framework classes that rerank."""
+
+    model_config = ConfigDict(validate_assignment=True)  # options are frozen, other fields not
+
+    top_n: int | None = Field(
+        default=5, ge=0, description="Number of documents to return. None returns all."
+    )
+
+    _engine: Reranker = PrivateAttr()
+
+    def _create_engine(self) -> Reranker:
+        return Reranker(self.replace())
+
+    @property
+    def reranker(self) -> Reranker:
+        """The engine: `reranker.score(...)` returns a float32 array, in the caller's order."""
+        return self._engine
+
+    def _rank(self, query: str, documents: list[EmbeddingInput]) -> list[RankedDocument]:
+        """Return the best `top_n` documents; an empty result loads nothing."""
+        if not documents or self.top_n == 0:
+            return []
+        return self._engine.rank(query, self._drop_images(documents), self.top_n)
+
+    async def _arank(self, query: str, documents: list[EmbeddingInput]) -> list[RankedDocument]:
+        if not documents or self.top_n == 0:
+            return []
+        documents = await run_off_loop(self._drop_images, documents)
+        return await self._engine.arank(query, documents, self.top_n)

@@ -76,7 +76,7 @@ class Pipeline(ABC, Generic[OptionsT]):
     def submit_valid(
         self,
         documents: list[EmbeddingInput],
-        role: Role,
+        role: Role = "document",
         flow: Flow | None = None,
         on_progress: Callable[[int], object] | None = None,
         query: str | None = None,

@@ -11,13 +11,15 @@ score(query, documents)
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared_engine.backend import Rows, ScoreKind
-from shared_engine.documents import validate_query
-from shared_engine.errors import ConfigurationError
+from shared_engine.documents import validate, validate_query
+from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError
 from shared_engine.model import Model
 from shared_engine.options import RerankOptions
 from shared_engine.pipeline import Documents, ScoringPipeline
@@ -121,8 +123,48 @@ class Reranker(Model[RerankOptions]):
             return "probability"
         return self.load().score_kind
 
+    def _score_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Score pairs of a query and a document, in order; for the adapter of LangChain.
+
+        The pairs of one query are a request; all requests are submitted before any is awaited.
+        """
+        import numpy as np
+
+        documents = validate([document for _, document in pairs], "document", self.modalities)
+        groups: dict[str, list[int]] = {}
+        for row, (query, _) in enumerate(pairs):
+            with _placed(row):
+                groups.setdefault(validate_query(query), []).append(row)
+        requests: list[tuple[list[int], Future[Rows]]] = []
+        scores = np.empty((len(pairs), 1), np.float32)
+        errors: dict[int, NeMoRetrieverError] = {}
+        try:
+            for query, rows in groups.items():
+                group = [documents[row] for row in rows]
+                with _placed(rows[0]):
+                    requests.append((rows, self._pipeline.submit_valid(group, query=query)))
+            for rows, request in requests:
+                with _placed(rows[0]):
+                    scored = result_of(request)
+                scores[rows] = scored.vectors
+                errors |= {rows[row]: error for row, error in scored.errors.items()}
+        finally:
+            for _, request in requests:
+                request.cancel()
+        values: list[float] = self._unwrap(Rows(scores, errors)).tolist()
+        return values
+
     def _submit(self, query: str, documents: Documents) -> Future[Rows]:
         return self._pipeline.submit(documents, query=validate_query(query))
+
+
+@contextmanager
+def _placed(row: int) -> Iterator[None]:
+    """Give the errors of one pair its position."""
+    try:
+        yield
+    except InputError as exc:
+        raise exc.at(row) from exc.__cause__
 
 
 def _check_top_n(top_n: int | None) -> None:

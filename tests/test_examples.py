@@ -21,12 +21,14 @@ import pytest
 
 from shared_engine.catalogue import ModelSpec, lookup
 from tests.conftest import ROOT
-from tests.support.checkpoints import PROMPTS, build_checkpoint
+from tests.support.checkpoints import PROMPTS, SHAPES, build_checkpoint
 from tests.support.faulty_nim import FaultyNim
+from tests.support.rerankers import build_reranker
 from tests.support.vl_checkpoints import VL_SHAPES, build_vl_checkpoint, page
 
 PACKAGES = ("shared_engine", "langchain_nemoretriever", "llamaindex_nemoretriever")
 TEXT, IMAGES = "nvidia/llama-nemotron-embed-1b-v2", "nvidia/llama-nemotron-embed-vl-1b-v2"
+RERANK = "nvidia/llama-nemotron-rerank-1b-v2"
 VL = VL_SHAPES["nested"].text
 
 
@@ -74,7 +76,7 @@ EXAMPLES = list(list_examples())
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hub's cache with both public models, small and of random weights."""
+    """A hub's cache with the public models, small and of random weights."""
     folder = tmp_path_factory.mktemp("hub")
 
     def snapshot(name: str) -> Path:
@@ -85,6 +87,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dimensions = (384, 512, 768, 1024)
     build_checkpoint(snapshot(TEXT), prompts=PROMPTS, matryoshka_dimensions=dimensions, **sizes)
     build_vl_checkpoint(snapshot(IMAGES))
+    build_reranker(snapshot(RERANK), replace(SHAPES["gqa"], **sizes))
     return folder
 
 

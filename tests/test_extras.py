@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 LANGCHAIN = "from langchain_nemoretriever import NeMoRetrieverEmbeddings"
+LANGCHAIN_RERANK = "from langchain_nemoretriever import NeMoRetrieverRerank"
 LLAMAINDEX = "from llamaindex_nemoretriever import NeMoRetrieverEmbedding"
+LLAMAINDEX_RERANK = "from llamaindex_nemoretriever import NeMoRetrieverRerank"
 LOAD = "from shared_engine import Embedder, Options; Embedder(Options(model={checkpoint!r})).load()"
 SERVE = "from shared_engine.server import create_app"
 EMBED = 'from shared_engine.cli.main import main; main(["embed", "/input", "--out", "/output"])'
@@ -15,7 +17,9 @@ EMBED = 'from shared_engine.cli.main import main; main(["embed", "/input", "--ou
     ("missing", "use", "extra"),
     [
         ("langchain_core", LANGCHAIN, "langchain"),
+        ("langchain_core", LANGCHAIN_RERANK, "langchain"),
         ("llama_index.core", LLAMAINDEX, "llamaindex"),
+        ("llama_index.core", LLAMAINDEX_RERANK, "llamaindex"),
         ("torch", LOAD, "local"),
         ("tokenizers", LOAD, "local"),
         ("starlette.applications", SERVE, "server"),

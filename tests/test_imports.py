@@ -245,6 +245,17 @@ def test_the_command_line_loads_no_command_that_does_not_run(python):
             "llamaindex_nemoretriever",
             "NeMoRetrieverEmbedding",
         ),
+        (
+            "from langchain_core.cross_encoders import BaseCrossEncoder; "
+            "from langchain_core.documents import BaseDocumentCompressor, Document",
+            "langchain_nemoretriever",
+            "NeMoRetrieverRerank",
+        ),
+        (
+            "from llama_index.core.postprocessor.types import BaseNodePostprocessor",
+            "llamaindex_nemoretriever",
+            "NeMoRetrieverRerank",
+        ),
     ],
 )
 def test_an_adapter_loads_its_framework_and_us(python, theirs, package, name):
@@ -256,7 +267,7 @@ def test_an_adapter_loads_its_framework_and_us(python, theirs, package, name):
         before = set(sys.modules)
         from {package} import {name}
         model = {name}(model="no/such-model", device="cuda:7")
-        assert repr(model.embedder)
+        assert repr(model._engine)
         print(*set(sys.modules) - before)
     """).split()
     assert {module for module in beyond if module.partition(".")[0] not in OURS} == set()

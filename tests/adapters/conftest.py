@@ -1,8 +1,8 @@
-"""Models of either adapter: a module of tests says of which, and may name another `folder`."""
+"""Models of the adapters: a module of tests says of which, and may name another `folder`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from shared_engine import Options
 from tests.support.adapters import PNGS, TEXTS, Oracle, expected_of
 from tests.support.oracles import numpy_float64
+from tests.support.rerankers import build_reranker, build_vl_reranker
 from tests.support.servers import NAME, running
 from tests.support.vl_checkpoints import build_vl_checkpoint
 
@@ -89,3 +90,28 @@ def documents(checkpoint: Path, queries: np.ndarray) -> np.ndarray:
     vectors = numpy_float64(checkpoint, TEXTS, "passage: ")
     assert (np.abs(queries - vectors).max(axis=1) > 0.01).all(), "exchanged roles would not show"
     return vectors
+
+
+# Rerankers.
+
+
+@pytest.fixture(scope="session")
+def reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reranker of texts."""
+    return build_reranker(tmp_path_factory.mktemp("reranker") / "text")
+
+
+@pytest.fixture(scope="session")
+def page_reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reranker of texts and images."""
+    return build_vl_reranker(tmp_path_factory.mktemp("page-reranker") / "vl")
+
+
+@pytest.fixture(params=["here"])  # a second place is a server
+def make(adapter: type[Any]) -> Callable[..., Any]:
+    """Make a model of the class under test that runs in one place or another."""
+
+    def made(folder: Path, **options: Any) -> Any:
+        return adapter(**{"model": folder, "device": "cpu", "dtype": "float32", **options})
+
+    return made

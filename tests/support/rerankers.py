@@ -14,12 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.support.checkpoints import (
-    SHAPES,
-    Shape,
-    build_checkpoint,
-    write_json,
-)
+from shared_engine import images
+from tests.support.checkpoints import SHAPES, Shape, build_checkpoint, write_json
 from tests.support.oracles import Float64, last_hidden_float64, read_config, read_tensors
 from tests.support.vl_checkpoints import VL_SHAPES, VLShape, build_vl_checkpoint
 from tests.support.vl_oracles import Item, mean_float64
@@ -96,3 +92,12 @@ def score_float64(folder: Path, query: str, items: Sequence[Item | str]) -> Floa
 
     pairs: list[Item] = [(item, None) if isinstance(item, str) else item for item in items]
     return np.array([score(item) for item in pairs])
+
+
+def score_pages(folder: Path, query: str, *items: tuple[str | None, bytes | None]) -> Float64:
+    """Return the logit of each pair of a text and the bytes of an image, either may be None."""
+    return score_float64(
+        folder,
+        query,
+        [(text, png if png is None else images.cut_tiles(png, 2, 32)) for text, png in items],
+    )
