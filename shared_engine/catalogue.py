@@ -73,8 +73,6 @@ class ModelSpec:
     """What the model computes."""
     hosted: Hosted = _UNKNOWN
     """What the hosted catalogue does with it."""
-    is_local: bool = True
-    """Whether the engine computes its architecture; if not, it runs at a server only."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -138,9 +136,19 @@ CATALOGUE: tuple[ModelSpec, ...] = (
     ModelSpec(
         name="nvidia/nemotron-3-embed-1b",
         aliases=("nvidia/Nemotron-3-Embed-1B-BF16",),
-        max_tokens=4096,  # of a NIM; 32,768 in the checkpoint
+        checkpoint="nvidia/Nemotron-3-Embed-1B-BF16",
+        revision="f880174635613cff04033875fc6a69296cb72006",
+        max_tokens=32_768,  # a NIM takes 4,096
         hosted=Hosted("live"),
-        is_local=False,
+    ),
+    ModelSpec(
+        name="nvidia/nemotron-3-embed-8b",
+        aliases=("nvidia/Nemotron-3-Embed-8B-BF16",),
+        checkpoint="nvidia/Nemotron-3-Embed-8B-BF16",
+        revision="dd9d06b1852ef836d3dc2fbd2b71a34356912759",
+        hidden_size=4096,
+        num_hidden_layers=34,
+        max_tokens=32_768,
     ),
     ModelSpec(
         name="nvidia/llama-nemotron-rerank-1b-v2",
@@ -220,7 +228,7 @@ def explain_end(spec: ModelSpec | None) -> str:
     successor = spec.hosted.successor if spec is not None else ""
     task: Task = "embed" if spec is None else spec.task
     newer = f"its successor is {successor}" if successor else _use_live(task)
-    if spec is None or not spec.is_local:
+    if spec is None:
         place = "may still run at a self-hosted NIM (base_url=)"
     else:
         here = 'backend="local"' if spec.checkpoint else 'backend="local", checkpoint="/folder"'

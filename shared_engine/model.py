@@ -103,14 +103,14 @@ class Model(Generic[OptionsT]):
         return self._used.tokens
 
     def list_models(self) -> list[AvailableModel]:
-        """Return the models that run in this process, or those that the server serves.
+        """Return the models of the catalogue, or those that the server serves.
 
         Raises:
             RemoteError: the server does not list them.
         """
         if select_backend(self.options).base_url is None:
-            here = (spec for spec in CATALOGUE if spec.is_local)
-            return [AvailableModel(spec.name) for spec in here if spec.task == self.options.task]
+            task = self.options.task
+            return [AvailableModel(spec.name) for spec in CATALOGUE if spec.task == task]
         return self.load().list_models()
 
     def wait_until_ready(self, timeout: float = 600.0) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
+from pydantic.fields import FieldInfo
 
-from shared_engine import Options
+from shared_engine import Options, RerankOptions
 
 COOKBOOK = Path(__file__).resolve().parents[1]
 PHRASINGS = re.compile(r"^Also asked as: .*?(\n\n|\n?\Z)", re.MULTILINE | re.DOTALL)
@@ -38,9 +39,21 @@ def describe_options() -> str:
     """Return a section for each option: its type, default and description.
 
     A static reader of the source sees no description, as it is an argument of pydantic's `Field`.
+    Options of rerankers follow, without those that are the same.
     """
+    own = {
+        name: field
+        for name, field in RerankOptions.model_fields.items()
+        if name not in Options.model_fields
+        or field.description != Options.model_fields[name].description
+    }
+    embedders = _describe_fields(Options.model_fields)
+    return f"{embedders}\n# Options of rerankers\n\n{_describe_fields(own)}"
+
+
+def _describe_fields(fields: dict[str, FieldInfo]) -> str:
     sections = []
-    for name, field in Options.model_fields.items():
+    for name, field in fields.items():
         kind = inspect.formatannotation(field.annotation).replace("pydantic.types.", "")
         default = field.get_default(call_default_factory=True)
         signature = f"```python\n{name}: {kind} = {default!r}\n```"

@@ -255,11 +255,23 @@ class LocalBackend(Backend):
                 return
             encoder = self._encoders[device]
             if step:
-                with lock_of(encoder.device).hold(step[0].job.request.is_search):
-                    running += self._start(step, encoder)
+                running += self._hold_device(step, encoder)
             while running and not (step and encoder.runs_ahead and len(running) == 1):
                 self._collect(*running.popleft())
             del step  # see `_prepare`
+
+    def _hold_device(self, step: list[TokenSequence], encoder: Encoder) -> list[Running]:
+        """Start a step while no other model uses the device; compute more steps of searches."""
+        is_search, lock = step[0].job.request.is_search, lock_of(encoder.device)
+        with lock.hold(is_search):
+            started = self._start(step, encoder)
+            while is_search and not encoder.runs_ahead and lock.may_continue():
+                if not (step := self._scheduler.take_queries()):
+                    break
+                for running in started:
+                    self._collect(*running)
+                started = self._start(step, encoder)
+        return started
 
     def _start(
         self, step: list[TokenSequence], encoder: Encoder, is_retry: bool = False

@@ -85,11 +85,6 @@ def resolve(options: EngineOptions) -> Checkpoint:
     """
     model = options.model or DEFAULT_MODELS[options.task]
     spec = lookup(model)
-    if spec is not None and not spec.is_local:
-        raise CheckpointError(
-            f"{spec.name} has an architecture that the engine does not compute; use a NIM "
-            '(base_url=) or NVIDIA\'s catalogue (backend="nim")'
-        )
     folder = _locate(model, options, spec)
     path = folder / "config.json"
     file = read_config(path)

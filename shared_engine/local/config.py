@@ -2,7 +2,8 @@
 
 Each class is a file or a part of one. Aliases are the names in the file, which errors use.
 Source: the files of nvidia/llama-nemotron-embed-1b-v2 and nvidia/llama-nemotron-embed-vl-1b-v2 on
-Hugging Face, and NVIDIA-NeMo/Automodel `llama_bidirectional` and `llama_nemotron_vl`.
+Hugging Face, NVIDIA-NeMo/Automodel `llama_bidirectional` and `llama_nemotron_vl`, and transformers'
+`configuration_ministral3.py`.
 """
 
 from __future__ import annotations
@@ -87,6 +88,24 @@ class Llama3Rope(_File):
         return self
 
 
+class YarnRope(_File):
+    """Rotary position embedding with YaRN's frequencies, and Llama 4's scale of queries."""
+
+    rope_type: Literal["yarn"]
+    theta: float = Field(alias="rope_theta", gt=1)
+    factor: float = Field(ge=1)
+    original_max_position_embeddings: int = Field(gt=0, le=_MAX_POSITIONS)
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    mscale: float = Field(default=0.0, ge=0)
+    mscale_all_dim: float = Field(default=0.0, ge=0)
+    llama_4_scaling_beta: float = Field(default=0.0, ge=0)
+    """Of the scale of a query beyond the original length; 0 for none."""
+    attention_factor: None = None
+    truncate: Literal[True] | None = None
+    partial_rotary_factor: One | None = None
+
+
 class ModelConfig(_File):
     """The language model: config.json, or its `llm_config`."""
 
@@ -99,7 +118,7 @@ class ModelConfig(_File):
     head_dim: Size
     max_position_embeddings: int = Field(gt=0, le=_MAX_POSITIONS)
     rms_norm_eps: Epsilon = 1e-6
-    rope: Rope | Llama3Rope = Field(
+    rope: Rope | Llama3Rope | YarnRope = Field(
         validation_alias=AliasChoices("rope_parameters", "rope_scaling"), discriminator="rope_type"
     )
     partial_rotary_factor: One | None = None
@@ -246,6 +265,17 @@ class TextFile(ModelConfig, _Prefixes):
     """config.json of a text embedding model."""
 
 
+class MinistralFile(TextFile):
+    """config.json of a Nemotron-3 text embedding model, a `Ministral3Model` of transformers."""
+
+    is_causal: Literal[False]
+    rope: YarnRope = Field(
+        validation_alias=AliasChoices("rope_parameters", "rope_scaling"),
+    )
+    rms_norm_eps: Epsilon = 1e-5
+    sliding_window: None = None
+
+
 class TextRerankerFile(ModelConfig, _Scoring):
     """config.json of a text reranker."""
 
@@ -353,6 +383,7 @@ RerankerFile = TextRerankerFile | MultimodalRerankerFile
 
 _FILES: dict[str, type[EmbedderFile | RerankerFile]] = {
     "LlamaBidirectionalModel": TextFile,
+    "Ministral3Model": MinistralFile,
     "LlamaNemotronVLModel": MultimodalFile,
     "LlamaBidirectionalForSequenceClassification": TextRerankerFile,
     "LlamaNemotronVLForSequenceClassification": MultimodalRerankerFile,
@@ -417,7 +448,9 @@ def read(path: Path, kind: type[FileT], required: bool = False) -> FileT:
         raise CheckpointError(f"{path} cannot be read: {exc}") from exc
     except ValidationError as exc:
         error = exc.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in error["loc"] if part not in ("default", "llama3"))
+    field = ".".join(
+        str(part) for part in error["loc"] if part not in ("default", "llama3", "yarn")
+    )
     if error["type"] == "json_invalid":
         raise CheckpointError(f"{path} is not valid JSON: {error['ctx']['error']}")
     if error["type"] == "missing":

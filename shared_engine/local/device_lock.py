@@ -43,6 +43,15 @@ class DeviceLock:
                 if not is_search:
                     self._searches = 0
 
+    def may_continue(self) -> bool:
+        """Count another step of searches of the holder, and return whether it may run now.
+
+        Otherwise documents would get the lock between two steps of one search.
+        """
+        with self._changed:
+            self._searches += self._waiting[False] > 0
+            return self._searches <= SEARCHES_IN_A_ROW
+
     def give_way(self) -> None:
         """Let waiting steps of searches run; for the holder, in a step of documents."""
         if self._waiting[True] and self._searches < SEARCHES_IN_A_ROW:

@@ -26,7 +26,7 @@ from torch import Tensor
 from shared_engine.errors import first_line
 from shared_engine.local.attention import Attention, Layout, varlen, varlen_repeated
 from shared_engine.local.checkpoint import Checkpoint
-from shared_engine.local.config import Llama3Rope, ModelConfig, Rope
+from shared_engine.local.config import Llama3Rope, ModelConfig, Rope, YarnRope
 from shared_engine.local.device import Placement
 from shared_engine.local.device_errors import is_fatal, is_out_of_memory
 from shared_engine.local.elementwise import EAGER, rms_norm
@@ -126,6 +126,9 @@ class Encoder:
         weights.check_nothing_left()
         self._cos, self._sin = _rotary_tables(
             config.rope, self._head_dim, checkpoint.longest, placement
+        )
+        self._unscaled, self._query_scales = _query_scales(
+            config.rope, checkpoint.longest, placement
         )
         self._max_batch_tokens = self._mlp_rows = placement.max_batch_tokens
         if self.device.type == "cpu":
@@ -270,6 +273,9 @@ class Encoder:
 
         cos, sin = self._cos[positions], self._sin[positions]  # (T, d / 2)
         heads, qk_heads = self._heads, self._heads + self._kv_heads  # values are not rotated
+        scales = None
+        if max(layout.lengths) > self._unscaled:
+            scales = self._query_scales[positions, None, None]  # (T, 1, 1)
         for layer in self._layers:
             on_pause()
             normed = normalize(x, layer.attention_norm)  # in hidden
@@ -278,6 +284,8 @@ class Encoder:
             # Overwrites normed, which is not read again; a fused kernel overwrites qkv instead.
             qk = self._rotate(qkv[:, :qk_heads], cos, sin, hidden)  # (T, heads + kv_heads, d)
             q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, qk_heads:]
+            if scales is not None:
+                q *= scales
             attended = self._attend(q, k, v, layout)  # (T, heads, d), newly allocated
             x.addmm_(attended.flatten(1), layer.o.T)
             # In parts of a fixed number of rows, so that a longer text needs no more memory.
@@ -295,25 +303,69 @@ class Encoder:
 
 
 def _rotary_tables(
-    rope: Rope | Llama3Rope, head_dim: int, max_tokens: int, placement: Placement
+    rope: Rope | Llama3Rope | YarnRope, head_dim: int, max_tokens: int, placement: Placement
 ) -> tuple[Tensor, Tensor]:
     """Return cosines and sines for every position, each (max_tokens, d / 2).
 
-    "llama3" divides low frequencies by `factor`, keeps high ones, and interpolates between them.
-    Computed in float32 as in transformers, so that vectors of long texts equal its vectors.
+    "llama3" and "yarn" divide low frequencies by `factor`, keep high ones, and interpolate between
+    them. Computed in float32 as in transformers, so that vectors of long texts equal its vectors.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / rope.theta**exponents
-    if isinstance(rope, Llama3Rope):
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        rotations = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
-        kept = ((rotations - low) / (high - low)).clamp(0, 1)  # 0: divided, 1: kept
+    factor = 1.0
+    if not isinstance(rope, Rope):
+        kept = _kept_frequencies(rope, frequencies)  # 0: divided, 1: kept
         frequencies = (1 - kept) * frequencies / rope.factor + kept * frequencies
+    if isinstance(rope, YarnRope):
+        factor = _yarn_magnitude(rope)
     angles = torch.arange(max_tokens, dtype=torch.float32)[:, None] * frequencies
     return (
-        angles.cos().to(placement.device, placement.dtype),
-        angles.sin().to(placement.device, placement.dtype),
+        (angles.cos() * factor).to(placement.device, placement.dtype),
+        (angles.sin() * factor).to(placement.device, placement.dtype),
     )
+
+
+def _kept_frequencies(rope: Llama3Rope | YarnRope, frequencies: Tensor) -> Tensor:
+    """Return how much of each frequency (d / 2,) is kept, from 0 to 1."""
+    original = rope.original_max_position_embeddings
+    if isinstance(rope, Llama3Rope):
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        return ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    count = len(frequencies)
+
+    def find_index(rotations: float) -> float:
+        """Return the index of the frequency with so many rotations in the original length."""
+        return count * math.log(original / (rotations * 2 * math.pi)) / math.log(rope.theta)
+
+    first = max(math.floor(find_index(rope.beta_fast)), 0)
+    last = min(math.ceil(find_index(rope.beta_slow)), 2 * count - 1)
+    ramp = (torch.arange(count, dtype=torch.float32) - first) / (last - first or 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+def _yarn_magnitude(rope: YarnRope) -> float:
+    """Return the factor of cosines and sines."""
+
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(rope.factor) + 1.0
+
+    if rope.mscale and rope.mscale_all_dim:
+        return scale(rope.mscale) / scale(rope.mscale_all_dim)
+    return scale(1.0)
+
+
+def _query_scales(
+    rope: Rope | Llama3Rope | YarnRope, max_tokens: int, placement: Placement
+) -> tuple[int, Tensor]:
+    """Return the length up to which queries have no scale, and the scale for every position.
+
+    Source: `get_llama_4_attn_scale` of transformers' `modeling_ministral3.py`.
+    """
+    if not isinstance(rope, YarnRope) or not rope.llama_4_scaling_beta:
+        return max_tokens, torch.empty(0)
+    blocks = torch.arange(max_tokens) // rope.original_max_position_embeddings
+    scales = 1 + rope.llama_4_scaling_beta * torch.log(1.0 + blocks)
+    return rope.original_max_position_embeddings, scales.to(placement.device, placement.dtype)
 
 
 def _load(

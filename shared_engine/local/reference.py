@@ -1,10 +1,10 @@
 """Vectors computed by transformers' own classes, for `nemoretriever check --reference`.
 
 The engine has a forward pass of its own, because transformers pads batches, needs remote code for
-these checkpoints, and accepts configurations that it does not compute. Here its stock `LlamaModel`,
-and its `InternVLModel` of a `SiglipVisionModel` and a `LlamaModel`, compute the checkpoint: one
-input at a time, in float32, with a mask that hides no token. Only the tiles of an image are cut by
-this package.
+these checkpoints, and accepts configurations that it does not compute. Here its stock `LlamaModel`
+or `Ministral3Model`, or its `InternVLModel` of a `SiglipVisionModel` and a `LlamaModel`, computes
+the checkpoint: one input at a time, in float32, with a mask that hides no token. Only the tiles of
+an image are cut by this package.
 """
 
 from __future__ import annotations
@@ -87,12 +87,17 @@ def _create(config: dict[str, Any]) -> torch.nn.Module:
         InternVLModel,
         LlamaConfig,
         LlamaModel,
+        Ministral3Config,
+        Ministral3Model,
         SiglipVisionConfig,
     )
 
     def stock(part: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in part.items() if name not in _NAMED}
 
+    if config["architectures"] == ["Ministral3Model"]:
+        ministral: torch.nn.Module = Ministral3Model(Ministral3Config(**stock(config)))
+        return ministral
     if "vision_config" not in config:
         model: torch.nn.Module = LlamaModel(LlamaConfig(**stock(config)))
         return model

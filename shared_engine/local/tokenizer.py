@@ -138,7 +138,8 @@ class TextTokenizer:
     ) -> list[TokenIds | InputTooLongError]:
         """Return the ids of each text after a query, with BOS: at most `limit` ids, or an error.
 
-        Query and text are tokenized as one string, because words may join where they meet.
+        Query and text are tokenized as one string, because words may join where they meet. Unlike
+        NVIDIA's code, which deletes the first `<image>` in a prompt, all of both stays text.
         """
         return self._encode_all(self._prompt_of(query), [], texts, truncate)
 

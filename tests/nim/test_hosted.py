@@ -16,7 +16,6 @@ import pytest
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import (
-    CheckpointError,
     ConfigurationError,
     Embedder,
     ModelRetiredError,
@@ -156,13 +155,6 @@ def test_the_models_of_the_catalogue_are_listed_without_a_model() -> None:
     assert [model.id for model in listed] == [LIVE, MODEL]
 
 
-@pytest.mark.parametrize("model", [LIVE, "nvidia/Nemotron-3-Embed-1B-BF16", "nemotron-3-embed-1b"])
-def test_a_model_for_servers_alone_is_refused_here_by_name(model: str, tmp_path: Path) -> None:
-    for given in ({}, {"checkpoint": str(tmp_path)}):
-        with pytest.raises(CheckpointError, match=f"{LIVE} has an architecture .*base_url="):
-            Embedder(Options(model=model, backend="local", **given)).load()
-
-
 # The command line
 
 
@@ -174,11 +166,6 @@ def test_check_refuses_before_a_request(
     assert f"its successor is {LIVE}" in capsys.readouterr().err
     assert main(["check", "--base-url", HOSTED]) == 2
     assert "model= is missing, and NVIDIA's catalogue has no default" in capsys.readouterr().err
-
-
-def test_serve_refuses_a_model_for_servers_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--model", LIVE, "--port", "0"]) == 1
-    assert f"{LIVE} has an architecture" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["embed", "evaluate"])

@@ -30,7 +30,7 @@ def build_reranker(
 ) -> Path:
     """Write a text reranker; `config` replaces entries of config.json."""
     build_checkpoint(folder, shape, seed)
-    return _add_head(folder, {"architectures": [TEXT], **config}, seed)
+    return add_head(folder, {"architectures": [TEXT], **config}, seed)
 
 
 def build_vl_reranker(
@@ -39,10 +39,11 @@ def build_vl_reranker(
     """Write a multimodal reranker; `config` replaces entries of config.json."""
     build_vl_checkpoint(folder, shape, seed)
     kind = {"model_type": "llama_nemotron_vl_rerank", "prompt_template": "v1"}
-    return _add_head(folder, {"architectures": [MULTIMODAL], **kind, **config}, seed)
+    return add_head(folder, {"architectures": [MULTIMODAL], **kind, **config}, seed)
 
 
-def _add_head(folder: Path, config: Mapping[str, Any], seed: int) -> Path:
+def add_head(folder: Path, config: Mapping[str, Any], seed: int = 0) -> Path:
+    """Make a reranker of an embedding model's folder; `config` replaces entries of config.json."""
     import torch
     from safetensors.torch import load_file, save_file
 
