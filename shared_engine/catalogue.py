@@ -9,10 +9,10 @@ does with a model comes from its replies, as users published them up to HOSTED_A
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from shared_engine.documents import Modality
+from shared_engine.documents import Modality, Role
 from shared_engine.errors import CheckpointError, ConfigurationError, ModelRetiredError
 from shared_engine.wire import split_role_suffix
 
@@ -43,6 +43,7 @@ class Hosted(NamedTuple):
 
 
 _UNKNOWN = Hosted()
+_PREFIXES: Mapping[Role, str] = {"query": "query: ", "document": "passage: "}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class ModelSpec:
     """Kinds of input that the model was trained on."""
     task: Task = "embed"
     """What the model computes."""
+    prefixes: Mapping[Role, str] = field(default_factory=lambda: _PREFIXES, hash=False)
+    """Prefix of a text in each role, for servers that do not add it."""
     hosted: Hosted = _UNKNOWN
     """What the hosted catalogue does with it."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from shared_engine.backend import Rows
@@ -40,8 +41,15 @@ class Embedder(Model[Options]):
 
     _pipeline: EmbeddingPipeline
 
-    def __init__(self, options: Options | None = None, *, _lease: Lease | None = None) -> None:
-        super().__init__(options or Options(), _lease=_lease)
+    def __init__(
+        self, options: Options | str | Path | None = None, *, _lease: Lease | None = None
+    ) -> None:
+        """Create an embedder.
+
+        Args:
+            options: Options, or the name or folder of a model; None is the default model.
+        """
+        super().__init__(Options.of(options), _lease=_lease)
         self._pipeline = EmbeddingPipeline(self._lease, self.options, self._used)
 
     def embed(self, documents: Documents, role: Role = "document") -> NDArray[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from shared_engine.catalogue import DEFAULT_MODELS, Task
+from shared_engine.documents import Role
 from shared_engine.endpoints import check_header, normalize_url
 from shared_engine.errors import ConfigurationError
 from shared_engine.vectors import EmbeddingType
@@ -302,6 +303,24 @@ class EngineOptions(BaseModel):
         return value
 
     @classmethod
+    def of(cls, given: Self | str | Path | None) -> Self:
+        """Return options unchanged, those of a model by its name or folder, or the defaults.
+
+        Raises:
+            ConfigurationError: something else was given.
+        """
+        if given is None:
+            return cls()
+        if isinstance(given, str | Path):
+            return cls(model=given)  # type: ignore[arg-type]  # a validator takes paths
+        if not isinstance(given, cls):
+            raise ConfigurationError(
+                f"expected {cls.__name__}(...) or the name of a model, got one "
+                f"{type(given).__name__}"
+            )
+        return given
+
+    @classmethod
     def names_of(cls, *scopes: Scope) -> list[str]:
         """Return the names of the options of some scopes, or of all, in order.
 
@@ -359,6 +378,21 @@ class Options(EngineOptions):
     embedding_type: EmbeddingType = _option(
         "request", default="float", description="Number type of a vector's values."
     )
+    prefixes: Literal["auto", "server"] | dict[Role, str] = _option(
+        "nim",
+        default="auto",
+        description="Prefixes of texts. auto: the server adds them if `input_type` has an effect "
+        "there; otherwise the client adds the model's own. server: the server adds them. A dict "
+        'such as {"query": "query: ", "document": "passage: "}: the client adds these and sends no '
+        "`input_type`; empty texts for a model without roles.",
+    )
+
+    @field_validator("prefixes")
+    @classmethod
+    def _require_both(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) < len(get_args(Role)):
+            raise ValueError(f"expected a prefix for each of {', '.join(get_args(Role))}")
+        return value
 
     @field_validator("dimensions", mode="before")
     @classmethod

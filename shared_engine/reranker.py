@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared_engine.backend import Rows, ScoreKind
@@ -52,9 +53,14 @@ class Reranker(Model[RerankOptions]):
     _pipeline: ScoringPipeline
 
     def __init__(
-        self, options: RerankOptions | None = None, *, _lease: Lease | None = None
+        self, options: RerankOptions | str | Path | None = None, *, _lease: Lease | None = None
     ) -> None:
-        super().__init__(options or RerankOptions(), _lease=_lease)
+        """Create a reranker.
+
+        Args:
+            options: Options, or the name or folder of a model; None is the default model.
+        """
+        super().__init__(RerankOptions.of(options), _lease=_lease)
         self._pipeline = ScoringPipeline(self._lease, self.options, self._used)
 
     def score(self, query: str, documents: Documents) -> NDArray[np.float32]:

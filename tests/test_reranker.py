@@ -317,3 +317,14 @@ def test_the_cache_of_images_is_bounded(vl_folder):
             reranker.score(QUERY, documents)
         cache = reranker.load()._encoders[0]._vision._cache
         assert sum(rows.nbytes for rows in cache._rows.values()) == 2 * rows
+
+
+def test_a_model_may_be_given_by_its_name_alone(folder):
+    for kind, options in ((Embedder, Options), (Reranker, RerankOptions)):
+        assert kind("some/model").options == options(model="some/model")
+        assert kind(folder).options == options(model=str(folder))
+        assert kind().options == options()
+        with pytest.raises(ConfigurationError, match="the name of a model, got one dict"):
+            kind({"model": "some/model"})
+    with pytest.raises(ConfigurationError, match=r"expected RerankOptions\(...\) .* one Options"):
+        Reranker(Options())

@@ -45,6 +45,7 @@ OTHER = {  # than the default
     "verify_ssl": False,
     "proxy": "http://proxy:3128",
     "user": "me",
+    "prefixes": {"query": "q: ", "document": "d: "},
     "http_client_factory": dict,
 }
 LOCAL = Options.names_of("local")

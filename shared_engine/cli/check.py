@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import SecretStr
 
@@ -76,6 +76,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="Also compute the local model with transformers' own classes, in float32 on the CPU, "
         "and compare. Needs memory for a second copy of the weights.",
     )
+    add_options(verb, ["prefixes"])
     add_log_level(verb, "warning")
     verb.set_defaults(run=run)
 
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         base_url,
         served_name=args.served_name,
         api_key=read_key(args.api_key_env),
+        prefixes=args.prefixes or "auto",
         reference=args.reference,
     )
     return 0 if same else 1
@@ -100,6 +102,7 @@ def check(
     *,
     served_name: str | None = None,
     api_key: str | None = None,
+    prefixes: Literal["auto", "server"] | dict[Role, str] = "auto",
     reference: bool = False,
 ) -> bool:
     """Print what runs locally and what a server returns, and compare the vectors.
@@ -109,6 +112,7 @@ def check(
         base_url: Address of the server; None checks only the local model.
         served_name: Name of the model on the server.
         api_key: Key for the server.
+        prefixes: Prefixes of texts at the server; see `Options.prefixes`.
         reference: Compare the local model with transformers' own classes, too.
 
     Returns:
@@ -126,7 +130,7 @@ def check(
     if base_url:
         _probe(base_url)
         key = SecretStr(api_key) if api_key else None
-        options = Options(base_url=base_url, api_key=key, max_retries=1)
+        options = Options(base_url=base_url, api_key=key, max_retries=1, prefixes=prefixes)
         if name := served_name or _find_name(local, options):
             options = options.replace(model=name)
         # A server may serve only the text part of a model under a name of its own.

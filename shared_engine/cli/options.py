@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -16,7 +17,7 @@ LOCAL = (
 """Options of a model in this process."""
 VECTORS = ("dimensions", "embedding_type", "truncate")
 """Options of the returned vectors."""
-REMOTE = ("base_url", "timeout", "max_retries", "max_batch_size", "concurrency")
+REMOTE = ("base_url", "timeout", "max_retries", "max_batch_size", "concurrency", "prefixes")
 """Options of the client of a NIM."""
 
 
@@ -36,14 +37,23 @@ def _argument(annotation: Any) -> dict[str, Any]:
 
     >>> _argument(int | None), _argument(Literal["a", "b"]), _argument(str)
     ({'type': <class 'int'>, 'metavar': 'N'}, {'choices': ('a', 'b')}, {})
+    >>> _argument(dict[str, str])["metavar"]
+    'JSON'
     """
     if get_origin(annotation) is Literal:
         return {"choices": get_args(annotation)}
     kinds = {annotation, *get_args(annotation)} - {NoneType}
+    if any(get_origin(kind) is dict for kind in kinds):
+        return {"type": _parse_json, "metavar": "JSON"}
     for kind, metavar in ((int, "N"), (float, "SECONDS")):
         if kind in kinds:
             return {"type": kind, "metavar": metavar}
     return {}
+
+
+def _parse_json(text: str) -> Any:
+    """Return an object of JSON, or the text itself if it is no object."""
+    return json.loads(text) if text.startswith("{") else text
 
 
 def add_key(parser: argparse.ArgumentParser) -> None:

@@ -300,7 +300,7 @@ class LocalBackend(Backend):
 
     def _pause(self, encoder: Encoder) -> None:
         """Run waiting searches, of other models too, in a pause of a step of documents."""
-        lock_of(encoder.device).give_way()
+        lock_of(encoder.device).yield_device()
         for running in self._start(self._scheduler.take_queries(), encoder):
             self._collect(*running)
 

@@ -3,7 +3,8 @@
 Each model has its own queue and thread. Two threads that computed at once would each take twice as
 long, and an ingest with one model would delay a search with another. So a thread holds the lock of
 its device while it starts a step: on a CPU until the step is computed, on a GPU until it is queued,
-which then alternates between the models. On a CPU, a step of documents gives way in its pauses.
+which then alternates between the models. On a CPU, a step of documents yields the device to waiting
+searches in its pauses.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class DeviceLock:
             self._searches += self._waiting[False] > 0
             return self._searches <= SEARCHES_IN_A_ROW
 
-    def give_way(self) -> None:
+    def yield_device(self) -> None:
         """Let waiting steps of searches run; for the holder, in a step of documents."""
         if self._waiting[True] and self._searches < SEARCHES_IN_A_ROW:
             with self._changed:

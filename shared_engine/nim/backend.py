@@ -11,8 +11,8 @@ the loop for too long.
 
 Whatever a server replies, n inputs take a bounded number of requests. They are split at most n - 1
 times, so there are at most 2 n - 1 batches. Each is sent at most MOST_SENDS times, and each of
-these has at most `max_retries` retries. The list of models, one probe per modality and per form of
-rerankers, and requests over connections that the server had closed come on top.
+these has at most `max_retries` retries. The list of models, the server's metadata, one probe per
+modality, role and form of rerankers, and requests over connections that it had closed come on top.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import httpx
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import SecretStr
 
 from shared_engine.backend import Backend, Request, Rows, ScoreKind
@@ -56,6 +58,7 @@ from shared_engine.nim.client import NimClient
 from shared_engine.nim.decisions import (
     Deliver,
     Fail,
+    Feature,
     Isolate,
     Probe,
     Resend,
@@ -70,13 +73,14 @@ from shared_engine.nim.forms import (
     Known,
     RankingForm,
 )
-from shared_engine.options import EngineOptions
+from shared_engine.nim.roles import have_same_scale, have_same_text, report_unknown_prefixes
+from shared_engine.options import EngineOptions, Options
 from shared_engine.threads import result_of
 from shared_engine.wire import split_role_suffix
 
 TRIES_MALFORMED = 3
-MOST_SENDS = TRIES_MALFORMED + 2
-"""Twice more for servers without base64 and without `modality`."""
+MOST_SENDS = TRIES_MALFORMED + 3
+"""Once more for a server without base64, without `modality` and without `truncate`."""
 _LARGE_REPLY = 2**20
 """Bytes from which a reply is parsed in a thread, as it would block the loop for too long."""
 _ALL_MODALITIES: frozenset[Modality] = frozenset({"text", "image", "text_image"})
@@ -112,10 +116,12 @@ class NimBackend(Backend):
         self._limits = BatchLimits(options.max_batch_size)
         self._encoding: Literal["base64", "float"] = "base64"
         self._sends_modality = True
-        width = self._spec.hidden_size if self._spec else MOST_VALUES
+        self._sends_truncate = True
         self._form: Form | None = None
-        if options.task == "embed":
-            self._form = EmbeddingsForm(width, options.user)
+        if isinstance(options, Options) and isinstance(options.prefixes, dict):
+            self._form = self._create_embeddings_form(options.prefixes)
+        elif isinstance(options, Options) and (is_hosted(base_url) or options.prefixes == "server"):
+            self._form = self._create_embeddings_form()
         elif is_hosted(base_url):
             self._form = RankingForm()
         self._has_logits = False
@@ -144,7 +150,7 @@ class NimBackend(Backend):
 
     @property
     def description(self) -> str:
-        """The name of the model, the address of the server and, once known, its rerank form."""
+        """The name of the model, the address of the server and, once known, its form."""
         form = f" ({self._form.name})" if self._form and self._form.name else ""
         return f"{self.model or 'the only model'} at {self._base_url}{form}"
 
@@ -161,14 +167,16 @@ class NimBackend(Backend):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of address and model, as the server's weights and precision are unknown.
+        """A digest of address, model and prefixes, as the server's weights are unknown.
 
-        Asks the server for the name of its model if the options have none.
+        Asks the server for the name of its model if the options have none, and for its form.
         """
-        if self._name is None:
-            result_of(self._start(self._find_model()))
-        name = self._spec.name if self._spec else self._name
-        return hashlib.sha256(f"{self._base_url} {name}".encode()).hexdigest()[:16]
+        if self._name is None or self._form is None:
+            result_of(self._start(self._connect()))
+        identity = f"{self._base_url} {self._spec.name if self._spec else self._name}"
+        if self._form is not None and self._form.prefixes is not None:
+            identity += f" {sorted(self._form.prefixes.items())}"
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def submit(self, request: Request) -> Future[Rows]:
         """Accept a request; see `Backend.submit`."""
@@ -275,7 +283,8 @@ class NimBackend(Backend):
             self._has_logged_limit = True
             _log.info("images with more than %d base64 characters are reduced", most)
         return self._loop.run_in_executor(
-            self._encoders, lambda: form.encode_input(document, urls, most)
+            self._encoders,
+            lambda: form.encode_input(document, allow_image_urls=urls, most_characters=most),
         )
 
     async def _run(self, call: Dispatch) -> None:
@@ -324,7 +333,7 @@ class NimBackend(Backend):
 
     async def _send_batch(self, call: Dispatch, batch: RequestBatch, model: str) -> None:
         """Send a batch once, and carry out the decision on its reply."""
-        known = self._get_known(batch)
+        known = self._get_known(call, batch)
         response = await self._post(call, batch, model, known)
         reply = await self._read(response, call, len(batch.rows))
         known = replace(known, is_accepted=call.is_accepted(batch.modality))
@@ -337,13 +346,8 @@ class NimBackend(Backend):
         match decision:
             case Deliver(valid):
                 self._deliver(call, batch, valid)
-            case Resend(without="base64"):
-                _log.info("the server lacks base64; requesting floats from now on")
-                self._encoding = "float"
-                call.send_again(batch)
-            case Resend(without="modality"):
-                _log.info("the server refuses modality; leaving it out for texts from now on")
-                self._sends_modality = False
+            case Resend(feature):
+                self._leave_out(feature)
                 call.send_again(batch)
             case Split(by_count):
                 self._shrink(batch, by_count)
@@ -360,6 +364,16 @@ class NimBackend(Backend):
                 if fault == "request":
                     call.stopped = error
 
+    def _leave_out(self, feature: Feature) -> None:
+        _log.info("the server lacks %s; requests are without it from now on", feature)
+        match feature:
+            case "base64":
+                self._encoding = "float"
+            case "modality":
+                self._sends_modality = False
+            case "truncate":
+                self._sends_truncate = False
+
     def _deliver(self, call: Dispatch, batch: RequestBatch, reply: protocol.Reply) -> None:
         call.deliver(batch, reply.vectors, reply.tokens)
         self._succeeded = time.monotonic()
@@ -373,7 +387,7 @@ class NimBackend(Backend):
     async def _probe(self, call: Dispatch, batch: RequestBatch, model: str) -> bool:
         """Return whether the server accepts a valid input, sent as other batches are."""
         try:
-            response = await self._post(call, batch, model, self._get_known(batch))
+            response = await self._post(call, batch, model, self._get_known(call, batch))
         except NeMoRetrieverError:
             return True  # no refusal of the input
         return not self._client.read_error(response).is_ambiguous
@@ -395,14 +409,21 @@ class NimBackend(Backend):
             self._limits.shrink_below(batch.size)
         _log.info("%d inputs of %d bytes are too large a request", len(batch.rows), batch.size)
 
-    def _get_known(self, batch: RequestBatch) -> Known:
+    def _get_known(self, call: Dispatch, batch: RequestBatch) -> Known:
         """Return how a batch is sent now.
 
-        Texts have a `modality` too, as a multimodal NIM may take some of them for images.
+        Texts have a `modality` too, as a multimodal NIM may take some of them for images. A
+        `truncate` that is not the default is never left out.
         """
         is_text_model = self._spec is not None and not self._spec.is_multimodal
         has_modality = batch.has_images or (self._sends_modality and not is_text_model)
-        return Known(self._encoding, batch.modality if has_modality else None)
+        truncate = call.request.truncate
+        has_truncate = self._sends_truncate or truncate != "NONE"
+        return Known(
+            self._encoding,
+            batch.modality if has_modality else None,
+            truncate if has_truncate else None,
+        )
 
     async def _post(
         self, call: Dispatch, batch: RequestBatch, model: str, known: Known
@@ -425,33 +446,83 @@ class NimBackend(Backend):
                 self._served = require_hosted(self._options.model, self._options.task)
                 self._warn_if_deprecated()
             elif self._served is None:
-                listed = protocol.list_models(await self._client.get_models())
+                listed = protocol.list_models(await self._client.get("/models"))
                 self._served = self._match_served_model(listed)
         return self._served
 
     async def _find_form(self, model: str) -> Form:
         """Return the form of the server's requests.
 
-        A server of rerankers is asked for a score in each form, until it replies with one.
-
         Raises:
             ModelNotFoundError: it has none of the paths.
+            ConfigurationError: it ignores roles, and the prefixes of its model are unknown.
             RemoteError: it fails, or refuses the key.
         """
         async with self._finding_form:
             if self._form is None:
-                self._form = await self._choose_form(model)
+                is_embedding = self._options.task == "embed"
+                choose = self._choose_embeddings_form if is_embedding else self._choose_rerank_form
+                self._form = await choose(model)
                 _log.info("%s", self.description)
         return self._form
 
-    async def _choose_form(self, model: str) -> Form:
+    def _create_embeddings_form(self, prefixes: Mapping[Role, str] | None = None) -> EmbeddingsForm:
+        width = self._spec.hidden_size if self._spec else MOST_VALUES
+        return EmbeddingsForm(width, self._options.user, prefixes)
+
+    async def _choose_embeddings_form(self, model: str) -> Form:
+        """Return the form with prefixes if the server embeds a text equally in both roles.
+
+        A NIM is not probed: it adds the prefixes itself, and some of its models have no roles.
+        """
+        form = self._create_embeddings_form()
+        if protocol.is_nim(await self._client.get("/metadata")):
+            return form
+        self._encoding = "float"
+        query = await self._probe_role(form, "query", model)
+        self._encoding = "base64"
+        try:
+            document = await self._probe_role(form, "document", model)
+            is_float32 = have_same_scale(query, document)
+        except MalformedResponseError:
+            is_float32 = False
+        if not is_float32:
+            self._leave_out("base64")
+            document = await self._probe_role(form, "document", model)
+        if not have_same_text(query, document):
+            return form
+        if self._spec is None:
+            raise report_unknown_prefixes(model, self._base_url)
+        return self._create_embeddings_form(self._spec.prefixes)
+
+    async def _probe_role(self, form: Form, role: Role, model: str) -> NDArray[np.float32]:
+        """Return the vector of a text in a role, without `input_type` if the server refuses it."""
+        call = Dispatch(Request([EmbeddingInput("?")], role), self._encode)
+        call.form = form
+        batch = RequestBatch((0,), (form.probes["text"],), "text")
+        for _ in range(MOST_SENDS):
+            known = self._get_known(call, batch)
+            response = await self._post(call, batch, model, known)
+            reply = await self._read(response, call, 1)
+            if isinstance(reply, protocol.Reply):
+                return reply.vectors
+            if reply.is_about("input_type"):
+                call.form = self._create_embeddings_form({"query": "", "document": ""})
+            elif isinstance(decision := decide(reply, batch, known), Resend):
+                self._leave_out(decision.without)
+            else:
+                raise protocol.build_error(response, reply, spec=self._spec)
+        raise MalformedResponseError(f"{self._base_url} refuses each form of a request")
+
+    async def _choose_rerank_form(self, model: str) -> Form:
+        """Return the first form in which the server replies with a score."""
         request = Request([EmbeddingInput("?")], "query", query="?")
         refused: list[tuple[Form, NeMoRetrieverError]] = []
         for kind in RERANK_FORMS:
             call = Dispatch(request, self._encode, 1)
             call.form = form = kind()
             batch = RequestBatch((0,), (form.probes["text"],), "text")
-            response = await self._post(call, batch, model, self._get_known(batch))
+            response = await self._post(call, batch, model, self._get_known(call, batch))
             try:
                 reply = await self._read(response, call, 1)
             except MalformedResponseError:  # a web page, for example
@@ -475,7 +546,7 @@ class NimBackend(Backend):
             _log.warning("hosted model %s is deprecated since %s; %s", self._name, since, newer)
 
     async def _list_models(self) -> list[AvailableModel]:
-        response = await self._client.get_models()
+        response = await self._client.get("/models")
         if not response.is_success:
             raise protocol.build_error(response, self._client.read_error(response))
         return [AvailableModel(*item) for item in protocol.list_models(response).items()]
@@ -499,7 +570,7 @@ class NimBackend(Backend):
             name, spec = found, lookup(found)
             _log.info("model= is not given; using the only one of %s: %r", self._base_url, found)
         if found is not None or not listed:
-            self._name, self._spec = name, spec
+            self._name, self._spec = name, spec or lookup(listed.get(found or ""))
             return found or name
         some = ", ".join(protocol.make_printable(name[:100]) for name in list(listed)[:20])
         raise ModelNotFoundError(

@@ -176,7 +176,7 @@ class Dispatch:
         """Return an encoded input, or None if that failed and the row has an error."""
         try:
             if encoding is None:
-                return self.form.encode_input(self.request.documents[row])
+                return self.form.encode_input(self.request.documents[row], self.request.role)
             return await encoding
         except NeMoRetrieverError as exc:
             self._errors[row] = exc

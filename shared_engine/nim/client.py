@@ -126,9 +126,9 @@ class NimClient:
         request.extensions["urgent"] = urgent
         return await self._send(request)
 
-    async def get_models(self) -> httpx.Response:
-        """Return the reply to `GET /v1/models`; raises like `post`."""
-        return await self._send(self._build_request("GET", "/models"))
+    async def get(self, path: str) -> httpx.Response:
+        """Return the reply to a request for a path below /v1; raises like `post`."""
+        return await self._send(self._build_request("GET", path))
 
     async def wait_until_ready(self, seconds: float) -> None:
         """Return when the server replies that it is ready.
@@ -140,8 +140,9 @@ class NimClient:
         last = "no reply"
         try:
             async with asyncio.timeout(seconds):
+                path = "/health/ready"
                 while True:
-                    request = self._build_request("GET", "/health/ready")
+                    request = self._build_request("GET", path)
                     try:
                         response = await self._exchange(self._limited, request)
                     except NeMoRetrieverError as exc:
@@ -149,6 +150,10 @@ class NimClient:
                     else:
                         if response.is_success:
                             return
+                        if response.status_code == 404 and path == "/health/ready":
+                            # of vLLM, text-embeddings-inference, infinity and llama.cpp
+                            path = self.base_url.removesuffix("/v1") + "/health"
+                            continue
                         last = f"status {response.status_code}"
                         if not is_retried(response.status_code):
                             raise protocol.build_error(response, self.read_error(response))

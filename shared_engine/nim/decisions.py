@@ -10,7 +10,7 @@ from shared_engine.nim.forms import Known
 from shared_engine.nim.protocol import ErrorReply, Reply
 from shared_engine.nim.transport import is_retried
 
-Feature: TypeAlias = Literal["base64", "modality"]
+Feature: TypeAlias = Literal["base64", "modality", "truncate"]
 
 
 @dataclass(frozen=True)
@@ -85,4 +85,7 @@ def _find_unsupported(reply: ErrorReply, batch: RequestBatch, known: Known) -> F
         return "base64"
     if known.modality and not batch.has_images and reply.is_about("modality"):
         return "modality"
+    is_too_long = reply.tokens_and_limit is not None
+    if known.truncate == "NONE" and reply.is_about("truncate") and not is_too_long:
+        return "truncate"
     return None

@@ -2,14 +2,16 @@
 
 | form             | path           | documents     | scores        | servers                      |
 |------------------|----------------|---------------|---------------|------------------------------|
-| `EmbeddingsForm` | /v1/embeddings | texts, images |               | NIM, others of OpenAI's form |
+| `EmbeddingsForm` | /v1/embeddings | texts, images |               | NIM, NVIDIA's catalogue      |
+| with prefixes    | /v1/embeddings | texts         |               | vLLM, Ollama, OpenAI's form  |
 | `RankingForm`    | /v1/ranking    | texts, images | logits        | NIM, NVIDIA's catalogue      |
 | `CohereForm`     | /v1/rerank     | texts, images | probabilities | vLLM, others                 |
 | `TeiForm`        | /rerank        | texts         | logits        | text-embeddings-inference    |
 | `RootCohereForm` | /rerank        | texts, images | probabilities | infinity                     |
 
 Sources: NVIDIA's reference of `POST /v1/ranking` (Text Reranking NIM 2.0), vLLM's
-`entrypoints/pooling/score/protocol.py`, and text-embeddings-inference's `router/src/http/types.rs`.
+`score/protocol.py` and `embed/protocol.py` in `entrypoints/pooling` (0.33.0), and
+text-embeddings-inference's `router/src/http/types.rs`.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from typing import Literal
 
 from shared_engine import images
 from shared_engine.backend import Request, ScoreKind
-from shared_engine.documents import EmbeddingInput, Modality
+from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.endpoints import HOSTED_RANKING, is_hosted
 from shared_engine.errors import ConfigurationError, UnsupportedModalityError
 from shared_engine.nim import protocol
 from shared_engine.nim.protocol import Mask, Reply
+from shared_engine.options import Truncate
 from shared_engine.wire import INPUT_TYPE
 
 _WHITE = (  # a PNG of 64 x 64 pixels
@@ -51,6 +54,8 @@ class Known:
     """The `encoding_format` that the batch was sent with."""
     modality: Modality | None = None
     """The `modality` that the batch was sent with; None for none."""
+    truncate: Truncate | None = None
+    """The `truncate` that the batch was sent with; None for none."""
     is_accepted: bool | None = None
     """Whether the server accepts valid inputs of this modality; None if only a probe can show."""
 
@@ -64,6 +69,10 @@ class Form(ABC):
     """Path of a request, below the base URL."""
     score_kind: ScoreKind = "logit"
     """What its scores are."""
+    takes_images = True
+    """Whether the server takes images."""
+    prefixes: Mapping[Role, str] | None = None
+    """Prefix of a text in each role, added by the client; None if the server adds it."""
 
     def find_url(self, base_url: str, model: str) -> str:
         """Return the address of a request."""
@@ -72,6 +81,7 @@ class Form(ABC):
     def encode_input(
         self,
         document: EmbeddingInput,
+        role: Role = "document",
         allow_image_urls: bool = False,
         most_characters: int | None = None,
     ) -> bytes:
@@ -80,14 +90,20 @@ class Form(ABC):
         Opening and converting an image takes up to seconds.
 
         Args:
+            role: Its side of the search.
             allow_image_urls: Whether an image may be fetched over http(s).
             most_characters: The most characters of a data URL; larger images are reduced.
 
         Raises:
-            InputError: the image cannot be opened.
+            InputError: the image cannot be opened, or the server takes no images.
         """
+        if document.image is not None and not self.takes_images:
+            raise UnsupportedModalityError(
+                f"has an image, but the server takes only texts ({self.name}); use a NIM"
+            )
+        prefix = "" if self.prefixes is None else self.prefixes[role]
         if document.image is None:
-            return self.build_item(document.text or "", None)
+            return self.build_item(f"{prefix}{document.text or ''}", None)
         url = images.encode_data_url(document.image, allow_image_urls, most_characters)
         return self.build_item(None if document.modality == "image" else document.text, url)
 
@@ -124,22 +140,36 @@ class Form(ABC):
 
 
 class EmbeddingsForm(Form):
-    r"""`POST /v1/embeddings` of a NIM.
+    r"""`POST /v1/embeddings` of a NIM, or with the prefixes of texts, of other servers.
 
     >>> EmbeddingsForm().build_item("a\n", None)
     b'"a\\n"'
+    >>> prefixes = {"query": "query: ", "document": "passage: "}
+    >>> EmbeddingsForm(prefixes=prefixes).encode_input(EmbeddingInput("a"), "document")
+    b'"passage: a"'
     """
 
     path = "/embeddings"
 
-    def __init__(self, width: int = MOST_VALUES, user: str | None = None) -> None:
+    def __init__(
+        self,
+        width: int = MOST_VALUES,
+        user: str | None = None,
+        prefixes: Mapping[Role, str] | None = None,
+    ) -> None:
         """Create the form.
 
         Args:
             width: The most values of a full vector.
             user: Value of the field `user`.
+            prefixes: Prefixes that the client adds to texts, instead of `input_type`.
         """
-        self._width, self._user = width, user
+        self._width, self._user, self.prefixes = width, user, prefixes
+        self.takes_images = prefixes is None  # others embed the data URL as a text
+        self.name = "roles by input_type"
+        if prefixes is not None:
+            query, document = prefixes["query"], prefixes["document"]
+            self.name = f"prefixes by the client: {query!r}, {document!r}"
 
     def build_item(self, text: str | None, url: str | None) -> bytes:
         """See `Form.build_item`: the separator of text and image is that of NVIDIA's client."""
@@ -153,9 +183,9 @@ class EmbeddingsForm(Form):
         """See `Form.build_body`."""
         fields = {
             "model": model,
-            "input_type": INPUT_TYPE[request.role],
+            "input_type": INPUT_TYPE[request.role] if self.prefixes is None else None,
             "encoding_format": known.encoding,
-            "truncate": request.truncate,
+            "truncate": known.truncate,
             "dimensions": request.dimensions,
             "modality": known.modality,
             "user": self._user,
@@ -259,25 +289,15 @@ class TeiForm(Form):
 
     name = "/rerank of text-embeddings-inference"
     path = "/rerank"
+    takes_images = False
 
     def find_url(self, base_url: str, model: str) -> str:
         """See `Form.find_url`."""
         return base_url.removesuffix("/v1") + self.path
 
     def build_item(self, text: str | None, url: str | None) -> bytes:
-        """See `Form.build_item`.
-
-        Raises:
-            UnsupportedModalityError: an image, which this server does not take.
-        """
-        if url is not None:
-            raise UnsupportedModalityError(f"has an image; the server takes {self.name}: texts")
+        """See `Form.build_item`."""
         return dump(text)
-
-    @cached_property
-    def probes(self) -> Mapping[Modality, bytes]:
-        """A valid item of each modality."""
-        return {"text": self.build_item("?", None)}
 
     def build_body(
         self, request: Request, model: str, inputs: Sequence[bytes], known: Known

@@ -389,6 +389,18 @@ def _find_target(response: httpx.Response) -> str:
     return f"{url.scheme}://{url.netloc.decode()}" if url.host else "another path"
 
 
+def is_nim(response: httpx.Response) -> bool:
+    """Return whether the reply to `GET /v1/metadata` is that of a NIM or of `nemoretriever serve`.
+
+    >>> is_nim(httpx.Response(200, json={"version": "2.4.0", "modelInfo": [{"shortName": "m"}]}))
+    True
+    >>> is_nim(httpx.Response(404, json={"detail": "Not Found"}))
+    False
+    """
+    body = _load_json(response.content) if response.is_success else None
+    return isinstance(body, dict) and isinstance(body.get("modelInfo"), list)
+
+
 def list_models(response: httpx.Response) -> dict[str, str | None]:
     """Return the ids that `/v1/models` lists, each with its `root`; none for an invalid reply.
 

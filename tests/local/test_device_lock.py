@@ -68,13 +68,13 @@ def test_documents_get_a_step_after_some_steps_of_searches(lock):
     assert steps.join().index("documents") == 1 + SEARCHES_IN_A_ROW
 
 
-def test_a_step_of_documents_gives_way_in_its_pauses_but_not_for_ever(lock):
+def test_a_step_of_documents_yields_in_its_pauses_up_to_a_limit(lock):
     steps, arrived = Steps(lock), threading.Event()
 
     def pause() -> None:
         assert arrived.wait(30)
         for _ in range(3):
-            lock.give_way()
+            lock.yield_device()
         steps.order.append("end of documents")
 
     steps.start("documents", pause)

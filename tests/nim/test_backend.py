@@ -210,7 +210,8 @@ def test_the_served_name_is_found_at_first_use(
         engine.embed(["a"])
         engine.embed(["a"])
     assert [body["model"] for body in nim.bodies] == [sent, sent]
-    assert sum(request.method == "GET" for request in nim.requests) == 1
+    asked = [request.url.path for request in nim.requests if request.method == "GET"]
+    assert asked == ["/v1/models", "/v1/metadata"]
 
 
 @pytest.mark.parametrize(
@@ -384,7 +385,7 @@ def test_a_failed_request_fails_alone_if_later_ones_succeeded() -> None:
 
     nim = Nim()
     nim.client = lambda: httpx.AsyncClient(transport=httpx.MockTransport(reply))
-    one_by_one = nim.embedder(max_batch_size=1, concurrency=2)
+    one_by_one = nim.embedder(max_batch_size=1, concurrency=2, prefixes="server")
     with one_by_one as engine, pytest.raises(PartialResultError) as caught:
         engine.embed(["bad", *good])
     assert {row: type(error) for row, error in caught.value.errors.items()} == {0: ServerError}
@@ -706,7 +707,7 @@ def test_a_forked_child_opens_its_own_connections() -> None:
             good = np.allclose(engine.embed(TEXTS), expected, atol=1e-6)
             os._exit(0 if good else 1)
         assert os.waitpid(child, 0)[1] == 0
-        after = {request.connection for request in nim.seen[6:]}
+        after = {request.connection for request in nim.seen[7:]}
         assert after
         assert not after & before
         np.testing.assert_allclose(engine.embed(TEXTS), expected, atol=1e-6)

@@ -27,6 +27,7 @@ IMAGES = RequestBatch((4, 7), (b'"data:"', b'"data:"'), "image")
 
 SENT = Known("base64", "text")
 PLAIN = Known("float")
+WHOLE, CUT = Known("float", truncate="NONE"), Known("float", truncate="END")
 ACCEPTED = Known("float", is_accepted=True)
 REFUSED = Known("float", is_accepted=False)
 
@@ -54,6 +55,11 @@ TOO_MANY = "batch size 50 > maximum allowed 16"
         (refusal(400, "bad", "modality"), TWO, SENT, Resend("modality")),
         (refusal(400, "bad", "modality"), TWO, PLAIN, "request"),
         (refusal(400, "bad", "modality"), IMAGES, SENT, "request"),
+        (refusal(400, "Unrecognized arguments: truncate"), TWO, WHOLE, Resend("truncate")),
+        (refusal(422, "bad", "truncate"), IMAGES, WHOLE, Resend("truncate")),
+        (refusal(422, "bad", "truncate"), TWO, CUT, "request"),
+        (refusal(422, "bad", "truncate"), TWO, PLAIN, "request"),
+        (refusal(400, f"{TOO_LONG}; see truncate"), TWO, WHOLE, Isolate(None)),
         # Too large: halves, or the only input is at fault.
         (refusal(413), TWO, SENT, Split(by_count=False)),
         (refusal(422, TOO_LARGE), IMAGES, SENT, Split(by_count=False)),

@@ -49,7 +49,7 @@ def body_of(request: bytes) -> dict[str, Any]:
 
 def engine_for(server: RawServer, **options: Any) -> Embedder:
     given = {"model": MODEL, "base_url": server.url, "max_retries": 0, "timeout": 20.0, **options}
-    return Embedder(Options(**given))
+    return Embedder(Options(prefixes="server", **given))
 
 
 # Floods

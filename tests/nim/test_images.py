@@ -211,7 +211,7 @@ def test_images_are_fetched_only_if_allowed(
     with connected(allow_image_urls=allow_image_urls) as (nim, engine):
         with pytest.raises(ImageError):  # a loopback address is not the public internet
             engine.embed([EmbeddingInput(image=f"{nim.url}/cat.png")])
-        assert [request.path for request in nim.seen] == ["/v1/models"]
+        assert [request.path for request in nim.seen] == ["/v1/models", "/v1/metadata"]
         monkeypatch.setattr(images, "encode_data_url", fetched)
         engine.embed([EmbeddingInput(image="https://example.org/cat.png")])
     assert seen == [allow_image_urls]

@@ -129,6 +129,8 @@ class FaultyNim:
     async def _reply(self, writer: asyncio.StreamWriter, request: Seen) -> None:
         if request.path == "/v1/models":
             return await _send(writer, 200, {}, nim.write_models(self.models))
+        if request.path == "/v1/metadata":
+            return await _send(writer, 200, {}, nim.write_metadata())
         if request.path == "/v1/health/ready":
             return await _send(writer, 200 if self.ready else 503, {}, _json({"ready": self.ready}))
         body = request.body

@@ -82,6 +82,12 @@ def write_models(models: Iterable[str | Mapping[str, Any]]) -> bytes:
     return json.dumps({"object": "list", "data": rows}).encode()
 
 
+def write_metadata(model: str = MODEL) -> bytes:
+    """Return the body of `GET /v1/metadata`, which identifies a NIM."""
+    facts = {"version": "2.4.0", "modelInfo": [{"shortName": model, "modelUrl": ""}]}
+    return json.dumps(facts).encode()
+
+
 Answer = Callable[[httpx.Request, dict[str, Any]], httpx.Response | None]
 
 
@@ -106,6 +112,8 @@ class Nim:
         given = self._answer(request, body) if self._answer else None
         if given is not None:
             return given
+        if request.url.path.endswith("/metadata"):
+            return httpx.Response(200, content=write_metadata())
         if request.method == "GET":
             return httpx.Response(200, content=write_models(self._models))
         self.bodies.append(body)
