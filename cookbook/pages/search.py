@@ -70,7 +70,7 @@ class Found(NamedTuple):
     score: float
     passage: str
     before: int
-    """Its rank before the reranker; its rank where there is none."""
+    """Its rank in the search, before a reranker."""
 
 
 class Results(NamedTuple):
@@ -127,16 +127,16 @@ class Search:
         vector = self._embed(query, kind)
         if isinstance(vector, str):
             return Results([], kind, kinds, vector)
-        is_reranked = bool(self._reranker and query.words)
-        hits = self._index.search(vector, kind, CANDIDATES if is_reranked else TOP + 1)
+        reranker = self._reranker if query.words else None
+        hits = self._index.search(vector, kind, CANDIDATES if reranker else TOP + 1)
         found = [
             Found(*both, hit.score, hit.passage, rank)
             for rank, hit in enumerate(hits, 1)
             if (id_ := f"{hit.file}-{hit.number}") != query.like and (both := self.get_page(id_))
         ]
-        if self._reranker and query.words:
-            documents = [_document(each.page, kind, self._reranker) for each in found]
-            ranking = self._reranker.rank(query.words, documents, TOP)
+        if reranker:
+            documents = [_document(each.page, kind, reranker) for each in found]
+            ranking = reranker.rank(query.words, documents, TOP)
             best = [found[index] for index, _ in ranking]
             return Results(best, kind, kinds, notice, len(found))
         return Results(found[:TOP], kind, kinds, notice)
