@@ -185,6 +185,19 @@ def lookup(model: str | None) -> ModelSpec | None:
     return _BY_NAME.get(model.lower().removeprefix("nvidia/")) if model else None
 
 
+def suggest(model: str, task: Task) -> str:
+    """Return a hint on a model of the catalogue with a similar name; "" without one.
+
+    >>> suggest("nvidia/llama-nemotron-embed-1bv2", "embed")
+    "; did you mean 'nvidia/llama-nemotron-embed-1b-v2'?"
+    """
+    from difflib import get_close_matches  # imported only for a wrong name
+
+    names = [name for spec in CATALOGUE if spec.task == task for name in spec.names]
+    similar = get_close_matches(model, names, n=1, cutoff=0.8)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
+
+
 def report_task(name: str, task: Task) -> CheckpointError:
     """Return the error for a model whose task is not the wanted one."""
     if task == "rerank":

@@ -56,6 +56,8 @@ class Model(Generic[OptionsT]):
         except asyncio.CancelledError:  # here, as the loop may end before another task runs
             submitting.add_done_callback(_cancel_submitted)
             raise
+        finally:
+            del submitting  # as in `_unwrap`
         await wait_until_done(future)
         rows = result_of(future)
         try:

@@ -110,14 +110,14 @@ class Reranker(Model[RerankOptions]):
             Exception: as `score`.
         """
         _check_top_n(top_n)
-        return _rank(self.score(query, documents), top_n)
+        return rank_scores(self.score(query, documents), top_n)
 
     async def arank(
         self, query: str, documents: Documents, top_n: int | None = None
     ) -> list[RankedDocument]:
         """Return the documents by descending score without blocking the event loop; see `rank`."""
         _check_top_n(top_n)
-        return _rank(await self.ascore(query, documents), top_n)
+        return rank_scores(await self.ascore(query, documents), top_n)
 
     @property
     def score_kind(self) -> ScoreKind:
@@ -178,7 +178,12 @@ def _check_top_n(top_n: int | None) -> None:
         raise ConfigurationError(f"top_n={top_n}: must be at least 1; use None for all documents")
 
 
-def _rank(scores: NDArray[Any], top_n: int | None) -> list[RankedDocument]:
+def rank_scores(scores: NDArray[Any], top_n: int | None = None) -> list[RankedDocument]:
+    """Return scores (n,) by descending value; equal ones keep their order.
+
+    Args:
+        top_n: Number of documents to return; None returns all.
+    """
     import numpy as np
 
     order = np.argsort(-scores, kind="stable")[:top_n]

@@ -1,4 +1,4 @@
-"""`nemoretriever check`: test a local model or a server, and compare their vectors."""
+"""`nemoretriever check`: test a local model or a server, and compare their vectors or scores."""
 
 from __future__ import annotations
 
@@ -7,38 +7,60 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from pydantic import SecretStr
 
 from shared_engine import images
 from shared_engine._version import __version__
-from shared_engine.catalogue import lookup, require_hosted
+from shared_engine.backend import ScoreKind
+from shared_engine.catalogue import Task, lookup, require_hosted
 from shared_engine.cli.options import (
     LOCAL,
     add_key,
     add_log_level,
     add_options,
+    add_reranker,
     add_served_name,
     read_options,
+    read_reranker,
 )
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.endpoints import is_hosted, normalize_url, read_key
-from shared_engine.errors import NeMoRetrieverError
-from shared_engine.options import Options
+from shared_engine.errors import ConfigurationError, NeMoRetrieverError
+from shared_engine.options import Options, RerankOptions
+from shared_engine.reranker import Reranker
 
 if TYPE_CHECKING:  # every command imports this module
     import numpy as np
     from numpy.typing import NDArray
 
+    from shared_engine.local.reference import Reference
+
 MIN_COSINE = 0.999
 """Least cosine between the vectors of two engines that may share an index. The same weights in
 bfloat16 and float32 are closer; other weights, prefixes or pooling are not."""
 
-Vectors: TypeAlias = "dict[str, NDArray[np.float32]]"
-"""The vectors of the samples: of "query", "document" and, if the model takes images, "image"."""
+MAX_DIFFERENCE: Mapping[ScoreKind, float] = {"logit": 0.25, "probability": 0.0625}
+"""Most difference between the scores of two engines that may share a threshold: a quarter of a
+logit changes a probability by at most 0.0625."""
+
+Values: TypeAlias = "dict[str, NDArray[np.float32]]"
+"""The vectors (n, d) or scores (n,) of the samples: of "query" (vectors only), "document" and, if
+the model takes images, "image"."""
+
+Compute: TypeAlias = "Callable[[str, list[EmbeddingInput]], NDArray[np.float32]]"
+
+
+class Measured(NamedTuple):
+    """What an engine computed of the samples."""
+
+    kind: ScoreKind | Literal["vector"]
+    values: Values
+
 
 _SAMPLES: dict[Role, list[str]] = {
     "query": [
@@ -59,16 +81,17 @@ _SAMPLES: dict[Role, list[str]] = {
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `check` to the command line."""
     verb = commands.add_parser(
-        "check", help="test a local model or a server, and compare their vectors"
+        "check", help="test a local model or a server, and compare their vectors or scores"
     )
     add_options(verb, LOCAL)
+    add_reranker(verb)
     add_served_name(verb)
     add_key(verb)
     verb.add_argument(
         "--base-url",
         metavar="URL",
-        help="Server to check. With --model or --checkpoint its vectors are compared with the "
-        "local model's. Default: NVIDIA_BASE_URL.",
+        help="Server to check. With --model, --checkpoint or --rerank-model its vectors or scores "
+        "are compared with the local model's. Default: NVIDIA_BASE_URL.",
     )
     verb.add_argument(
         "--reference",
@@ -84,9 +107,15 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run(args: argparse.Namespace) -> int:
     """Check the local model, the server, or both."""
     base_url = args.base_url or os.environ.get("NVIDIA_BASE_URL")
-    is_local = not base_url or args.model or args.checkpoint or args.reference
+    local: Options | RerankOptions | None = read_reranker(args)
+    if local and (args.model or args.checkpoint or args.revision):
+        raise ConfigurationError(
+            "--rerank-model: expected no option of an embedding model with it; check one at a time"
+        )
+    if not local and (not base_url or args.model or args.checkpoint or args.reference):
+        local = read_options(args, LOCAL, backend="local")
     same = check(
-        read_options(args, LOCAL, backend="local") if is_local else None,
+        local,
         base_url,
         served_name=args.served_name,
         api_key=read_key(args.api_key_env),
@@ -97,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(
-    local: Options | None,
+    local: Options | RerankOptions | None,
     base_url: str | None,
     *,
     served_name: str | None = None,
@@ -105,10 +134,10 @@ def check(
     prefixes: Literal["auto", "server"] | dict[Role, str] = "auto",
     reference: bool = False,
 ) -> bool:
-    """Print what runs locally and what a server returns, and compare the vectors.
+    """Print what runs locally and what a server returns, and compare the vectors or scores.
 
     Args:
-        local: Options of the local model; None checks only the server.
+        local: Options of the local model; None checks only the embeddings of the server.
         base_url: Address of the server; None checks only the local model.
         served_name: Name of the model on the server.
         api_key: Key for the server.
@@ -116,26 +145,32 @@ def check(
         reference: Compare the local model with transformers' own classes, too.
 
     Returns:
-        Whether everything works and all vectors are interchangeable.
+        Whether everything works and all vectors or scores are interchangeable.
 
     Raises:
         ConfigurationError: the hosted catalogue no longer runs the model, or no model is named.
     """
     base_url = base_url and normalize_url(base_url)
     if base_url and is_hosted(base_url):
-        require_hosted(served_name or (local.model if local else None))
+        require_hosted(
+            served_name or (local.model if local else None), local.task if local else "embed"
+        )
     print(f"nemoretriever {__version__}, Python {platform.python_version()}, {_torch_version()}")
     expected = None if local is None else _measure("local", local)
     works = local is None or expected is not None
     if base_url:
         _probe(base_url)
         key = SecretStr(api_key) if api_key else None
-        options = Options(base_url=base_url, api_key=key, max_retries=1, prefixes=prefixes)
+        options: Options | RerankOptions
+        if isinstance(local, RerankOptions):
+            options = RerankOptions(base_url=base_url, api_key=key, max_retries=1)
+        else:
+            options = Options(base_url=base_url, api_key=key, max_retries=1, prefixes=prefixes)
         if name := served_name or _find_name(local, options):
             options = options.replace(model=name)
         # A server may serve only the text part of a model under a name of its own.
         is_known = options.model is None or lookup(options.model) is not None
-        has_images = "image" in expected if expected else is_known
+        has_images = "image" in expected.values if expected else is_known
         found = _measure("server", options, has_images)
         works = works and found is not None
         if expected and found:
@@ -145,39 +180,66 @@ def check(
     return works
 
 
-def _measure(place: str, options: Options, has_images: bool = True) -> Vectors | None:
-    """Embed the samples, with images if the model takes them; print description and times."""
+def _measure(
+    place: str, options: Options | RerankOptions, has_images: bool = True
+) -> Measured | None:
+    """Compute the samples, with images if the model takes them; print description and times."""
     started = time.perf_counter()
     try:
-        with Embedder(options) as embedder:
-            found: Vectors = {role: embedder.embed(texts, role) for role, texts in _SAMPLES.items()}
-            if has_images and "image" in embedder.modalities:
-                found["image"] = embedder.embed(_image_samples())
+        with _open(options) as model:
+            samples = _list_samples(options.task, has_images and "image" in model.modalities)
+            compute = _choose_method(model)
+            found = {name: compute(name, documents) for name, documents in samples.items()}
             first = time.perf_counter() - started
-            seconds = [_time_query(embedder) for _ in range(9)]
-            print(f"{place}: {embedder.description}")
+            seconds = [_time_text(compute) for _ in range(9)]
+            kind = model.score_kind if isinstance(model, Reranker) else "vector"
+            width = (
+                "" if found["document"].ndim == 1 else f"{found['document'].shape[1]} values per "
+            )
+            print(f"{place}: {model.description}")
             print(
-                f"{'':{len(place)}}  {found['query'].shape[1]} values per vector; ready after "
-                f"{first:.1f} s; a query takes {1000 * statistics.median(seconds):.1f} ms"
+                f"{'':{len(place)}}  {width}{kind}; ready after {first:.1f} s; a short text takes "
+                f"{1000 * statistics.median(seconds):.1f} ms"
             )
     except NeMoRetrieverError as exc:
         print(f"{place}: does not work: {type(exc).__name__}: {exc}")
         return None
-    return found
+    return Measured(kind, found)
 
 
-def _image_samples() -> list[EmbeddingInput]:
-    disc = images.draw_sample()
-    return [EmbeddingInput(image=disc), EmbeddingInput("A disc that fades to its rim.", disc)]
+def _open(options: Options | RerankOptions) -> Embedder | Reranker:
+    return Embedder(options) if isinstance(options, Options) else Reranker(options)
 
 
-def _time_query(embedder: Embedder) -> float:
+def _list_samples(task: Task, has_images: bool) -> dict[str, list[EmbeddingInput]]:
+    samples: dict[str, list[EmbeddingInput]] = {
+        name: [EmbeddingInput(text) for text in texts] for name, texts in _SAMPLES.items()
+    }
+    if task == "rerank":
+        del samples["query"]  # `_choose_method` has one
+    if has_images:
+        disc = images.draw_sample()
+        pair = EmbeddingInput("A disc that fades to its rim.", disc)
+        samples["image"] = [EmbeddingInput(image=disc), pair]
+    return samples
+
+
+def _choose_method(model: Embedder | Reranker | Reference) -> Compute:
+    """Return a function of a sample's name and documents: their vectors, or scores for a query."""
+    if isinstance(model, Reranker) or (not isinstance(model, Embedder) and model.is_reranker):
+        return lambda _, documents: model.score(_SAMPLES["query"][0], documents)
+    return lambda name, documents: model.embed(
+        documents, "query" if name == "query" else "document"
+    )
+
+
+def _time_text(compute: Compute) -> float:
     started = time.perf_counter()
-    embedder.embed(_SAMPLES["query"][:1], "query")
+    compute("query", [EmbeddingInput(_SAMPLES["query"][0])])
     return time.perf_counter() - started
 
 
-def _compute_reference(options: Options, expected: Vectors) -> Vectors:
+def _compute_reference(options: Options | RerankOptions, expected: Measured) -> Measured:
     """Compute the samples with transformers' classes.
 
     Raises:
@@ -185,40 +247,46 @@ def _compute_reference(options: Options, expected: Vectors) -> Vectors:
     """
     from shared_engine.local.reference import Reference  # imports torch
 
-    reference = Reference(options)
-    found: Vectors = {
-        role: reference.embed([EmbeddingInput(text) for text in texts], role)
-        for role, texts in _SAMPLES.items()
-    }
-    if "image" in expected:
-        found["image"] = reference.embed(_image_samples(), "document")
-    return found
+    compute = _choose_method(Reference(options))
+    samples = _list_samples(options.task, "image" in expected.values)
+    return Measured(expected.kind, {name: compute(name, each) for name, each in samples.items()})
 
 
-def _compare(local: Vectors, other_name: str, other: Vectors) -> bool:
-    """Print how close two sets of vectors are; return whether they are interchangeable."""
-    worst = 1.0
-    for name, mine in local.items():
-        if (theirs := other.get(name)) is None:
-            print(f"local and {other_name}: not interchangeable: only the local model takes images")
+def _compare(local: Measured, other_name: str, other: Measured) -> bool:
+    """Print how close two sets of values are; return whether they are interchangeable."""
+    import numpy as np
+
+    pair = f"local and {other_name}"
+    kind = "probability" if "probability" in (local.kind, other.kind) else local.kind
+    closest: list[float] = []
+    for name, mine in local.values.items():
+        if (theirs := other.values.get(name)) is None:
+            print(f"{pair}: not interchangeable: only the local model takes images")
             return False
         if mine.shape != theirs.shape:
             print(
-                f"local and {other_name}: not interchangeable: {mine.shape[1]} and "
-                f"{theirs.shape[1]} values per vector"
+                f"{pair}: not interchangeable: {mine.shape[1]} and {theirs.shape[1]} values per "
+                "vector"
             )
             return False
-        cosines = (mine * theirs).sum(axis=1)
-        worst = min(worst, float(cosines.min()))
-        print(
-            f"{name}: cosine {cosines.min():.7f} to {cosines.max():.7f}, "
-            f"largest difference {abs(mine - theirs).max():.1e}"
-        )
-    same = worst >= MIN_COSINE
-    print(
-        f"local and {other_name}: {'' if same else 'not '}interchangeable: smallest cosine "
-        f"{worst:.7f}, required {MIN_COSINE}"
-    )
+        if kind == "vector":
+            cosines = (mine * theirs).sum(axis=1)
+            closest.append(float(cosines.min()))
+            print(
+                f"{name}: cosine {cosines.min():.7f} to {cosines.max():.7f}, "
+                f"largest difference {abs(mine - theirs).max():.1e}"
+            )
+        else:
+            scores = mine if local.kind == kind else 1 / (1 + np.exp(-mine))
+            closest.append(float(abs(scores - theirs).max()))
+            print(f"{name}: largest difference of a {kind} {closest[-1]:.1e}")
+    if kind == "vector":
+        same = min(closest) >= MIN_COSINE
+        reason = f"smallest cosine {min(closest):.7f}, required {MIN_COSINE}"
+    else:
+        same = max(closest) <= MAX_DIFFERENCE[kind]
+        reason = f"largest difference {max(closest):.1e}, allowed {MAX_DIFFERENCE[kind]}"
+    print(f"{pair}: {'' if same else 'not '}interchangeable: {reason}")
     return same
 
 
@@ -237,14 +305,16 @@ def _probe(base_url: str) -> None:
         print(f"{base_url}/{path}: {response.status_code} {' '.join(start.split())[:300]}")
 
 
-def _find_name(local: Options | None, remote: Options) -> str | None:
+def _find_name(
+    local: Options | RerankOptions | None, remote: Options | RerankOptions
+) -> str | None:
     """Return the name of the model on a server; None for the options' default."""
     name = local.model if local else None
     if name and lookup(name):
         return name
     try:
-        with Embedder(remote) as embedder:
-            listed = embedder.list_models()
+        with _open(remote) as model:
+            listed = model.list_models()
     except NeMoRetrieverError:
         return name
     return listed[0].id if len(listed) == 1 else name  # a catalogue lists many

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
@@ -47,9 +48,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports invalid usage in one line, instead of all usage, and names a misspelt option."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self._refuse_misspelt(unknown)
+        return found, unknown
+
+    def _refuse_misspelt(self, unknown: list[str]) -> None:
+        from difflib import get_close_matches  # imported only for a wrong option
+
+        options = [option for action in self._actions for option in action.option_strings]
+        for word in unknown:
+            name = word.partition("=")[0]
+            if similar := name.startswith("--") and get_close_matches(name, options, n=1):
+                self.error(f"unknown option {name}; did you mean {similar[0]}?")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each sets `run`, called with the parsed arguments."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nemoretriever",
         description="NVIDIA NeMo Retriever embeddings.",
         epilog=_EPILOG,

@@ -1,4 +1,4 @@
-"""The engine's options as command-line arguments, made from `Options`."""
+"""The engine's options as command-line arguments, made from `Options` and `RerankOptions`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from shared_engine.options import Options
+from shared_engine.errors import ConfigurationError
+from shared_engine.options import Options, RerankOptions
 
-LOCAL = (
-    "model", "checkpoint", "revision", "device", "dtype", "max_tokens", "max_tiles",
-    "max_batch_tokens",
-)  # fmt: skip
+SHARED = ("device", "dtype", "max_tokens", "max_tiles", "max_batch_tokens")
+"""Options of all models of a process."""
+LOCAL = ("model", "checkpoint", "revision", *SHARED)
 """Options of a model in this process."""
 VECTORS = ("dimensions", "embedding_type", "truncate")
 """Options of the returned vectors."""
@@ -56,6 +56,36 @@ def _parse_json(text: str) -> Any:
     return json.loads(text) if text.startswith("{") else text
 
 
+def add_reranker(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a reranker; the options of `SHARED` are for it, too."""
+    parser.add_argument(
+        "--rerank-model",
+        metavar="MODEL",
+        help="Reranker: a name or alias of the catalogue, a Hugging Face id, or a folder. "
+        "--device, --dtype and the --max options of a model are for it, too. Without --model and "
+        "--checkpoint there is no embedding model.",
+    )
+    parser.add_argument(
+        "--rerank-checkpoint",
+        metavar="FOLDER",
+        help="Local folder or Hugging Face id of its weights, if different from --rerank-model.",
+    )
+
+
+def read_reranker(args: argparse.Namespace) -> RerankOptions | None:
+    """Return the options of the reranker in this process; None if none was asked for.
+
+    Raises:
+        ConfigurationError: `--rerank-checkpoint` without `--rerank-model`.
+    """
+    if args.rerank_model is None:
+        if args.rerank_checkpoint is not None:
+            raise ConfigurationError("--rerank-checkpoint: expected --rerank-model with it")
+        return None
+    given = {"model": args.rerank_model, "checkpoint": args.rerank_checkpoint}
+    return RerankOptions(**given, **_find_given(args, SHARED), backend="local")
+
+
 def add_key(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names the environment variable with the API key."""
     parser.add_argument(
@@ -82,6 +112,9 @@ def add_log_level(parser: argparse.ArgumentParser, default: str) -> None:
 
 def read_options(args: argparse.Namespace, names: Iterable[str], **more: Any) -> Options:
     """Return the options of these names that were given, with `more` added."""
+    return Options(**_find_given(args, names), **more)
+
+
+def _find_given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     values = {name: getattr(args, name) for name in names}
-    given = {name: value for name, value in values.items() if value is not None}
-    return Options(**given, **more)
+    return {name: value for name, value in values.items() if value is not None}

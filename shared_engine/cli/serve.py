@@ -1,4 +1,4 @@
-"""`nemoretriever serve`: serve a model over HTTP with the API of a NIM."""
+"""`nemoretriever serve`: serve models over HTTP with the API of a NIM."""
 
 from __future__ import annotations
 
@@ -10,18 +10,35 @@ from shared_engine.cli.options import (
     add_key,
     add_log_level,
     add_options,
+    add_reranker,
     add_served_name,
     read_options,
+    read_reranker,
 )
 from shared_engine.endpoints import read_key
+from shared_engine.errors import ConfigurationError
 from shared_engine.server.limits import ServerLimits
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `serve` to the command line."""
-    verb = commands.add_parser("serve", help="serve a model over HTTP with the API of a NIM")
+    verb = commands.add_parser(
+        "serve",
+        help="serve models over HTTP with the API of a NIM",
+        epilog="examples:\n"
+        "  nemoretriever serve nvidia/llama-nemotron-embed-1b-v2 --port 8000\n"
+        "  nemoretriever serve /folder --rerank-model nvidia/llama-nemotron-rerank-1b-v2\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("name", nargs="?", metavar="MODEL", help="The same as --model MODEL.")
     add_options(verb, LOCAL)
     add_served_name(verb)
+    add_reranker(verb)
+    verb.add_argument(
+        "--rerank-served-name",
+        metavar="NAME",
+        help="Name of the reranker on the server. Default: that of --rerank-model.",
+    )
     add_key(verb)
     verb.add_argument(
         "--host",
@@ -73,8 +90,14 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve a model until a signal comes, then finish the accepted requests."""
-    options = read_options(args, LOCAL, backend="local")
+    """Serve models until a signal comes, then finish the accepted requests."""
+    if args.name is not None:
+        if args.model is not None:
+            raise ConfigurationError(f"--model {args.model}: the model is given twice, {args.name}")
+        args.model = args.name
+    rerank_options = read_reranker(args)
+    has_embedder = rerank_options is None or args.model or args.checkpoint or args.revision
+    options = read_options(args, LOCAL, backend="local") if has_embedder else None
     limits = ServerLimits(
         **{limit.name: getattr(args, limit.name) for limit in fields(ServerLimits)}
     )
@@ -84,7 +107,9 @@ def run(args: argparse.Namespace) -> int:
 
         settings = Replicas(
             options=options,
+            rerank_options=rerank_options,
             served_name=args.served_name,
+            rerank_served_name=args.rerank_served_name,
             allowed_hosts=tuple(args.allowed_host),
             limits=limits,
             default_input_type=args.default_input_type,
@@ -100,9 +125,11 @@ def run(args: argparse.Namespace) -> int:
 
     is_loaded = serve(
         options,
+        rerank_options=rerank_options,
         host=args.host,
         port=args.port,
         served_name=args.served_name,
+        rerank_served_name=args.rerank_served_name,
         api_key=key,
         limits=limits,
         allowed_hosts=args.allowed_host,

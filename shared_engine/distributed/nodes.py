@@ -15,7 +15,7 @@ from typing import Any
 
 from shared_engine._lazy import needs_extra
 from shared_engine.errors import ConfigurationError
-from shared_engine.options import Options
+from shared_engine.options import EngineOptions
 from shared_engine.routing import select_backend
 
 _log = logging.getLogger("shared_engine")
@@ -84,7 +84,7 @@ class Share:
 
 
 def find_share(
-    options: Options,
+    options: EngineOptions,
     count: int | None = None,
     *,
     cpus: float | None = None,

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from shared_engine.distributed.nodes import Share, connect, find_share, import_ray
 from shared_engine.endpoints import read_key
 from shared_engine.errors import ConfigurationError, EngineError
-from shared_engine.options import Options
+from shared_engine.options import Options, RerankOptions
 from shared_engine.server.limits import ServerLimits
 
 _log = logging.getLogger("shared_engine")
@@ -36,12 +36,15 @@ DRAIN_SECONDS = 120.0
 
 
 class Replicas(BaseModel):
-    """The model to serve, the number of replicas, and the share of a node for each."""
+    """The models to serve, the number of replicas, and the share of a node for each."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    options: Options = Field(default_factory=Options)
+    options: Options | None = None
+    """None with `rerank_options` serves no embedding model, else the default one."""
+    rerank_options: RerankOptions | None = None
     served_name: str | None = None
+    rerank_served_name: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     limits: ServerLimits = ServerLimits()
     default_input_type: Literal["query", "passage"] | None = None
@@ -73,7 +76,7 @@ def build(settings: Replicas | Mapping[str, Any]) -> Any:
             f"max_replicas={settings.max_replicas}: must be at least replicas={settings.replicas}"
         )
     _, share = find_share(
-        settings.options,
+        settings.options or settings.rerank_options or Options(),
         settings.replicas,
         cpus=settings.cpus_per_replica,
         gpus=settings.gpus_per_replica,
@@ -110,7 +113,9 @@ def _create_app(settings: Replicas) -> Any:
     failures: list[Exception] = []
     app = create_app(
         settings.options,
+        rerank_options=settings.rerank_options,
         served_name=settings.served_name,
+        rerank_served_name=settings.rerank_served_name,
         api_key=read_key(settings.api_key_env),
         limits=settings.limits,
         allowed_hosts=settings.allowed_hosts,

@@ -10,7 +10,14 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shared_engine.catalogue import DEFAULT_MODEL, DEFAULT_MODELS, ModelSpec, lookup, report_task
+from shared_engine.catalogue import (
+    DEFAULT_MODEL,
+    DEFAULT_MODELS,
+    ModelSpec,
+    lookup,
+    report_task,
+    suggest,
+)
 from shared_engine.documents import Role
 from shared_engine.errors import CheckpointError, first_line
 from shared_engine.local.config import (
@@ -171,13 +178,14 @@ def _locate(model: str, options: EngineOptions, spec: ModelSpec | None) -> Path:
     if source.count("/") != 1 or source.startswith((".", "~", "/")):
         raise CheckpointError(
             f"{source!r} is not a local folder, a model of the catalogue, or a Hugging Face id "
-            "(organisation/name)"
+            f"(organisation/name){suggest(model, options.task)}"
         )
     revision = options.revision or (spec.revision if spec and not options.checkpoint else None)
-    return _download(source, revision)
+    hint = suggest(model, options.task) if spec is None else ""
+    return _download(source, revision, hint)
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, hint: str = "") -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     cached = _find_cached(repo_id, revision)
@@ -193,7 +201,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"cannot download {repo_id!r} (revision {revision or 'main'}) from Hugging Face: "
             f"{first_line(exc)}; check the name and HF_TOKEN, or pass a local folder: "
-            "checkpoint='/path/to/folder'"
+            f"checkpoint='/path/to/folder'{hint}"
         ) from exc
 
 

@@ -1,4 +1,4 @@
-"""Vectors computed by transformers' own classes, for `nemoretriever check --reference`.
+"""Vectors and scores computed by transformers' own classes, for `nemoretriever check --reference`.
 
 The engine has a forward pass of its own, because transformers pads batches, needs remote code for
 these checkpoints, and accepts configurations that it does not compute. Here its stock `LlamaModel`
@@ -24,10 +24,12 @@ from shared_engine._lazy import needs_extra
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.local.checkpoint import Checkpoint, resolve, weight_files
 from shared_engine.local.weights import common_name, is_unused
-from shared_engine.options import Options
+from shared_engine.options import EngineOptions
 
 _NAMED = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype")
 """Fields of a config that name a class or a dtype."""
+_HEAD = "score.weight"
+"""Name of the tensor (1, hidden) that turns a mean into a score."""
 _PARTS = {
     "mlp1.0.": "multi_modal_projector.layer_norm.",
     "mlp1.1.": "multi_modal_projector.linear_1.",
@@ -40,7 +42,7 @@ _PARTS = {
 class Reference:
     """A checkpoint in transformers' classes, on the CPU in float32."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: EngineOptions) -> None:
         """Load the checkpoint.
 
         Raises:
@@ -54,18 +56,42 @@ class Reference:
         with needs_extra("local"):
             self._model = _create(config)
         # Raises for missing or unexpected tensors.
-        self._model.load_state_dict(_read_weights(self._checkpoint))
+        weights = _read_weights(self._checkpoint)
+        self._head = weights.pop(_HEAD) if self.is_reranker else None
+        self._model.load_state_dict(weights)
         self._model.train(False)
+
+    @property
+    def is_reranker(self) -> bool:
+        """Whether it has scores, not vectors."""
+        return self._checkpoint.scoring is not None
+
+    @torch.inference_mode()
+    def score(self, query: str, documents: Sequence[EmbeddingInput]) -> NDArray[np.float32]:
+        """Return the logits of documents, (n,) float32."""
+        scoring = self._checkpoint.scoring
+        assert scoring is not None
+        assert self._head is not None
+        before = f"{scoring.before_query}{query}{scoring.before_document}"
+        means = torch.stack([self._compute(document, "", before) for document in documents])
+        return (means @ self._head[0] / scoring.temperature).numpy()
 
     @torch.inference_mode()
     def embed(self, documents: Sequence[EmbeddingInput], role: Role) -> NDArray[np.float32]:
         """Return vectors of full size and unit length, (n, hidden) float32."""
-        means = [self._compute(document, role) for document in documents]
+        prompt = self._checkpoint.prompts[role]
+        means = [self._compute(document, prompt) for document in documents]
         return torch.nn.functional.normalize(torch.stack(means), dim=-1).numpy()
 
-    def _compute(self, document: EmbeddingInput, role: Role) -> torch.Tensor:
-        """Return the mean of the last hidden states, (hidden,)."""
-        prompt, inputs = self._checkpoint.prompts[role], dict[str, Any]()
+    def _compute(self, document: EmbeddingInput, prompt: str, before: str = "") -> torch.Tensor:
+        """Return the mean of the last hidden states, (hidden,).
+
+        Args:
+            document: The input.
+            prompt: The text before an image.
+            before: The text between an image and the text.
+        """
+        inputs: dict[str, Any] = {}
         vision = self._checkpoint.vision
         if document.image is not None and vision is not None:
             tiles = images.cut_tiles(document.image, vision.max_tiles, vision.tile_size)
@@ -73,7 +99,7 @@ class Reference:
             inputs["pixel_values"] = pixels / 127.5 - 1
             context = "<IMG_CONTEXT>" * (vision.tokens_per_tile * len(tiles))
             prompt += f"<img>{context}</img> "
-        ids = torch.tensor([self._tokenizer.encode(prompt + (document.text or "")).ids])
+        ids = torch.tensor([self._tokenizer.encode(prompt + before + (document.text or "")).ids])
         mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1])  # additive: every token attends to all
         states = self._model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
         mean: torch.Tensor = states.last_hidden_state[0].mean(dim=0)

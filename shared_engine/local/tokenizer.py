@@ -123,11 +123,15 @@ class TextTokenizer:
         Raises:
             InputTooLongError: it does.
         """
-        tokens = len(self._tokenizer.encode(self._prompt_of(query)).ids)
+        assert self._scoring is not None
+        rest = query + self._scoring.before_document
+        ((ids, is_whole),) = self._encode(self._scoring.before_query, [rest], self.limit, "NONE")
+        tokens = len(ids)
         if tokens >= self.limit:
+            over = "" if is_whole else "over "
             raise InputTooLongError(
-                f"the query has {tokens} tokens with its prompt; expected less than {self.limit}, "
-                "the limit of query and document together; use a shorter query",
+                f"the query has {over}{tokens} tokens with its prompt; expected less than "
+                f"{self.limit}, the limit of query and document together; use a shorter query",
                 tokens=tokens,
                 limit=self.limit,
             )

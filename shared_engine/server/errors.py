@@ -78,10 +78,15 @@ def refuse_field(
     return HTTPRefusal(400, "invalid_request", f"{where}: {message}", body)
 
 
-def refuse_for(error: NeMoRetrieverError) -> HTTPRefusal:
-    """Return the refusal for an error of the engine."""
+def refuse_for(error: NeMoRetrieverError, too_long_status: int = 400) -> HTTPRefusal:
+    """Return the refusal for an error of the engine.
+
+    Args:
+        error: The error.
+        too_long_status: Status of an input that is too long.
+    """
     if isinstance(error, PartialResultError) and error.errors:
-        return refuse_for(error.errors[min(error.errors)])
+        return refuse_for(error.errors[min(error.errors)], too_long_status)
     if isinstance(error, EngineClosedError):
         return refuse_for_now("the server is stopping")
     if not isinstance(error, InputError):
@@ -89,6 +94,7 @@ def refuse_for(error: NeMoRetrieverError) -> HTTPRefusal:
     status, kind = next(row[1:] for row in _INPUT_ERRORS if isinstance(error, row[0]))
     message = str(error)
     if isinstance(error, InputTooLongError):  # clients match this text
+        status = too_long_status
         message = f"Input length {error.tokens} exceeds maximum allowed token size {error.limit}"
     return refuse_input(error.index, message, status, kind)
 
@@ -100,9 +106,9 @@ def refuse_input(
     return HTTPRefusal(status, kind, message, build_error(message, index))
 
 
-def refuse_model(model: str) -> HTTPRefusal:
-    """Return the refusal of an unknown model."""
-    message = f"The model {shorten(model)!r} does not exist; see /v1/models"
+def refuse_model(model: str, place: str = "") -> HTTPRefusal:
+    """Return the refusal of an unknown model; `place` is where it is unknown."""
+    message = f"The model {shorten(model)!r} does not exist{place}; see /v1/models"
     body = {"object": "error", "message": message, "detail": {}, "type": "model_not_found"}
     return HTTPRefusal(404, "model_not_found", message, body)
 

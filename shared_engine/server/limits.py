@@ -19,7 +19,11 @@ class ServerLimits:
         "Largest body of a request in bytes; beyond it 413. All unanswered requests together may "
         "hold eight times as much; beyond that 429.",
     )
-    max_inputs: int = _limit(8192, "Most inputs in a request; beyond it 413.")
+    max_inputs: int = _limit(
+        8192,
+        "Most inputs in a request; beyond it 413. At most 512 at /v1/ranking and 1000 at "
+        "/v1/rerank.",
+    )
     max_images: int = _limit(256, "Most images in a request; beyond it 413.")
     max_image_bytes: int = _limit(25_000_000, "Largest image file in bytes; beyond it 413.")
     max_waiting: int = _limit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from shared_engine.backend import StepStats
+from shared_engine.catalogue import Task
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -18,27 +19,41 @@ class Metrics:
     """Metrics of one server, in a separate registry."""
 
     def __init__(
-        self, count_waiting: Callable[[], float], read_stats: Callable[[], StepStats | None]
+        self,
+        count_waiting: Callable[[], float],
+        read_stats: Callable[[], Mapping[Task, StepStats]],
     ) -> None:
+        """Create the metrics.
+
+        Args:
+            count_waiting: Returns the number of accepted inputs without an answer.
+            read_stats: Returns the counts of each model that is loaded, by its task.
+        """
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "nemoretriever_requests", "Answered POST /v1/embeddings.", ["status"], registry=registry
+            "nemoretriever_requests",
+            "Answered POST requests.",
+            ["path", "status"],
+            registry=registry,
         )
         self.errors = Counter(
             "nemoretriever_errors", "Requests answered with an error.", ["kind"], registry=registry
         )
         self.inputs = Counter(
-            "nemoretriever_inputs", "Embedded inputs.", ["input_type"], registry=registry
+            "nemoretriever_inputs",
+            "Computed inputs; those of a reranker have the input_type rerank.",
+            ["input_type"],
+            registry=registry,
         )
         self.modalities = Counter(
-            "nemoretriever_inputs_by_modality", "Embedded inputs.", ["modality"], registry=registry
+            "nemoretriever_inputs_by_modality", "Computed inputs.", ["modality"], registry=registry
         )
         self.tokens = Counter(
-            "nemoretriever_tokens", "Embedded tokens.", ["input_type"], registry=registry
+            "nemoretriever_tokens", "Computed tokens.", ["input_type"], registry=registry
         )
         self.seconds = Histogram(
             "nemoretriever_request_seconds",
-            "Seconds from the first byte of an embedded request to its complete response.",
+            "Seconds from the first byte of a computed request to its complete response.",
             ["input_type"],
             buckets=_SECONDS,
             registry=registry,
@@ -57,24 +72,27 @@ class Metrics:
 class _Steps(Collector):
     """Counts of the engine, read at each scrape."""
 
-    def __init__(self, read_stats: Callable[[], StepStats | None]) -> None:
+    def __init__(self, read_stats: Callable[[], Mapping[Task, StepStats]]) -> None:
         self._read_stats = read_stats
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._read_stats()
-        if stats is None:
-            return
-        yield CounterMetricFamily(
-            "nemoretriever_steps", "Forward passes; requests share them.", value=stats.steps
+        steps = CounterMetricFamily(
+            "nemoretriever_steps", "Forward passes; requests share them.", labels=["task"]
         )
-        yield CounterMetricFamily(
-            "nemoretriever_step_tokens", "Tokens of all steps.", value=stats.tokens
+        tokens = CounterMetricFamily(
+            "nemoretriever_step_tokens", "Tokens of all steps.", labels=["task"]
         )
-        yield GaugeMetricFamily(
-            "nemoretriever_step_tokens_max", "Tokens in a full step.", value=stats.max_batch_tokens
+        most = GaugeMetricFamily(
+            "nemoretriever_step_tokens_max", "Tokens in a full step.", labels=["task"]
         )
-        yield GaugeMetricFamily(
+        fill = GaugeMetricFamily(
             "nemoretriever_batch_fill_ratio",
             "Mean tokens of a step divided by the tokens of a full step, since the start.",
-            value=stats.tokens / max(1, stats.steps * stats.max_batch_tokens),
+            labels=["task"],
         )
+        for task, stats in self._read_stats().items():
+            steps.add_metric([task], stats.steps)
+            tokens.add_metric([task], stats.tokens)
+            most.add_metric([task], stats.max_batch_tokens)
+            fill.add_metric([task], stats.tokens / max(1, stats.steps * stats.max_batch_tokens))
+        yield from (steps, tokens, most, fill)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import uvicorn
 from starlette.types import ASGIApp
 
-from shared_engine.options import Options
+from shared_engine.options import Options, RerankOptions
 from shared_engine.server.access import check_hosts
 from shared_engine.server.app import create_app
 from shared_engine.server.connections import bound_connections
@@ -19,11 +19,13 @@ _log = logging.getLogger("shared_engine")
 
 
 def serve(
-    options: Options,
+    options: Options | None = None,
     *,
+    rerank_options: RerankOptions | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     served_name: str | None = None,
+    rerank_served_name: str | None = None,
     api_key: str | None = None,
     limits: ServerLimits | None = None,
     allowed_hosts: Sequence[str] = (),
@@ -31,18 +33,18 @@ def serve(
     log_level: str = "info",
     access_log: bool = False,
 ) -> bool:
-    """Serve a model until a signal stops it; accepted requests are finished.
+    """Serve models until a signal stops it; accepted requests are finished.
 
     Args:
-        options, served_name, api_key, limits, allowed_hosts, default_input_type: As for
-            `create_app`.
+        options, rerank_options, served_name, rerank_served_name, api_key, limits, allowed_hosts,
+            default_input_type: As for `create_app`.
         host: Interface to bind; its name is an allowed host.
         port: Port to bind; 0 for a free one.
         log_level: Log level of uvicorn.
         access_log: Whether to log each request.
 
     Returns:
-        False if the model could not be loaded; the reason is logged.
+        False if a model could not be loaded; the reason is logged.
 
     Raises:
         ConfigurationError: as `create_app`.
@@ -61,7 +63,9 @@ def serve(
         )
     app = create_app(
         options,
+        rerank_options=rerank_options,
         served_name=served_name,
+        rerank_served_name=rerank_served_name,
         api_key=api_key,
         limits=limits,
         allowed_hosts=(host, *check_hosts(allowed_hosts)),

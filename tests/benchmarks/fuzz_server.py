@@ -4,7 +4,9 @@
     python tests/benchmarks/fuzz_server.py --requests 2000 --seed 1
     python tests/benchmarks/fuzz_server.py --hostile 200  # large ones, made to take memory
 
-Half of the requests are valid, the others are broken in one of many ways; some clients hang up.
+The server has an embedding model and a reranker; a third of the requests each goes to
+/v1/embeddings, /v1/ranking and /v1/rerank. Half of them are valid, the others are broken in one of
+many ways; some clients hang up.
 Exit status 1 where a request got a 5xx or no reply within 30 s, or where the server's memory grew
 by more than `--growth` MB between the first tenth of the requests and the end.
 
@@ -35,8 +37,10 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.support.checkpoints import SHAPES, build_checkpoint
+from tests.support.rerankers import build_reranker
 
-NAME = "nvidia/tiny"
+NAME, RERANKER = "nvidia/tiny", "nvidia/tiny-rerank"
+PATHS = ("/embeddings", "/ranking", "/rerank")
 ALPHABET = "abc XYZ,.;'\"\\{}[]<|>\n\t\0é€東👍"
 CHOICES: dict[str, list[Any]] = {
     "input_type": ["query", "passage"],
@@ -73,7 +77,24 @@ def text(rng: random.Random) -> str:
     return "".join(rng.choices(ALPHABET, k=length))
 
 
-def valid(rng: random.Random) -> dict[str, Any]:
+def valid(rng: random.Random, path: str = "/embeddings") -> dict[str, Any]:
+    """Return a request that must be answered with vectors or scores."""
+    if path == "/embeddings":
+        return valid_embeddings(rng)
+    texts = [text(rng) for _ in range(rng.randint(1, 8))]
+    query = text(rng) + "?"
+    body: dict[str, Any] = {"model": RERANKER, "truncate": "END"}
+    if path == "/ranking":
+        return body | {"query": {"text": query}, "passages": [{"text": each} for each in texts]}
+    parts = [{"content": [{"type": "text", "text": each}]} for each in texts]
+    body |= {"query": query, "documents": texts if rng.random() < 0.7 else parts}
+    for name in ("top_n", "return_documents"):
+        if rng.random() < 0.3:
+            body[name] = {"top_n": 3, "return_documents": True}[name]
+    return body
+
+
+def valid_embeddings(rng: random.Random) -> dict[str, Any]:
     """Return a request that must be answered with vectors."""
     several = [text(rng) for _ in range(rng.randint(1, 8))]
     body: dict[str, Any] = {"model": NAME, "input": several if rng.random() < 0.7 else text(rng)}
@@ -88,16 +109,17 @@ def valid(rng: random.Random) -> dict[str, Any]:
     return body
 
 
-def junk_value(rng: random.Random) -> bytes:
+def junk_value(rng: random.Random, path: str) -> bytes:
     """Return a request with one field that cannot be."""
-    body = valid(rng)
-    body[rng.choice([*CHOICES, "model", "input"])] = rng.choice(JUNK)
+    body = valid(rng, path)
+    names = [*CHOICES, "input"] if path == "/embeddings" else list(body)
+    body[rng.choice([*names, "model"])] = rng.choice(JUNK)
     return json.dumps(body).encode()
 
 
-def junk_fields(rng: random.Random) -> bytes:
+def junk_fields(rng: random.Random, path: str) -> bytes:
     """Return a request with fields that nobody knows, or without some that it needs."""
-    body = valid(rng)
+    body = valid(rng, path)
     if rng.random() < 0.5:
         del body[rng.choice(list(body))]
     else:
@@ -105,9 +127,9 @@ def junk_fields(rng: random.Random) -> bytes:
     return json.dumps(body).encode()
 
 
-def torn(rng: random.Random) -> bytes:
+def torn(rng: random.Random, path: str) -> bytes:
     """Return a request with bytes missing, doubled or flipped."""
-    body = bytearray(json.dumps(valid(rng)).encode())
+    body = bytearray(json.dumps(valid(rng, path)).encode())
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(body))
         if rng.random() < 0.5:
@@ -118,32 +140,43 @@ def torn(rng: random.Random) -> bytes:
     return bytes(body)
 
 
-def nested(rng: random.Random) -> bytes:
+def nested(rng: random.Random, path: str) -> bytes:
     """Return JSON that is deep, or only brackets."""
     depth = rng.choice((10, 1000, 100_000))
     return b'{"input":' * depth if rng.random() < 0.5 else b"[" * depth + b"]" * depth
 
 
-def too_long(rng: random.Random) -> bytes:
+def too_long(rng: random.Random, path: str) -> bytes:
     """Return a request with a text over the limit, which may not be cut."""
-    body = {"model": NAME, "input": ["short", "word " * 3000], "input_type": "query"}
+    texts = ["short", "word " * 3000]
+    body: dict[str, Any] = {"model": NAME, "input": texts, "input_type": "query"}
+    if path == "/ranking":
+        passages = [{"text": each} for each in texts]
+        body = {"model": RERANKER, "query": {"text": "a"}, "passages": passages}
+    elif path == "/rerank":
+        body = {"model": RERANKER, "query": "a", "documents": texts}
     return json.dumps(body).encode()
 
 
-BROKEN: list[Callable[[random.Random], bytes]] = [
+BROKEN: list[Callable[[random.Random, str], bytes]] = [
     junk_value,
     junk_value,
     junk_fields,
     torn,
     nested,
     too_long,
-    lambda rng: rng.randbytes(rng.randrange(300)),
+    lambda rng, _: rng.randbytes(rng.randrange(300)),
 ]
 
 
 def _wrap(value: bytes, **fields: Any) -> bytes:
     head = json.dumps({"model": NAME, "input_type": "passage"} | fields).encode()
     return head[:-1] + b',"input":' + value + b"}"
+
+
+def _wrap_scores(value: bytes, **fields: Any) -> bytes:
+    head = json.dumps({"model": RERANKER, "query": {"text": "a"}, "truncate": "END"} | fields)
+    return head[:-1].encode() + b',"passages":' + value + b"}"
 
 
 MOST = 60 * 2**20
@@ -173,22 +206,42 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "data URLs": lambda: _wrap(b'"data:image/png;base64,' + b"A" * MOST + b'"'),
 }
 """What a body of the most bytes may hold to take more."""
+HOSTILE_RANKING: dict[str, Callable[[], bytes]] = {
+    "a passage": lambda: _wrap_scores(b'[{"text":"' + b"word " * (MOST // 5) + b'"}]'),
+    "a query": lambda: _wrap_scores(b'[{"text":"a"}]', query={"text": "word " * (MOST // 5)}),
+    "a query of spaces": lambda: _wrap_scores(
+        b"[" + b",".join([b'{"text":"a"}'] * 512) + b"]", query={"text": "a" + " " * MOST}
+    ),
+    "long passages": lambda: _wrap_scores(
+        b"[" + b",".join([b'{"text":"' + b"word " * (MOST // 5 // 64) + b'"}'] * 64) + b"]"
+    ),
+    "no passages": lambda: _wrap_scores(b"[" + b",".join([b"{}"] * (MOST // 3)) + b"]"),
+    "short passages": lambda: _wrap_scores(
+        b"[" + b",".join([b'{"text":""}'] * (MOST // 12)) + b"]"
+    ),
+    "an image": lambda: _wrap_scores(b'[{"image":"data:image/png;base64,' + b"A" * MOST + b'"}]'),
+}
+"""The same for /v1/ranking."""
 
 
 async def attack(base: str, process: psutil.Process, requests: int, at_once: int) -> int:
     """Send hostile requests, print what each kind took; return how many were answered with 5xx."""
     faults = 0
-    each = -(-requests // len(HOSTILE))
+    kinds = [("/embeddings", *item) for item in HOSTILE.items()]
+    kinds += [("/ranking", *item) for item in HOSTILE_RANKING.items()]
+    each = -(-requests // len(kinds))
     async with httpx.AsyncClient(base_url=base, timeout=600) as client:
-        for kind, make in HOSTILE.items():
+        for path, kind, make in kinds:
             content, turns = make(), asyncio.Semaphore(at_once)
             taken: list[float] = []
 
-            async def send(content: bytes = content, turns: Any = turns, taken: Any = taken) -> int:
+            async def send(
+                path: str = path, content: bytes = content, turns: Any = turns, taken: Any = taken
+            ) -> int:
                 async with turns:
                     started = time.perf_counter()
                     headers = {"Content-Type": "application/json"}
-                    response = await client.post("/embeddings", content=content, headers=headers)
+                    response = await client.post(path, content=content, headers=headers)
                     taken.append(time.perf_counter() - started)
                     return response.status_code
 
@@ -230,20 +283,20 @@ class Fuzz:
         for number in numbers:
             if number % (self.requests // 10 or 1) == 0:
                 self.memory.append(self.process.memory_info().rss / 2**20)
-            kind = self.rng.random()
+            kind, to = self.rng.random(), self.rng.choice(PATHS)
             started = time.perf_counter()
             if kind < 0.02:
-                await self._hang_up()
+                await self._hang_up(to)
             elif kind < 0.05:
                 method = self.rng.choice(("GET", "PUT", "POST", "DELETE", "HEAD", "OPTIONS"))
-                path = self.rng.choice(("/embeddings", "/models", "/metrics", "/metadata", "/x"))
+                path = self.rng.choice((to, "/models", "/metrics", "/metadata", "/x"))
                 await self._send(client, "other routes", method, path, b"{}")
             elif kind < 0.5:
                 make = self.rng.choice(BROKEN)
-                await self._send(client, "broken", "POST", "/embeddings", make(self.rng))
+                await self._send(client, "broken", "POST", to, make(self.rng, to))
             else:
-                content = json.dumps(valid(self.rng)).encode()
-                await self._send(client, "valid", "POST", "/embeddings", content)
+                content = json.dumps(valid(self.rng, to)).encode()
+                await self._send(client, "valid", "POST", to, content)
             self.seconds.append(time.perf_counter() - started)
 
     async def _send(
@@ -262,13 +315,11 @@ class Fuzz:
         if response.status_code >= 500 or unexpected:
             self.faults.append(f"{response.text[:300]} after {content[:200]!r}")
 
-    async def _hang_up(self) -> None:
-        content = json.dumps(valid(self.rng)).encode()
+    async def _hang_up(self, path: str) -> None:
+        content = json.dumps(valid(self.rng, path)).encode()
         port = httpx.URL(self.base).port
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        head = (
-            "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        )
+        head = f"POST /v1{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         request = f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
         writer.write(request[: self.rng.randint(1, len(request))])
         await writer.drain()
@@ -296,8 +347,10 @@ def main() -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        build_checkpoint(Path(folder), SHAPES["sentence-transformers"])
-        command = [sys.executable, "-m", "shared_engine.cli", "serve", "--model", folder]
+        embedder = build_checkpoint(Path(folder, "embedder"), SHAPES["sentence-transformers"])
+        reranker = build_reranker(Path(folder, "reranker"))
+        command = [sys.executable, "-m", "shared_engine.cli", "serve", "--model", str(embedder)]
+        command += ["--rerank-model", str(reranker), "--rerank-served-name", RERANKER]
         command += ["--served-name", NAME, "--port", str(port), "--log-level", "warning"]
         command += ["--dtype", asked.dtype]
         root = Path(__file__).parents[2]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 
-from shared_engine import Options
+from shared_engine import Options, Reranker, RerankOptions
 from shared_engine.cli.main import main
 from shared_engine.documents import EmbeddingInput
 from shared_engine.local.reference import Reference
 from tests.support.checkpoints import PROMPTS, SHAPES, build_checkpoint
 from tests.support.oracles import numpy_float64
-from tests.support.servers import running
+from tests.support.rerankers import build_reranker, build_vl_reranker
+from tests.support.servers import RERANKER, running
 from tests.support.vl_checkpoints import VL_SHAPES, build_vl_checkpoint
 
 
@@ -83,3 +87,66 @@ def test_weights_that_the_engine_reads_in_another_way_would_be_noticed(
     monkeypatch.setattr(reference, "_read_weights", swapped)
     assert main(["check", "--model", str(checkpoint), "--reference"]) == 1
     assert "local and transformers: not interchangeable" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("build", [build_reranker, build_vl_reranker])
+def test_scores_of_a_reranker_are_compared(build, tmp_path, capsys):
+    folder, other = build(tmp_path / "model"), build(tmp_path / "other", seed=1)
+    options = RerankOptions(model=str(folder), device="cpu", dtype="float32")
+    arguments = {"rerank_options": options, "rerank_served_name": RERANKER}
+    with running(None, served=None, **arguments) as server:
+        at = ["--base-url", server.url, "--dtype", "float32"]
+        assert main(["check", "--rerank-model", str(folder), "--reference", *at]) == 0
+        printed = capsys.readouterr().out
+        assert ("\nimage: largest difference of a logit" in printed) == (build is build_vl_reranker)
+        for name in ("server", "transformers"):
+            found = re.search(f"local and {name}: interchangeable: largest .* (\\S+),", printed)
+            assert found, printed
+            assert float(found[1]) < 1e-4
+        assert main(["check", "--rerank-model", str(other), *at]) == 1
+        assert "local and server: not interchangeable" in capsys.readouterr().out
+        assert main(["check", "--rerank-model", str(folder), "--model", str(folder), *at]) == 2
+        assert "check one at a time" in capsys.readouterr().err
+
+
+def test_probabilities_of_a_server_are_compared(tmp_path, capsys):
+    """A server of Cohere's form alone has no logits."""
+    folder = build_reranker(tmp_path / "model")
+    options = RerankOptions(model=str(folder), device="cpu", dtype="float32")
+
+    class Cohere(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.reply({"data": [{"id": RERANKER}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path != "/v1/rerank":
+                self.send_error(404)
+                return
+            with Reranker(options.replace(activation="sigmoid")) as reranker:
+                ranked = reranker.rank(body["query"], body["documents"])
+            rows = [{"index": i, "relevance_score": score} for i, score in ranked]
+            self.reply({"results": rows})
+
+        def reply(self, body):
+            content = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Cohere) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            at = ["--base-url", f"http://127.0.0.1:{server.server_port}", "--dtype", "float32"]
+            assert main(["check", "--rerank-model", str(folder), *at]) == 0
+        finally:
+            server.shutdown()
+            thread.join()
+    printed = capsys.readouterr().out
+    assert "document: largest difference of a probability" in printed
+    assert "local and server: interchangeable" in printed

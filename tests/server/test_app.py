@@ -30,6 +30,7 @@ from shared_engine._version import __version__
 from shared_engine.cli.main import main
 from shared_engine.local import LocalBackend
 from shared_engine.server.app import create_app
+from shared_engine.server.embeddings import EmbeddingsRequest
 from shared_engine.server.errors import HTTPRefusal
 from shared_engine.server.limits import ServerLimits
 from shared_engine.server.protocol import parse_request
@@ -46,6 +47,7 @@ from tests.support.servers import (
 )
 
 HEAD = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+STEPS, STEP_TOKENS = (f'nemoretriever_step{end}_total{{task="embed"}}' for end in ("s", "_tokens"))
 LONG = "word " * 3000  # over the tiny checkpoint's 2048 tokens
 SLOW = ["some words of a long document " * 60] * 40  # about a second of work
 
@@ -416,7 +418,7 @@ def test_many_violations_cost_no_more_than_one(body: dict[str, Any]) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(HTTPRefusal):
-            parse_request(content)
+            parse_request(EmbeddingsRequest, content)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -430,7 +432,7 @@ def test_excessive_json_is_refused_before_it_is_parsed(value: str, field: str) -
     tracemalloc.start()
     try:
         with pytest.raises(HTTPRefusal) as caught:
-            parse_request(content)
+            parse_request(EmbeddingsRequest, content)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -445,7 +447,7 @@ def test_the_maximum_of_inputs_is_parsed_in_any_layout(text: str, indent: int) -
     body = {"model": NAME, "input": texts, "modality": ["text"] * 8192, "user": ",[{" * 1000}
     for is_ascii in (True, False):
         content = json.dumps(body, indent=indent, ensure_ascii=is_ascii).encode()
-        assert parse_request(content).input == texts
+        assert parse_request(EmbeddingsRequest, content).input == texts
 
 
 @pytest.mark.parametrize("truncate", ["END", "NONE"])
@@ -525,7 +527,7 @@ def test_a_full_queue_gets_429_with_retry_after(options: Options) -> None:
 
 def test_a_disconnected_client_cancels_its_work(options: Options) -> None:
     with running(options) as here:
-        before = here.metric("nemoretriever_step_tokens_total")
+        before = here.metric(STEP_TOKENS)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(
                 f"{here.url}/embeddings",
@@ -534,7 +536,7 @@ def test_a_disconnected_client_cancels_its_work(options: Options) -> None:
             )
         wait_for(lambda: here.metric("nemoretriever_queue_inputs") == 0, seconds=5)
         assert here.metric('nemoretriever_errors_total{kind="disconnected"}') == 1
-        computed = here.metric("nemoretriever_step_tokens_total") - before
+        computed = here.metric(STEP_TOKENS) - before
         tokens = here.post(input=SLOW[:1]).json()["usage"]["total_tokens"]
         assert computed < tokens * len(SLOW) * 10 / 2
 
@@ -558,7 +560,7 @@ def test_shutdown_finishes_accepted_requests(options: Options) -> None:
 def test_concurrent_requests_share_steps_and_keep_their_rows(served: Running) -> None:
     texts = [f"text number {n} " * (1 + n % 7) for n in range(300)]
     expected = served.expected(texts)
-    before = served.metric("nemoretriever_steps_total")
+    before = served.metric(STEPS)
 
     async def ask(client: httpx.AsyncClient, n: int) -> None:
         body = {"model": NAME, "input": [texts[n]], "input_type": "passage"}
@@ -570,11 +572,11 @@ def test_concurrent_requests_share_steps_and_keep_their_rows(served: Running) ->
             await asyncio.gather(*(ask(client, n) for n in range(len(texts))))
 
     asyncio.run(ask_all())
-    assert served.metric("nemoretriever_steps_total") - before < len(texts) / 2
+    assert served.metric(STEPS) - before < len(texts) / 2
 
 
 def test_probes_are_answered_during_large_requests(served: Running) -> None:
-    check_probes_during(served, input=["a b c"] * 8000)
+    check_probes_during(lambda: served.post(input=["a b c"] * 8000), served)
 
 
 def test_metrics_count(options: Options) -> None:
@@ -584,18 +586,18 @@ def test_metrics_count(options: Options) -> None:
         here.post(input=[])
         text = here.client.get("/metrics")
         assert text.headers["content-type"].startswith("text/plain")
-        assert here.metric('nemoretriever_requests_total{status="200"}') == 2
-        assert here.metric('nemoretriever_requests_total{status="400"}') == 1
+        assert here.metric('nemoretriever_requests_total{path="/v1/embeddings",status="200"}') == 2
+        assert here.metric('nemoretriever_requests_total{path="/v1/embeddings",status="400"}') == 1
         assert here.metric('nemoretriever_errors_total{kind="invalid_request"}') == 1
         assert here.metric('nemoretriever_inputs_total{input_type="passage"}') == len(TEXTS)
         assert here.metric('nemoretriever_tokens_total{input_type="passage"}') == tokens
         assert here.metric('nemoretriever_request_seconds_count{input_type="query"}') == 1
         assert here.metric("nemoretriever_queue_inputs") == 0
-        steps = here.metric("nemoretriever_steps_total")
+        steps = here.metric(STEPS)
         assert steps >= 3  # two requests and the first one, of the server itself
-        fill = here.metric("nemoretriever_step_tokens_total") / steps
-        fill /= here.metric("nemoretriever_step_tokens_max")
-        assert here.metric("nemoretriever_batch_fill_ratio") == pytest.approx(fill)
+        fill = here.metric(STEP_TOKENS) / steps
+        fill /= here.metric('nemoretriever_step_tokens_max{task="embed"}')
+        assert here.metric('nemoretriever_batch_fill_ratio{task="embed"}') == pytest.approx(fill)
 
 
 # --- other people's clients ----------------------------------------------------------------------

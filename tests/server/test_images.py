@@ -407,10 +407,13 @@ def test_our_client_learns_the_body_limit_of_a_server(options: Options) -> None:
         Embedder(options) as local,
     ):
         assert_close(there.embed(items), local.embed(items))
-        before = here.metric('nemoretriever_requests_total{status="413"}')
+        before = here.metric('nemoretriever_requests_total{path="/v1/embeddings",status="413"}')
         assert before > 0
         there.embed(items)
-        assert here.metric('nemoretriever_requests_total{status="413"}') == before
+        assert (
+            here.metric('nemoretriever_requests_total{path="/v1/embeddings",status="413"}')
+            == before
+        )
 
 
 def test_too_many_tokens(served: Running) -> None:
@@ -438,7 +441,7 @@ def test_too_many_tokens(served: Running) -> None:
 def test_probes_are_answered_while_large_images_are_read(served: Running) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), np.uint8)
     large = url(saved(Image.fromarray(noise)))  # 10 MB
-    check_probes_during(served, input=[large] * 4, modality="image")
+    check_probes_during(lambda: served.post(input=[large] * 4, modality="image"), served)
 
 
 def test_bodies_are_held_until_they_are_answered(options: Options) -> None:

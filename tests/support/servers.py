@@ -19,6 +19,8 @@ from shared_engine.server.app import create_app
 from shared_engine.server.run import build_server
 
 NAME = "nvidia/tiny"
+RERANKER = "nvidia/tiny-rerank"
+QUERY = "how do I return it?"
 TEXTS = [
     "How do I return a product?",
     "",
@@ -44,6 +46,15 @@ class Running:
         body = {"model": NAME, "input": TEXTS, "input_type": "passage"} | fields
         return self.client.post("/embeddings", json={k: v for k, v in body.items() if v is not ...})
 
+    def rank(self, path: str = "/ranking", **fields: Any) -> httpx.Response:
+        """Post a request of a reranker; fields given as ... are left out."""
+        own: dict[str, Any] = {"passages": [{"text": text} for text in TEXTS]}
+        own |= {"query": {"text": QUERY}}
+        if path == "/rerank":
+            own = {"query": QUERY, "documents": TEXTS}
+        body = {"model": RERANKER} | own | fields
+        return self.client.post(path, json={k: v for k, v in body.items() if v is not ...})
+
     def expected(self, texts: list[str] = TEXTS, role: Any = "document", **changed: Any) -> Any:
         """Return what the engine gives without HTTP."""
         with Embedder(self.options.model_copy(update=changed)) as embedder:
@@ -59,7 +70,7 @@ class Running:
 
 @contextmanager
 def running(
-    options: Options, http: str | None = None, served: str | None = NAME, **arguments: Any
+    options: Options | None, http: str | None = None, served: str | None = NAME, **arguments: Any
 ) -> Iterator[Running]:
     """Run a server in a thread until the block ends: our own, or one of an HTTP parser's name."""
     app = create_app(options, served_name=served, **arguments)
@@ -80,7 +91,7 @@ def running(
     try:
         wait_for(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
-        here = Running(f"http://127.0.0.1:{port}/v1", options, server)
+        here = Running(f"http://127.0.0.1:{port}/v1", options or Options(), server)
         with here.client:
             wait_for(lambda: here.client.get("/health/ready").status_code == 200)
             yield here
@@ -111,7 +122,7 @@ def vectors(response: httpx.Response) -> NDArray[Any]:
     return np.array([item["embedding"] for item in body["data"]])
 
 
-def check_probes_during(served: Running, **fields: Any) -> None:
+def check_probes_during(post: Callable[[], httpx.Response], served: Running) -> None:
     """Post a request, and check that health probes are answered quickly until its response.
 
     The limits grow with the time of the request, as all times do on a busy machine. A blocked event
@@ -120,7 +131,7 @@ def check_probes_during(served: Running, **fields: Any) -> None:
     waits = []
     begun = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
-        response = pool.submit(served.post, **fields)
+        response = pool.submit(post)
         while not response.done():
             started = time.perf_counter()
             assert served.client.get("/health/live").status_code == 200

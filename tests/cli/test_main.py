@@ -1,0 +1,47 @@
+"""Invalid usage: one line that names the next step."""
+
+from __future__ import annotations
+
+import pytest
+
+from shared_engine.cli.main import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embed", "in.csv", "--out", "o", "--device"], "argument --device: expected one argument"),
+        (["embed", "in.csv", "--out", "o", "--dtype", "int4"], "invalid choice: 'int4'"),
+        (
+            ["embed", "in.csv", "--out", "o", "--modle", "m"],
+            "unknown option --modle; did you mean --model?",
+        ),
+        (["serve", "--prot=80"], "unknown option --prot; did you mean --port?"),
+        (["embed", "in.csv", "--out", "o", "--zzz"], "unrecognized arguments: --zzz"),
+        (["bulk"], "invalid choice: 'bulk'"),
+        ([], "the following arguments are required: command"),
+    ],
+)
+def test_invalid_usage_takes_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert printed.endswith(" --help\n")
+
+
+def test_a_misspelt_model_is_recognized(capsys, tmp_path):
+    for name in ("nvidia/llama-nemotron-embed-1bv2", "lama-nemotron-embed-1b-v2"):
+        assert main(["check", "--model", name, "--device", "cpu"]) == 1
+        assert "did you mean 'nvidia/llama-nemotron-embed-1b-v2'?" in capsys.readouterr().out
+
+
+def test_serve_takes_the_model_without_its_option(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for arguments in ([str(tmp_path)], ["--model", str(tmp_path)]):
+        assert main(["serve", *arguments, "--port", "0"]) == 1
+        assert f"{tmp_path}/config.json: architectures is missing" in capsys.readouterr().err
+    assert main(["serve", "one", "--model", "two"]) == 2
+    assert "--model two: the model is given twice, one" in capsys.readouterr().err
