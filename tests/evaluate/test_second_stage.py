@@ -183,24 +183,26 @@ def test_candidates_of_bits_are_ordered_by_full_vectors(
         assert (row.embedding_type, row.bytes_per_vector) == ("binary", size // 8)
 
 
-def test_documents_with_the_id_of_the_query_are_no_candidates(
+def test_documents_with_the_id_of_the_query_are_in_no_row(
     folder: Path, options: Options, reranker: Path, tmp_path: Path
 ) -> None:
-    """Each query is the document of its id: with one candidate, nothing can change."""
+    """Each query is the document of its id, and only that document is relevant."""
     lines = [json.dumps({"_id": name, "text": text}) for name, text in TEXTS.items()]
     (folder / "queries.jsonl").write_text("\n".join(lines))
-    (folder / "qrels" / "test.tsv").write_text("".join(f"d{n}\td{29 - n}\t1\n" for n in range(30)))
-    report = evaluate(
-        folder,
-        [EngineModel(options)],
-        cache=tmp_path / "cache",
-        rerankers=[find_reranker(str(reranker), options)],
-        hybrid=True,
-        candidates=1,
-        ignore_identical_ids=True,
-    )
-    assert report.rows[-1].figures == report.rows[0].figures
-    assert report.rows[-1].figures["Recall@100"].value == 1
+    (folder / "qrels" / "test.tsv").write_text("".join(f"{d}\t{d}\t1\n" for d in TEXTS))
+    for excluded in (False, True):
+        report = evaluate(
+            folder,
+            [EngineModel(options)],
+            embedding_types=["float"],
+            cache=tmp_path / "cache",
+            rerankers=[find_reranker(str(reranker), options)],
+            hybrid=True,
+            rescored=True,
+            ignore_identical_ids=excluded,
+        )
+        found = [row.figures["Recall@100"].value for row in report.rows]
+        assert found == [1 - excluded] * 5
 
 
 @pytest.mark.parametrize(
