@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 MODEL ?=
+RERANK ?=
 PDF ?=
 MAX_TILES ?=
 DOCS ?=
@@ -18,13 +19,13 @@ help:  ## list what there is to make
 demo: .venv/demo  ## set up and run the demo; MODEL=folder-or-id, ARGS='--question "..."'
 	@$(BIN)/python cookbook/demo.py $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
-pages: .venv/demo  ## search pages in a browser; PDF=file-or-folder, MODEL=..., ARGS=--terminal
+pages: .venv/demo  ## search pages in a browser; PDF=file-or-folder, RERANK=model, ARGS=--terminal
 	@$(BIN)/python cookbook/pages $(if $(MODEL),--model '$(MODEL)') $(if $(PDF),--pdf '$(PDF)') \
-	  $(if $(MAX_TILES),--max-tiles '$(MAX_TILES)') $(ARGS)
+	  $(if $(RERANK),--rerank '$(RERANK)') $(if $(MAX_TILES),--max-tiles '$(MAX_TILES)') $(ARGS)
 
-rag: .venv/demo  ## ask documents, answered with sources; DOCS=folder, MODEL=..., ARGS=--agent
+rag: .venv/demo  ## ask documents, answered with sources; DOCS=folder, RERANK=model, ARGS=--agent
 	@$(BIN)/python cookbook/rag.py $(if $(MODEL),--model '$(MODEL)') $(if $(DOCS),--docs '$(DOCS)') \
-	  $(ARGS)
+	  $(if $(RERANK),--rerank '$(RERANK)') $(ARGS)
 
 test: .venv/dev  ## run the tests but for the slow ones; ARGS='-k name'
 	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile $(COVERAGE) $(ARGS)

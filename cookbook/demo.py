@@ -346,6 +346,35 @@ def show(label: str, text: str) -> None:
     print(f"{label:9}" + ("\n" + " " * 9).join(lines))
 
 
+def ordinal(number: int) -> str:
+    """Return a rank in words.
+
+    >>> [ordinal(number) for number in (1, 2, 3, 4, 11, 22, 113)]
+    ['1st', '2nd', '3rd', '4th', '11th', '22nd', '113th']
+    """
+    teens = number % 100 in (11, 12, 13)
+    return f"{number}{'th' if teens else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
+
+
+def add_rerank(options: argparse.ArgumentParser) -> None:
+    """Add the option that names a reranker."""
+    options.add_argument(
+        "--rerank",
+        metavar="MODEL",
+        help="rerank what is found: folder, Hugging Face id, name in the catalogue, or the URL of "
+        "a server (default: no reranker)",
+    )
+
+
+def rerank_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the reranker that was asked for."""
+    if args.rerank.startswith(("http://", "https://")):
+        return {"base_url": args.rerank, "truncate": "END"}
+    # explicitly local: NVIDIA_BASE_URL is the address of the embedding model
+    local = {"backend": "local", "device": args.device, "max_tiles": vars(args).get("max_tiles")}
+    return {"model": args.rerank, "truncate": "END", **local}
+
+
 def parser(description: str, limit: str) -> argparse.ArgumentParser:
     """Return the options that a demo has."""
     made = argparse.ArgumentParser(description=description)

@@ -86,7 +86,7 @@ def _table() -> bytes:
             "text and images" if model.is_multimodal else "text",
         )
         for model in CATALOGUE
-        if model.is_local
+        if model.task == "embed"
     ]
     for row, cells in enumerate([heads, *rows]):
         y = top - 95 - 22 * row

@@ -4,6 +4,7 @@
     split .............. sections to passages, each under its headings
     bring_up_to_date ... index() with a record manager ──► a store on disk; only what changed
     make_retriever ..... vectors and BM25 together; passages, or the whole sections they are of
+    rerank ............. more of them, in the order of a reranker; with --rerank
     make_chain ......... retriever ──► prompt ──► ChatNVIDIA, streamed; or an agent with a tool
     ask ................ the answer as it comes, and its numbered sources
 
@@ -33,7 +34,17 @@ import numpy as np
 import sections as reading
 import standin
 from demo import DEFAULT as DEMO
-from demo import WIDTH, choose_model, open_collection, parser, show, start
+from demo import (
+    WIDTH,
+    add_rerank,
+    choose_model,
+    open_collection,
+    ordinal,
+    parser,
+    rerank_options,
+    show,
+    start,
+)
 from langchain_core.documents import Document
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
@@ -41,7 +52,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable, RunnablePassthrough
 from tqdm import tqdm
 
-from langchain_nemoretriever import NeMoRetrieverEmbeddings
+from langchain_nemoretriever import NeMoRetrieverEmbeddings, NeMoRetrieverRerank
 
 if TYPE_CHECKING:
     from langchain_core.indexing.api import IndexingResult
@@ -59,6 +70,7 @@ PASSAGE = 900  # characters of a passage, beside its headings: most sections are
 BATCH = 64  # passages between two saves
 TOP = 3  # sources of an answer
 CANDIDATES = 12  # of each search, before the two are fused
+CANDIDATES_TO_RERANK = 40  # of each search, and of both after they are fused
 WEIGHT_STANDIN = 0.3  # of its vectors in a search; it ranks below BM25, which has the rest
 CATALOGUE = "https://integrate.api.nvidia.com/v1"
 HOSTED_LLM = "meta/llama-3.3-70b-instruct"
@@ -184,8 +196,10 @@ def make_retriever(
     sections: Sequence[Document],
     passages: Sequence[Document],
     store: VectorStore,
+    *,
     weight: float = 0.5,
     parent: bool = False,
+    candidates: int = CANDIDATES,
 ) -> BaseRetriever:
     """Return what finds passages, or with `parent` the whole sections that they are of.
 
@@ -196,7 +210,7 @@ def make_retriever(
     from langchain_text_splitters import RecursiveCharacterTextSplitter
 
     vectors: BaseRetriever
-    many = {"k": CANDIDATES}
+    many = {"k": candidates}
     if parent:
         found = split(sections, size=sys.maxsize)
         docstore = InMemoryStore()
@@ -211,8 +225,26 @@ def make_retriever(
     else:
         found = list(passages)
         vectors = store.as_retriever(search_kwargs=many)
-    keywords = KeywordRetriever.over(found, CANDIDATES)
+    keywords = KeywordRetriever.over(found, candidates)
     return EnsembleRetriever(retrievers=[vectors, keywords], weights=[weight, 1 - weight])
+
+
+def rerank(retriever: BaseRetriever, reranker: NeMoRetrieverRerank) -> BaseRetriever:
+    """Return what finds the same in the order of a reranker.
+
+    The metadata of each passage has its rank before as `before`, its score as `relevance_score`.
+    """
+    from langchain_classic.retrievers import ContextualCompressionRetriever
+
+    def note_ranks(found: list[Document]) -> list[Document]:
+        return [
+            Document(passage.page_content, metadata={**passage.metadata, "before": rank})
+            for rank, passage in enumerate(found[:CANDIDATES_TO_RERANK], 1)
+        ]
+
+    return ContextualCompressionRetriever(
+        base_compressor=reranker, base_retriever=retriever | note_ranks
+    )
 
 
 def take_sources(found: Iterable[Document], count: int = TOP) -> list[Document]:
@@ -345,7 +377,9 @@ def ask(
         zip(sources, compare(question, sources, embeddings), strict=True), 1
     ):
         known = source.metadata
-        print(f"  [{i}] {known['source']}, {known['place']}, cosine {cosine:.3f}")
+        place = f"{known['source']}, {known['place']}"
+        before = f", was {ordinal(known['before'])}" if "before" in known else ""
+        print(f"  [{i}] {place}, cosine {cosine:.3f}{before}")
         text = source.page_content.removeprefix(known["title"])
         print(" " * 6 + textwrap.shorten(text, WIDTH - 6, placeholder=" ..."))
 
@@ -399,6 +433,10 @@ def run(args: argparse.Namespace) -> None:
     show("Switch", DEFAULT.switch)
     embeddings = NeMoRetrieverEmbeddings(**chosen, device=args.device, truncate="END")
     show("Runs", embeddings.embedder.description.removeprefix(str(model)).strip())
+    reranker = None
+    if args.rerank:
+        reranker = NeMoRetrieverRerank(**rerank_options(args), top_n=None)
+        show("Rerank", reranker.reranker.description)
 
     sections, left_out = read(args.docs, args.store)
     passages = split(sections)[: args.limit]
@@ -425,7 +463,12 @@ def run(args: argparse.Namespace) -> None:
         weight = args.weight
         if weight is None:
             weight = WEIGHT_STANDIN if standin.is_standin(model) else 0.5
-        retriever = make_retriever(sections, passages, store, weight, args.parent)
+        candidates = CANDIDATES_TO_RERANK if reranker else CANDIDATES
+        retriever = make_retriever(
+            sections, passages, store, weight=weight, parent=args.parent, candidates=candidates
+        )
+        if reranker:
+            retriever = rerank(retriever, reranker)
         chain = make_chain(retriever, answerer.chat, answerer.prompt, answerer.shown)
         agent = make_agent(retriever, answerer.chat, str(what)) if args.agent else None
         for question in questions_to_ask(args.question, args.docs):
@@ -438,6 +481,7 @@ def run(args: argparse.Namespace) -> None:
 def options() -> argparse.ArgumentParser:
     """Return the options of the command line."""
     made = parser((__doc__ or "").splitlines()[0], "passages to embed (default: all)")
+    add_rerank(made)
     made.add_argument("--docs", type=Path, help="a folder of .md, .txt and .pdf files")
     made.add_argument("--llm-url", metavar="URL", help="a NIM, or another server, that answers")
     made.add_argument("--llm", metavar="MODEL", help="its model (default: the first that it has)")

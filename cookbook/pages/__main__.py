@@ -32,7 +32,7 @@ LLM = "nvidia/nemotron-nano-12b-v2-vl"  # in NVIDIA's catalogue
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with the options of a command line."""
-    from demo import parser, start
+    from demo import add_rerank, parser, start
 
     options = parser(
         (__doc__ or "").splitlines()[0],
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="1..12",
         help="tiles that a page is cut into at most (default: what the model says)",
     )
+    add_rerank(options)
     options.add_argument(
         "--terminal", action="store_true", help="search here, as --question does, without a browser"
     )
@@ -74,7 +75,7 @@ def serve(args: Namespace) -> None:
     from pages.app import create_app
     from pages.files import Files
     from pages.index import Index
-    from pages.terminal import find_store, load_model
+    from pages.terminal import find_store, load_model, load_reranker
 
     from shared_engine.server.run import build_server
 
@@ -91,6 +92,7 @@ def serve(args: Namespace) -> None:
             index,
             model=f"{model.path.name}{'' if model.is_trained else ': untrained, for a trial only'}",
             is_trained=model.is_trained,
+            reranker=load_reranker(args),
             answerer=choose_answerer(args),
             allowed_hosts=(args.host,),
             **({"max_pages": args.limit} if args.limit else {}),

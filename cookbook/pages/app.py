@@ -23,6 +23,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from demo import ordinal
 from pages.access import RequireOrigin, SecureHeaders
 from pages.answer import Answerer
 from pages.files import THUMB, File, Files, Page
@@ -41,7 +42,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
-from shared_engine import NeMoRetrieverError, PageError
+from shared_engine import NeMoRetrieverError, PageError, Reranker
 from shared_engine.images.formats import FORMATS
 from shared_engine.images.pages import open_pages
 from shared_engine.server.access import RequireHost
@@ -66,13 +67,15 @@ def create_app(
     *,
     model: str,
     is_trained: bool,
+    reranker: Reranker | None = None,
     answerer: Answerer | None = None,
     allowed_hosts: tuple[str, ...] = (),
     max_pages: int = MAX_PAGES,
 ) -> Starlette:
     """Return the app; `model` is what it says of the model that runs."""
     jobs = Jobs(files, index, max_pages)
-    pages = _Pages(files, jobs, Search(files, index, is_trained=is_trained), answerer, model)
+    search = Search(files, index, is_trained=is_trained, reranker=reranker)
+    pages = _Pages(files, jobs, search, answerer, model)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -132,6 +135,7 @@ class _Pages:
             shown=SHOWN,
             answered_from=ANSWERED_FROM,
             can_answer=answerer is not None,
+            ordinal=ordinal,
         )
 
     def _render(self, request: Request, name: str, status: int = 200, **context: Any) -> Response:

@@ -12,7 +12,10 @@ from urllib.parse import urlencode
 from pages.files import File, Files, Page
 from pages.index import KINDS, Index
 
+from shared_engine import EmbeddingInput, Reranker
+
 TOP = 12
+CANDIDATES = 40  # pages that a reranker scores
 KEPT_PICTURES = 32
 _WORDS_NEED_TEXT = (
     "The model that runs is a stand-in whose eyes are untrained: in words it finds texts only, so "
@@ -66,6 +69,8 @@ class Found(NamedTuple):
     page: Page
     score: float
     passage: str
+    before: int
+    """Its rank in the search, before a reranker."""
 
 
 class Results(NamedTuple):
@@ -78,15 +83,20 @@ class Results(NamedTuple):
     """What can be searched so."""
     notice: str
     """Why something was not."""
+    reranked: int = 0
+    """How many pages the reranker scored; 0 without one."""
 
 
 class Search:
     """Searches the pages of finished files."""
 
-    def __init__(self, files: Files, index: Index, *, is_trained: bool) -> None:
+    def __init__(
+        self, files: Files, index: Index, *, is_trained: bool, reranker: Reranker | None = None
+    ) -> None:
         self._files = files
         self._index = index
         self._is_trained = is_trained
+        self._reranker = reranker
         self._pictures: OrderedDict[str, Picture] = OrderedDict()
 
     def keep_picture(self, name: str, path: Path, thumb: bytes) -> str:
@@ -117,12 +127,18 @@ class Search:
         vector = self._embed(query, kind)
         if isinstance(vector, str):
             return Results([], kind, kinds, vector)
-        hits = self._index.search(vector, kind, TOP + 1)
+        reranker = self._reranker if query.words else None
+        hits = self._index.search(vector, kind, CANDIDATES if reranker else TOP + 1)
         found = [
-            Found(*both, hit.score, hit.passage)
-            for hit in hits
+            Found(*both, hit.score, hit.passage, rank)
+            for rank, hit in enumerate(hits, 1)
             if (id_ := f"{hit.file}-{hit.number}") != query.like and (both := self.get_page(id_))
         ]
+        if reranker:
+            documents = [_document(each.page, kind, reranker) for each in found]
+            ranking = reranker.rank(query.words, documents, TOP)
+            best = [found[index] for index, _ in ranking]
+            return Results(best, kind, kinds, notice, len(found))
         return Results(found[:TOP], kind, kinds, notice)
 
     def _choose(self, by: str) -> tuple[tuple[str, ...], str, str]:
@@ -151,3 +167,11 @@ class Search:
         return self._index.read_vector(both[1], kind) or (
             "The page that you started from has no text layer. Look for its picture."
         )
+
+
+def _document(page: Page, kind: str, reranker: Reranker) -> EmbeddingInput:
+    """Return a page as a reranker reads it: what was searched, or the text without images."""
+    if "image" not in reranker.modalities:
+        return EmbeddingInput(page.text)
+    text = None if kind == "picture" else page.text
+    return EmbeddingInput(text, None if kind == "text" else page.picture)

@@ -3,7 +3,8 @@
     choose_model ... demo.py: yours, the public one or a stand-in, and why
     read_pages ..... of your PDFs, or of a handbook that is made here (handbook.py)
     ingest ......... LlamaIndex's IngestionPipeline of images ──► Chroma on disk; only what is new
-    Search ......... LangChain's and LlamaIndex's image retrieval: by a text, or by another picture
+    Search ......... LangChain's and LlamaIndex's image retrieval: by a text, or by another picture;
+                     with --rerank, their rerankers order what a text finds
 
 `make pages ARGS=--terminal` sets everything up and runs this; PDF=/path/to/file-or-folder reads
 yours.
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,20 +30,26 @@ from demo import (
     choose_model,
     is_slow,
     open_collection,
+    ordinal,
+    rerank_options,
     show,
     show_found,
 )
 from PIL import Image
 from tqdm import tqdm
 
+import langchain_nemoretriever
+import llamaindex_nemoretriever
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-from shared_engine import PageError
+from shared_engine import PageError, Reranker, RerankOptions
 from shared_engine.images.pages import PIXELS, open_pages, walk
 
 if TYPE_CHECKING:
     from chromadb import Collection
     from chromadb.api import ClientAPI
+    from langchain_core.documents import Document
+    from llama_index.core.schema import NodeWithScore
 
 DEFAULT = Default(
     "nvidia/llama-nemotron-embed-vl-1b-v2",
@@ -60,6 +67,7 @@ PIXELS_SENT = 1_000  # of the longer side of a picture to search with
 BATCH = 16  # pages between two saves
 LIMIT, LIMIT_SLOW = 1_000, 8  # pages; the second for a full-size model without a GPU
 TOP = 3  # pages that answer a question
+CANDIDATES = 40  # pages that a reranker scores
 
 
 def _turned(picture: Image.Image) -> Image.Image:
@@ -163,21 +171,32 @@ class Found(NamedTuple):
     langchain: dict[str, float]
     llamaindex: dict[str, float]
     seconds: tuple[float, float]
+    notes: dict[str, str]
+    """The rank of each page before the reranker, in words; empty without one."""
 
 
 class Search:
     """One collection behind both frameworks."""
 
-    def __init__(self, client: ClientAPI, collection: Collection, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        client: ClientAPI,
+        collection: Collection,
+        options: dict[str, Any],
+        rerank: dict[str, Any] | None = None,
+    ) -> None:
+        """Open it; `rerank` has the options of a reranker for what is asked in words."""
         from langchain_chroma import Chroma
         from llama_index.core.indices import MultiModalVectorStoreIndex
         from llama_index.vector_stores.chroma import ChromaVectorStore
 
+        rerank = {**rerank, "top_n": TOP} if rerank else None
         # LangChain
         self._embeddings = NeMoRetrieverEmbeddings(**options)
         self._store = Chroma(
             client=client, collection_name=collection.name, embedding_function=self._embeddings
         )
+        self._compressor = langchain_nemoretriever.NeMoRetrieverRerank(**rerank) if rerank else None
         # LlamaIndex
         model = NeMoRetrieverEmbedding(**options)  # equal options: one loaded model
         vector_store = ChromaVectorStore(chroma_collection=collection)
@@ -187,37 +206,76 @@ class Search:
             image_vector_store=vector_store,
             image_embed_model=model,
         )
-        self._retriever = index.as_retriever(image_similarity_top_k=TOP)
+        self._retriever = index.as_retriever(image_similarity_top_k=CANDIDATES if rerank else TOP)
+        self._postprocessor = (
+            llamaindex_nemoretriever.NeMoRetrieverRerank(**rerank) if rerank else None
+        )
 
     def by_text(self, question: str) -> Found:
-        """Find pages by what one asks."""
-        return self._found(
-            lambda: self._store.similarity_search_with_score(question, k=TOP),
-            lambda: self._retriever.text_to_image_retrieve(question),
-        )
+        """Find pages by what one asks, in the order of the reranker if there is one."""
+
+        def langchain() -> list[Document]:
+            asked = CANDIDATES if self._compressor else TOP
+            found = _note_documents(self._store.similarity_search_with_score(question, k=asked))
+            return (
+                self._compressor.compress_documents(found, question) if self._compressor else found
+            )
+
+        def llamaindex() -> list[NodeWithScore]:
+            found = _note_nodes(self._retriever.text_to_image_retrieve(question))
+            if self._postprocessor:
+                found = self._postprocessor.postprocess_nodes(found, query_str=question)
+            return found
+
+        found = self._found(langchain, llamaindex)
+        return found if self._compressor else found._replace(notes={})
 
     def by_picture(self, path: Path) -> Found:
         """Find pages by what they look like."""
-        return self._found(
+        found = self._found(
             # similarity_search_by_image(path) does the same and keeps the scores back.
-            lambda: self._store.similarity_search_by_vector_with_relevance_scores(
-                self._embeddings.embed_image([path])[0], k=TOP
+            lambda: _note_documents(
+                self._store.similarity_search_by_vector_with_relevance_scores(
+                    self._embeddings.embed_image([path])[0], k=TOP
+                )
             ),
-            lambda: self._retriever.image_to_image_retrieve(str(path)),
+            lambda: _note_nodes(self._retriever.image_to_image_retrieve(str(path))[:TOP]),
+        )
+        return found._replace(notes={})
+
+    def _found(
+        self,
+        langchain: Callable[[], list[Document]],
+        llamaindex: Callable[[], list[NodeWithScore]],
+    ) -> Found:
+        start = time.perf_counter()
+        left = {document.metadata["name"]: document.metadata for document in langchain()}
+        between = time.perf_counter()
+        right = {node.metadata["name"]: node.metadata for node in llamaindex()}
+        end = time.perf_counter()
+        return Found(
+            {name: known["cosine"] for name, known in left.items()},
+            {name: known["cosine"] for name, known in right.items()},
+            (between - start, end - between),
+            {name: f"was {ordinal(known['rank'])}" for name, known in (right | left).items()},
         )
 
-    def _found(self, langchain: Callable[[], Any], llamaindex: Callable[[], Any]) -> Found:
-        start = time.perf_counter()
-        documents = langchain()
-        between = time.perf_counter()
-        nodes = llamaindex()
-        end = time.perf_counter()
+
+def _note_documents(found: Iterable[tuple[Document, float]]) -> list[Document]:
+    """Return documents whose metadata has the rank and the cosine similarity."""
+    noted = []
+    for rank, (document, distance) in enumerate(found, 1):
+        document.metadata.update(rank=rank, cosine=1 - distance)  # the distance is 1 - cosine
+        noted.append(document)
+    return noted
+
+
+def _note_nodes(found: list[NodeWithScore]) -> list[NodeWithScore]:
+    """Return the nodes after noting the rank and the cosine similarity in their metadata."""
+    for rank, node in enumerate(found, 1):
         # Chroma gives 1 - cosine; LlamaIndex makes exp(-(1 - cosine)) of it.
-        return Found(
-            {document.metadata["name"]: 1 - distance for document, distance in documents},
-            {node.metadata["name"]: 1 + math.log(node.get_score()) for node in nodes},
-            (between - start, end - between),
-        )
+        node.metadata.update(rank=rank, cosine=1 + math.log(node.get_score()))
+    return found
 
 
 def look_up(search: Search, pages: Sequence[Page]) -> None:
@@ -230,7 +288,7 @@ def look_up(search: Search, pages: Sequence[Page]) -> None:
             page = pages[int((number + 0.5) * step)]
             alter(page.render(PIXELS_SENT)).convert("RGB").save(path, quality=40)
             found = search.by_picture(path)
-            show_found(f"{page.name}: {how}", *found, notes={})
+            show_found(f"{page.name}: {how}", *found)
             both = {standing(page.name, scores): None for scores in found[:2]}
             print(" " * 24 + f"the right page: {' and '.join(both)}")
 
@@ -299,6 +357,15 @@ def load_model(args: Namespace) -> Model:
     return Model(path, embed_model, options, not standin.is_standin(path), slow)
 
 
+def load_reranker(args: Namespace) -> Reranker | None:
+    """Load the reranker that was asked for, if any, and say which it is and where it runs."""
+    if not args.rerank:
+        return None
+    reranker = Reranker(RerankOptions(**rerank_options(args)))
+    show("Rerank", reranker.description)
+    return reranker
+
+
 def find_store(args: Namespace, model: Model) -> Path:
     """Return the folder of what was embedded with a model and options that give equal vectors."""
     key = model.embed_model.embedder.cache_key("document")
@@ -308,6 +375,10 @@ def find_store(args: Namespace, model: Model) -> Path:
 def run(args: Namespace) -> None:
     """Say what runs, bring the store up to date, search."""
     model = load_model(args)
+    reranker = load_reranker(args)
+    if reranker and "image" not in reranker.modalities:
+        sys.exit("\nIt takes texts only, and here are pictures; in the browser it reads texts.")
+    rerank = rerank_options(args) if args.rerank else None
     if args.pdf is None:
         handbook.write(args.store / "handbook")
     source = (args.pdf or args.store / "handbook").resolve()
@@ -325,7 +396,7 @@ def run(args: Namespace) -> None:
     except ChromaError as exc:
         sys.exit(f"\nThe store does not work ({exc}). Delete its folder to start it anew.")
 
-    search = Search(client, collection, model.options)
+    search = Search(client, collection, model.options, rerank)
     print("\nCosine similarity of what each framework finds, and the time that it took:")
     look_up(search, pages)
     questions = args.question or (QUESTIONS if model.is_trained and not args.pdf else ())
@@ -335,4 +406,4 @@ def run(args: Namespace) -> None:
         print("\nmake pages ... ARGS='--question \"...\"' asks in words.")
     for question in questions:
         found = search.by_text(question)
-        show_found(question, *found, notes={})
+        show_found(question, *found)

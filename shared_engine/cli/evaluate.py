@@ -18,7 +18,7 @@ _EPILOG = """\
 FOLDER has corpus.jsonl, queries.jsonl and qrels/*.tsv, as BEIR's data sets have. A document is
 {"_id": "d1", "title": "...", "text": "..."}, or has "image": "a path relative to the folder".
 Documents are embedded once, at full size, and the vectors are kept; all sizes and number types are
-computed from them.
+computed from them. Second stages (--hybrid, --rescore, --rerank) are rows of their own.
 """
 
 
@@ -66,6 +66,33 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     verb.add_argument("--no-bm25", action="store_true", help="Omit the row for BM25.")
     verb.add_argument(
+        "--rerank",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="Add a row for the first search with its first candidates ordered by a reranker, and "
+        "the seconds per query: a name or folder, or a server's URL. Repeatable. Default: none.",
+    )
+    verb.add_argument(
+        "--hybrid",
+        action="store_true",
+        help="Add a row for the first search and BM25 together, by reciprocal rank fusion.",
+    )
+    verb.add_argument(
+        "--rescore",
+        action="store_true",
+        help="Add a row for each size: a search with bits, its first candidates ordered by the "
+        "full vectors.",
+    )
+    verb.add_argument(
+        "--candidates",
+        type=int,
+        default=100,
+        metavar="N",
+        help="Documents of a query that --rerank and --rescore order; the others follow in the "
+        "order of the search. Default: %(default)s.",
+    )
+    verb.add_argument(
         "--ignore-identical-ids",
         action="store_true",
         help="Exclude documents with the same id as the query (ArguAna, Quora).",
@@ -111,11 +138,13 @@ def run(args: argparse.Namespace) -> int:
                 f"{path} cannot be written: expected a file in an existing folder"
             )
     options = read_options(args, (*LOCAL, *REMOTE, "truncate"), api_key=read_key(args.api_key_env))
+    if args.mteb and (args.rerank or args.hybrid or args.rescore):
+        raise ConfigurationError("--rerank, --hybrid and --rescore need FOLDER, not --mteb")
     if args.mteb:
         return _run_tasks(args, options)
     if args.folder is None or args.data is not None:
         raise ConfigurationError("expected FOLDER, or --mteb TASK with an optional --data")
-    from shared_engine.evaluate import EngineModel, evaluate, find_model
+    from shared_engine.evaluate import EngineModel, evaluate, find_model, find_reranker
     from shared_engine.evaluate.report import check_plot, draw_plot, write_json, write_table
 
     if args.plot is not None:
@@ -128,6 +157,10 @@ def run(args: argparse.Namespace) -> int:
         split=args.split,
         cache=args.cache,
         bm25=not args.no_bm25,
+        rerankers=[find_reranker(name, options) for name in args.rerank],
+        hybrid=args.hybrid,
+        rescored=args.rescore,
+        candidates=args.candidates,
         ignore_identical_ids=args.ignore_identical_ids,
         progress=lambda line: print(line, file=sys.stderr),
     )

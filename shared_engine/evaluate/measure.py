@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from shared_engine._version import __version__
 from shared_engine.documents import Role
 from shared_engine.errors import ConfigurationError, UnsupportedDimensionsError
-from shared_engine.evaluate.data import Qrels, read_folder
-from shared_engine.evaluate.models import Model, embed, find_cache
-from shared_engine.evaluate.search import Ranking, search, search_bm25
+from shared_engine.evaluate.data import Qrels, RetrievalData, read_folder
+from shared_engine.evaluate.models import EngineReranker, Model, embed, find_cache
+from shared_engine.evaluate.search import Ranking, fuse, rescore, search, search_bm25
 from shared_engine.vectors import EmbeddingType
 
 MEASURES = {
@@ -57,11 +57,20 @@ class Row:
     dimensions: int | None
     embedding_type: EmbeddingType | None
     bytes_per_vector: int | None
-    """All three are None for BM25, which has no vectors."""
+    """All three are of the vectors that are searched, and None for BM25, which has none."""
+    second_stage: str
+    """What changes the order of the search, and of how many candidates; "" if nothing does."""
     figures: dict[str, Figure]
     """By name in MEASURES."""
     differences: dict[str, Figure]
     """Differences from the first row, paired by query."""
+    seconds_per_query: float | None
+    """Median time of the reranker on this machine; None without one."""
+
+    @property
+    def label(self) -> str:
+        """The model, and the second stage if there is one."""
+        return " + ".join(filter(None, (self.model, self.second_stage)))
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,10 @@ def evaluate(
     split: str | None = None,
     cache: Path | None = None,
     bm25: bool = True,
+    rerankers: Sequence[EngineReranker] = (),
+    hybrid: bool = False,
+    rescored: bool = False,
+    candidates: int = 100,
     ignore_identical_ids: bool = False,
     progress: Callable[[str], object] = lambda _: None,
 ) -> Report:
@@ -112,6 +125,11 @@ def evaluate(
         split: A file of `qrels`; by default "test", or the only one.
         cache: Folder that keeps the vectors; by default the user's cache.
         bm25: Add a row for BM25.
+        rerankers: Add a row for each: it orders the first candidates of the first row anew.
+        hybrid: Add a row for the fusion of the first row with BM25, by reciprocal ranks.
+        rescored: Add a row for each model and size: the first candidates of a search with bits,
+            ordered by the full vectors.
+        candidates: How many documents of a query the second stages order; the others follow.
         ignore_identical_ids: Exclude documents with the id of the query (ArguAna, Quora).
         progress: Called with a line of text before each collection is embedded.
 
@@ -122,39 +140,107 @@ def evaluate(
     sizes = sorted(set(dimensions), reverse=True)
     if sizes and sizes[-1] < 1:
         raise ConfigurationError(f"dimensions={sizes[-1]}: must be at least 1")
+    if candidates < 1:
+        raise ConfigurationError(f"candidates={candidates}: must be at least 1")
     data = read_folder(folder, split)
-    ranking = Ranking(data.corpus.ids, DEPTH + ignore_identical_ids)
-    measured: list[tuple[str, int | None, EmbeddingType | None, NDArray[np.float64]]] = []
-    left_out: list[str] = []
+    measured = _Measured(data, max(DEPTH, candidates), ignore_identical_ids)
+    # loads them, so that an invalid one is refused before anything is embedded
+    rerankers = [each for each in rerankers if measured.accepts(each)]
+    first: list[list[str]] = []
     used = []
     for model in models:
         is_first = model is models[0]
-        if not is_first and data.corpus.has_images and "image" not in model.modalities:
-            left_out.append(f"{model.name}: does not accept images")
+        if not is_first and not measured.accepts(model):
             continue
-        offered = list(_find_sizes(model, sizes, None if is_first else left_out))
+        offered = list(_find_sizes(model, sizes, None if is_first else measured.left_out))
         vectors = {}
         for role, collection in data.by_role.items():
             progress(f"{model.name}: {len(collection):,} vectors of {collection.path.name}")
             vectors[role] = embed(model, collection, role, cache or find_cache())
         for size, kind in product(offered, embedding_types):
-            found = search(vectors["query"], vectors["document"], ranking, size, kind)
-            values = measure(found, data.qrels, ignore_identical_ids)
-            measured.append((model.name, size, kind, values))
+            found = measured.search(vectors, size, kind)
+            measured.add(found, (model.name, size, kind))
+            first = first or found
+        for size in offered if rescored else ():
+            bits = measured.search(vectors, size, "binary")
+            found = rescore(
+                bits, vectors["query"], vectors["document"], data.corpus.ids, candidates
+            )
+            measured.add(found, (model.name, size, "binary"), f"full vectors ({candidates})")
         used.append(_describe(model))
-    if bm25:
-        matches = search_bm25(data.corpus.texts, data.queries.texts, ranking)
-        if matches is None:
-            left_out.append("BM25: the corpus has no words")
-        else:
-            values = measure(matches, data.qrels, ignore_identical_ids)
-            measured.append(("BM25", None, None, values))
-    baseline = measured[0][-1]
-    rows = [
-        Row(name, size, kind, count_bytes(size, kind), summarize(own), summarize(own - baseline))
-        for name, size, kind, own in measured
-    ]
-    return Report(data.facts, used, rows, left_out)
+    row = measured.rows[0]
+    searched = row.model, row.dimensions, row.embedding_type
+    words = measured.search_bm25() if bm25 or hybrid else None
+    if words and bm25:
+        measured.add(words, ("BM25", None, None))
+    if words and hybrid:
+        measured.add(list(map(fuse, first, words)), searched, "BM25")
+    for reranker in rerankers:
+        progress(f"{reranker.name}: {candidates} candidates for each of {len(first):,} queries")
+        found, seconds = reranker.rerank(data, first, candidates)
+        measured.add(found, searched, f"{reranker.name} ({candidates})", seconds)
+        used.append(_describe(reranker))
+    return Report(data.facts, used, measured.rows, measured.left_out)
+
+
+_Way = tuple[str, int | None, EmbeddingType | None]
+"""Model, dimensions and number type of a search."""
+
+
+class _Measured:
+    """The rows of a report, and what is left out of it."""
+
+    def __init__(self, data: RetrievalData, depth: int, ignore_identical_ids: bool) -> None:
+        self.rows: list[Row] = []
+        self.left_out: list[str] = []
+        self._data = data
+        self._ranking = Ranking(data.corpus.ids, depth + ignore_identical_ids)
+        self._ignores_identical_ids = ignore_identical_ids
+        self._baseline: NDArray[np.float64] = np.zeros(0)  # (q, measures) of the first row
+
+    def accepts(self, model: Model | EngineReranker) -> bool:
+        """Return whether a model accepts the documents; if not, note it as left out."""
+        accepts = "image" in model.modalities or not self._data.corpus.has_images
+        if not accepts:
+            self.left_out.append(f"{model.name}: does not accept images")
+        return accepts
+
+    def search(
+        self, vectors: Mapping[Role, NDArray[np.float32]], size: int, kind: EmbeddingType
+    ) -> list[list[str]]:
+        """Return the ids of each query's documents, best first."""
+        queries, corpus = vectors["query"], vectors["document"]
+        return self._drop_identical(search(queries, corpus, self._ranking, size, kind))
+
+    def search_bm25(self) -> list[list[str]] | None:
+        """Return what BM25 finds; if the corpus has no words, note it as left out."""
+        data = self._data
+        found = search_bm25(data.corpus.texts, data.queries.texts, self._ranking)
+        if found is None:
+            self.left_out.append("BM25: the corpus has no words")
+            return None
+        return self._drop_identical(found)
+
+    def _drop_identical(self, found: list[list[str]]) -> list[list[str]]:
+        if not self._ignores_identical_ids:
+            return found
+        pairs = zip(self._data.queries.ids, found, strict=True)
+        return [[name for name in names if name != query] for query, names in pairs]
+
+    def add(
+        self,
+        found: list[list[str]],
+        way: _Way,
+        second_stage: str = "",
+        seconds: float | None = None,
+    ) -> None:
+        """Add a row; the others are compared with the first one."""
+        values = measure(found, self._data.qrels)
+        if not self.rows:
+            self._baseline = values
+        figures, differences = summarize(values), summarize(values - self._baseline)
+        width = count_bytes(*way[1:])
+        self.rows.append(Row(*way, width, second_stage, figures, differences, seconds))
 
 
 def _find_sizes(model: Model, sizes: list[int], left_out: list[str] | None) -> Iterator[int]:
@@ -176,30 +262,24 @@ def _find_sizes(model: Model, sizes: list[int], left_out: list[str] | None) -> I
                 yield size
 
 
-def _describe(model: Model) -> dict[str, Any]:
-    return {
-        "model": model.name,
-        "revision": model.revision,
-        "description": model.description,
-        "cache_key": {role: model.cache_key(role) for role in get_args(Role)},
-    }
+def _describe(model: Model | EngineReranker) -> dict[str, Any]:
+    facts = {"model": model.name, "revision": model.revision, "description": model.description}
+    if isinstance(model, EngineReranker):  # it has no vectors to cache
+        return facts
+    return facts | {"cache_key": {role: model.cache_key(role) for role in get_args(Role)}}
 
 
-def measure(
-    found: Sequence[Sequence[str]], qrels: Qrels, ignore_identical_ids: bool = False
-) -> NDArray[np.float64]:
+def measure(found: Sequence[Sequence[str]], qrels: Qrels) -> NDArray[np.float64]:
     """Return the measures of each query (q, measures).
 
     Args:
         found: Ids of documents, best first, for each query of `qrels`.
         qrels: The judgements.
-        ignore_identical_ids: Exclude documents with the id of the query.
     """
     run: dict[str, dict[str, float]] = {}
     for query, names in zip(qrels, found, strict=True):
-        kept = [name for name in names if not (ignore_identical_ids and name == query)]
         # places as scores: trec_eval would sort equal scores
-        run[query] = {name: -place for place, name in enumerate(kept[:DEPTH])}
+        run[query] = {name: -place for place, name in enumerate(names[:DEPTH])}
     places = {query: place for place, query in enumerate(qrels)}
     columns = {measure: column for column, measure in enumerate(MEASURES.values())}
     values = np.full((len(qrels), len(columns)), np.nan)

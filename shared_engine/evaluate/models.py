@@ -1,15 +1,16 @@
-"""Models to compare, and their vectors: embedded once at full size and kept on disk."""
+"""Models to compare, their vectors (embedded once at full size, kept on disk), and rerankers."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +23,14 @@ from shared_engine.errors import (
     ConfigurationError,
     InputError,
     MissingExtraError,
+    NeMoRetrieverError,
+    PartialResultError,
     UnsupportedDimensionsError,
 )
-from shared_engine.evaluate.data import Collection
-from shared_engine.options import Options
+from shared_engine.evaluate.data import Collection, RetrievalData
+from shared_engine.evaluate.search import reorder
+from shared_engine.options import Options, RerankOptions
+from shared_engine.reranker import Reranker
 from shared_engine.vectors import unit
 
 WINDOW = 256
@@ -33,39 +38,47 @@ WINDOW = 256
 _PROBE = ["how do I return a damaged product?"]
 
 
-class EngineModel:
-    """A model of this package, in this process or at a NIM."""
+class _Engine:
+    """A model of this package, in this process or at a server."""
 
-    def __init__(self, options: Options) -> None:
-        self._embedder = Embedder(options.replace(dimensions=None, embedding_type="float"))
-        model = self._embedder.model or "NIM"
+    def __init__(self, engine: Embedder | Reranker) -> None:
+        self._engine = engine
+        options, model = engine.options, engine.model or "NIM"
         self.name = Path(model).name if Path(model).is_dir() else model
         if options.base_url:
             prefix = f"{self.name} at " if options.model else ""
             self.name = f"{prefix}{options.base_url}"
-        self.cache_key = self._embedder.cache_key
 
     @property
     def revision(self) -> str | None:
         """Revision of the weights: the given one, or that of the catalogue."""
-        options = self._embedder.options
-        spec = None if options.checkpoint or options.base_url else lookup(self._embedder.model)
+        options = self._engine.options
+        spec = None if options.checkpoint or options.base_url else lookup(self._engine.model)
         return options.revision or (spec.revision if spec else None)
 
     @property
     def description(self) -> str:
         """Description of the engine; loads the model."""
-        return self._embedder.description
+        return self._engine.description
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        """Kinds of input that it accepts; loads the model."""
+        return self._engine.modalities
+
+
+class EngineModel(_Engine):
+    """An embedding model of this package."""
+
+    def __init__(self, options: Options) -> None:
+        self._embedder = Embedder(options.replace(dimensions=None, embedding_type="float"))
+        super().__init__(self._embedder)
+        self.cache_key = self._embedder.cache_key
 
     @property
     def dimensions(self) -> int:
         """Length of a full vector."""
         return self._embedder.dimensions
-
-    @property
-    def modalities(self) -> frozenset[Modality]:
-        """Kinds of input that it accepts."""
-        return self._embedder.modalities
 
     def check_dimensions(self, dimensions: int) -> None:
         """Check that the first values of a full vector are the vector of this length.
@@ -85,6 +98,55 @@ class EngineModel:
     def stream(self, documents: Iterator[EmbeddingInput], role: Role) -> Iterator[Rows]:
         """Yield full vectors of unit length in windows of WINDOW rows, in order."""
         return self._embedder.stream(documents, role, batch_size=WINDOW, errors="return")
+
+
+class EngineReranker(_Engine):
+    """A reranker of this package."""
+
+    def __init__(self, options: RerankOptions) -> None:
+        self._reranker = Reranker(options)
+        super().__init__(self._reranker)
+
+    def rerank(
+        self, data: RetrievalData, found: Sequence[Sequence[str]], candidates: int
+    ) -> tuple[list[list[str]], float]:
+        """Order the first documents of each query by their scores; the others follow them.
+
+        Args:
+            data: The queries and documents.
+            found: Ids for each query, best first.
+            candidates: How many of them are scored.
+
+        Returns:
+            The ids for each query, and the median of the seconds for one query.
+
+        Raises:
+            InputError: a query or document cannot be scored; the message has its file and id.
+            NeMoRetrieverError: as with `Reranker.score`.
+        """
+        reranked, seconds = [], []
+        for query, names in zip(data.queries.ids, found, strict=True):
+            start = time.perf_counter()
+            scores = self._score(data, query, names[:candidates])
+            seconds.append(time.perf_counter() - start)
+            reranked.append(reorder(names, scores))
+        return reranked, float(np.median(seconds))
+
+    def _score(self, data: RetrievalData, query: str, names: Sequence[str]) -> NDArray[np.float32]:
+        documents = [data.corpus.inputs[name] for name in names]
+        error: NeMoRetrieverError
+        try:
+            return self._reranker.score(data.queries.inputs[query].text or "", documents)
+        except PartialResultError as exc:
+            error = next(iter(exc.errors.values()))
+        except InputError as exc:
+            error = exc
+        if not isinstance(error, InputError):
+            raise error
+        path, name = data.queries.path, query
+        if error.index is not None:
+            path, name = data.corpus.path, names[error.index]
+        raise InputError(f"{path}, {name!r}: {error.args[0]}") from error
 
 
 class SentenceTransformersModel:
@@ -165,13 +227,21 @@ def find_model(name: str, like: Options) -> Model:
     if name.startswith("st:"):
         device = None if like.device == "auto" else like.device
         return SentenceTransformersModel(name.removeprefix("st:"), device)
+    return EngineModel(Options(**_read_name(name, like)))
+
+
+def find_reranker(name: str, like: Options) -> EngineReranker:
+    """Return a reranker by its name, folder or URL, with options as `find_model` shares them."""
+    return EngineReranker(RerankOptions(**_read_name(name, like)))
+
+
+def _read_name(name: str, like: Options) -> dict[str, Any]:
+    """Return the options of a named model of this package."""
     is_remote = name.startswith(("http://", "https://"))
     given = set(like.list_given("nim" if is_remote else "local")) - {"checkpoint", "revision"}
     given |= like.model_fields_set & {"truncate", "api_key"}
     shared = {key: getattr(like, key) for key in given}
-    if is_remote:
-        return EngineModel(Options(base_url=name, **shared))
-    return EngineModel(Options(model=name, backend="local", **shared))
+    return shared | ({"base_url": name} if is_remote else {"model": name, "backend": "local"})
 
 
 def find_cache() -> Path:

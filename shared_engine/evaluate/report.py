@@ -33,12 +33,14 @@ def write_table(report: Report) -> str:
         *measures,
         f"{SHOWN}, 95 %",
         "against the first",
+        "s/query",
     ]
     cells = [head, ["---", *["---:"] * (len(head) - 1)], *map(_cells, report.rows)]
-    cells[2][-1] = ""  # the first row against itself
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells[2][-2] = ""  # the first row against itself
+    columns = [column for column in zip(*cells, strict=True) if any(column[2:])]
+    widths = [max(map(len, column)) for column in columns]
     lines.append("")
-    for row in cells:
+    for row in zip(*columns, strict=True):
         padded = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
         lines.append(f"| {' | '.join(padded)} |")
     lines += ["", *(f"Left out: {reason}" for reason in report.left_out)]
@@ -48,13 +50,14 @@ def write_table(report: Report) -> str:
 def _cells(row: Row) -> list[str]:
     shown, difference = row.figures[SHOWN], row.differences[SHOWN]
     return [
-        row.model,
+        row.label,
         "" if row.dimensions is None else f"{row.dimensions}",
         row.embedding_type or "",
         "" if row.bytes_per_vector is None else f"{row.bytes_per_vector:,}",
         *(f"{figure.value:.3f}" for figure in row.figures.values()),
         f"{shown.low:.3f} to {shown.high:.3f}",
         f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})",
+        "" if row.seconds_per_query is None else f"{row.seconds_per_query:.3f}",
     ]
 
 
@@ -77,14 +80,14 @@ def check_plot(path: Path) -> None:
 
 
 def draw_plot(report: Report, path: Path) -> None:
-    """Draw quality by bytes per vector: a line for each model and number type, and for BM25."""
+    """Draw quality by bytes per vector: a line for each model, stage and type, and for BM25."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import FuncFormatter
 
     lines: dict[str, list[Row]] = {}
     for row in report.rows:
-        lines.setdefault(" ".join(filter(None, (row.model, row.embedding_type))), []).append(row)
+        lines.setdefault(" ".join(filter(None, (row.label, row.embedding_type))), []).append(row)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemoretriever"}):
         canvas = Canvas(figsize=(7, 4.2), layout="constrained")
         axes = canvas.subplots()

@@ -1,4 +1,4 @@
-"""Exact search over vectors that need not fit in memory, and BM25.
+"""Exact search over vectors that need not fit in memory, BM25, and what may follow a search.
 
 Every number type is searched by inner products of float32 vectors, in blocks, with BLAS:
 
@@ -23,6 +23,8 @@ ROWS_PER_BLOCK = 2048
 """Documents scored together."""
 SCORES_PER_BLOCK = 4_194_304
 """Bound on the scores in memory; their sort keys take ten times the bytes."""
+RRF_K = 60
+"""The constant of reciprocal rank fusion (Cormack et al., 2009)."""
 _LOW = 0xFFFFFFFF
 
 
@@ -134,3 +136,50 @@ def search_bm25(
         (ids,) = ranking.find_ids(ranking.merge(None, scores[None]))
         found.append(ids[: np.count_nonzero(scores > 0)])
     return found
+
+
+def fuse(*rankings: Sequence[str]) -> list[str]:
+    """Return the ids of several rankings by reciprocal rank fusion; equal ones keep their order.
+
+    >>> fuse(["a", "b", "c"], ["c", "d"])
+    ['c', 'a', 'b', 'd']
+    """
+    scores: dict[str, float] = {}
+    for ranking in rankings:
+        for place, name in enumerate(ranking, 1):
+            scores[name] = scores.get(name, 0) + 1 / (RRF_K + place)
+    return sorted(scores, key=scores.__getitem__, reverse=True)
+
+
+def reorder(names: Sequence[str], scores: NDArray[np.float32]) -> list[str]:
+    """Return ids by descending score; equal scores keep their order, ids without one come last.
+
+    Args:
+        names: Ids, best first.
+        scores: Scores (k,) of the first k of them.
+    """
+    order = np.argsort(-scores, kind="stable").tolist()
+    return [*(names[place] for place in order), *names[len(scores) :]]
+
+
+def rescore(
+    found: Iterable[Sequence[str]],
+    queries: NDArray[np.float32],
+    corpus: NDArray[np.float32],
+    ids: Sequence[str],
+    candidates: int,
+) -> list[list[str]]:
+    """Return the documents of each query with the first ones ordered by their full vectors.
+
+    Args:
+        found: Ids for each query, best first.
+        queries: Full vectors (q, d).
+        corpus: Full vectors (n, d); only those of the candidates are read.
+        ids: The ids of the corpus, in order.
+        candidates: How many of the ids are ordered anew.
+    """
+    rows = {name: row for row, name in enumerate(ids)}
+    return [
+        reorder(names, corpus[[rows[name] for name in names[:candidates]]] @ query)
+        for names, query in zip(found, queries, strict=True)
+    ]

@@ -28,8 +28,10 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
+from shared_engine import EmbeddingInput, Reranker, RerankOptions
 from tests.support import pdfs
 from tests.support.image_files import write_tiff
+from tests.support.rerankers import build_reranker, build_vl_reranker
 from tests.support.vl_checkpoints import VLShape, build_vl_checkpoint
 
 ORIGIN = "http://localhost"
@@ -72,6 +74,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> NeMoRetrieverEmbedding:
     """One that sees tiles of 64 x 64 pixels."""
     folder = build_vl_checkpoint(tmp_path_factory.mktemp("vl") / "vl", VLShape(image_size=64))
     return NeMoRetrieverEmbedding(model=str(folder), device="cpu", truncate="END")
+
+
+@pytest.fixture(scope="module")
+def multimodal_reranker(tmp_path_factory: pytest.TempPathFactory) -> Reranker:
+    folder = build_vl_reranker(tmp_path_factory.mktemp("rerank") / "vl", VLShape(image_size=64))
+    return Reranker(RerankOptions(model=str(folder), device="cpu", truncate="END"))
+
+
+@pytest.fixture(scope="module")
+def text_reranker(tmp_path_factory: pytest.TempPathFactory) -> Reranker:
+    folder = build_reranker(tmp_path_factory.mktemp("rerank") / "text")
+    return Reranker(RerankOptions(model=str(folder), device="cpu", truncate="END"))
 
 
 @pytest.fixture
@@ -157,6 +171,44 @@ def test_a_photographed_page_finds_itself(app: App, two_pages: bytes) -> None:
         assert shown
         assert app.client.get(shown[0]).headers["content-type"] == "image/webp"
     assert "Send it again" in app.look("/", picture="gone")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reads", ["text_reranker", "multimodal_reranker"])
+def test_a_reranker_orders_what_words_find_and_both_orders_are_shown(
+    start: Callable[..., Any], request: pytest.FixtureRequest, reads: str, kind: str
+) -> None:
+    reranker: Reranker = request.getfixturevalue(reads)
+    leaves = [pdfs.Leaf(f"BT /F1 9 Tf 9 9 Td ({word}) Tj ET") for word in "abcdefghijklmn"]
+    with start() as app:
+        app.send(("letters.pdf", pdfs.write(*leaves)))
+        (file,) = app.files
+        hits = app.index.search(app.index.embed_words("sound"), kind, 40)
+        assert "reranked" not in app.look("/", q="sound", kind=kind)
+    found = [file.pages[hit.number] for hit in hits]
+    assert len(found) == 14
+    documents = [EmbeddingInput(page.text) for page in found]
+    if reads == "multimodal_reranker" and kind != "text":
+        texts = [page.text if kind == "both" else None for page in found]
+        documents = [
+            EmbeddingInput(text, page.picture) for text, page in zip(texts, found, strict=True)
+        ]
+    order = [index for index, _ in reranker.rank("sound", documents)]
+    assert order != list(range(14))
+    with start(reranker=reranker) as app:
+        html = app.look("/", q="sound", kind=kind)
+        assert "14 pages found, then reranked" in html
+        assert found_pages(html) == [(file.id, found[index].number) for index in order[:12]]
+        ranks = re.findall(r"was (\d+)(?:st|nd|rd|th), cosine", html)
+        assert [int(rank) - 1 for rank in ranks] == order[:12]
+        assert "reranked" not in app.look("/", like=f"{file.id}-1", kind=kind)
+
+
+def test_a_search_in_nothing_is_reranked_as_well(
+    start: Callable[..., Any], text_reranker: Reranker
+) -> None:
+    with start(reranker=text_reranker) as app:
+        assert "Nothing is found" in app.look("/", q="sound", kind="text")
 
 
 def test_an_untrained_model_says_what_words_cannot_find(

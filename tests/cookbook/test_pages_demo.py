@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import demo
 import handbook
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from pages.__main__ import main
 from safetensors import safe_open
 
 from cookbook.standin import build_multimodal
-from shared_engine import Embedder, EmbeddingInput, Options
+from shared_engine import Embedder, EmbeddingInput, Options, Reranker, RerankOptions
+from tests.support import pdfs
+from tests.support.rerankers import build_reranker, build_vl_reranker
+from tests.support.vl_checkpoints import VLShape, build_vl_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,38 @@ def test_embeds_what_is_new_or_changed_and_forgets_what_is_gone(
     assert len(list((tmp_path / "store").rglob("*.png"))) == 2
 
 
+def test_both_frameworks_rerank_what_is_asked_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NVIDIA_BASE_URL", raising=False)
+    model = build_vl_checkpoint(tmp_path / "vl", VLShape(image_size=64))
+    reranker = build_vl_reranker(tmp_path / "reranker", VLShape(image_size=64))
+    (tmp_path / "a.pdf").write_bytes(pdfs.scan(*(f"page {letter}" for letter in "abcdef")))
+    arguments = ["--terminal", "--device", "cpu", "--model", str(model), "--question", "sound"]
+    arguments += ["--pdf", str(tmp_path / "a.pdf"), "--store", str(tmp_path / "store")]
+    main([*arguments, "--rerank", str(reranker)])
+    output = capsys.readouterr().out
+    assert re.search(r"Rerank +\S+/reranker\s+in\s+this\s+process", output)
+
+    drawn = {page.name: page.render(terminal.PIXELS) for page in terminal.read_pages(tmp_path)}
+    pictures = [EmbeddingInput(image=picture) for picture in drawn.values()]
+    with Embedder(Options(model=str(model), device="cpu", truncate="END")) as embedder:
+        cosines = embedder.embed(pictures) @ embedder.embed(["sound"], "query")[0]
+    before = np.argsort(-cosines).tolist()
+    with Reranker(RerankOptions(model=str(reranker), device="cpu")) as engine:
+        best = [index for index, _ in engine.rank("sound", pictures, terminal.TOP)]
+    wanted = [(f"{cosines[n]:.3f}", list(drawn)[n], str(before.index(n) + 1)) for n in best]
+    answers = output.partition("  sound\n")[2]
+    shown = r"^ +(-?\d\.\d{3}) +(-?\d\.\d{3}) +(a.pdf, page \d)\n +was (\d)"
+    found = re.findall(shown, answers, re.M)
+    assert [(left, name, rank) for left, _, name, rank in found] == wanted
+    assert all(left == right for left, right, *_ in found)
+
+    text = build_reranker(tmp_path / "text")
+    with pytest.raises(SystemExit, match="takes texts only"):
+        main([*arguments, "--rerank", str(text)])
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -112,7 +148,7 @@ def test_what_can_be_expected_to_fail_ends_in_a_sentence(
         run(*args)
 
 
-@pytest.mark.parametrize("module", [access, files, terminal])
+@pytest.mark.parametrize("module", [access, demo, files, terminal])
 def test_its_examples_hold(module: ModuleType) -> None:
     found = doctest.testmod(module)
     assert found.attempted

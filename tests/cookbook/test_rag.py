@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +15,11 @@ from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, ToolCall, ToolMessage
 from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 
-from langchain_nemoretriever import NeMoRetrieverEmbeddings
+from langchain_nemoretriever import NeMoRetrieverEmbeddings, NeMoRetrieverRerank
 from tests.conftest import ROOT
 from tests.cookbook.questions import HELD_OUT
 from tests.support import pdfs
+from tests.support.rerankers import build_reranker
 
 ENVIRONMENT = ("NVIDIA_BASE_URL", "NVIDIA_API_KEY")
 DOCS = {
@@ -40,6 +42,12 @@ def rag(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def embeddings(checkpoint: Path) -> NeMoRetrieverEmbeddings:
     return NeMoRetrieverEmbeddings(model=str(checkpoint), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory: pytest.TempPathFactory) -> NeMoRetrieverRerank:
+    folder = build_reranker(tmp_path_factory.mktemp("rerank") / "reranker")
+    return NeMoRetrieverRerank(model=str(folder), device="cpu", top_n=None)
 
 
 @pytest.fixture
@@ -208,6 +216,38 @@ def test_retrievers_find_passages_or_whole_sections(
     assert first.page_content.startswith("Animals: Quokkas\n")
 
 
+def test_a_reranker_orders_the_candidates_and_both_orders_are_printed(
+    rag: ModuleType,
+    docs: Path,
+    embeddings: NeMoRetrieverEmbeddings,
+    reranker: NeMoRetrieverRerank,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "\n\n".join(f"## Part {i}\n\nFruit of the kind {i * 37 % 100}." for i in range(60))
+    (docs / "many.md").write_text(f"# Many\n\n{text}", encoding="utf-8")
+    question = "Which fruit?"
+    store = InMemoryVectorStore(embeddings)
+    retriever = make_retriever(rag, docs, store, candidates=rag.CANDIDATES_TO_RERANK)
+    before = retriever.invoke(question)[: rag.CANDIDATES_TO_RERANK]
+    assert len(before) == 40
+    order = [i for i, _ in reranker.reranker.rank(question, [d.page_content for d in before])]
+    assert order != list(range(40))
+
+    chain = rag.make_chain(rag.rerank(retriever, reranker), says("It is red."))
+    sources = chain.invoke({"question": question})["sources"]
+    assert [source.page_content for source in sources] == [
+        source.page_content for source in rag.take_sources(before[i] for i in order)
+    ]
+    assert [before[s.metadata["before"] - 1].page_content for s in sources] == [
+        source.page_content for source in sources
+    ]
+    rag.ask(question, [{"sources": sources}], embeddings)
+    printed = capsys.readouterr().out
+    for source in sources:
+        assert f", was {rag.ordinal(source.metadata['before'])}\n" in printed
+    assert printed.count(", was ") == len(sources) == 3
+
+
 def test_sources_are_of_different_sections_and_at_most_three(rag: ModuleType) -> None:
     found = [Document(str(i), metadata={"section": i // 2}) for i in range(10)]
     assert [source.page_content for source in rag.take_sources(found)] == ["0", "2", "4"]
@@ -344,6 +384,13 @@ def test_the_script_answers_with_sources_and_embeds_nothing_twice(run: Callable[
 
 
 @pytest.mark.slow
+def test_the_script_reranks(run: Callable[..., str], reranker: NeMoRetrieverRerank) -> None:
+    printed = run("--rerank", str(reranker.model), "--question", "How long may a text be?")
+    assert re.search(r"Rerank +\S+/reranker\s+in\s+this\s+process", printed)
+    assert len(re.findall(r"^  \[\d\] .*, was \d+(?:st|nd|rd|th)$", printed, re.M)) == 3
+
+
+@pytest.mark.slow
 def test_held_out_questions_find_their_source(
     rag: ModuleType,
     standin: Path,
@@ -357,7 +404,7 @@ def test_held_out_questions_find_their_source(
     passages = rag.split(sections)
     store = InMemoryVectorStore(embeddings)
     store.add_documents(passages)
-    retriever = rag.make_retriever(sections, passages, store, rag.WEIGHT_STANDIN)
+    retriever = rag.make_retriever(sections, passages, store, weight=rag.WEIGHT_STANDIN)
     right_file = right_section = 0
     for question, section in HELD_OUT:
         found = [s.metadata["section"] for s in rag.take_sources(retriever.invoke(question))]

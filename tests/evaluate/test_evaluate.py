@@ -171,8 +171,6 @@ def test_figures_by_hand():
     one = {"d1": qrels["d1"]}
     late = [[f"d{n}" for n in range(12)]]  # the relevant one is the twelfth
     np.testing.assert_allclose(measure(late, one), [[0, 0, 0, 1, 0, 0]])
-    same = [["d1", "d11"]]
-    np.testing.assert_allclose(measure(same, one, ignore_identical_ids=True), [[1] * 6])
 
 
 def test_documents_with_the_id_of_the_query_can_be_excluded(folder, options, tmp_path):
