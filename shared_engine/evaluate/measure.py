@@ -183,7 +183,7 @@ def evaluate(
     return Report(data.facts, used, measured.rows, measured.left_out)
 
 
-_Way = tuple[str, int | None, EmbeddingType | None]
+_SearchSpec = tuple[str, int | None, EmbeddingType | None]
 """Model, dimensions and number type of a search."""
 
 
@@ -230,7 +230,7 @@ class _Measured:
     def add(
         self,
         found: list[list[str]],
-        way: _Way,
+        spec: _SearchSpec,
         second_stage: str = "",
         seconds: float | None = None,
     ) -> None:
@@ -239,8 +239,8 @@ class _Measured:
         if not self.rows:
             self._baseline = values
         figures, differences = summarize(values), summarize(values - self._baseline)
-        width = count_bytes(*way[1:])
-        self.rows.append(Row(*way, width, second_stage, figures, differences, seconds))
+        width = count_bytes(*spec[1:])
+        self.rows.append(Row(*spec, width, second_stage, figures, differences, seconds))
 
 
 def _find_sizes(model: Model, sizes: list[int], left_out: list[str] | None) -> Iterator[int]:
