@@ -24,7 +24,8 @@ class NeMoRetrieverRerank(
     """Reranks documents for LangChain; takes the fields of `shared_engine.RerankOptions`.
 
     A document is its `page_content`, together with the image in its metadata if it has one: a path,
-    a `file://` or `data:` URL, base64, or bytes. A text model ignores an image beside a text.
+    a `file://` or `data:` URL, base64, or bytes. A text model ignores the image of a document that
+    has a text.
 
     `reranker.score(...)` returns all scores as a float32 array. LangChain's `dumps` writes the
     options without key, headers and proxy; `loads` takes the key from NVIDIA_API_KEY.

@@ -53,7 +53,7 @@ class Adapter(EngineOptions):  # noqa: PLW1641 - unhashable, as every pydantic m
         return cls(**options).available_models
 
     def _drop_images(self, documents: list[EmbeddingInput]) -> list[EmbeddingInput]:
-        """Return the inputs without images beside a text if the model takes no images.
+        """Return the inputs without the images of texts if the model takes no images.
 
         An image without a text stays, and the engine refuses it. Loads the model if there are
         images.

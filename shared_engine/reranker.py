@@ -74,7 +74,7 @@ class Reranker(Model[RerankOptions]):
 
         Returns:
             (n,) float32, in the order of the documents. They are logits, or probabilities with
-            `activation="sigmoid"`; `score_kind` tells which, as some servers have no logits.
+            `activation="sigmoid"`; `score_kind` is which, as some servers have no logits.
 
         Raises:
             InputError: the query or a document is of the wrong type or modality (`index` is the
@@ -166,7 +166,7 @@ class Reranker(Model[RerankOptions]):
 
 @contextmanager
 def _placed(row: int) -> Iterator[None]:
-    """Give the errors of one pair its position."""
+    """Put the position of a pair on its errors."""
     try:
         yield
     except InputError as exc:

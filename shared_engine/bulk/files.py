@@ -50,7 +50,7 @@ def lock(folder: str) -> Iterator[None]:
     The lock is `flock` on the file LOCK, which names host, process and start time. The kernel
     releases it when the process ends, killed or not, so a file that a dead process left locks
     nothing. It holds between hosts on NFS, where Linux asks the server, but not on a mount with
-    `nolock` or `local_lock`. A file system without locks gives a warning.
+    `nolock` or `local_lock`. On a file system without locks, a warning is logged.
 
     Raises:
         ConfigurationError: another run holds the lock; names host, process and start time.

@@ -307,7 +307,7 @@ def _read_field(form: Any, field: Any) -> str:
 
 
 def _read_string(read: Callable[..., int], *args: Any) -> str:
-    """Return a string of PDFium, which tells its size first."""
+    """Return a string of PDFium, which returns its size first."""
     buffer = (ctypes.c_ushort * (read(*args, None, 0) // 2))()
     read(*args, buffer, len(buffer) * 2)
     text = bytes(buffer).decode("utf-16-le", "replace").rstrip("\0")
@@ -315,7 +315,7 @@ def _read_string(read: Callable[..., int], *args: Any) -> str:
 
 
 _HYPHEN = re.compile("[\x02\ufffe]\n?|\xad\n")
-"""A word goes on in the next line; PDFium writes U+FFFE or U+0002 for hyphen and line end."""
+"""A word continues in the next line; PDFium writes U+FFFE or U+0002 for hyphen and line end."""
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\uffff]")
 
 
