@@ -29,9 +29,8 @@ class NeMoRetrieverRerank(RerankAdapter, BaseNodePostprocessor):
     """Reranks nodes for LlamaIndex; takes the fields of `shared_engine.RerankOptions`.
 
     A node is its text with metadata (`MetadataMode.EMBED`), its image, or both. A text model
-    ignores the image of a node that has a text. The result is new `NodeWithScore` objects; the
-    caller's nodes keep their scores. For a minimum score, add a `SimilarityPostprocessor` after this
-    one.
+    ignores the image of a node that has a text. The result is new `NodeWithScore` objects; nodes of
+    the caller keep their scores. For a minimum score, add a `SimilarityPostprocessor` after it.
 
     `reranker.score(...)` returns all scores as a float32 array.
 
