@@ -309,6 +309,7 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
             source.seek(0)
         require_columns(columns, found.names, path)
         schema = pa.schema([(name, simplify(found.field(name).type)) for name in columns])
+        pq.ParquetWriter(pa.BufferOutputStream(), schema).close()  # refuses types it cannot hold
         yield schema
         options = pa.ipc.IpcReadOptions(included_fields=list(map(found.get_field_index, columns)))
         if is_file:
