@@ -287,6 +287,18 @@ def test_a_type_that_parquet_cannot_hold_costs_its_file_only(
     assert "Parquet" in str(lost.error)
 
 
+@pytest.mark.parametrize("place", ["text", "lang"])
+def test_a_broken_arrow_file_costs_no_other(place: str, tmp_path: Path, make_job: Make) -> None:
+    (tmp_path / "in").mkdir()
+    write(passages(3), tmp_path / "in" / "a.parquet")
+    offsets = pa.array([0, 5, 1, 6], pa.int32()).buffers()[1]
+    column = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"abcdef")])
+    table = passages(3).set_column(passages(3).column_names.index(place), place, column)
+    write(table, tmp_path / "in" / "b.feather")
+    summary = run(make_job(tmp_path / "in"))
+    assert (summary.rows, [each.title for each in summary.unread]) == (3, ["b.feather"])
+
+
 @pytest.mark.parametrize(
     "column",
     [
