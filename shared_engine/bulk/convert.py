@@ -309,6 +309,7 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
             source.seek(0)
         require_columns(columns, found.names, path)
         schema = pa.schema([(name, simplify(found.field(name).type)) for name in columns])
+        pq.ParquetWriter(pa.BufferOutputStream(), schema).close()  # refuses types it cannot hold
         yield schema
         options = pa.ipc.IpcReadOptions(included_fields=list(map(found.get_field_index, columns)))
         if is_file:
@@ -317,9 +318,30 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
         else:
             batches = iter(pa.ipc.open_stream(source, options=options))
         for batch in batches:
+            for column in batch.columns:
+                _check_buffers(column)
             table = pa.Table.from_batches([batch]).select(list(columns))
             for first in range(0, table.num_rows, rows):
                 yield table.slice(first, rows).cast(schema)
+
+
+_BYTES = {
+    pa.string(): pa.binary(), pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}  # fmt: skip
+
+
+def _check_buffers(array: Any) -> None:
+    """Check offsets of an array, as Arrow's readers do not: a wrong one may end the process.
+
+    Texts may be of any bytes; those that are not UTF-8 will cost their rows.
+    """
+    if pa.types.is_dictionary(array.type):
+        _check_buffers(array.dictionary)  # the cast checks the indices
+    else:
+        array.validate()  # or the view would read out of bounds
+        plain = array.view(_BYTES[array.type]) if array.type in _BYTES else array
+        plain.validate(full=True)
 
 
 TEXT: dict[str, Callable[[str, Sequence[str], str], Iterator[_Record]]] = {

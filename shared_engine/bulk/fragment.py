@@ -207,13 +207,11 @@ class _Failures:
             self._add(kept[0][row].as_py(), kept["id"][row].as_py(), error)
 
     def _add(self, number: int, id_: Any, error: NeMoRetrieverError) -> None:
-        reason = str(error.at(None) if isinstance(error, InputError) else error)
+        error = error.at(None) if isinstance(error, InputError) else error
+        title = self._fragment.title
         if self._job.strict:
-            raise InputError(f"{self._fragment.title}, row {number}, id {id_!r}: {reason}")
-        self._rows.append(
-            {"id": id_, "reason": reason, "kind": type(error).__name__,
-             "source": self._fragment.title, "index": number}
-        )  # fmt: skip
+            raise InputError(f"{title}, row {number}, id {id_!r}: {error}")
+        self._rows.append(manifest.make_error_row(title, number, id_, error))
 
     def write(self, schema: Any) -> None:
         """Write the file of errors, or remove one of an earlier try."""

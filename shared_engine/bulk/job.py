@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from shared_engine.documents import Role
 from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError, PageError
 from shared_engine.images import pages
 from shared_engine.options import Options
+
+_log = logging.getLogger("shared_engine")
 
 ROWS_PER_FILE = 10_000
 """Rows of text in a fragment: 80 MB of float32 vectors of 2,048 values."""
@@ -281,11 +284,21 @@ def find_sources(job: Job) -> list[Source]:
                 f"inputs are of several kinds: {', '.join(kinds.values())}; embed tables, images "
                 "and PDF files by separate commands, each with its own --out"
             )
+    _log_skipped(job, [path for _, files in listed for path in files])
     if not kinds:
         raise ConfigurationError(
             f"no files to embed in {', '.join(job.inputs)} (a .txt file must be named)"
         )
     return sources
+
+
+def _log_skipped(job: Job, files: list[str]) -> None:
+    skipped = [
+        each for each in files if _find_kind(each) is None and not each.startswith(job.out + os.sep)
+    ]
+    if skipped:
+        first = skipped[0]
+        _log.warning("%d files of other formats are skipped, the first: %s", len(skipped), first)
 
 
 def _list_files(given: str) -> tuple[str, list[str]]:

@@ -227,6 +227,14 @@ def make_error_schema(schema: Any) -> Any:
     ])  # fmt: skip
 
 
+def make_error_row(source: str, index: int | None, id_: Any, error: Exception) -> dict[str, Any]:
+    """Return a row of a file of errors."""
+    # A name of a column that is not UTF-8 has lone surrogates, which no Parquet file can hold.
+    reason = str(error).encode("utf-8", "backslashreplace").decode()
+    kind = type(error).__name__
+    return {"id": id_, "reason": reason, "kind": kind, "source": source, "index": index}
+
+
 def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
     """Write `errors.parquet` from the fragments' errors; return the number of failed rows.
 
@@ -250,11 +258,7 @@ def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
                 table = pq.read_table(part)
                 rows += table.num_rows
                 writer.write_table(table)
-            lost = [
-                {"reason": str(each.error), "kind": type(each.error).__name__,
-                 "source": each.title, "index": each.first}
-                for each in unread
-            ]  # fmt: skip
+            lost = [make_error_row(each.title, each.first, None, each.error) for each in unread]
             writer.write_table(pa.Table.from_pylist(lost, schema=schema))
     return rows
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from shared_engine.bulk.convert import REASON, TEXT, find_suffix
 from shared_engine.bulk.job import Fragment, Job
-from shared_engine.bulk.tables import Cursors, read_texts, reading
+from shared_engine.bulk.tables import Cursors, cast_rows, read_texts, reading, simplify
 from shared_engine.documents import EmbeddingInput, join_title
 from shared_engine.errors import PageError
 from shared_engine.images.pages import open_pages
@@ -90,7 +90,20 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
         found, wrong = read_texts(table[name])
         reasons = {row: f"column {name!r} {why}" for row, why in wrong.items()} | reasons
         texts = found if texts is None else list(map(join_title, texts, found))
-    images = nothing if image is None else table[image].to_pylist()
+    images = nothing
+    if image is not None and simplify(table[image].type) == pa.string():
+        images, wrong = read_texts(table[image])
+        reasons = {row: f"column {image!r} {why}" for row, why in wrong.items()} | reasons
+    elif image is not None:
+        images = table[image].to_pylist()
+    _, given = job.find_columns(fragment.title)
+    columns: dict[str, Any] = {}
+    for name, kind in zip(schema.names[1:], schema.types[1:], strict=True):
+        if name in given:
+            columns[name] = pa.array([given[name]] * count, pa.string()).cast(kind)
+        else:
+            columns[name], wrong = cast_rows(table[name], kind)
+            reasons = {row: f"column {name!r} {why}" for row, why in wrong.items()} | reasons
     documents: list[str | EmbeddingInput] = []
     good: list[int] = []
     for row, (words, picture) in enumerate(zip(texts or nothing, images, strict=True)):
@@ -100,16 +113,12 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
         elif row not in reasons:
             documents.append(document)
             good.append(row)
-    kept = [pa.array([first + row for row in good], pa.int64())]
     positions = pa.array(good, pa.int64())
-    _, given = job.find_columns(fragment.title)
-    for name, kind in zip(schema.names, schema.types, strict=True):
-        if name == "id":
-            kept.append(pa.array([ids[row] for row in good], kind))
-        elif name in given:
-            kept.append(pa.array([given[name]] * len(good), kind))
-        else:
-            kept.append(table[name].take(positions).cast(kind))
+    kept = [
+        pa.array([first + row for row in good], pa.int64()),
+        pa.array([ids[row] for row in good], schema.field("id").type),
+        *(column.take(positions) for column in columns.values()),
+    ]
     refused = [Refused(first + row, ids[row], reasons[row]) for row in sorted(reasons)]
     return Window(pa.table(kept, names=["", *schema.names]), documents, refused)
 
@@ -117,7 +126,8 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
 def read_ids(column: Any, kind: Any) -> tuple[list[Any], dict[int, str]]:
     """Return the ids of a column as integers or texts, None for empty ones; see `read_texts`."""
     if pa.types.is_integer(kind):
-        return column.cast(kind).to_pylist(), {}
+        numbers, reasons = cast_rows(column, kind)
+        return numbers.to_pylist(), reasons
     texts, reasons = read_texts(column)
     return [text or None for text in texts], reasons
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ _SAME_VALUES = {
 }  # fmt: skip
 
 
-def simplify(kind: pa.DataType) -> pa.DataType:
+def simplify(kind: pa.DataType) -> pa.DataType:  # noqa: PLR0911
     """Return the type to keep values of a type as: without views, dictionaries, long offsets.
 
     >>> simplify(pa.dictionary(pa.int8(), pa.large_string()))
@@ -58,8 +59,14 @@ def simplify(kind: pa.DataType) -> pa.DataType:
         return simplify(kind.value_type)
     if kind in _SAME_VALUES:
         return _SAME_VALUES[kind]
+    if isinstance(kind, pa.JsonType):
+        return simplify(kind.storage_type)
     if pa.types.is_list(kind):
         return pa.list_(_simplify_field(kind.value_field))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_simplify_field(kind.value_field), kind.list_size)
+    if pa.types.is_map(kind):
+        return pa.map_(_simplify_field(kind.key_field), _simplify_field(kind.item_field))
     if pa.types.is_large_list(kind):
         return pa.large_list(_simplify_field(kind.value_field))
     if pa.types.is_struct(kind):
@@ -91,7 +98,13 @@ def unify(first: pa.DataType, second: pa.DataType) -> pa.DataType:
     """Return a type for the values of two files: numbers become wider, all else becomes text."""
     if first == second:
         return first
-    schemas = [pa.schema([("value", kind)]) for kind in (first, second)]
+    kinds = (first, second)
+    is_decimal = list(map(pa.types.is_decimal, kinds))
+    if any(is_decimal) and not all(is_decimal) and pa.null() not in kinds:
+        return pa.string()  # Arrow would make them floats, or decimals of too few digits
+    if pa.uint64() in kinds and any(map(pa.types.is_signed_integer, kinds)):
+        return pa.string()
+    schemas = [pa.schema([("value", kind)]) for kind in kinds]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive").field("value").type
     except (pa.ArrowTypeError, pa.ArrowInvalid):
@@ -130,6 +143,35 @@ def read_texts(column: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str
             texts.append(None)
             reasons[row] = f"holds bytes that are not UTF-8: {exc}"
     return texts, reasons
+
+
+def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.Array, dict[int, str]]:
+    """Return a column as another type, and the reasons of rows whose values that cannot hold.
+
+    Lists, structs and maps become JSON where the type is a text.
+    """
+    try:
+        return column.cast(kind), {}
+    except pa.ArrowNotImplementedError:
+        if kind != pa.string():
+            raise
+        texts = [value if value is None else _to_json(value) for value in column.to_pylist()]
+        return pa.array(texts, kind), {}
+    except pa.ArrowInvalid:
+        pass
+    parts: list[pa.Array] = []
+    reasons: dict[int, str] = {}
+    for row in range(len(column)):
+        try:
+            parts += column.slice(row, 1).cast(kind).chunks
+        except pa.ArrowInvalid as exc:
+            parts.append(pa.nulls(1, kind))
+            reasons[row] = f"holds a value that is no {kind}: {exc}"
+    return pa.chunked_array(parts), reasons
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _is_uuid(kind: pa.DataType) -> bool:

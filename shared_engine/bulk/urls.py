@@ -82,6 +82,11 @@ def list_remote(url: str) -> tuple[str, list[str]]:
 
 
 def open_parquet(path: str, **options: Any) -> pq.ParquetFile:
-    """Open a Parquet file by path or URL."""
+    """Open a Parquet file by path or URL.
+
+    Old timestamps (INT96) are read as microseconds, which is what Spark writes: as nanoseconds,
+    the years before 1677 and after 2262 become others.
+    """
     system, inner = locate(path)
+    options["coerce_int96_timestamp_unit"] = "us"
     return pq.ParquetFile(inner, filesystem=system, **options)

@@ -151,11 +151,18 @@ def open_pages(
 def walk(folder: str | os.PathLike[str], hidden: str = ".") -> Iterator[str]:
     """Yield the files below a folder, without hidden ones and those in hidden folders.
 
+    Links to folders are followed; a folder that several paths reach is read once.
+
     Args:
         folder: where to look.
         hidden: first characters of hidden names.
     """
-    for where, folders, files in os.walk(folder):
+    seen: set[str] = set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if name[0] not in hidden)
         yield from (os.path.join(where, name) for name in sorted(files) if name[0] not in hidden)
 

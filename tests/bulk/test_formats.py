@@ -141,6 +141,14 @@ def test_a_pattern_gives_the_files_of_a_folder(pattern, names, tmp_path, make_jo
     assert run(job).rows == (pattern in ("**/*.csv", "s*", "**")), "more files are missing work"
 
 
+def test_files_of_other_formats_in_a_folder_are_told(tmp_path, make_job, caplog):
+    (tmp_path / "in").mkdir()
+    for name in ("a.csv", "b.csv.xz", "c.avro"):
+        (tmp_path / "in" / name).write_text("text\na\n")
+    assert run(make_job(tmp_path / "in", id_column=None, columns=())).rows == 1
+    assert f"2 files of other formats are skipped, the first: {tmp_path}/in/b.csv.xz" in caplog.text
+
+
 def test_a_pattern_that_no_file_has_is_named(tmp_path, make_job):
     with pytest.raises(ConfigurationError, match=r"\*\.csv does not exist"):
         run(make_job(tmp_path / "*.csv"))

@@ -203,6 +203,24 @@ def test_a_file_with_another_layout_is_an_error_that_says_what_is_expected(
         run(make_job(tmp_path / name, columns=(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "key,té\n0,a\n".encode("latin-1")), ("a.jsonl", b'{"key": 0, "te\\ud800": "a"}\n')],
+)
+def test_a_file_whose_names_of_columns_are_not_utf_8_costs_no_other(
+    name, content, tmp_path, make_job
+):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    write(tmp_path / "in" / "b.csv")
+    job = make_job(tmp_path / "in", columns=())
+    summary = run(job)
+    assert (summary.rows, len(summary.unread)) == (3, 1)
+    (error,) = pq.read_table(Path(job.out, "errors.parquet")).to_pylist()
+    assert error["source"] == name
+    assert "no column 'text'" in error["reason"]
+
+
 def test_lines_may_end_with_cr_alone(tmp_path, make_job):
     (tmp_path / "in.csv").write_text("key,text\r0,a\r1,b\r", newline="")
     assert run(make_job(tmp_path / "in.csv", columns=())).rows == 2

@@ -203,6 +203,118 @@ def test_files_with_other_types_of_a_column_are_one_job(tmp_path: Path, make_job
     assert found["id"].to_pylist() == ["1", str(2**40), "2", "3", "x"]
 
 
+def write_two(folder: Path, *columns: pa.Array) -> None:
+    folder.mkdir()
+    for name, column in zip("ab", columns, strict=True):
+        count = len(column)
+        keys = [f"{name}{n}" for n in range(count)]
+        table = pa.table({"text": ["some text"] * count, "key": keys, "value": column})
+        pq.write_table(table, folder / f"{name}.parquet")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [
+        (pa.array([2**63 + 7], pa.uint64()), pa.array([-1]), ["9223372036854775815", "-1"]),
+        (pa.array([Decimal("123456789012345678.05")]), pa.array([1.5]),
+         ["123456789012345678.05", "1.5"]),
+        (pa.array([Decimal("1.05")]), pa.array([7]), ["1.05", "7"]),
+        (pa.array([["a", None]]), pa.array(["é"]), ['["a", null]', "é"]),
+        (pa.array([{"a": 1}]), pa.array([{"a": "é"}]), ['{"a": 1}', '{"a": "é"}']),
+    ],
+)  # fmt: skip
+def test_types_that_differ_between_files_change_no_value_and_cost_no_row(
+    first: pa.Array, second: pa.Array, kept: list[str], tmp_path: Path, make_job: Make
+) -> None:
+    write_two(tmp_path / "in", first, second)
+    job = make_job(tmp_path / "in", columns=("value",))
+    assert run(job).is_complete
+    assert pq.read_table(Path(job.out, "vectors")).sort_by("id")["value"].to_pylist() == kept
+
+
+def test_a_value_that_the_type_of_all_files_cannot_hold_costs_its_row_only(
+    tmp_path: Path, make_job: Make
+) -> None:
+    write_two(tmp_path / "in", pa.array([2**60 + 1, 5]), pa.array([1.5]))
+    job = make_job(tmp_path / "in", columns=("value",))
+    summary = run(job)
+    assert (summary.rows, summary.failed, summary.unread) == (2, 1, ())
+    (error,) = pq.read_table(Path(job.out, "errors.parquet")).to_pylist()
+    assert (error["id"], error["index"]) == ("a0", 0)
+    assert "column 'value' holds a value that is no double" in error["reason"]
+
+
+def test_an_id_of_a_later_file_that_the_job_cannot_hold_costs_its_row_only(
+    tmp_path: Path, make_job: Make
+) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": ["a"], "key": [1]}), tmp_path / "in" / "a.parquet")
+    job = make_job(tmp_path / "in", columns=())
+    assert run(job).is_complete
+    later = pa.table({"text": ["b", "c"], "key": ["2", "x"]})
+    pq.write_table(later, tmp_path / "in" / "b.parquet")
+    summary = run(job)
+    assert (summary.rows, summary.failed, summary.unread) == (1, 1, ())
+
+
+def test_timestamps_as_spark_writes_them_keep_their_year(tmp_path: Path, make_job: Make) -> None:
+    days = [datetime(1, 1, 1), datetime(2024, 1, 1, 0, 0, 0, 1), datetime(9999, 12, 31)]
+    table = passages(3).append_column("day", pa.array(days, pa.timestamp("us")))
+    pq.write_table(table, tmp_path / "in.parquet", use_deprecated_int96_timestamps=True)
+    job = make_job(tmp_path / "in.parquet", columns=("day",))
+    assert run(job).is_complete
+    assert pq.read_table(Path(job.out, "vectors"))["day"].to_pylist() == days
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), pa.array(["x"])),
+        pa.array([pa.MonthDayNano([1, 2, 3]), None]),
+        pa.array([{}, None], pa.struct([])),
+    ],
+)
+@pytest.mark.parametrize("place", ["text", "lang"])
+def test_a_type_that_parquet_cannot_hold_costs_its_file_only(
+    place: str, column: pa.Array, tmp_path: Path, make_job: Make
+) -> None:
+    (tmp_path / "in").mkdir()
+    write(passages(3), tmp_path / "in" / "a.parquet")
+    table = passages(3).slice(1)
+    table = table.set_column(table.column_names.index(place), place, column)
+    write(table, tmp_path / "in" / "b.feather")
+    (lost,) = run(make_job(tmp_path / "in")).unread
+    assert "Parquet" in str(lost.error)
+
+
+@pytest.mark.parametrize("place", ["text", "lang"])
+def test_a_broken_arrow_file_costs_no_other(place: str, tmp_path: Path, make_job: Make) -> None:
+    (tmp_path / "in").mkdir()
+    write(passages(3), tmp_path / "in" / "a.parquet")
+    offsets = pa.array([0, 5, 1, 6], pa.int32()).buffers()[1]
+    column = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"abcdef")])
+    table = passages(3).set_column(passages(3).column_names.index(place), place, column)
+    write(table, tmp_path / "in" / "b.feather")
+    summary = run(make_job(tmp_path / "in"))
+    assert (summary.rows, [each.title for each in summary.unread]) == (3, ["b.feather"])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[("a", "x")], None], pa.map_(pa.string_view(), pa.string_view())),
+        pa.array(["[1.10]", None], pa.json_()),
+    ],
+)
+def test_views_within_maps_and_lists_and_json_stay(
+    column: pa.Array, tmp_path: Path, make_job: Make
+) -> None:
+    write(passages(2).append_column("value", column), tmp_path / "in.feather")
+    job = make_job(tmp_path / "in.feather", columns=("value",))
+    assert run(job).is_complete
+    assert pq.read_table(Path(job.out, "vectors"))["value"].to_pylist() == column.to_pylist()
+
+
 # Bytes that are no text
 
 
@@ -308,6 +420,20 @@ def test_empty_cells_of_images_are_missing(tmp_path: Path, make_job: Make) -> No
     assert (summary.rows, summary.failed) == (2, 1)
     (error,) = pq.read_table(Path(job.out, "errors.parquet")).to_pylist()
     assert error["reason"] == "has no text and no image"
+
+
+def test_a_path_of_an_image_that_is_not_utf_8_costs_its_row_only(
+    tmp_path: Path, make_job: Make
+) -> None:
+    paths = pa.array([b"caf\xe9.png", None], pa.binary())
+    table = pa.table({
+        "text": ["a", "b"], "key": [1, 2],
+        "image": pa.Array.from_buffers(pa.string(), 2, paths.buffers()),
+    })  # fmt: skip
+    write(table, tmp_path / "in.parquet")
+    job = make_job(tmp_path / "in.parquet", image_column="image", text_column="text", columns=())
+    summary = run(job)
+    assert (summary.rows, summary.failed, summary.unread) == (1, 1, ())
 
 
 def test_ids_and_plans_do_not_stop_at_a_file_that_cannot_be_read(

@@ -249,6 +249,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         pytest.fail("it must not open")
 
 
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    for name in ("in/own/a.csv", "elsewhere/b.csv"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "own" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "twice").symlink_to(tmp_path / "elsewhere")
+    found = [Path(path).relative_to(tmp_path).as_posix() for path in pages.walk(tmp_path / "in")]
+    assert found == ["in/linked/b.csv", "in/own/a.csv"]
+
+
 def test_hidden_files_and_folders_are_skipped(tmp_path: Path) -> None:
     for name in ("a/b.pdf", "a/.c.pdf", ".git/d.pdf", "_e/f.pdf", "g.pdf", ".DS_Store"):
         path = tmp_path / name
