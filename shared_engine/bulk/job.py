@@ -60,6 +60,9 @@ class Job:
     """Column of unique ids, integers or texts; None: ids are file name and row number."""
     columns: tuple[str, ...] = ()
     """Columns to keep with the vectors."""
+    types: dict[str, str] = field(default_factory=dict)
+    """Arrow's names of types for kept columns, such as "double"; others keep the type of the file,
+    which is text for CSV and JSON."""
     rows_per_file: int | None = None
     """Maximum number of rows in a fragment, and so in a file of vectors; None: by kind of input."""
     delimiter: str | None = None
@@ -83,6 +86,16 @@ class Job:
                 )
         if "vector" in self.columns or ("id" in self.columns and self.id_column != "id"):
             raise ConfigurationError("columns: id and vector are made here; rename the columns")
+        for name, kind in self.types.items():
+            if name not in self.kept_columns:
+                raise ConfigurationError(f"types: {name!r} is no kept column; add it to columns")
+            try:
+                pa.type_for_alias(kind)
+            except ValueError:
+                raise ConfigurationError(
+                    f"types: {kind!r} of {name!r} is no type of Arrow; expected int64, double, "
+                    "bool, date32, timestamp[us], string or the like"
+                ) from None
         if self.rows_per_file is not None and self.rows_per_file < 1:
             raise ConfigurationError(f"rows_per_file={self.rows_per_file}: must be 1 or more")
         if self.delimiter is not None and not re.fullmatch(r'[^"\r\n]', self.delimiter):
@@ -411,13 +424,19 @@ def _open_table(  # noqa: PLR0917
     if job.id_column is not None:
         kind = tables.find_id_type(found.field(job.id_column).type, job.id_column, title)
     kinds = [
-        pa.string() if name in given else tables.simplify(found.field(name).type)
+        pa.type_for_alias(job.types[name])
+        if name in job.types
+        else pa.string()
+        if name in given
+        else tables.simplify(found.field(name).type)
         for name in job.kept_columns
     ]
     return path, count, pa.schema(list(zip(("id", *job.kept_columns), (kind, *kinds), strict=True)))
 
 
 def _find_page_schema(job: Job, title: str) -> Any:
+    if job.types:
+        raise ConfigurationError("types: only columns of tables have types to choose")
     kinds = {"path": pa.string(), "page": pa.int32()}
     tables.require_columns(job.kept_columns, tuple(kinds), title)
     return pa.schema([("id", pa.string()), *((name, kinds[name]) for name in job.kept_columns)])

@@ -47,7 +47,7 @@ _OPTIONS = (
 """Options that change the vectors and are known without an engine."""
 _OF_JOB = (
     "inputs", "role", "text_columns", "image_column", "id_column", "columns", "rows_per_file",
-    "delimiter", "pdf",
+    "delimiter", "types", "pdf",
 )  # fmt: skip
 
 

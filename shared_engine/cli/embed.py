@@ -82,6 +82,14 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="Columns to keep with the vectors; of images and PDFs: path and page.",
     )
     verb.add_argument(
+        "--types",
+        type=_split_types,
+        default={},
+        metavar="NAME=TYPE,...",
+        help="Arrow types of kept columns, such as price=double,day=date32; a value that is not of "
+        "its type fails its row. Default: as in the file, which is text for CSV and JSON.",
+    )
+    verb.add_argument(
         "--delimiter",
         type=lambda text: "\t" if text == r"\t" else text,
         metavar="CHARACTER",
@@ -155,6 +163,16 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _split_types(text: str) -> dict[str, str]:
+    """Return the types of columns in an argument.
+
+    >>> _split_types("price=double, day=date32")
+    {'price': 'double', 'day': 'date32'}
+    """
+    pairs = (part.partition("=") for part in _split(text))
+    return {name.strip(): kind.strip() for name, _, kind in pairs}
+
+
 def run(args: argparse.Namespace) -> int:
     """Embed, or plan to; print a summary and return the exit code."""
     options = read_options(args, (*LOCAL, *VECTORS, *REMOTE), api_key=read_key(args.api_key_env))
@@ -171,6 +189,7 @@ def run(args: argparse.Namespace) -> int:
         image_column=args.image_column,
         id_column=args.id_column,
         columns=args.columns,
+        types=args.types,
         rows_per_file=args.rows_per_file,
         delimiter=args.delimiter,
         pdf=args.pdf,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import subprocess
@@ -452,3 +453,60 @@ def test_ids_and_plans_do_not_stop_at_a_file_that_cannot_be_read(
         assert len(work.missing) == 4
     summary = run(job)
     assert (summary.rows, len(summary.unread)) == (50, 2)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_kept_columns_get_the_types_that_are_named(
+    suffix: str, make_job: Make, tmp_path: Path
+) -> None:
+    path = tmp_path / f"in{suffix}"
+    columns = {
+        "text": ["a", "b", "c", "d"],
+        "price": ["1.10", None, "n/a", "-2e3"],
+        "day": ["2024-02-29", "1999-12-31", "2024-01-01", None],
+        "zip": ["00501", "1", "2", "3"],
+    }
+    if suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    else:
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        write_rows(rows, path)
+    types = {"price": "double", "day": "date32"}
+    job = make_job(path, id_column=None, columns=("zip", "price", "day"), types=types)
+    summary = run(job)
+    assert (summary.rows, summary.failed) == (3, 1)
+    found = pq.read_table(tmp_path / "out" / "vectors")
+    assert found.schema.field("price").type == pa.float64()
+    assert found.schema.field("day").type == pa.date32()
+    assert found["zip"].to_pylist() == ["00501", "1", "3"]
+    assert found["price"].to_pylist() == [1.1, None, -2000.0]
+    assert found["day"].to_pylist() == [date(2024, 2, 29), date(1999, 12, 31), None]
+    (error,) = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert error["index"] == 2
+    assert "column 'price' holds a value that is no double" in error["reason"]
+    with pytest.raises(ConfigurationError, match="was begun with types"):
+        run(make_job(path, id_column=None, columns=("zip", "price", "day")))
+
+
+def write_rows(rows: list[dict[str, str | None]], path: Path) -> None:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize(
+    ("types", "message"),
+    [
+        ({"lang": "number"}, "'number' of 'lang' is no type of Arrow; expected int64, double"),
+        ({"langs": "double"}, "'langs' is no kept column; add it to columns"),
+    ],
+)
+def test_types_that_cannot_be_are_refused(
+    types: dict[str, str], message: str, make_job: Make
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make_job(types=types)
