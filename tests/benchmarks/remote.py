@@ -3,11 +3,11 @@
     python tests/benchmarks/remote.py [--texts 2000] [--latency 0.05] [--rounds 5]
 
 The server runs in a process of its own and replies with 2048 values a text, as floats or base64, as
-it is asked; which values depends on the text, and some vectors of each run are compared. Every
-client embeds the same texts with its default settings, in turn, after one call to warm up; of
-several rounds the median counts. The OpenAI client makes no batches itself: it gets lists of 50 in
-a loop, which is the default of LangChain's NVIDIA client. The CPU time is this process's, which is
-the client's alone.
+it is asked; which values depends on the text and its role, and some vectors of each run are
+compared. Every client embeds the same texts with its default settings, in turn, after one call to
+warm up; of several rounds the median counts. The OpenAI client makes no batches itself: it gets
+lists of 50 in a loop, which is the default of LangChain's NVIDIA client. The CPU time is this
+process's, which is the client's alone.
 
 `arrays` of ours is `embed`, `lists` what a framework's class returns: each peer makes lists.
 """
@@ -46,21 +46,33 @@ def table() -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal((DIFFERENT, WIDTH)).astype("<f4")
 
 
-def row_of(text: str) -> int:
-    """Return which of them a text has."""
-    return zlib.crc32(text.encode()) % DIFFERENT
+def row_of(text: str, input_type: str = "passage") -> int:
+    """Return which of them a text has in a role."""
+    return zlib.crc32(f"{input_type}: {text}".encode()) % DIFFERENT
 
 
 def serve(address: Connection, latency: float) -> None:
     """Answer with vectors made beforehand, so that the server's own work stays small."""
     items = {name: [encode_vector(row, name) for row in table()] for name in ("base64", "float")}
 
-    def reply(body: dict[str, Any]) -> bytes:
-        if not body:
-            return write_models([MODEL])
+    def reply(body: dict[str, Any]) -> tuple[bytes, float]:
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
         rows = items[body.get("encoding_format", "float")]
-        return write_reply(enumerate(rows[row_of(text)] for text in texts), tokens=len(texts))
+        values = enumerate(rows[row_of(text, body["input_type"])] for text in texts)
+        return write_reply(values, tokens=len(texts)), latency
+
+    answer(address, MODEL, reply)
+
+
+def answer(
+    address: Connection, model: str, reply: Callable[[dict[str, Any]], tuple[bytes, float]]
+) -> None:
+    """Serve one model at a free port, until the process ends.
+
+    Args:
+        address: Gets the port.
+        reply: Takes the body of a request; returns the reply and after how many seconds it comes.
+    """
 
     async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -68,12 +80,13 @@ def serve(address: Connection, latency: float) -> None:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
                 started = time.perf_counter()
                 length = head.partition("content-length: ")[2].partition("\r\n")[0]
-                body = json.loads(await reader.readexactly(int(length))) if length else {}
-                out = reply(body)
+                out, seconds = write_models([model]), 0.0
+                if length:
+                    out, seconds = reply(json.loads(await reader.readexactly(int(length))))
                 head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d"
                 content = head % len(out) + b"\r\n\r\n" + out
-                if body:
-                    await asyncio.sleep(latency - time.perf_counter() + started)
+                if seconds:
+                    await asyncio.sleep(seconds - time.perf_counter() + started)
                 writer.write(content)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):

@@ -15,7 +15,6 @@ the same device.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import logging
 import multiprocessing
@@ -38,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from shared_engine import Embedder, Options, Reranker, RerankOptions
 from tests.benchmarks import measuring
+from tests.benchmarks.remote import answer
 from tests.support.rerankers import TEMPERATURE, TEXT, add_head
 
 MODEL = "nvidia/llama-nemotron-rerank-1b-v2"
@@ -144,34 +144,12 @@ def server(_: Path, rounds: int) -> None:
 def serve(address: Connection, latency: float) -> None:
     """Answer as a NIM's reranker that takes so many seconds for each 32 passages."""
 
-    async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                length = head.partition("content-length: ")[2].partition("\r\n")[0]
-                body = json.loads(await reader.readexactly(int(length))) if length else {}
-                reply: dict[str, Any] = {"data": [{"id": MODEL, "object": "model"}]}
-                if body:
-                    count = len(body["passages"])
-                    await asyncio.sleep(latency * -(-count // 32))
-                    reply = {
-                        "rankings": [{"index": i, "logit": 1.0 / (i + 1)} for i in range(count)]
-                    }
-                out = json.dumps(reply).encode()
-                writer.write(
-                    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d"
-                    b"\r\n\r\n%b" % (len(out), out)
-                )
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
+    def reply(body: dict[str, Any]) -> tuple[bytes, float]:
+        count = len(body["passages"])
+        rankings = [{"index": i, "logit": 1.0 / (i + 1)} for i in range(count)]
+        return json.dumps({"rankings": rankings}).encode(), latency * -(-count // 32)
 
-    async def run() -> None:
-        listening = await asyncio.start_server(one, "127.0.0.1", 0)
-        address.send(listening.sockets[0].getsockname()[1])
-        await listening.serve_forever()
-
-    asyncio.run(run())
+    answer(address, MODEL, reply)
 
 
 def ingest(folder: Path, rounds: int) -> None:
