@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from shared_engine.backend import Backend, Rows
-from shared_engine.catalogue import CATALOGUE, DEFAULT_MODELS, AvailableModel
+from shared_engine.catalogue import CATALOGUE, AvailableModel
 from shared_engine.documents import Modality
 from shared_engine.errors import ConfigurationError
 from shared_engine.pipeline import OptionsT, Pipeline
@@ -83,7 +83,7 @@ class Model(Generic[OptionsT]):
     def model(self) -> str | None:
         """Name of the model. Loads nothing; None while only a server knows it."""
         if self.options.model is None and select_backend(self.options).base_url is None:
-            return DEFAULT_MODELS[self.options.task]
+            return self.options.local_model
         return self.options.model or self.load().model
 
     @property

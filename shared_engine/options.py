@@ -31,6 +31,7 @@ from shared_engine.vectors import EmbeddingType
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Truncate = Literal["NONE", "START", "END"]
+RerankTruncate = Literal["NONE", "END"]
 Activation = Literal["none", "sigmoid"]
 
 Scope = Literal["routing", "engine", "local", "nim", "request"]
@@ -347,6 +348,11 @@ class EngineOptions(BaseModel):
         given = self.model_fields_set.intersection(self.names_of())
         return {name: getattr(self, name) for name in given} | changes
 
+    @property
+    def local_model(self) -> str:
+        """Name of the model in this process: the given one, or the default of the task."""
+        return self.model or DEFAULT_MODELS[self.task]
+
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
         if state["__dict__"].get("api_key") is not None:
@@ -416,7 +422,7 @@ class RerankOptions(EngineOptions):
         description="Name or alias of a reranker in the catalogue, a Hugging Face id, or a folder. "
         f"None: {DEFAULT_MODELS['rerank']} in this process, and the only model of a server.",
     )
-    truncate: Literal["NONE", "END"] = _option(
+    truncate: RerankTruncate = _option(
         "request",
         default="NONE",
         description="Treatment of documents over the token limit: an error (NONE), or the END is "

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from shared_engine import vectors
-from shared_engine.backend import Flow, Request, Rows
+from shared_engine.backend import Backend, Flow, Request, Rows
 from shared_engine.documents import EmbeddingInput, Role, validate
 from shared_engine.errors import (
     NeMoRetrieverError,
@@ -82,19 +82,20 @@ class Pipeline(ABC, Generic[OptionsT]):
         query: str | None = None,
     ) -> Future[Rows]:
         """Submit documents that were validated; see `submit`."""
+        backend = self.lease.acquire()
         request = Request(
             documents,
             role,
             query=query,
-            dimensions=self._find_dimensions(),
+            dimensions=self._find_dimensions(backend),
             truncate=self.options.truncate,
             on_progress=on_progress,
             on_usage=count_for(self._used),
             flow=flow,
         )
-        return self.lease.acquire().submit(request)
+        return backend.submit(request)
 
-    def _find_dimensions(self) -> int | None:
+    def _find_dimensions(self, backend: Backend) -> int | None:
         return None
 
     @abstractmethod
@@ -115,9 +116,8 @@ class Pipeline(ABC, Generic[OptionsT]):
 class EmbeddingPipeline(Pipeline[Options]):
     """The path from documents to vectors."""
 
-    def _find_dimensions(self) -> int | None:
-        backend, wanted = self.lease.acquire(), self.options.dimensions
-        offered = backend.dimensions
+    def _find_dimensions(self, backend: Backend) -> int | None:
+        offered, wanted = backend.dimensions, self.options.dimensions
         if wanted is not None and offered and wanted not in offered:
             raise UnsupportedDimensionsError(
                 f"dimensions={wanted}, but {backend.model} offers "

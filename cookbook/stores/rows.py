@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
+from shared_engine.vectors import unit
+
 BATCH = 1_024
 
 
@@ -61,8 +63,7 @@ def read_vectors(rows: ds.Dataset, batch: pa.RecordBatch) -> NDArray[np.float32]
     vectors = batch["vector"].flatten().to_numpy().reshape(len(batch), -1)
     if kind == "float":
         return vectors
-    levels = vectors.astype(np.float32) - (128 if kind == "uint8" else 0)
-    return levels / np.maximum(np.linalg.norm(levels, axis=1, keepdims=True), 1e-12)
+    return unit(vectors.astype(np.float32) - (128 if kind == "uint8" else 0))
 
 
 def read_batches(rows: ds.Dataset) -> Iterator[tuple[NDArray[np.float32], list[dict[str, Any]]]]:

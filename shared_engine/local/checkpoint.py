@@ -12,7 +12,6 @@ from pathlib import Path
 
 from shared_engine.catalogue import (
     DEFAULT_MODEL,
-    DEFAULT_MODELS,
     ModelSpec,
     lookup,
     report_task,
@@ -90,7 +89,7 @@ def resolve(options: EngineOptions) -> Checkpoint:
         CheckpointError: the checkpoint is missing or not supported; the message has the file or
             field, the expected value, and what to do.
     """
-    model = options.model or DEFAULT_MODELS[options.task]
+    model = options.local_model
     spec = lookup(model)
     folder = _locate(model, options, spec)
     path = folder / "config.json"

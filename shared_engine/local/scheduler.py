@@ -98,7 +98,7 @@ class Scheduler:
         """
         with self._changed:
             if self._closed:
-                raise EngineClosedError("this engine was closed; create a new Embedder")
+                raise EngineClosedError("this object was closed; create a new one")
             self._jobs[job.future] = job
             job.future.add_done_callback(self._forget)
             if sequences is not None:

@@ -238,7 +238,7 @@ class NimBackend(Backend):
         with self._lock:
             if self._closed:
                 work.close()
-                raise EngineClosedError("this engine was closed; create a new Embedder")
+                raise EngineClosedError("this object was closed; create a new one")
             future: Future[_T] = asyncio.run_coroutine_threadsafe(work, self._loop)
             self._calls.add(future)
         future.add_done_callback(self._calls.discard)

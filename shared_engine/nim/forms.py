@@ -67,6 +67,8 @@ class Form(ABC):
     """What is said of it in descriptions."""
     path = ""
     """Path of a request, below the base URL."""
+    is_outside_v1 = False
+    """Whether the path starts beside `/v1`, not in it."""
     score_kind: ScoreKind = "logit"
     """What its scores are."""
     takes_images = True
@@ -76,7 +78,7 @@ class Form(ABC):
 
     def find_url(self, base_url: str, model: str) -> str:
         """Return the address of a request."""
-        return base_url + self.path
+        return (base_url.removesuffix("/v1") if self.is_outside_v1 else base_url) + self.path
 
     def encode_input(
         self,
@@ -201,11 +203,30 @@ class EmbeddingsForm(Form):
         return protocol.parse_reply(content, n, request.dimensions, mask)
 
 
-class RankingForm(Form):
+class RerankForm(Form):
+    """A form of rerankers: a reply is a list of indices and scores."""
+
+    results_field: str | None = None
+    """Name of the list in a reply; None if the reply is the list."""
+    score_field = ""
+    """Name of the score in a result."""
+
+    def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
+        """See `Form.bound_reply`."""
+        return _bound_reply(len(inputs), 1)
+
+    def parse_reply(self, content: bytes, request: Request, n: int, mask: Mask) -> Reply:
+        """See `Form.parse_reply`."""
+        return protocol.parse_scores(content, n, self.results_field, self.score_field, mask)
+
+
+class RankingForm(RerankForm):
     """`POST /v1/ranking` of a NIM, which takes these four fields alone."""
 
     name = "/v1/ranking of a NIM"
     path = "/ranking"
+    results_field = "rankings"
+    score_field = "logit"
 
     def find_url(self, base_url: str, model: str) -> str:
         """Return the address of a request; in NVIDIA's catalogue every model has its own."""
@@ -224,21 +245,15 @@ class RankingForm(Form):
         fields = {"model": model, "query": {"text": request.query}, "truncate": request.truncate}
         return build_body(fields, "passages", inputs)
 
-    def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
-        """See `Form.bound_reply`."""
-        return _bound_reply(len(inputs), 1)
 
-    def parse_reply(self, content: bytes, request: Request, n: int, mask: Mask) -> Reply:
-        """See `Form.parse_reply`."""
-        return protocol.parse_scores(content, n, "rankings", "logit", mask)
-
-
-class CohereForm(Form):
+class CohereForm(RerankForm):
     """`POST /v1/rerank` in Cohere's form, with images as vLLM takes them."""
 
     name = "/v1/rerank of Cohere's form"
     path = "/rerank"
     score_kind = "probability"
+    results_field = "results"
+    score_field = "relevance_score"
 
     def build_item(self, text: str | None, url: str | None) -> bytes:
         """See `Form.build_item`."""
@@ -267,33 +282,24 @@ class CohereForm(Form):
 
     def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
         """See `Form.bound_reply`: vLLM repeats the documents."""
-        return _bound_reply(len(inputs), 1) + _BYTES_QUOTED * sum(map(len, inputs))
-
-    def parse_reply(self, content: bytes, request: Request, n: int, mask: Mask) -> Reply:
-        """See `Form.parse_reply`."""
-        return protocol.parse_scores(content, n, "results", "relevance_score", mask)
+        return super().bound_reply(request, inputs) + _BYTES_QUOTED * sum(map(len, inputs))
 
 
 class RootCohereForm(CohereForm):
     """The same outside of `/v1`, as infinity serves it."""
 
     name = "/rerank of Cohere's form"
-
-    def find_url(self, base_url: str, model: str) -> str:
-        """See `Form.find_url`."""
-        return base_url.removesuffix("/v1") + self.path
+    is_outside_v1 = True
 
 
-class TeiForm(Form):
+class TeiForm(RerankForm):
     """`POST /rerank` of text-embeddings-inference, outside of `/v1`."""
 
     name = "/rerank of text-embeddings-inference"
     path = "/rerank"
+    is_outside_v1 = True
     takes_images = False
-
-    def find_url(self, base_url: str, model: str) -> str:
-        """See `Form.find_url`."""
-        return base_url.removesuffix("/v1") + self.path
+    score_field = "score"
 
     def build_item(self, text: str | None, url: str | None) -> bytes:
         """See `Form.build_item`."""
@@ -307,16 +313,8 @@ class TeiForm(Form):
         fields = {"query": request.query, "raw_scores": True, "truncate": is_truncated}
         return build_body(fields, "texts", inputs)
 
-    def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
-        """See `Form.bound_reply`."""
-        return _bound_reply(len(inputs), 1)
 
-    def parse_reply(self, content: bytes, request: Request, n: int, mask: Mask) -> Reply:
-        """See `Form.parse_reply`."""
-        return protocol.parse_scores(content, n, None, "score", mask)
-
-
-RERANK_FORMS: tuple[type[Form], ...] = (RankingForm, CohereForm, TeiForm, RootCohereForm)
+RERANK_FORMS: tuple[type[RerankForm], ...] = (RankingForm, CohereForm, TeiForm, RootCohereForm)
 """The forms of rerankers in the order in which a server is asked for them."""
 
 

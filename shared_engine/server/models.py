@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from shared_engine import images
 from shared_engine.backend import Backend
-from shared_engine.catalogue import DEFAULT_MODELS, Task, lookup
+from shared_engine.catalogue import Task, lookup
 from shared_engine.documents import EmbeddingInput
 from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError
@@ -45,7 +45,7 @@ class ServedModel(ABC):
                 f"a server runs its model in this process, but {selected.reason}; remove that "
                 "setting"
             )
-        model = options.model or DEFAULT_MODELS[self.task]
+        model = options.local_model
         spec = lookup(model)
         own_name = spec.name if spec else Path(model).name if Path(model).is_dir() else model
         self.name = served_name or own_name

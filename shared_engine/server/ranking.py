@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, BeforeValidator, FailFast, Field
@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from shared_engine.backend import Backend
 from shared_engine.documents import EmbeddingInput
 from shared_engine.images.data_urls import is_data_url
+from shared_engine.options import RerankTruncate
 from shared_engine.reranker import rank_scores
 from shared_engine.server.endpoint import Endpoint, Work
 from shared_engine.server.errors import refuse_field
@@ -29,8 +30,6 @@ _DOCUMENT = (
     'Input should be a text, or {"content": [...]} of at most one {"type": "image_url", '
     '"image_url": {"url": "data:image/png;base64,..."}} and one {"type": "text", "text": "..."}'
 )
-
-RerankTruncate = Literal["NONE", "END"]
 
 
 def _check_query(query: str) -> str:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from shared_engine import (
     UnsupportedDimensionsError,
 )
 from shared_engine.catalogue import DEFAULT_MODEL
-from tests.support.adapters import TEXTS, same
+from tests.support.adapters import LANGCHAIN_CLONES, TEXTS, same
 from tests.support.oracles import numpy_float64
 
 
@@ -146,18 +145,7 @@ def test_threads_with_and_without_loops_of_their_own(
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
-@pytest.mark.parametrize(
-    "clone",
-    [
-        lambda model: pickle.loads(pickle.dumps(model)),
-        copy.deepcopy,
-        copy.copy,
-        lambda model: model.model_copy(deep=True),
-        lambda model: NeMoRetrieverEmbeddings(**model.model_dump()),
-        lambda model: NeMoRetrieverEmbeddings.model_validate_json(model.model_dump_json()),
-    ],
-    ids=["pickle", "deepcopy", "copy", "model_copy", "dump", "json"],
-)
+@pytest.mark.parametrize("clone", LANGCHAIN_CLONES.values(), ids=LANGCHAIN_CLONES)
 def test_clones_embed_alike(
     model: NeMoRetrieverEmbeddings,
     documents: np.ndarray,

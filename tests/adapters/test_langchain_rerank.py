@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import pickle
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -29,6 +28,7 @@ from shared_engine import (
 from tests.support.adapters import (
     BASE64,
     CAPTIONS,
+    LANGCHAIN_CLONES,
     PNGS,
     QUESTION,
     URLS,
@@ -324,18 +324,7 @@ async def test_the_loop_goes_on_while_the_model_loads_and_an_image_is_decoded(
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
-@pytest.mark.parametrize(
-    "clone",
-    [
-        lambda model: pickle.loads(pickle.dumps(model)),
-        copy.deepcopy,
-        copy.copy,
-        lambda model: model.model_copy(deep=True),
-        lambda model: NeMoRetrieverRerank(**model.model_dump()),
-        lambda model: NeMoRetrieverRerank.model_validate_json(model.model_dump_json()),
-    ],
-    ids=["pickle", "deepcopy", "copy", "model_copy", "dump", "json"],
-)
+@pytest.mark.parametrize("clone", LANGCHAIN_CLONES.values(), ids=LANGCHAIN_CLONES)
 def test_clones_rerank_alike(
     make: Make,
     reranker: Path,

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-import pickle
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -31,7 +30,7 @@ from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import InputTypeError, Options, UnsupportedModalityError
 from shared_engine.registry import _engines
-from tests.support.adapters import TEXTS, same
+from tests.support.adapters import LLAMAINDEX_CLONES, TEXTS, same
 from tests.support.llamaindex import Callbacks, Recorder
 from tests.support.oracles import numpy_float64
 
@@ -317,17 +316,7 @@ def test_model_and_model_name_are_one(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
-@pytest.mark.parametrize(
-    "clone",
-    [
-        lambda model: pickle.loads(pickle.dumps(model)),
-        copy.deepcopy,
-        copy.copy,
-        lambda model: NeMoRetrieverEmbedding.from_dict(model.to_dict()),
-        lambda model: NeMoRetrieverEmbedding.from_json(model.to_json()),
-    ],
-    ids=["pickle", "deepcopy", "copy", "dict", "json"],
-)
+@pytest.mark.parametrize("clone", LLAMAINDEX_CLONES.values(), ids=LLAMAINDEX_CLONES)
 def test_clones_embed_alike(
     model: NeMoRetrieverEmbedding,
     documents: np.ndarray,

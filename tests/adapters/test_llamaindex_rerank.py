@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -43,6 +42,7 @@ from shared_engine import (
 from tests.support.adapters import (
     BASE64,
     CAPTIONS,
+    LLAMAINDEX_CLONES,
     PNGS,
     QUESTION,
     TEXTS,
@@ -349,17 +349,7 @@ async def test_both_methods_are_spans(make: Make, reranker: Path) -> None:
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
-@pytest.mark.parametrize(
-    "clone",
-    [
-        lambda model: pickle.loads(pickle.dumps(model)),
-        copy.deepcopy,
-        copy.copy,
-        lambda model: NeMoRetrieverRerank.from_dict(model.to_dict()),
-        lambda model: NeMoRetrieverRerank.from_json(model.to_json()),
-    ],
-    ids=["pickle", "deepcopy", "copy", "dict", "json"],
-)
+@pytest.mark.parametrize("clone", LLAMAINDEX_CLONES.values(), ids=LLAMAINDEX_CLONES)
 def test_clones_rerank_alike(
     make: Make,
     reranker: Path,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
+import pickle
 import threading
 from collections.abc import Awaitable, Callable
 from io import BytesIO
@@ -45,6 +47,21 @@ def saved(seed: int, kind: str = "PNG") -> bytes:
     page(seed, *SIZES[seed % len(SIZES)]).save(file, kind)
     return file.getvalue()
 
+
+CLONES: dict[str, Callable[[Any], Any]] = {
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+LANGCHAIN_CLONES = CLONES | {
+    "model_copy": lambda model: model.model_copy(deep=True),
+    "dump": lambda model: type(model)(**model.model_dump()),
+    "json": lambda model: type(model).model_validate_json(model.model_dump_json()),
+}
+LLAMAINDEX_CLONES = CLONES | {
+    "dict": lambda model: type(model).from_dict(model.to_dict()),
+    "json": lambda model: type(model).from_json(model.to_json()),
+}
 
 PNGS = [saved(seed) for seed in range(len(SIZES))]
 BASE64 = [base64.b64encode(png).decode() for png in PNGS]
