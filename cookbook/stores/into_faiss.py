@@ -15,12 +15,12 @@ from typing import Any
 import faiss
 import numpy as np
 
-from cookbook.stores.rows import BATCH, open_rows, read_vectors
+from cookbook.stores.rows import BATCH, is_any, open_rows, read_vectors
 
 
 def load(folder: Path, path: Path) -> None:
     """Write an index of all rows of `folder/vectors` to a file, in the place of the last one."""
-    rows = open_rows(folder, is_any_type_held=True)
+    rows = open_rows(folder, is_held=is_any)
     index = faiss.IndexFlatIP(rows.schema.field("vector").type.list_size)
     for batch in rows.to_batches(columns=["vector"], batch_size=BATCH):
         index.add(read_vectors(rows, batch))
@@ -34,7 +34,7 @@ def open_search(
 ) -> Callable[[np.ndarray, int], list[tuple[str, dict[str, Any], float]]]:
     """Return a function that gives texts, metadata and cosines of the nearest rows."""
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-    rows = open_rows(folder, is_any_type_held=True)
+    rows = open_rows(folder, is_held=is_any)
     columns = [name for name in rows.schema.names if name != "vector"]
 
     def search(vector: np.ndarray, k: int) -> list[tuple[str, dict[str, Any], float]]:

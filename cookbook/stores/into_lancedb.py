@@ -15,12 +15,12 @@ import lancedb
 import numpy as np
 import pyarrow as pa
 
-from cookbook.stores.rows import BATCH, open_rows, read_vectors
+from cookbook.stores.rows import BATCH, is_any, open_rows, read_vectors
 
 
 def load(folder: Path, database: lancedb.DBConnection, name: str = "passages") -> lancedb.Table:
     """Put all rows of `folder/vectors` into a table, as Arrow from end to end, in their types."""
-    rows = open_rows(folder, is_any_type_held=True)
+    rows = open_rows(folder, is_held=is_any)
     kind = pa.list_(pa.float32(), rows.schema.field("vector").type.list_size)
     place = rows.schema.get_field_index("vector")
     schema = rows.schema.remove_metadata().set(place, pa.field("vector", kind))

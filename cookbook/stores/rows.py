@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -19,12 +19,12 @@ from shared_engine.vectors import unit
 BATCH = 1_024
 
 
-def open_rows(folder: Path, is_any_type_held: bool = False) -> ds.Dataset:
+def open_rows(folder: Path, is_held: Callable[[pa.DataType], object] | None = None) -> ds.Dataset:
     """Open all rows of `folder/vectors`, in the order of the files' names.
 
     Args:
         folder: the `--out` of `nemoretriever embed`.
-        is_any_type_held: whether the store holds values of all types, and not only what JSON holds.
+        is_held: whether the store holds values of a type; by default those that JSON can hold.
 
     Raises:
         ValueError: the vectors are packed bits; there is no column `text`; the store cannot hold a
@@ -40,7 +40,7 @@ def open_rows(folder: Path, is_any_type_held: bool = False) -> ds.Dataset:
     if "text" not in rows.schema.names:
         raise ValueError(f"{folder} holds no column 'text'; embed with --columns text")
     for field in rows.schema.remove(rows.schema.get_field_index("vector")):
-        if not is_any_type_held and not _is_plain(field.type):
+        if not (is_held or is_plain)(field.type):
             raise ValueError(
                 f"column {field.name!r} holds {field.type}, which the store cannot hold; embed "
                 "without it in --columns"
@@ -100,13 +100,18 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def _is_plain(kind: pa.DataType) -> bool:
+def is_any(kind: pa.DataType) -> bool:
+    """Return whether a store that has Arrow's types holds values of a type: it holds all."""
+    return True
+
+
+def is_plain(kind: pa.DataType) -> bool:
     """Return whether `to_plain` makes values of a type plain."""
     is_kind = pa.types
     if is_kind.is_struct(kind):
-        return all(_is_plain(field.type) for field in kind)
+        return all(is_plain(field.type) for field in kind)
     if is_kind.is_list(kind) or is_kind.is_large_list(kind) or is_kind.is_fixed_size_list(kind):
-        return _is_plain(kind.value_type)
+        return is_plain(kind.value_type)
     return isinstance(kind, pa.UuidType) or any(
         test(kind)
         for test in (
