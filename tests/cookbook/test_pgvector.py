@@ -75,6 +75,28 @@ def test_a_search_uses_the_index_and_returns_as_many_rows_as_asked(
         assert cosine == pytest.approx(float(vectors[row["id"]] @ vectors[7]), abs=1e-3)
 
 
+@pytest.mark.parametrize("size", [1024, 2048, 4096])
+def test_bits_find_candidates_and_full_vectors_order_them(
+    size: int, tmp_path: Path, postgres: Any
+) -> None:
+    vectors = draw(1000, size)
+    into_pgvector.load(write(tmp_path, vectors), postgres, is_binary=True)
+    bits = "".join("1" if value > 0 else "0" for value in vectors[7])
+    plan = postgres.execute(f"EXPLAIN SELECT id FROM passages ORDER BY "
+                            f"binary_quantize(vector)::bit({size}) <~> %s LIMIT 5",
+                            [bits]).fetchall()  # fmt: skip
+    assert "passages_bits" in str(plan)
+    (query,) = unit(vectors[7:8] + 0.5 * vectors[8:9])
+    exact = np.argsort(-(vectors @ query))
+    found = into_pgvector.search(postgres, query, 5, candidates=500)
+    assert [row["id"] for _, row, _ in found][:2] == [7, 8]
+    assert [row["id"] for _, row, _ in found] == exact[:5].tolist()
+    for _, row, cosine in found:
+        assert cosine == pytest.approx(float(vectors[row["id"]] @ query), abs=1e-3)
+    first = into_pgvector.search(postgres, query, 2, candidates=1)
+    assert [row["id"] for _, row, _ in first] == [7]
+
+
 def test_columns_keep_their_types(tmp_path: Path, postgres: Any) -> None:
     columns = {
         "at": (pa.timestamp("ns", "Europe/Paris"), [DAY, None], "timestamp with time zone"),

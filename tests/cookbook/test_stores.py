@@ -233,6 +233,40 @@ def test_every_row_is_there_once_and_the_nearest_are_numpys(
                     assert metadata.get("metadata", metadata)["topic"] == TOPICS[n]
 
 
+@pytest.mark.filterwarnings("ignore:Local mode performs exact")
+def test_qdrant_keeps_bits_and_both_frameworks_ask_for_rescoring(tmp_path: Path) -> None:
+    from qdrant_client import QdrantClient, models
+
+    from cookbook.stores import into_qdrant
+
+    write_as_the_command_does(tmp_path / "out", pa.array(range(N)))
+    asked = []
+
+    class Client(QdrantClient):
+        """Notes how it is asked."""
+
+        def query_points(self, *args: Any, **options: Any) -> Any:
+            asked.append(options["search_params"])
+            return super().query_points(*args, **options)
+
+    client = Client(path=str(tmp_path / "store"))
+    into_qdrant.load(tmp_path / "out", client, is_binary=True)
+    params = client.get_collection("passages").config.params.vectors
+    assert params.on_disk
+    assert params.quantization_config == models.BinaryQuantization(
+        binary=models.BinaryQuantizationConfig(always_ram=True)
+    )
+    with FaultyNim() as nim:
+        options = {"model": "nvidia/m", "base_url": nim.url}
+        store = into_qdrant.for_langchain(client, NeMoRetrieverEmbeddings(**options))
+        index = into_qdrant.for_llamaindex(client, NeMoRetrieverEmbedding(**options))
+        given = {"search_params": into_qdrant.RESCORE}
+        assert store.similarity_search(QUESTIONS[0], k=K, **given)
+        assert index.as_retriever(vector_store_kwargs=given).retrieve(QUESTIONS[0])
+    assert asked == [into_qdrant.RESCORE] * 2
+    client.close()
+
+
 DAYS = [date(2024, 1, 1) + timedelta(n) for n in range(N)]
 KEPT: dict[str, tuple[pa.DataType, list[Any], list[Any]]] = {
     "topic": (pa.string(), TOPICS, TOPICS),
