@@ -1,7 +1,7 @@
 """Every example that people copy, run as it stands: Python blocks of Markdown and of docstrings.
 
 Models come from a hub's cache that is made here: random weights under the public names. Where an
-example names a server, a real one answers. The README's examples are complete by themselves.
+example names a server, a real one answers. Examples of README and guide are complete by themselves.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ PACKAGES = ("shared_engine", "langchain_nemoretriever", "llamaindex_nemoretrieve
 TEXT, IMAGES = "nvidia/llama-nemotron-embed-1b-v2", "nvidia/llama-nemotron-embed-vl-1b-v2"
 RERANK = "nvidia/llama-nemotron-rerank-1b-v2"
 VL = VL_SHAPES["nested"].text
+GUIDE = ROOT / "cookbook" / "guide"
+DATABASE = "@localhost:5432/postgres"
+"""The database of examples, for which a real one is put."""
+LEFT_OUT = {
+    "langchain_openai",
+    "langchain_postgres",
+    "langgraph.store.postgres",
+    "llama_index.vector_stores.postgres",
+}
+"""Packages that an example may need and that may be missing: it is skipped then."""
 
 
 class Example(NamedTuple):
@@ -46,6 +56,9 @@ def list_examples() -> Iterator[Example]:
         for found in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             line = text[: found.start()].count("\n") + 2
             yield Example(f"{path.relative_to(ROOT)}:{line}", found[1])
+    for path in sorted(GUIDE.glob("*.md")):
+        for number, code in enumerate(find_indented(path.read_text())):
+            yield Example(f"{path.relative_to(ROOT)}:{number}", code)
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_bytes())):
@@ -55,13 +68,13 @@ def list_examples() -> Iterator[Example]:
                         yield Example(f"{path.relative_to(ROOT)}:{name}", code)
 
 
-def find_indented(docstring: str) -> Iterator[str]:
+def find_indented(text: str) -> Iterator[str]:
     """Yield what stands indented between empty lines, and is Python.
 
     >>> list(find_indented("Do:\\n\\n    run()\\n    # so\\n\\nRaises:\\n    Error: always.\\n"))
     ['run()\\n# so']
     """
-    for found in re.finditer(r"\n\n((?: {4}.*\n?|\n(?= {4}))+)", docstring):
+    for found in re.finditer(r"\n\n((?: {4}.*\n?|\n(?= {4}))+)", text):
         code = textwrap.dedent(found[1]).rstrip()
         try:
             ast.parse(code)
@@ -121,6 +134,7 @@ def scope(tmp_path: Path) -> dict[str, Any]:
 
     for seed, name in enumerate(("page.png", "scan.tiff", "chart.jpeg")):
         page(seed, 200, 300).save(tmp_path / name)
+    (tmp_path / "texts.txt").write_text("a text\nand another one\n")
     return {
         "ActorPoolStrategy": ActorPoolStrategy,
         "EmbedBatch": EmbedBatch,
@@ -136,13 +150,22 @@ def scope(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=[example.place for example in EXAMPLES])
-def test_it_runs(
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(
+            example, id=example.place, marks=[pytest.mark.slow] * (DATABASE in example.code)
+        )
+        for example in EXAMPLES
+    ],
+)
+def test_it_runs(  # noqa: PLR0917
     example: Example,
     hub: Path,
     scope: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     # A model of a public name must have that model's size; these have all else of it.
@@ -151,12 +174,26 @@ def test_it_runs(
     monkeypatch.chdir(tmp_path)
     with FaultyNim() as nim:
         code = re.sub(r"http://localhost:\d+", nim.url.removesuffix("/v1"), example.code)
+        if DATABASE in code:
+            address = request.getfixturevalue("postgres").info
+            code = code.replace(DATABASE, f"@/{address.dbname}?host={address.host}")
         compiled = compile(
             code, example.place, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
         )
-        running = eval(compiled, {} if example.place.startswith("README") else scope)
+        is_complete = example.place.startswith(("README", "cookbook/guide"))
+        try:
+            running = eval(compiled, {} if is_complete else scope)
+        except ModuleNotFoundError as error:
+            if error.name not in LEFT_OUT:
+                raise
+            pytest.skip(f"needs {error.name}")
         if inspect.iscoroutine(running):
             asyncio.run(running)
+    if (tmp_path / "store" / "chroma.sqlite3").exists():
+        from chromadb import PersistentClient
+
+        for collection in PersistentClient(tmp_path / "store").list_collections():
+            assert collection.configuration_json["hnsw"]["space"] == "cosine"
 
 
 def test_there_are_examples_in_every_kind_of_document() -> None:
