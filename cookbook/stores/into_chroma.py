@@ -1,7 +1,8 @@
 """Into Chroma, in a folder or on a server.
 
 Ids are texts there and metadata hold no nulls; lists and structs become JSON. It takes a bounded
-number of rows at once (`client.get_max_batch_size()`).
+number of rows at once (`client.get_max_batch_size()`), and scales vectors to unit length once more:
+each value changes by at most 5e-7 of itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Into Qdrant: in a folder, or on a server with `QdrantClient(url=...)`.
 
 Ids must be integers or UUIDs there, so a row's id becomes the UUID of its text, and is kept as
-metadata. `QdrantClient(path=...)` keeps all in memory and compares with every vector: for a server,
+metadata. Vectors are scaled to unit length once more there: each value changes by at most 5e-7 of
+itself. `QdrantClient(path=...)` keeps all in memory and compares with every vector: for a server,
 `upload_collection(..., parallel=4)` fills it from four processes.
 
 With `is_binary=True` a server compares one bit of each value, in memory, and reads full vectors for

@@ -185,10 +185,10 @@ def open_store(store: str, request: pytest.FixtureRequest) -> Open:
     return STORES[store]
 
 
-def write_as_the_command_does(folder: Path, ids: pa.Array) -> None:
+def write_as_the_command_does(folder: Path, ids: pa.Array, rows: np.ndarray | None = None) -> None:
+    rows = vectors(TEXTS) if rows is None else rows
     (folder / "vectors").mkdir(parents=True)
-    values = pa.array(vectors(TEXTS).ravel())
-    column = pa.FixedSizeListArray.from_arrays(values, vectors(["a"]).shape[1])
+    column = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
     columns = {"id": ids, "text": pa.array(TEXTS), "topic": pa.array(TOPICS), "vector": column}
     table = pa.table(columns).replace_schema_metadata({"model": "nvidia/m"})
     for n, first in enumerate(range(0, N, 40)):  # files of different length
@@ -231,6 +231,76 @@ def test_every_row_is_there_once_and_the_nearest_are_numpys(
                 assert [text for text, _ in found] == [TEXTS[n] for n in nearest]
                 for (_, metadata), n in zip(found, nearest, strict=True):
                     assert metadata.get("metadata", metadata)["topic"] == TOPICS[n]
+
+
+def read_qdrant(folder: Path, path: Path) -> list[Any]:
+    from qdrant_client import QdrantClient
+
+    from cookbook.stores import into_qdrant
+
+    client = QdrantClient(path=str(path))
+    into_qdrant.load(folder, client)
+    points, _ = client.scroll("passages", limit=N, with_vectors=True)
+    client.close()
+    return [point.vector for point in sorted(points, key=lambda p: p.payload["metadata"]["id"])]
+
+
+def read_chroma(folder: Path, path: Path) -> Any:
+    import chromadb
+
+    from cookbook.stores import into_chroma
+
+    collection = into_chroma.load(folder, chromadb.PersistentClient(path=str(path)))
+    return collection.get([str(n) for n in range(N)], include=["embeddings"])["embeddings"]
+
+
+def read_lancedb(folder: Path, path: Path) -> list[Any]:
+    import lancedb
+
+    from cookbook.stores import into_lancedb
+
+    return into_lancedb.load(folder, lancedb.connect(path)).to_arrow().sort_by("id")["vector"]
+
+
+def read_faiss(folder: Path, path: Path) -> Any:
+    import faiss
+
+    from cookbook.stores import into_faiss
+
+    into_faiss.load(folder, path)
+    return faiss.read_index(str(path)).reconstruct_n(0, N)
+
+
+def read_milvus(folder: Path, path: Path) -> list[Any]:
+    from pymilvus import MilvusClient
+
+    from cookbook.stores import into_milvus
+
+    client = MilvusClient(uri=str(path.with_suffix(".db")))
+    into_milvus.load(folder, client)
+    rows = client.query("passages", "id != ''", output_fields=["vector"], limit=N)
+    return [row["vector"] for row in sorted(rows, key=lambda row: int(row["id"]))]
+
+
+@pytest.mark.parametrize(
+    ("read", "rtol"),
+    [
+        (read_qdrant, 5e-7),
+        (read_chroma, 5e-7),
+        (read_lancedb, 0),
+        (read_faiss, 0),
+        (read_milvus, 0),
+    ],
+)
+def test_vectors_of_2048_values_come_back_as_they_were(
+    read: Callable[[Path, Path], Any], rtol: float, tmp_path: Path
+) -> None:
+    """Qdrant and Chroma scale vectors to unit length once more."""
+    values = unit(np.random.default_rng(0).standard_normal((N, 2048)).astype(np.float32))
+    write_as_the_command_does(tmp_path / "out", pa.array(range(N)), values)
+    found = read(tmp_path / "out", tmp_path / "store")
+    rows = np.array(found.to_pylist() if hasattr(found, "to_pylist") else found, np.float32)
+    np.testing.assert_allclose(rows, values, rtol=rtol, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:Local mode performs exact")
