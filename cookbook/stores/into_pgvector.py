@@ -5,13 +5,13 @@ because pgvector's HNSW index holds at most 2,000 values of a `vector`, and 4,00
 `halfvec` rounds each value to float16, by at most 1 part in 2,048 (by 3e-8 if it is below 6e-5). To
 keep float32, embed with `--dimensions 1024`.
 
-With `is_binary=True` the index holds one bit of each value: 256 bytes for 2,048 values, instead of
-4 KB. A search with `candidates` finds them by Hamming distance, and orders them by full vectors. Of
-the ten nearest rows 0.88 are found with 100 candidates, 0.95 with 200 and 0.99 with 500, as
-tests/cookbook/test_binary_first.py measures.
+With `is_binary=True` the index holds one bit of each value: 0.6 KB for each row of 2,048 values,
+instead of 8 KB. A search with `candidates` finds them by Hamming distance, and orders them by full
+vectors. Of the ten nearest rows 0.88 are found with 100 candidates, 0.95 with 200 and 0.99 with
+500, as tests/cookbook/test_binary_first.py measures.
 
-A load is one transaction. The index is built in memory if the graph fits there, about 4 KB for each
-row of 2,048 values: run `SET maintenance_work_mem = '8GB'` on the connection before.
+A load is one transaction. The index is built in memory if it fits there: run `SET
+maintenance_work_mem = '8GB'` on the connection before.
 """
 
 from __future__ import annotations
@@ -180,19 +180,21 @@ def search(
         source = SQL(
             "(SELECT * FROM {} ORDER BY {} <~> %(bits)s LIMIT %(candidates)s) AS candidates"
         ).format(source, _bits(len(vector)))
-    statement = SQL(
-        "SELECT *, 1 - (vector <=> %(vector)s) FROM {} ORDER BY vector <=> %(vector)s LIMIT %(k)s"
-    ).format(source)
     given = {"vector": Vector(vector).to_text(), "k": k, "candidates": candidates}
     given["bits"] = "".join("1" if value > 0 else "0" for value in vector)  # as binary_quantize
     collected = str(max(candidates or k, EF_SEARCH))
     with connection.transaction(), connection.cursor() as cursor:
         cursor.execute("SELECT set_config('hnsw.ef_search', %s, true)", [collected])
-        cursor.execute(statement, given)
-        names = [column.name for column in cursor.description or ()][:-1]
-        found = [(dict(zip(names, row, strict=False)), row[-1]) for row in cursor]
-    for row, _ in found:
-        del row["vector"]
+        cursor.execute(SQL("SELECT * FROM {} LIMIT 0").format(Identifier(table)))
+        names = [column.name for column in cursor.description or () if column.name != "vector"]
+        statement = SQL(
+            "SELECT {}, 1 - (vector <=> %(vector)s) FROM {} ORDER BY vector <=> %(vector)s "
+            "LIMIT %(k)s"
+        ).format(SQL(", ").join(map(Identifier, names)), source)
+        found = [
+            (dict(zip(names, row, strict=False)), row[-1])
+            for row in cursor.execute(statement, given)
+        ]
     return [(row.pop("text"), row, cosine) for row, cosine in found]
 
 

@@ -156,3 +156,24 @@ def test_what_cannot_be_held_is_named_and_nothing_is_left(
     with pytest.raises((ValueError, psycopg.DataError), match=message):
         into_pgvector.load(folder, postgres)
     assert postgres.execute("SELECT to_regclass('passages')").fetchone() == (None,)
+
+
+def test_langchains_store_searches_halfvec_and_filters_by_typed_columns(
+    tmp_path: Path, postgres: Any
+) -> None:
+    from langchain_postgres import PGEngine
+    from sqlalchemy.pool import NullPool
+
+    from langchain_nemoretriever import NeMoRetrieverEmbeddings
+
+    vectors = draw(20, 2048)
+    prices = pa.array([float(n) for n in range(20)])
+    into_pgvector.load(write(tmp_path, vectors, price=prices), postgres)
+    url = f"postgresql+psycopg://postgres@/{postgres.info.dbname}?host={postgres.info.host}"
+    engine = PGEngine.from_connection_string(url, poolclass=NullPool)
+    embeddings = NeMoRetrieverEmbeddings(base_url="http://localhost:9/v1")
+    store = into_pgvector.for_langchain(engine, embeddings, ["price"])
+    (found,) = store.similarity_search_by_vector(vectors[7].tolist(), k=1)
+    assert (found.page_content, found.metadata) == ("text 7", {"price": 7.0})
+    few = store.similarity_search_by_vector(vectors[7].tolist(), k=9, filter={"price": {"$lt": 3}})
+    assert sorted(row.metadata["price"] for row in few) == [0.0, 1.0, 2.0]
