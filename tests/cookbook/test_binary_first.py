@@ -79,6 +79,7 @@ def test_pgvector(
     table = pa.table({"id": range(len(texts)), "text": texts, "vector": column})
     pq.write_table(table, tmp_path / "vectors" / "part-0.parquet")
     into_pgvector.load(tmp_path, postgres, is_binary=True)
+    postgres.execute("SET enable_seqscan = off")  # of so few rows PostgreSQL would compare all
     for oversampling in OVERSAMPLING:
 
         def search(vector: np.ndarray, candidates: int = K * oversampling) -> list[int]:
