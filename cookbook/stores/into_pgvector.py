@@ -65,8 +65,8 @@ def load(
         is_binary: whether to index bits, for searches with `candidates`.
 
     Raises:
-        ValueError: as `open_rows`; the vectors have over 4,000 values, and `is_binary` is false; a
-            time has nanoseconds.
+        ValueError: as `open_rows`; the vectors have over 4,000 values and `is_binary` is false; the
+            table holds another type; a time has nanoseconds.
         psycopg.DataError: PostgreSQL cannot hold a value, such as a NUL character in a text; names
             its row (`line`) and column.
     """
@@ -93,14 +93,24 @@ def load(
         "operators": SQL("bit_hamming_ops" if is_binary else f"{kind}_cosine_ops"),
     }
 
-    def run(statement: str) -> None:
-        connection.execute(SQL(statement).format(**names))
+    def run(statement: str) -> psycopg.Cursor:
+        return connection.execute(SQL(statement).format(**names))
 
     with connection.transaction():
         run("CREATE EXTENSION IF NOT EXISTS vector")
         register_vector(connection)
         run("CREATE TABLE IF NOT EXISTS {table} ({typed}, PRIMARY KEY (id))")
-        run("CREATE TEMP TABLE loaded (LIKE {table}) ON COMMIT DROP")
+        run("CREATE TEMP TABLE loaded ({typed}) ON COMMIT DROP")
+        held, given = (
+            run(f"SELECT {{columns}} FROM {source} LIMIT 0").description or ()
+            for source in ("{table}", "loaded")
+        )
+        for old, new in zip(held, given, strict=True):
+            if old.type_code != new.type_code:
+                raise ValueError(
+                    f"column {new.name!r} of table {table!r} holds {old.type_display}; the files "
+                    f"hold {new.type_display}: load them into another table"
+                )
         _copy(rows, connection, types)
         run("DELETE FROM {table} USING loaded WHERE {table}.id = loaded.id")
         run("INSERT INTO {table} ({columns}) SELECT {columns} FROM loaded")
@@ -204,7 +214,7 @@ def for_langchain(
     columns: Sequence[str],
     table: str = "passages",
 ) -> PGVectorStore:
-    """Return the table as LangChain's store, with some columns as metadata.
+    """Return the table as LangChain's store of at most EF_SEARCH rows, some columns as metadata.
 
     LlamaIndex's class needs columns of its own, so it searches through `StoreRetriever`.
     """

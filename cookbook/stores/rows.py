@@ -101,7 +101,7 @@ def to_plain(value: Any) -> Any:
 
 
 def is_any(kind: pa.DataType) -> bool:
-    """Return whether a store that has Arrow's types holds values of a type: it holds all."""
+    """Return True: a store of Arrow's types holds values of every type."""
     return True
 
 

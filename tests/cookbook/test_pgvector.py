@@ -143,6 +143,25 @@ def test_loading_again_replaces_rows_of_equal_id_and_adds_others(
 @pytest.mark.parametrize(
     ("size", "columns", "message"),
     [
+        (8, {"n": [1.5, 2.5]}, "column 'n' of table 'passages' holds int8; the files hold float8"),
+        (2048, {"n": [1, 2]}, "'vector' of table 'passages' holds vector; the files hold halfvec"),
+        (9, {"n": [1, 2]}, "expected 8 dimensions, not 9"),
+        (8, {"m": [1, 2]}, 'column "m" does not exist'),
+    ],
+)
+def test_a_table_of_other_types_is_refused(
+    size: int, columns: dict[str, Any], message: str, tmp_path: Path, postgres: Any
+) -> None:
+    into_pgvector.load(write(tmp_path / "a", draw(2, 8), n=[1, 2]), postgres)
+    folder = write(tmp_path / "b", draw(2, size), **columns)
+    with pytest.raises((ValueError, psycopg.Error), match=message):
+        into_pgvector.load(folder, postgres)
+    assert postgres.execute("SELECT n FROM passages ORDER BY id").fetchall() == [(1,), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("size", "columns", "message"),
+    [
         (4096, {}, "vectors of 4096 values; pgvector's index holds at most 4000"),
         (8, {"note": ["good", "b\x00d"]}, "0x00\nCONTEXT: .*line 2, column note"),
         (8, {"at": pa.array([0, 1], pa.timestamp("ns"))}, "column 'at': .*expected whole microsec"),

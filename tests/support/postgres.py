@@ -30,7 +30,7 @@ def serve(programs: Path) -> Iterator[Path]:
             options = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
 
         def run(*command: str) -> None:
-            with (folder / "output").open("a") as output:  # pg_ctl never closes a pipe
+            with (folder / "output").open("a") as output:  # the server would keep a pipe open
                 subprocess.run(
                     [programs / command[0], "-D", folder / "data", *command[1:]],
                     check=True, cwd=folder, stdout=output, stderr=output, timeout=60, **options,
