@@ -14,7 +14,7 @@ from shared_engine.cli.options import (
     REMOTE,
     VECTORS,
     add_key,
-    add_log_level,
+    add_logging,
     add_options,
     read_options,
 )
@@ -147,7 +147,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     add_options(verb, (*LOCAL, *VECTORS, *REMOTE))
     add_key(verb)
-    add_log_level(verb, "warning")
+    add_logging(verb, "warning")
     verb.set_defaults(run=run)
 
 

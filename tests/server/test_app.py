@@ -692,7 +692,7 @@ def test_serve_finishes_requests_after_a_signal(checkpoint: Path) -> None:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "shared_engine.cli", "serve", "--model", str(checkpoint)]
     command += ["--port", str(port), "--api-key-env", "A_KEY", "--served-name", NAME]
-    command += ["--default-input-type", "passage"]
+    command += ["--default-input-type", "passage", "--access-log", "--log-format", "json"]
     environment = os.environ | {"A_KEY": "k"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         url = f"http://127.0.0.1:{port}/v1"
@@ -714,7 +714,10 @@ def test_serve_finishes_requests_after_a_signal(checkpoint: Path) -> None:
         _, said = process.communicate(timeout=30)
     assert process.returncode in (0, -signal.SIGTERM)
     assert "Traceback" not in said
-    assert "texts without input_type are embedded as passage" in said
+    entries = [json.loads(line) for line in said.splitlines()]
+    assert "texts without input_type are embedded as passage" in [e["message"] for e in entries]
+    assert [e["inputs"] for e in entries if e["logger"] == "shared_engine.access"] == [len(SLOW)]
+    assert any("Uvicorn running on" in e["message"] for e in entries)
 
 
 def test_serve_exits_if_the_model_cannot_be_loaded(
