@@ -38,8 +38,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shared_engine._version import __version__
-from shared_engine.backend import StepStats
-from shared_engine.catalogue import Task
 from shared_engine.errors import ConfigurationError, NeMoRetrieverError
 from shared_engine.logs import request_id
 from shared_engine.options import Options, RerankOptions
@@ -209,7 +207,7 @@ class _Server:
         self._limits = limits
         self._on_failure = on_failure
         self._admission = Admission(limits)
-        self._metrics = Metrics(lambda: self._admission.waiting, self._read_stats)
+        self._metrics = Metrics(lambda: self._admission.waiting, self._models)
         for one, other in itertools.combinations(self._models, 2):
             if both := sorted(one.names & other.names):
                 raise ConfigurationError(
@@ -286,11 +284,12 @@ class _Server:
                 reply = await _run(values.size > _SMALL_REPLY, lambda: work.write(values))
                 request.state.tokens = work.model.usage
                 admission.last_seconds = time.perf_counter() - started
-        self._metrics.seconds.labels(work.label).observe(admission.last_seconds)
-        self._metrics.inputs.labels(work.label).inc(len(work.inputs))
-        self._metrics.tokens.labels(work.label).inc(work.model.usage)
+        labels = endpoint.served.name, work.label
+        self._metrics.seconds.labels(*labels).observe(admission.last_seconds)
+        self._metrics.inputs.labels(*labels).inc(len(work.inputs))
+        self._metrics.tokens.labels(*labels).inc(work.model.usage)
         for kind, count in kinds.items():
-            self._metrics.modalities.labels(kind).inc(count)
+            self._metrics.modalities.labels(endpoint.served.name, kind).inc(count)
         return reply
 
     async def _parse(
@@ -363,10 +362,6 @@ class _Server:
     async def metrics_text(self, _: Request) -> Response:
         """Return the metrics for Prometheus."""
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    def _read_stats(self) -> dict[Task, StepStats]:
-        stats = {s.task: s.backend.step_stats for s in self._models if s.backend is not None}
-        return {task: found for task, found in stats.items() if found is not None}
 
 
 def _is_nim_client(request: Request) -> bool:

@@ -85,7 +85,7 @@ def test_paths_ports_and_metrics_are_those_of_the_server():
     assert ports == {port["name"] for port in SERVER["ports"]}
 
     (metric,) = OBJECTS["HorizontalPodAutoscaler"]["spec"]["metrics"]
-    names = Metrics(lambda: 0, dict).text().decode()
+    names = Metrics(lambda: 0, []).text().decode()
     assert f"\n{metric['pods']['metric']['name']} 0.0\n" in names
     target = int(metric["pods"]["target"]["averageValue"])
     assert 0 < target < ServerLimits().max_waiting / 2  # more pods long before a 429
