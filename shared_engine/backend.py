@@ -114,6 +114,10 @@ class StepStats(NamedTuple):
     """Cost of those steps in tokens; full steps would cost `steps * max_batch_tokens`."""
     max_batch_tokens: int
     """The most tokens in one step."""
+    started_requests: int = 0
+    """Requests with an input in one of those steps."""
+    wait_seconds: float = 0.0
+    """Seconds from the acceptance of those requests to their first step, together."""
 
 
 class Backend(ABC):
@@ -149,6 +153,11 @@ class Backend(ABC):
     def step_stats(self) -> StepStats | None:
         """Counts of the device; None if the backend does not compute in steps."""
         return None
+
+    @property
+    def gpu_memory(self) -> Mapping[str, int]:
+        """Bytes of each GPU, by its name, that the allocator of this process holds."""
+        return {}
 
     @property
     def failure(self) -> Exception | None:

@@ -117,5 +117,8 @@ def read_key(variable: str | None) -> str | None:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise ConfigurationError(f"--api-key-env: the variable {variable} is unset or empty")
+        raise ConfigurationError(  # without its name, which may be a key by mistake
+            "--api-key-env: no variable of this name is set, or it is empty; expected the name of "
+            "an environment variable that holds the key"
+        )
     return key

@@ -260,6 +260,9 @@ class EngineOptions(BaseModel):
         for name in ("api_key", "base_url"):
             if (given := data.pop(f"nvidia_{name}", None)) is not None:
                 data[name] = given
+        for name, value in data.items():
+            if name != "api_key" and isinstance(value, str) and value.strip().startswith("nvapi-"):
+                raise ConfigurationError(f"{name}= is an API key; pass it as api_key=")
         for name in data.keys() - cls.model_fields.keys():
             if hint := _HINTS.get(name) or _find_similar(name, cls.model_fields):
                 raise ValueError(f"unknown option {name}=; {hint}")

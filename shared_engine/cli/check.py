@@ -20,7 +20,7 @@ from shared_engine.catalogue import Task, lookup, require_hosted
 from shared_engine.cli.options import (
     LOCAL,
     add_key,
-    add_log_level,
+    add_logging,
     add_options,
     add_reranker,
     add_served_name,
@@ -100,7 +100,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "and compare. Needs memory for a second copy of the weights.",
     )
     add_options(verb, ["prefixes"])
-    add_log_level(verb, "warning")
+    add_logging(verb, "warning")
     verb.set_defaults(run=run)
 
 

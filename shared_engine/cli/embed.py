@@ -14,7 +14,7 @@ from shared_engine.cli.options import (
     REMOTE,
     VECTORS,
     add_key,
-    add_log_level,
+    add_logging,
     add_options,
     read_options,
 )
@@ -123,9 +123,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verb.add_argument(
         "--ray",
         nargs="?",
-        const="auto",
+        const="",
         metavar="ADDRESS",
-        help="Embed on a Ray cluster. Default address: the running cluster, else a new one.",
+        help="Embed on a Ray cluster. Default address: RAY_ADDRESS, or a new cluster on this "
+        "machine; auto: the cluster that runs on this machine.",
     )
     verb.add_argument(
         "--workers",
@@ -147,7 +148,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     add_options(verb, (*LOCAL, *VECTORS, *REMOTE))
     add_key(verb)
-    add_log_level(verb, "warning")
+    add_logging(verb, "warning")
     verb.set_defaults(run=run)
 
 
@@ -199,10 +200,9 @@ def run(args: argparse.Namespace) -> int:
     if args.ray is not None and not args.plan:
         with needs_extra("ray"):
             from shared_engine.distributed.bulk import run_ray
-        address = None if args.ray == "auto" else args.ray
         summary = run_ray(
             job,
-            address,
+            args.ray or None,
             workers=args.workers,
             cpus_per_worker=args.cpus_per_worker,
             gpus_per_worker=args.gpus_per_worker,

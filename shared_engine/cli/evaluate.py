@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from shared_engine.cli.options import LOCAL, REMOTE, add_key, add_options, read_options
+from shared_engine.cli.options import (
+    LOCAL,
+    REMOTE,
+    add_key,
+    add_logging,
+    add_options,
+    read_options,
+)
 from shared_engine.endpoints import read_key
 from shared_engine.errors import ConfigurationError
 from shared_engine.options import Options
@@ -127,7 +134,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="Data of the only --mteb task, in BEIR's layout. Default: downloaded by MTEB.",
     )
     # retrieval benchmarks truncate texts over the model's limit
-    verb.set_defaults(run=run, truncate="END", log_level="warning")
+    verb.set_defaults(run=run, truncate="END")
+    add_logging(verb, "warning")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
@@ -14,6 +12,7 @@ from pydantic import ValidationError
 from shared_engine._version import __version__
 from shared_engine.cli import check, embed, evaluate, serve
 from shared_engine.errors import ConfigurationError, MissingExtraError, NeMoRetrieverError
+from shared_engine.logs import log_to_stderr, mask_keys
 
 _EPILOG = """\
 exit codes:
@@ -31,21 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(arguments)
     try:
-        with _log_to_stderr(args.log_level):
+        with log_to_stderr(args.log_level, args.log_format):
             return int(args.run(args))
     except ValidationError as exc:
         error = exc.errors()[0]
         option = "".join(f"--{part}: ".replace("_", "-") for part in error["loc"][:1])
-        print(f"nemoretriever: {option}{error['msg']}", file=sys.stderr)
-        return 2
+        return _report(f"{option}{error['msg']}", 2)
     except NeMoRetrieverError as exc:
-        print(f"nemoretriever: {exc}", file=sys.stderr)
-        return 2 if isinstance(exc, (ConfigurationError, MissingExtraError)) else 1
+        return _report(exc, 2 if isinstance(exc, (ConfigurationError, MissingExtraError)) else 1)
     except OSError as exc:  # a full disk, a folder without write permission
-        print(f"nemoretriever: {exc}", file=sys.stderr)
-        return 1
+        return _report(exc, 1)
     except KeyboardInterrupt:
         return 130
+
+
+def _report(error: object, code: int) -> int:
+    print(mask_keys(f"nemoretriever: {error}"), file=sys.stderr)
+    return code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
                 self.error(f"unknown option {name}; did you mean {similar[0]}?")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, mask_keys(f"{self.prog}: {message}; see {self.prog} --help\n"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,18 +84,3 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (serve, check, embed, evaluate):
         command.add_command(commands)
     return parser
-
-
-@contextmanager
-def _log_to_stderr(level: str) -> Iterator[None]:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    log = logging.getLogger("shared_engine")
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel(level.upper())
-    try:
-        yield
-    finally:  # a program that calls `main` keeps its own logging
-        log.removeHandler(handler)
-        log.setLevel(before)

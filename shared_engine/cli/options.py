@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from shared_engine.errors import ConfigurationError
+from shared_engine.logs import LogFormat
 from shared_engine.options import Options, RerankOptions
 
 SHARED = ("device", "dtype", "max_tokens", "max_tiles", "max_batch_tokens")
@@ -100,13 +101,19 @@ def add_served_name(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_log_level(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the argument for the log level of the command."""
+def add_logging(parser: argparse.ArgumentParser, level: str) -> None:
+    """Add the arguments for the log of the command, with its default level."""
     parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
-        default=default,
+        default=level,
         help="Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=get_args(LogFormat),
+        default="text",
+        help="Format of log lines; json: one object per line. Default: %(default)s.",
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from shared_engine.cli.options import (
     LOCAL,
     add_key,
-    add_log_level,
+    add_logging,
     add_options,
     add_reranker,
     add_served_name,
@@ -68,7 +68,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
             metavar="N",
             help=f"{limit.metadata['help']} Default: %(default)s.",
         )
-    verb.add_argument("--access-log", action="store_true", help="Log each request.")
+    verb.add_argument(
+        "--access-log",
+        action="store_true",
+        help="Log each request with its id, status, seconds, inputs and tokens; probes only at "
+        "--log-level debug. Not for replicas: Ray Serve has an access log.",
+    )
     for name, kind, text in (
         ("replicas", int, "Number of replicas behind one address, with Ray Serve."),
         ("max-replicas", int, "Upper bound for autoscaling; --replicas is the lower bound."),
@@ -85,7 +90,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="ADDRESS",
         help="Ray cluster for the replicas. Default: RAY_ADDRESS, or a new one on this machine.",
     )
-    add_log_level(verb, "info")
+    add_logging(verb, "info")
     verb.set_defaults(run=run)
 
 
@@ -103,6 +108,11 @@ def run(args: argparse.Namespace) -> int:
     )
     key = read_key(args.api_key_env)  # for replicas, checked here rather than by each of them
     if args.replicas or args.max_replicas:
+        if args.access_log:
+            raise ConfigurationError(
+                "--access-log is for one process, and Ray Serve logs the requests of replicas in "
+                "logs/serve of its session folder; remove it"
+            )
         from shared_engine.distributed.serving import Replicas, serve_replicas
 
         settings = Replicas(
@@ -134,7 +144,6 @@ def run(args: argparse.Namespace) -> int:
         limits=limits,
         allowed_hosts=args.allowed_host,
         default_input_type=args.default_input_type,
-        log_level=args.log_level,
         access_log=args.access_log,
     )
     return 0 if is_loaded else 1  # the reason is logged

@@ -55,8 +55,8 @@ def run_ray(
 
     Args:
         job: what to embed, and how.
-        address: as `ray.init` takes it; None is the cluster of RAY_ADDRESS or of this machine, else
-            a new one on this machine.
+        address: as `ray.init` takes it; None is the cluster of RAY_ADDRESS, else a new one on this
+            machine.
         workers: number of actors with an engine; default: as many as fit, see `find_share`.
         cpus_per_worker: cores of each.
         gpus_per_worker: GPUs of each.

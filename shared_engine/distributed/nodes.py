@@ -21,7 +21,10 @@ from shared_engine.routing import select_backend
 _log = logging.getLogger("shared_engine")
 
 _SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-"""Environment of a cluster that is started here: no usage reports, workers of normal priority."""
+"""Environment of Ray: no usage reports, workers of normal priority."""
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Environment of a cluster that is started here: all its processes listen on 127.0.0.1 only, as Ray
+does on Windows and macOS. On Linux they would listen on every interface."""
 
 
 def import_ray(part: str = "") -> Any:
@@ -40,8 +43,10 @@ def import_ray(part: str = "") -> Any:
 def connect(address: str | None) -> Iterator[None]:
     """Connect to the cluster at an address, as `ray.init` takes it, while the block runs.
 
-    None is the cluster of RAY_ADDRESS or of this machine, else a new one on this machine that ends
-    with the block. If the program is connected already, that connection is used and kept.
+    None is the cluster of RAY_ADDRESS, else a new one on this machine, which ends with the block
+    and listens on 127.0.0.1 only. A cluster that runs on this machine is used only with "auto",
+    because Ray finds it by a file in /tmp, which any user can write. If the program is connected
+    already, that connection is used and kept.
 
     Raises:
         ConfigurationError: there is no cluster at the address.
@@ -51,13 +56,27 @@ def connect(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    before = {name: os.environ.get(name) for name in _SETTINGS}
-    os.environ.update({name: value for name, value in _SETTINGS.items() if before[name] is None})
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    is_new = address == "local"
+    settings = _SETTINGS | (_LOOPBACK if is_new else {})
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update({name: value for name, value in settings.items() if before[name] is None})
+    constants: Any = importlib.import_module(
+        "ray._private.ray_constants"
+    )  # has read the environment
+    may_span_nodes = constants.ENABLE_RAY_CLUSTER
+    constants.ENABLE_RAY_CLUSTER = may_span_nodes and not is_new
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(
+            address,
+            include_dashboard=False if is_new else None,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
     except ConnectionError as exc:
         raise ConfigurationError(f"there is no Ray cluster at {address}: {exc}") from exc
     finally:  # they are for the cluster only, not for later children of this process
+        constants.ENABLE_RAY_CLUSTER = may_span_nodes
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

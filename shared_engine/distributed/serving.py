@@ -123,6 +123,7 @@ def _create_app(settings: Replicas) -> Any:
         on_failure=failures.append,
     )
     app.state.failures = failures
+    app.state.returns_request_id = False  # the proxies of Ray Serve return it
     return app
 
 

@@ -146,7 +146,20 @@ class LocalBackend(Backend):
     def step_stats(self) -> StepStats:
         """Numbers of steps and tokens of all devices, and the current step size in tokens."""
         scheduler = self._scheduler
-        return StepStats(scheduler.steps, scheduler.tokens, scheduler.max_batch_tokens)
+        return StepStats(
+            scheduler.steps,
+            scheduler.tokens,
+            scheduler.max_batch_tokens,
+            scheduler.started_jobs,
+            scheduler.wait_seconds,
+        )
+
+    @property
+    def gpu_memory(self) -> dict[str, int]:
+        """See `Backend.gpu_memory`; of all models of the process."""
+        devices = [encoder.device for encoder in list(self._encoders.values())]
+        gpus = [device for device in devices if device.type == "cuda"]
+        return {str(gpu): torch.cuda.memory_reserved(gpu) for gpu in gpus}
 
     def submit(self, request: Request) -> Future[Rows]:
         """Accept a request; see `Backend.submit`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Lock
@@ -29,6 +30,9 @@ class Job:
     """(n, d), filled row by row."""
     future: Future[Rows] = field(default_factory=Future)
     errors: dict[int, NeMoRetrieverError] = field(default_factory=dict)
+    accepted: float = field(default_factory=time.perf_counter)
+    has_started: bool = False
+    """Whether a step has had one of its rows."""
     next_row: int = 0
     """The first row that no thread prepares yet."""
     unfinished: int = field(init=False)

@@ -19,6 +19,7 @@ surplus form: a flow may exceed its quantum by one sequence, and its next quanta
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -86,6 +87,10 @@ class Scheduler:
         """Number of steps formed."""
         self.tokens = 0
         """Cost of those steps in tokens."""
+        self.started_jobs = 0
+        """Number of jobs with a sequence in one of those steps."""
+        self.wait_seconds = 0.0
+        """Seconds that those jobs waited for their first step."""
 
     def put(self, job: Job, sequences: list[TokenSequence] | None = None) -> None:
         """Accept a job.
@@ -258,6 +263,7 @@ class Scheduler:
                 if step and cost > free:
                     break
                 step.append(queue.ready.popleft())
+                self._count_start(step[-1].job)
                 free -= cost
                 queue.deficit += cost
                 queue.ready_cost -= cost
@@ -273,6 +279,12 @@ class Scheduler:
         self.tokens += quantum - free
         self._changed.notify_all()  # more chunks may be prepared in advance
         return step
+
+    def _count_start(self, job: Job) -> None:
+        if not job.has_started:
+            job.has_started = True
+            self.started_jobs += 1
+            self.wait_seconds += time.perf_counter() - job.accepted
 
     def close(self, cancel: bool = False) -> None:
         """Refuse new jobs; with `cancel`, also cancel the jobs that are not finished."""

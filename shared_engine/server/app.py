@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from functools import partial
 from sys import getsizeof
 from typing import Any, Literal, TypeVar
@@ -37,9 +38,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shared_engine._version import __version__
-from shared_engine.backend import StepStats
-from shared_engine.catalogue import Task
 from shared_engine.errors import ConfigurationError, NeMoRetrieverError
+from shared_engine.logs import request_id
 from shared_engine.options import Options, RerankOptions
 from shared_engine.server.access import control_access
 from shared_engine.server.admission import Admission
@@ -52,6 +52,7 @@ from shared_engine.server.models import ServedEmbedder, ServedReranker
 from shared_engine.server.protocol import decode_images, parse_request
 from shared_engine.server.ranking import RankingEndpoint, RerankEndpoint
 from shared_engine.server.responses import refuse, refuse_route, respond
+from shared_engine.server.tracking import TrackRequests
 from shared_engine.wire import ROLE
 
 _log = logging.getLogger("shared_engine")
@@ -103,6 +104,7 @@ def create_app(
     limits: ServerLimits | None = None,
     allowed_hosts: Sequence[str] = (),
     default_input_type: Literal["query", "passage"] | None = None,
+    access_log: bool = False,
     on_failure: Callable[[Exception], object] | None = None,
 ) -> Starlette:
     """Return the ASGI app that serves an embedding model, a reranker, or both.
@@ -124,6 +126,8 @@ def create_app(
             "*.example.com" and "*" are patterns.
         default_input_type: `input_type` of texts whose request has none, for clients that cannot
             send it. None refuses such a request.
+        access_log: Log each request at the level INFO, and probes at DEBUG, to the logger
+            `shared_engine.access`.
         on_failure: Called in the event loop with the error if a model cannot be loaded.
 
     Raises:
@@ -169,7 +173,7 @@ def create_app(
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(_TrimSlash), middleware],
+        middleware=[Middleware(TrackRequests, access_log), Middleware(_TrimSlash), middleware],
         exception_handlers={HTTPException: refuse_route},
         lifespan=server.lifespan,
     )
@@ -203,7 +207,7 @@ class _Server:
         self._limits = limits
         self._on_failure = on_failure
         self._admission = Admission(limits)
-        self._metrics = Metrics(lambda: self._admission.waiting, self._read_stats)
+        self._metrics = Metrics(lambda: self._admission.waiting, self._models)
         for one, other in itertools.combinations(self._models, 2):
             if both := sorted(one.names & other.names):
                 raise ConfigurationError(
@@ -251,7 +255,8 @@ class _Server:
             self._metrics.errors.labels(refusal.kind).inc()
         except Exception:
             _log.exception("a request failed")
-            failure = HTTPRefusal(500, "internal", "internal error; see the log of the server")
+            where = f"see the log of the server at request {request_id.get()}"
+            failure = HTTPRefusal(500, "internal", f"internal error; {where}")
             response = refuse(failure, _is_nim_client(request))
             self._metrics.errors.labels("internal").inc()
         self._metrics.requests.labels(path, str(response.status_code)).inc()
@@ -265,6 +270,7 @@ class _Server:
         with admission.hold_bytes() as hold:
             body = await self._parse(endpoint, request, hold)
             request.state.is_of_nim_client = endpoint.is_of_nim_client(body)
+            request.state.inputs = body.count
             is_large = sum(map(len, body.strings)) > _SMALL_BODY
             work = await _run(is_large, lambda: endpoint.prepare(body, backend))
             kinds = Counter(item.modality for item in work.inputs)
@@ -276,12 +282,14 @@ class _Server:
             with admission.admit(len(work.inputs)):
                 values = await self._run_engine(endpoint, request, work, is_large)
                 reply = await _run(values.size > _SMALL_REPLY, lambda: work.write(values))
+                request.state.tokens = work.model.usage
                 admission.last_seconds = time.perf_counter() - started
-        self._metrics.seconds.labels(work.label).observe(admission.last_seconds)
-        self._metrics.inputs.labels(work.label).inc(len(work.inputs))
-        self._metrics.tokens.labels(work.label).inc(work.model.usage)
+        labels = endpoint.served.name, work.label
+        self._metrics.seconds.labels(*labels).observe(admission.last_seconds)
+        self._metrics.inputs.labels(*labels).inc(len(work.inputs))
+        self._metrics.tokens.labels(*labels).inc(work.model.usage)
         for kind, count in kinds.items():
-            self._metrics.modalities.labels(kind).inc(count)
+            self._metrics.modalities.labels(endpoint.served.name, kind).inc(count)
         return reply
 
     async def _parse(
@@ -355,10 +363,6 @@ class _Server:
         """Return the metrics for Prometheus."""
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    def _read_stats(self) -> dict[Task, StepStats]:
-        stats = {s.task: s.backend.step_stats for s in self._models if s.backend is not None}
-        return {task: found for task, found in stats.items() if found is not None}
-
 
 def _is_nim_client(request: Request) -> bool:
     return request.state.is_of_nim_client and "x-stainless-lang" not in request.headers
@@ -387,7 +391,9 @@ async def _cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, _T])
 
 async def _run(is_large: bool, work: Callable[[], _T]) -> _T:
     """Do large work in a thread, so that the event loop stays free, and small work directly."""
-    return await asyncio.get_running_loop().run_in_executor(_pool, work) if is_large else work()
+    if not is_large:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_pool, copy_context().run, work)
 
 
 def _refuse_logged(error: NeMoRetrieverError, too_long_status: int) -> HTTPRefusal:

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import platform
+from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from shared_engine.backend import StepStats
-from shared_engine.catalogue import Task
+from shared_engine._version import __version__
+from shared_engine.server.models import ServedModel
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 class Metrics:
-    """Metrics of one server, in a separate registry."""
+    """Metrics of one server and its process, in a separate registry."""
 
-    def __init__(
-        self,
-        count_waiting: Callable[[], float],
-        read_stats: Callable[[], Mapping[Task, StepStats]],
-    ) -> None:
+    def __init__(self, count_waiting: Callable[[], float], models: Sequence[ServedModel]) -> None:
         """Create the metrics.
 
         Args:
             count_waiting: Returns the number of accepted inputs without an answer.
-            read_stats: Returns the counts of each model that is loaded, by its task.
+            models: The models, whose engines are read once they are loaded.
         """
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
@@ -42,19 +47,22 @@ class Metrics:
         self.inputs = Counter(
             "nemoretriever_inputs",
             "Computed inputs; those of a reranker have the input_type rerank.",
-            ["input_type"],
+            ["model", "input_type"],
             registry=registry,
         )
         self.modalities = Counter(
-            "nemoretriever_inputs_by_modality", "Computed inputs.", ["modality"], registry=registry
+            "nemoretriever_inputs_by_modality",
+            "Computed inputs.",
+            ["model", "modality"],
+            registry=registry,
         )
         self.tokens = Counter(
-            "nemoretriever_tokens", "Computed tokens.", ["input_type"], registry=registry
+            "nemoretriever_tokens", "Computed tokens.", ["model", "input_type"], registry=registry
         )
         self.seconds = Histogram(
             "nemoretriever_request_seconds",
             "Seconds from the first byte of a computed request to its complete response.",
-            ["input_type"],
+            ["model", "input_type"],
             buckets=_SECONDS,
             registry=registry,
         )
@@ -62,37 +70,59 @@ class Metrics:
             "nemoretriever_queue_inputs", "Accepted inputs without an answer.", registry=registry
         )
         depth.set_function(count_waiting)
-        registry.register(_Steps(read_stats))
+        build = Info("nemoretriever_build", "Version of this package.", registry=registry)
+        build.info({"version": __version__, "python": platform.python_version()})
+        ProcessCollector(registry=registry)
+        registry.register(_Engines(models))
 
     def text(self) -> bytes:
         """Return the metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
 
-class _Steps(Collector):
-    """Counts of the engine, read at each scrape."""
+class _Engines(Collector):
+    """Counts of the engines, read at each scrape."""
 
-    def __init__(self, read_stats: Callable[[], Mapping[Task, StepStats]]) -> None:
-        self._read_stats = read_stats
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self._models = models
 
     def collect(self) -> Iterator[Metric]:
+        labels = ["task", "model"]
         steps = CounterMetricFamily(
-            "nemoretriever_steps", "Forward passes; requests share them.", labels=["task"]
+            "nemoretriever_steps", "Forward passes; requests share them.", labels=labels
         )
         tokens = CounterMetricFamily(
-            "nemoretriever_step_tokens", "Tokens of all steps.", labels=["task"]
+            "nemoretriever_step_tokens", "Tokens of all steps.", labels=labels
         )
         most = GaugeMetricFamily(
-            "nemoretriever_step_tokens_max", "Tokens in a full step.", labels=["task"]
+            "nemoretriever_step_tokens_max", "Tokens in a full step.", labels=labels
         )
         fill = GaugeMetricFamily(
             "nemoretriever_batch_fill_ratio",
             "Mean tokens of a step divided by the tokens of a full step, since the start.",
-            labels=["task"],
+            labels=labels,
         )
-        for task, stats in self._read_stats().items():
-            steps.add_metric([task], stats.steps)
-            tokens.add_metric([task], stats.tokens)
-            most.add_metric([task], stats.max_batch_tokens)
-            fill.add_metric([task], stats.tokens / max(1, stats.steps * stats.max_batch_tokens))
-        yield from (steps, tokens, most, fill)
+        waits = SummaryMetricFamily(
+            "nemoretriever_queue_wait_seconds",
+            "Seconds from the acceptance of a request by the engine to its first step.",
+            labels=labels,
+        )
+        memory = GaugeMetricFamily(
+            "nemoretriever_gpu_memory_bytes",
+            "Bytes of a GPU that the allocator of the process holds.",
+            labels=["device"],
+        )
+        gpus: dict[str, int] = {}
+        for served in self._models:
+            if served.backend is None or (stats := served.backend.step_stats) is None:
+                continue
+            values = [served.task, served.name]
+            steps.add_metric(values, stats.steps)
+            tokens.add_metric(values, stats.tokens)
+            most.add_metric(values, stats.max_batch_tokens)
+            fill.add_metric(values, stats.tokens / max(1, stats.steps * stats.max_batch_tokens))
+            waits.add_metric(values, stats.started_requests, stats.wait_seconds)
+            gpus |= served.backend.gpu_memory
+        for device, size in gpus.items():
+            memory.add_metric([device], size)
+        yield from (steps, tokens, most, fill, waits, memory)

@@ -30,18 +30,17 @@ def serve(
     limits: ServerLimits | None = None,
     allowed_hosts: Sequence[str] = (),
     default_input_type: Literal["query", "passage"] | None = None,
-    log_level: str = "info",
     access_log: bool = False,
 ) -> bool:
     """Serve models until a signal stops it; accepted requests are finished.
 
+    The loggers `shared_engine` and `uvicorn` have the messages; the caller chooses their handlers.
+
     Args:
         options, rerank_options, served_name, rerank_served_name, api_key, limits, allowed_hosts,
-            default_input_type: As for `create_app`.
+            default_input_type, access_log: As for `create_app`.
         host: Interface to bind; its name is an allowed host.
         port: Port to bind; 0 for a free one.
-        log_level: Log level of uvicorn.
-        access_log: Whether to log each request.
 
     Returns:
         False if a model could not be loaded; the reason is logged.
@@ -70,11 +69,10 @@ def serve(
         limits=limits,
         allowed_hosts=(host, *check_hosts(allowed_hosts)),
         default_input_type=default_input_type,
+        access_log=access_log,
         on_failure=stop,
     )
-    server = build_server(
-        app, limits, host=host, port=port, access_log=access_log, log_level=log_level
-    )
+    server = build_server(app, limits, host=host, port=port, log_config=None)
     server.run()
     return not failures
 
@@ -92,6 +90,7 @@ def build_server(
         ws="none",
         timeout_keep_alive=75,  # longer than in clients, so that they close first
         server_header=False,
+        access_log=False,  # uvicorn's has the query string, which may hold a key
         **settings,
     )
     return uvicorn.Server(config)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 import httpx
@@ -189,6 +190,30 @@ def test_a_fragment_that_ends_every_worker_is_named(source: Path, tmp_path: Path
         list(embed_fragments(job, list_fragments(job), 1, Share(1, 0), end_process))
 
 
+def test_a_new_cluster_listens_on_loopback_only_and_follows_no_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import psutil
+    import ray
+
+    with TemporaryDirectory(prefix="ray-") as folder:  # short, for the paths of sockets
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
+        planted = Path(folder, "ray", "ray_current_cluster")
+        planted.parent.mkdir()
+        planted.write_text("192.0.2.1:6379")
+        with connect(None):
+            assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+            ray.get(ray.remote(lambda: None).remote())  # now there is a worker
+            processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            connections = [each for process in processes for each in process.net_connections()]
+            listening = {each.laddr.ip for each in connections if each.status == "LISTEN"}
+        assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+        assert listening
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+
+
 def test_embed_batch_in_a_pipeline_of_ones_own(checkpoint: Path) -> None:
     """As its docstring has it, but for the GPU."""
     import ray
@@ -292,6 +317,9 @@ def test_a_replica_that_dies_costs_our_client_nothing(
     process, url = serve("--served-name", "checkpoint", "--replicas", "2")
     replicas = find_processes(b"ray::ServeReplica")
     assert len(replicas) == 2
+    version = httpx.get(f"{url}/version", headers={"x-request-id": "abc"})
+    assert version.headers.get_list("x-request-id") == ["abc"]
+    assert len(httpx.get(f"{url}/version").headers.get_list("x-request-id")) == 1
     texts = [f"passage {n}" for n in range(200)]
     expected = Embedder(Options(model=str(checkpoint), dtype="float32", device="cpu")).embed(texts)
     asked = lost = 0

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -598,6 +599,25 @@ def test_metrics_count(options: Options) -> None:
         fill = here.metric(STEP_TOKENS) / steps
         fill /= here.metric('nemoretriever_step_tokens_max{task="embed"}')
         assert here.metric('nemoretriever_batch_fill_ratio{task="embed"}') == pytest.approx(fill)
+        for name in ("inputs_total", "tokens_total", "request_seconds_count", "steps_total"):
+            end = ',input_type="query"' if name != "steps_total" else ""
+            assert here.metric(f'nemoretriever_{name}{{model="{NAME}"{end}}}') > 0
+        labels = f'{{task="embed",model="{NAME}"}}'
+        assert (
+            here.metric(f"nemoretriever_queue_wait_seconds_count{labels}") >= 3
+        )  # the engine is shared
+        assert 0 < here.metric(f"nemoretriever_queue_wait_seconds_sum{labels}") < 30
+        assert here.metric(f'nemoretriever_build_info{{version="{__version__}"}}') == 1
+        assert here.metric("process_resident_memory_bytes") > 2**20
+        assert here.metric("process_cpu_seconds_total") > 0
+        assert here.metric("process_open_fds") > 3
+        assert abs(time.time() - here.metric("process_start_time_seconds")) < 86_400
+
+
+def test_memory_of_gpus_is_a_metric(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalBackend, "gpu_memory", {"cuda:0": 2**30})
+    with running(options) as here:
+        assert here.metric('nemoretriever_gpu_memory_bytes{device="cuda:0"}') == 2**30
 
 
 # --- other people's clients ----------------------------------------------------------------------
@@ -692,7 +712,7 @@ def test_serve_finishes_requests_after_a_signal(checkpoint: Path) -> None:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "shared_engine.cli", "serve", "--model", str(checkpoint)]
     command += ["--port", str(port), "--api-key-env", "A_KEY", "--served-name", NAME]
-    command += ["--default-input-type", "passage"]
+    command += ["--default-input-type", "passage", "--access-log", "--log-format", "json"]
     environment = os.environ | {"A_KEY": "k"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         url = f"http://127.0.0.1:{port}/v1"
@@ -714,7 +734,10 @@ def test_serve_finishes_requests_after_a_signal(checkpoint: Path) -> None:
         _, said = process.communicate(timeout=30)
     assert process.returncode in (0, -signal.SIGTERM)
     assert "Traceback" not in said
-    assert "texts without input_type are embedded as passage" in said
+    entries = [json.loads(line) for line in said.splitlines()]
+    assert "texts without input_type are embedded as passage" in [e["message"] for e in entries]
+    assert [e["inputs"] for e in entries if e["logger"] == "shared_engine.access"] == [len(SLOW)]
+    assert any("Uvicorn running on" in e["message"] for e in entries)
 
 
 def test_serve_exits_if_the_model_cannot_be_loaded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import httpx
 import numpy as np
 import uvicorn
 from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
 
 from shared_engine import Embedder, Options
 from shared_engine.server.app import create_app
@@ -61,11 +63,15 @@ class Running:
             return embedder.embed(texts, role)
 
     def metric(self, name: str) -> float:
-        """Return the value of one line of /v1/metrics."""
-        for line in self.client.get("/metrics").text.splitlines():
-            if line.startswith(name + " "):
-                return float(line.split()[-1])
-        raise AssertionError(name)
+        """Return the value of the only sample of /v1/metrics with this name and these labels."""
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', name)).items()
+        (found,) = [
+            sample.value
+            for family in text_string_to_metric_families(self.client.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == name.partition("{")[0] and labels <= sample.labels.items()
+        ]
+        return float(found)
 
 
 @contextmanager
