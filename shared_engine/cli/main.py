@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,9 @@ exit codes:
   2  invalid usage or configuration
 """
 
+_INTERRUPTED = 130
+"""Exit code of shells for a command that SIGINT ended."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
@@ -29,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The command line without the program's name; None reads `sys.argv`.
     """
+    if arguments is None:  # the process is this command
+        signal.signal(signal.SIGINT, _interrupt)
     args = build_parser().parse_args(arguments)
     try:
         with _log_to_stderr(args.log_level):
@@ -45,7 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nemoretriever: {exc}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return _INTERRUPTED
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """Stop the command in order; a second interrupt ends the process immediately."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    raise KeyboardInterrupt
 
 
 class _Parser(argparse.ArgumentParser):

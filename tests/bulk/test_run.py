@@ -606,11 +606,11 @@ def test_the_next_fragment_begins_before_the_last_is_done(make_job, monkeypatch)
     """Else the engine would wait for work at every border."""
     begun, ended, overlaps = set(), set(), 0
 
-    def watched(job, embedder, fragment, *more):
+    def watched(job, embedder, fragment, **more):
         nonlocal overlaps
         begun.add(fragment.name)
         overlaps += len(begun) - len(ended) > 1
-        done = embed_fragment(job, embedder, fragment, *more)
+        done = embed_fragment(job, embedder, fragment, **more)
         ended.add(fragment.name)
         return done
 
