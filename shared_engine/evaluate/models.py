@@ -73,7 +73,10 @@ class EngineModel(_Engine):
     def __init__(self, options: Options) -> None:
         self._embedder = Embedder(options.replace(dimensions=None, embedding_type="float"))
         super().__init__(self._embedder)
-        self.cache_key = self._embedder.cache_key
+
+    def cache_key(self, role: Role) -> str:
+        """Return the key of the vectors; servers of one model have one each, to compare them."""
+        return f"{self._embedder.options.base_url or ''}{self._embedder.cache_key(role)}"
 
     @property
     def dimensions(self) -> int:

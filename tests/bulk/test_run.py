@@ -31,11 +31,12 @@ from shared_engine.errors import (
     ConfigurationError,
     ConnectionFailedError,
     InputError,
+    ModelNotFoundError,
     OutputError,
     ServerError,
 )
 from tests.bulk.conftest import passages, run
-from tests.support.nim import Nim, vectors
+from tests.support.nim import MODEL, Nim, encode_vector, vector, vectors, write_reply
 
 
 def read(job: Job) -> pa.Table:
@@ -239,7 +240,6 @@ def test_done_twice_is_the_same(make_job):
         ({"rows_per_file": 31}, {}, "rows_per_file 30"),
         ({"columns": ()}, {}, "columns"),
         ({"id_column": None}, {}, "id_column 'key'"),
-        ({}, {"base_url": "http://other:8000"}, "cache_key"),
     ],
 )
 def test_another_job_in_the_same_folder_is_refused_and_says_what_differs(
@@ -252,6 +252,46 @@ def test_another_job_in_the_same_folder_is_refused_and_says_what_differs(
     with pytest.raises(ConfigurationError, match=said):
         run(make_job(options=options, **changes))
     assert read(job).equals(before)
+
+
+def test_a_job_resumes_at_a_nim_that_has_moved(make_job, nim):
+    run(make_job())
+    job = make_job(options={"base_url": "http://other:8000"})
+    sorted(Path(job.out, "vectors").iterdir())[0].unlink()
+    assert run(job).rows == 30
+    assert {request.url.host for request in nim.requests} == {"nim", "other"}
+    check_rows(job, pq.read_table(job.inputs[0]), range(100))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            {"model": "other"},
+            "replied with model 'other' after 'nvidia/llama-nemotron-embed-1b-v2'",
+        ),
+        ({"width": 32}, "replied with vectors of 32 values after 16"),
+    ],
+)
+def test_a_server_that_gets_another_model_ends_the_run(make_job, nim, change, match):
+    def reply(_: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
+        texts = body.get("input", [])
+        if not any(text.startswith("passage 50") for text in texts):
+            return None
+        rows = [vector(text, width=change.get("width", 16)) for text in texts]
+        values = [(index, encode_vector(row)) for index, row in enumerate(rows)]
+        return httpx.Response(200, content=write_reply(values, change.get("model", MODEL)))
+
+    nim._answer = reply
+    job = make_job()
+    with pytest.raises(ModelNotFoundError, match=match):
+        run(job)
+    kept = {row.as_py() for row in read(job)["id"]}
+    assert 30 <= len(kept) < 100
+    assert not kept & set(range(30, 60))
+    nim._answer = None
+    run(job)
+    check_rows(job, pq.read_table(job.inputs[0]), range(100))
 
 
 def test_a_source_that_changed_is_noticed(make_job):

@@ -489,6 +489,12 @@ def test_other_models_are_found_by_what_is_named(options, checkpoint):
     assert here.cache_key("query") == EngineModel(options).cache_key("query")
 
 
+def test_two_servers_of_one_model_do_not_share_vectors():
+    nim = Nim()
+    options = [nim.embedder(base_url=url).options for url in ("http://nim:1", "http://nim:2")]
+    assert len({EngineModel(each).cache_key("query") for each in options}) == 2
+
+
 def test_a_model_of_sentence_transformers_is_compared(folder, options, tmp_path):
     """With its own prompts for queries and documents, and vectors of its own in the cache."""
     from sentence_transformers import SentenceTransformer
