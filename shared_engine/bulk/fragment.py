@@ -177,6 +177,7 @@ def open_writer(path: str, job: Job, schema: Any, width: int, facts: dict[str, s
         # Parquet stores an int8 as four bytes; a dictionary of 256 entries makes it one again.
         use_dictionary=False if kind == "float" else ["vector.list.element"],
         write_statistics=list(schema.names),
+        write_page_checksum=True,  # readers that verify it find damage inside a file
     )
 
 

@@ -256,6 +256,30 @@ def test_a_crash_loses_no_more_than_a_window(folder, options, tmp_path, monkeypa
     np.testing.assert_array_equal(vectors, Embedder(options).embed(corpus.inputs.values()))
 
 
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [
+        (lambda content: b"", None),
+        (lambda content: content[:50], None),
+        (lambda content: content[:-8], 1),
+        (lambda content: content[:-600] + bytes(600), 3),
+        (lambda content: content[:128] + b"\xff" * 4 + content[132:], None),
+        (lambda content: bytes(128) + content[128:], 0),
+    ],
+)
+def test_a_damaged_cache_is_completed(folder, options, tmp_path, damage, lost):
+    """Of a header of 128 bytes, and vectors of 256 bytes each."""
+    corpus, counting = read_folder(folder).corpus, Counting(options)
+    expected = np.array(embed(counting, corpus, "document", tmp_path / "cache"))
+    (path,) = (tmp_path / "cache").iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    counting.embedded = 0
+    found = embed(counting, corpus, "document", tmp_path / "cache")
+    np.testing.assert_array_equal(found, expected)
+    assert counting.embedded == (len(corpus) if lost is None else lost)
+    assert list((tmp_path / "cache").iterdir()) == [path]
+
+
 def test_other_texts_have_other_vectors(folder, options, tmp_path):
     before = embed(EngineModel(options), read_folder(folder).corpus, "document", tmp_path)
     lines = (folder / "corpus.jsonl").read_text().replace("alpha", "omega", 1)
