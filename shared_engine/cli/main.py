@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 
 from shared_engine._version import __version__
 from shared_engine.cli import check, embed, evaluate, serve
+from shared_engine.cli.report import escape, print_error
 from shared_engine.errors import ConfigurationError, MissingExtraError, NeMoRetrieverError
 
 _EPILOG = """\
@@ -43,13 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValidationError as exc:
         error = exc.errors()[0]
         option = "".join(f"--{part}: ".replace("_", "-") for part in error["loc"][:1])
-        print(f"nemoretriever: {option}{error['msg']}", file=sys.stderr)
+        print_error(f"{option}{error['msg']}")
         return 2
     except NeMoRetrieverError as exc:
-        print(f"nemoretriever: {exc}", file=sys.stderr)
+        print_error(exc)
         return 2 if isinstance(exc, (ConfigurationError, MissingExtraError)) else 1
     except OSError as exc:  # a full disk, a folder without write permission
-        print(f"nemoretriever: {exc}", file=sys.stderr)
+        print_error(exc)
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -80,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
                 self.error(f"unknown option {name}; did you mean {similar[0]}?")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {escape(message)}; see {self.prog} --help\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,10 +98,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Formatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return escape(super().formatMessage(record))
+
+
 @contextmanager
 def _log_to_stderr(level: str) -> Iterator[None]:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
     log = logging.getLogger("shared_engine")
     before = log.level
     log.addHandler(handler)
