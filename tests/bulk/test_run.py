@@ -286,9 +286,8 @@ def test_a_server_that_gets_another_model_ends_the_run(make_job, nim, change, ma
     job = make_job()
     with pytest.raises(ModelNotFoundError, match=match):
         run(job)
-    kept = {row.as_py() for row in read(job)["id"]}
-    assert 30 <= len(kept) < 100
-    assert not kept & set(range(30, 60))
+    kept = {path.stem[-3:] for path in Path(job.out, "vectors").iterdir()}
+    assert "030" not in kept  # the fragment of these rows; others may have been finished
     nim._answer = None
     run(job)
     check_rows(job, pq.read_table(job.inputs[0]), range(100))
