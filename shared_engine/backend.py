@@ -52,6 +52,11 @@ class Request:
         """Whether a user waits for it: a query, or the candidates of a search."""
         return self.role == "query" or self.query is not None
 
+    @property
+    def has_full_vectors(self) -> bool:
+        """Whether the result is vectors of the model's full size."""
+        return self.query is None and self.dimensions is None
+
     def report_progress(self, documents: int) -> None:
         """Call `on_progress`; log what it raises, as the calling thread serves others too."""
         _call(self.on_progress, documents)

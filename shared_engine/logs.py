@@ -28,6 +28,15 @@ def mask_keys(text: str) -> str:
     return _KEY.sub("nvapi-***", text)
 
 
+def escape(text: str) -> str:
+    r"""Return a text with characters that are not printable, as line ends, as escapes.
+
+    >>> print(escape("a\x1b[2J\nb\udcff é"))
+    a\x1b[2J\nb\udcff é
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 @contextmanager
 def log_to_stderr(level: str, log_format: LogFormat) -> Iterator[None]:
     """Write the log lines of this package, and of uvicorn, to stderr while the block runs."""
@@ -53,7 +62,7 @@ def _format_time(record: logging.LogRecord) -> str:
 
 class _TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - of logging
-        line = f"{_format_time(record)} {record.levelname}: {record.message}"
+        line = f"{_format_time(record)} {record.levelname}: {escape(record.message)}"
         return line if (found := request_id.get()) is None else f"{line} [request {found}]"
 
     def format(self, record: logging.LogRecord) -> str:

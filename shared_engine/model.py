@@ -144,8 +144,8 @@ class Model(Generic[OptionsT]):
     def close(self, cancel: bool = False) -> None:
         """Release the model; further calls raise EngineClosedError.
 
-        Closing the last object of a model finishes the accepted work, or cancels what has not
-        started, and frees the device.
+        Closing the last object of a model finishes the accepted work, or cancels it, and frees the
+        device. Leaving a `with` block by an exception, such as an interrupt, cancels.
         """
         if self._owns_lease:
             self._lease.close(cancel)
@@ -153,8 +153,8 @@ class Model(Generic[OptionsT]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(cancel=kind is not None)
 
     def __reduce__(self) -> tuple[type[Self], tuple[OptionsT]]:
         return type(self), (self.options,)

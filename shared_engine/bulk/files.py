@@ -80,17 +80,34 @@ def lock(folder: str) -> Iterator[None]:
 
 
 @contextmanager
-def write_atomically(path: str) -> Iterator[str]:
-    """Yield a temporary name in a file's folder; rename it to `path` when all is written."""
+def write_atomically(path: str, replaces: bool = True) -> Iterator[str]:
+    """Yield a temporary name in a file's folder; rename it to `path` when all is written.
+
+    Args:
+        path: the file.
+        replaces: whether to replace a file that another process wrote to `path`, or to keep it.
+    """
     temporary = name_temporary(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if replaces or not _link(temporary, path):
+            os.replace(temporary, path)
         _sync_folder(os.path.dirname(path))  # or a power failure may lose the name
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _link(temporary: str, path: str) -> bool:
+    """Give a file a second name, if that is free; return False where there are no links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # as on some network file systems
+        return False
+    return True
 
 
 def name_temporary(path: str) -> str:

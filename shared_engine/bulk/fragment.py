@@ -22,11 +22,13 @@ from shared_engine.bulk.tables import Cursors
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import (
+    EngineClosedError,
     InputError,
     InvalidRequestError,
     NeMoRetrieverError,
     PayloadTooLargeError,
 )
+from shared_engine.stream import Stream
 from shared_engine.vectors import EmbeddingType, quantize
 
 WINDOW = 1_024
@@ -50,6 +52,7 @@ def embed_fragment(  # noqa: PLR0917
     on_rows: Callable[[int, int, int], object] | None = None,
     on_read: Callable[[], object] | None = None,
     cursors: Cursors | None = None,
+    on_stream: Callable[[Stream[Rows]], object] | None = None,
 ) -> Done:
     """Write `vectors/<name>.parquet`, and `errors/<name>.parquet` if rows failed.
 
@@ -66,6 +69,8 @@ def embed_fragment(  # noqa: PLR0917
             does not wait for it.
         cursors: holds the table open between fragments, which saves seeks in it. It may be used
             again after `on_read`.
+        on_stream: called with the stream of the rows. Another thread ends the fragment by closing
+            the stream; what it raises then is an EngineClosedError.
 
     Raises:
         InputError: the source cannot be read, or changed since it was listed; with `job.strict`
@@ -96,12 +101,14 @@ def embed_fragment(  # noqa: PLR0917
     with files.writing(vectors_path), files.write_atomically(vectors_path) as temporary:
         with open_writer(temporary, job, schema, own.dimensions, facts) as writer:
             windows = failures.take(read_windows(job, fragment, schema, size, cursors or Cursors()))
-            for kept, found in embed_windows(own, job.role, windows, size, on_read):
+            for kept, found in embed_windows(own, job.role, windows, size, on_read, on_stream):
                 failures.add(kept, found)
                 write_rows(writer, kept, found, job.options.embedding_type)
                 rows += len(found) - len(found.errors)
                 report()
             report()
+            if rows + len(failures) != fragment.rows:  # never a file with some of the rows
+                raise EngineClosedError(f"{fragment.title}: the run was stopped")
             _check_unchanged(fragment)
             seconds = time.monotonic() - start
             counts = {"rows": rows, "failed": len(failures), "tokens": own.usage}
@@ -121,12 +128,13 @@ def find_window(job: Job, fragment: Fragment) -> int:
     return IMAGE_WINDOW if has_images[fragment.kind] else WINDOW
 
 
-def embed_windows(
+def embed_windows(  # noqa: PLR0917
     embedder: Embedder,
     role: Role,
     windows: Iterable[Window],
     size: int,
     on_read: Callable[[], object] | None = None,
+    on_stream: Callable[[Stream[Rows]], object] | None = None,
 ) -> Iterator[tuple[Any, Rows]]:
     """Yield `size` rows at a time: the table of what is kept of them, and their `Rows`."""
     held: deque[Any] = deque()
@@ -139,6 +147,8 @@ def embed_windows(
             on_read()
 
     with closing(embedder.stream(read(), role, size, errors="return")) as stream:
+        if on_stream is not None:
+            on_stream(stream)
         for rows in stream:
             check_errors(rows)
             table = pa.concat_tables(held)
@@ -167,6 +177,7 @@ def open_writer(path: str, job: Job, schema: Any, width: int, facts: dict[str, s
         # Parquet stores an int8 as four bytes; a dictionary of 256 entries makes it one again.
         use_dictionary=False if kind == "float" else ["vector.list.element"],
         write_statistics=list(schema.names),
+        write_page_checksum=True,  # readers that verify it find damage inside a file
     )
 
 

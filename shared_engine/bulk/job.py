@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 from pyarrow.dataset import get_partition_keys, partitioning
+from pyarrow.fs import FileType
 
 from shared_engine.bulk import convert, tables
 from shared_engine.bulk.urls import is_url, list_remote, locate, open_parquet
@@ -241,7 +242,8 @@ def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
             system, path = locate(source)
             found = system.get_file_info(path)
             if not found.is_file:
-                raise ValueError("it does not exist")
+                is_there = found.type is not FileType.NotFound
+                raise ValueError("it is not a regular file" if is_there else "it does not exist")
             return f"{found.size}-{found.mtime_ns}"
         sizes, times = hashlib.sha256(), hashlib.sha256()
         for name in names:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -34,7 +35,7 @@ from shared_engine._version import __version__
 from shared_engine.bulk import files
 from shared_engine.bulk.job import TABLES, Fragment, Job, Unread
 from shared_engine.embedder import Embedder
-from shared_engine.errors import ConfigurationError
+from shared_engine.errors import ConfigurationError, first_line
 
 _log = logging.getLogger("shared_engine")
 
@@ -45,6 +46,8 @@ _OPTIONS = (
     "max_tiles",
 )  # fmt: skip
 """Options that change the vectors and are known without an engine."""
+_COUNTS = ("rows", "failed", "tokens")
+"""Counts in the metadata of a file of vectors."""
 _OF_JOB = (
     "inputs", "role", "text_columns", "image_column", "id_column", "columns", "rows_per_file",
     "delimiter", "types", "pdf",
@@ -120,11 +123,14 @@ def read_schema(job: Job) -> Any:
     Raises:
         ConfigurationError: there is none.
     """
+    path = os.path.join(job.out, "job.json")
+    if not os.path.exists(path):
+        raise ConfigurationError(f"{job.out} has no job.json; call run.begin first")
+    text = _read_record(path).get("schema", "")
     try:
-        text = Path(job.out, "job.json").read_text(encoding="utf-8")
-    except OSError as exc:
-        raise ConfigurationError(f"{job.out} has no job.json; call run.begin first") from exc
-    return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(json.loads(text)["schema"])))
+        return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(text)))
+    except (pa.ArrowException, OSError, TypeError, ValueError) as exc:
+        raise _report_damage(path, exc) from exc
 
 
 def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
@@ -153,18 +159,9 @@ def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]
     """Write a record if there is none yet, and compare with the record that is there."""
     path = os.path.join(job.out, name)
     if not os.path.exists(path):
-        with files.writing(path):
-            temporary = files.name_temporary(path)
+        with files.writing(path), files.write_atomically(path, replaces=False) as temporary:
             Path(temporary).write_text(json.dumps(record, indent=1), encoding="utf-8")
-            try:
-                os.link(temporary, path)  # unlike a rename, it keeps what another process wrote
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without links, as some network file systems
-                os.replace(temporary, path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    found = _read_record(path)
     for key, value in compared.items():
         if found.get(key) != value and not (key == "inputs" and job.trust_sizes):
             moved = ", or --trust-sizes if the data moved" * (key == "inputs")
@@ -174,8 +171,32 @@ def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]
             )
 
 
+def _read_record(path: str) -> dict[str, Any]:
+    """Return a record that `_agree` wrote.
+
+    Raises:
+        ConfigurationError: the file is damaged.
+    """
+    try:
+        found = orjson.loads(Path(path).read_bytes())
+        if not isinstance(found, dict) or "version" not in found:
+            raise ValueError("it is no record of a job")
+    except ValueError as exc:
+        raise _report_damage(path, exc) from exc
+    return found
+
+
+def _report_damage(path: str, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"{path} is damaged ({first_line(error)}); restore it, or remove it if this command and "
+        "its engine are those that began the folder"
+    )
+
+
 def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
-    """Return the finished fragments by name: those with a file whose footer can be read.
+    """Return the finished fragments by name: those whose files of vectors and errors can be read.
+
+    Others are logged, and are written again.
 
     Raises:
         ConfigurationError: a source changed or was removed; names it.
@@ -189,7 +210,7 @@ def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
         )
     written = [fragment for fragment in fragments if fragment.name in found]
     with ThreadPoolExecutor(_READERS) as pool:
-        footers = pool.map(lambda fragment: _read_footer(folder, fragment.name), written)
+        footers = pool.map(lambda fragment: _read_footer(job, fragment.name), written)
         done = {}
         for fragment, footer in zip(written, footers, strict=True):
             if footer is None:
@@ -203,20 +224,30 @@ def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
                     f"{fragment.source} {how} since its rows were embedded; restore it, or "
                     f"remove {folder}/{fragment.name[:-12]}*.parquet to embed it again{same}"
                 )
-            rows, failed, tokens = (int(footer[name]) for name in ("rows", "failed", "tokens"))
+            rows, failed, tokens = (int(footer[name]) for name in _COUNTS)
             seconds = float(footer["seconds"])
             done[fragment.name] = Done(fragment.name, rows, failed, tokens, seconds)
     return done
 
 
-def _read_footer(folder: str, name: str) -> dict[str, str] | None:
-    path = os.path.join(folder, f"{name}.parquet")
+def _read_footer(job: Job, name: str) -> dict[str, str] | None:
+    path = os.path.join(job.out, "vectors", f"{name}.parquet")
     try:
         found = pq.read_metadata(path).metadata
-        return {key.decode(): found[key].decode() for key in found if not key.startswith(b"ARROW:")}
-    except (pa.ArrowException, OSError, TypeError) as exc:
+        footer = {key: found[key.encode()].decode() for key in (*_COUNTS, "seconds", "fingerprint")}
+        if int(footer["failed"]):
+            path = os.path.join(job.out, "errors", f"{name}.parquet")
+            if (count := _read_errors(path).num_rows) != int(footer["failed"]):
+                raise ValueError(f"it has {count} rows, expected {footer['failed']}")
+    except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as exc:
         _log.warning("%s cannot be read and is written again: %s", path, exc)
         return None
+    return footer
+
+
+def _read_errors(path: str | Path) -> Any:
+    table = pq.read_table(path)
+    return table.select(make_error_schema(pa.schema([("id", table["id"].type)])).names)
 
 
 def make_error_schema(schema: Any) -> Any:
@@ -241,7 +272,12 @@ def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
     A file that cannot be read is a row without an index, a fragment one with that of its first row.
     """
     path = os.path.join(job.out, "errors.parquet")
-    parts = sorted(Path(job.out, "errors").glob("[!.]*.parquet"))
+    vectors = Path(job.out, "vectors")
+    parts = [
+        part
+        for part in sorted(Path(job.out, "errors").glob("[!.]*.parquet"))
+        if (vectors / part.name).exists()  # or the fragment is not done
+    ]
     with files.writing(path):
         if not parts and not unread:
             Path(path).unlink(missing_ok=True)
@@ -255,7 +291,7 @@ def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
             pq.ParquetWriter(temporary, schema) as writer,
         ):
             for part in parts:
-                table = pq.read_table(part)
+                table = _read_errors(part)
                 rows += table.num_rows
                 writer.write_table(table)
             lost = [make_error_row(each.title, each.first, None, each.error) for each in unread]

@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 from tqdm.auto import tqdm
 
+from shared_engine.backend import Rows
 from shared_engine.bulk import files, manifest
 from shared_engine.bulk.fragment import embed_fragment
 from shared_engine.bulk.ids import check_ids
@@ -21,6 +23,7 @@ from shared_engine.bulk.manifest import Done
 from shared_engine.bulk.tables import Cursors
 from shared_engine.embedder import Embedder
 from shared_engine.errors import InputError
+from shared_engine.stream import Stream
 
 IN_FLIGHT = 8
 """The most fragments that are begun and not yet done. The next one begins when the last row of the
@@ -188,6 +191,7 @@ class _Running:
         self._lock = threading.Lock()
         self._cursors = Cursors()
         self._failure: BaseException | None = None
+        self._streams: WeakSet[Stream[Rows]] = WeakSet()
         self._tokens, self._start = 0, time.monotonic()
 
     def do(self, fragments: Iterable[Fragment]) -> None:
@@ -201,10 +205,24 @@ class _Running:
                         break
                     pool.submit(self._embed, fragment)
             except BaseException as exc:  # an interrupt
-                self._failure = exc
+                self._stop(exc)
                 raise
         if self._failure is not None:
             raise self._failure
+
+    def _stop(self, failure: BaseException) -> None:
+        """End the run: fragments that wait for vectors end now, and others at their next window."""
+        self._failure = self._failure or failure
+        with self._lock:
+            streams = list(self._streams)
+        for stream in streams:
+            stream.close()
+
+    def _watch(self, stream: Stream[Rows]) -> None:
+        with self._lock:
+            self._streams.add(stream)
+        if self._failure is not None:  # `_stop` may not have seen the stream
+            raise _StoppedError
 
     def _embed(self, fragment: Fragment) -> None:
         is_read = threading.Event()
@@ -215,20 +233,25 @@ class _Running:
                 self._turn.release()
 
         try:
-            self.done.append(
-                embed_fragment(
-                    self._job, self._embedder, fragment, self._advance, pass_on, self._cursors
-                )
+            done = embed_fragment(
+                self._job,
+                self._embedder,
+                fragment,
+                on_rows=self._advance,
+                on_read=pass_on,
+                cursors=self._cursors,
+                on_stream=self._watch,
             )
+            self.done.append(done)
         except InputError as exc:
             if self._job.strict:
-                self._failure = self._failure or exc
+                self._stop(exc)
             else:
                 self.unread.append(Unread(fragment.title, fragment.first, fragment.rows, exc))
         except _StoppedError:
             pass
         except BaseException as exc:
-            self._failure = self._failure or exc
+            self._stop(exc)
         finally:
             pass_on()
 

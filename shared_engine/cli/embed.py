@@ -18,6 +18,7 @@ from shared_engine.cli.options import (
     add_options,
     read_options,
 )
+from shared_engine.cli.report import print_error
 from shared_engine.endpoints import read_key
 
 _HEADING_SECONDS, _PLAN_SECONDS = 2.0, 10.0
@@ -223,8 +224,8 @@ def run(args: argparse.Namespace) -> int:
 
             summary = run_local(job, embedder, on_begin=print_heading)
     for each in summary.unread[:10]:
-        print(f"nemoretriever: {each.error}", file=sys.stderr)
+        print_error(each.error)
     if summary.failed or summary.unread:
-        print(f"nemoretriever: see {os.path.join(job.out, 'errors.parquet')}", file=sys.stderr)
+        print_error(f"see {os.path.join(job.out, 'errors.parquet')}")
     print(summary)
     return 0 if summary.is_complete else 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import os
+import signal
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -11,8 +12,9 @@ from pydantic import ValidationError
 
 from shared_engine._version import __version__
 from shared_engine.cli import check, embed, evaluate, serve
+from shared_engine.cli.report import print_error
 from shared_engine.errors import ConfigurationError, MissingExtraError, NeMoRetrieverError
-from shared_engine.logs import log_to_stderr, mask_keys
+from shared_engine.logs import escape, log_to_stderr, mask_keys
 
 _EPILOG = """\
 exit codes:
@@ -21,6 +23,9 @@ exit codes:
   2  invalid usage or configuration
 """
 
+_INTERRUPTED = 130
+"""Exit code of shells for a command that SIGINT ended."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
@@ -28,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The command line without the program's name; None reads `sys.argv`.
     """
+    if arguments is None:  # the process is this command
+        signal.signal(signal.SIGINT, _interrupt)
     args = build_parser().parse_args(arguments)
     try:
         with log_to_stderr(args.log_level, args.log_format):
@@ -35,18 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValidationError as exc:
         error = exc.errors()[0]
         option = "".join(f"--{part}: ".replace("_", "-") for part in error["loc"][:1])
-        return _report(f"{option}{error['msg']}", 2)
+        print_error(f"{option}{error['msg']}")
+        return 2
     except NeMoRetrieverError as exc:
-        return _report(exc, 2 if isinstance(exc, (ConfigurationError, MissingExtraError)) else 1)
+        print_error(exc)
+        return 2 if isinstance(exc, (ConfigurationError, MissingExtraError)) else 1
     except OSError as exc:  # a full disk, a folder without write permission
-        return _report(exc, 1)
+        print_error(exc)
+        return 1
     except KeyboardInterrupt:
-        return 130
+        return _INTERRUPTED
 
 
-def _report(error: object, code: int) -> int:
-    print(mask_keys(f"nemoretriever: {error}"), file=sys.stderr)
-    return code
+def _interrupt(*_: object) -> NoReturn:
+    """Stop the command in order; a second interrupt ends the process immediately."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    raise KeyboardInterrupt
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
                 self.error(f"unknown option {name}; did you mean {similar[0]}?")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, mask_keys(f"{self.prog}: {message}; see {self.prog} --help\n"))
+        self.exit(2, f"{self.prog}: {mask_keys(escape(message))}; see {self.prog} --help\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

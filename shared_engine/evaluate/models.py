@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ from shared_engine.vectors import unit
 
 WINDOW = 256
 """Documents between two writes; a crash loses these and those on the device."""
+_log = logging.getLogger("shared_engine")
 _PROBE = ["how do I return a damaged product?"]
 
 
@@ -73,7 +75,10 @@ class EngineModel(_Engine):
     def __init__(self, options: Options) -> None:
         self._embedder = Embedder(options.replace(dimensions=None, embedding_type="float"))
         super().__init__(self._embedder)
-        self.cache_key = self._embedder.cache_key
+
+    def cache_key(self, role: Role) -> str:
+        """Return the key of the vectors; servers of one model have one each, to compare them."""
+        return f"{self._embedder.options.base_url or ''}{self._embedder.cache_key(role)}"
 
     @property
     def dimensions(self) -> int:
@@ -253,7 +258,8 @@ def find_cache() -> Path:
 def embed(model: Model, collection: Collection, role: Role, cache: Path) -> NDArray[np.float32]:
     """Return the full vectors (n, d) of a collection as a memory map of a file in `cache`.
 
-    A file that a killed run left is completed: only the missing rows are embedded.
+    A file that a killed run left, or that is damaged, is completed: the rows from the first that is
+    missing or damaged are embedded.
 
     Raises:
         InputError: a document cannot be embedded; the message has its file and id.
@@ -261,15 +267,33 @@ def embed(model: Model, collection: Collection, role: Role, cache: Path) -> NDAr
     """
     key = f"{model.cache_key(role)} {collection.digest}"
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    part = path.with_suffix(".part")
+    if path.exists() and not _is_whole(path, (len(collection), model.dimensions)):
+        _log.warning("%s is damaged; its vectors are embedded again", path)
+        path.replace(part)
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
         with part.open("r+b" if part.exists() else "w+b") as file:
             _complete(file, model, collection, role)
         with suppress(FileNotFoundError):  # another process was faster
             part.replace(path)
     found: NDArray[np.float32] = np.load(path, mmap_mode="r")
     return found
+
+
+def _is_whole(path: Path, shape: tuple[int, int]) -> bool:
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return bool(found.shape == shape and found.dtype == "<f4" and _count_good(found) == len(found))
+
+
+def _count_good(vectors: NDArray[np.float32]) -> int:
+    """Return the number of rows (n, d) before the first that is not of unit length."""
+    squares = np.einsum("ij,ij->i", vectors, vectors)
+    bad = np.flatnonzero(~(np.abs(squares - 1) < 0.01))
+    return int(bad[0]) if len(bad) else len(vectors)
 
 
 def _complete(file: BinaryIO, model: Model, collection: Collection, role: Role) -> None:
@@ -281,8 +305,12 @@ def _complete(file: BinaryIO, model: Model, collection: Collection, role: Role) 
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)  # the same again if it is there
     begin, bytes_per_row = file.tell(), shape[1] * 4
-    start = done = max(0, file.seek(0, os.SEEK_END) - begin) // bytes_per_row
-    file.seek(begin + done * bytes_per_row)
+    start = max(0, file.seek(0, os.SEEK_END) - begin) // bytes_per_row
+    if start := min(start, len(collection)):
+        written = np.memmap(file, "<f4", "r", begin, (start, shape[1]))
+        start = _count_good(written)
+    done = start
+    file.truncate(file.seek(begin + done * bytes_per_row))
     windows = model.stream(islice(collection.inputs.values(), start, None), role)
     while done < len(collection):
         rows = next(windows)

@@ -23,6 +23,7 @@ from pypdfium2 import raw
 from shared_engine.errors import PageError, first_line
 from shared_engine.images.decode import OpenedImage, read_orientation
 from shared_engine.images.formats import FORMATS, find_pages
+from shared_engine.images.sources import require_regular
 
 Layer = Literal["picture", "text", "both"]
 """Part of a page to read: its picture, its text, or both."""
@@ -132,10 +133,12 @@ def open_pages(
     name = os.path.basename(path) if name is None else name
     with ExitStack() as stack:
         try:
+            require_regular(path)
             file = stack.enter_context(open(path, "rb"))
             head = file.read(1024)
-        except OSError as exc:
-            raise PageError(f"{name} cannot be read: {exc.strerror}") from exc
+        except (OSError, ValueError) as exc:
+            reason = getattr(exc, "strerror", None) or exc
+            raise PageError(f"{name} cannot be read: {reason}") from exc
         if not head:
             raise PageError(f"{name} is empty; copy it again, or save it again")
         opened = _open_pdf(path, name) if b"%PDF-" in head else _open_image(file, name, max_pages)

@@ -193,10 +193,20 @@ def _from_text(text: str, urls: bool) -> bytes:
     return data
 
 
-def _from_path(path: str | os.PathLike[str]) -> bytes:
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Check that a path is a regular file: a pipe or a device may never end.
+
+    Raises:
+        ValueError: it is not.
+        OSError: there is no such file.
+    """
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):  # a pipe or a device may never end
+    if not stat.S_ISREG(mode):
         raise ValueError("it is a directory" if stat.S_ISDIR(mode) else "it is not a regular file")
+
+
+def _from_path(path: str | os.PathLike[str]) -> bytes:
+    require_regular(path)
     with open(path, "rb") as file:
         return file.read(MAX_BYTES + 1)
 

@@ -7,7 +7,7 @@
   uses all cores in one call; images have one thread per core.
 - The caller's thread tokenizes the texts of searches, so they do not wait for documents.
 - On a CPU, a step of documents takes seconds. It pauses several times in every layer, and waiting
-  searches run in these pauses.
+  searches run in these pauses. A step whose requests were all cancelled ends there.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from shared_engine.backend import Backend, Request, Rows, StepStats
 from shared_engine.documents import Modality
 from shared_engine.errors import (
     DeviceMemoryError,
+    EngineClosedError,
     EngineError,
     InputError,
     InputTooLongError,
@@ -296,7 +297,7 @@ class LocalBackend(Backend):
             ids, tiles = [each.ids for each in step], [each.tiles for each in step]
             if encoder.runs_ahead or step[0].job.request.is_search:
                 return [(step, encoder(ids, tiles))]
-            return [(step, encoder(ids, tiles, partial(self._pause, encoder)))]
+            return [(step, encoder(ids, tiles, partial(self._pause, encoder, step)))]
         except Exception as exc:
             error = exc.with_traceback(None)  # a traceback keeps the tensors of its frames
         if not is_out_of_memory(error) or is_retry:
@@ -311,8 +312,14 @@ class LocalBackend(Backend):
         half = len(step) // 2
         return [*self._start(step[:half], encoder), *self._start(step[half:], encoder)]
 
-    def _pause(self, encoder: Encoder) -> None:
-        """Run waiting searches, of other models too, in a pause of a step of documents."""
+    def _pause(self, encoder: Encoder, step: list[TokenSequence]) -> None:
+        """Run waiting searches, of other models too, in a pause of a step of documents.
+
+        Raises:
+            EngineClosedError: all requests of the step were cancelled. One long text takes minutes.
+        """
+        if all(sequence.job.is_cancelled for sequence in step):
+            raise EngineClosedError("the requests of this step were cancelled")
         lock_of(encoder.device).yield_device()
         for running in self._start(self._scheduler.take_queries(), encoder):
             self._collect(*running)

@@ -108,6 +108,7 @@ class NimBackend(Backend):
             self._name, self._fixed_role = split_role_suffix(options.model)
         self._spec = lookup(self._name)
         self._served: str | None = None
+        self._replied = ""
         self._client = NimClient(options, base_url, api_key)
         self._most_characters = options.max_image_characters
         if self._most_characters is None and is_hosted(base_url):
@@ -167,13 +168,14 @@ class NimBackend(Backend):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of address, model and prefixes, as the server's weights are unknown.
+        """A digest of model and prefixes, as the server's weights are unknown.
 
-        Asks the server for the name of its model if the options have none, and for its form.
+        Asks the server for the name of its model if the options have none, and for its form. A
+        server may move, so its address is no part of it.
         """
         if self._name is None or self._form is None:
             result_of(self._start(self._connect()))
-        identity = f"{self._base_url} {self._spec.name if self._spec else self._name}"
+        identity = str(self._spec.name if self._spec else self._name)
         if self._form is not None and self._form.prefixes is not None:
             identity += f" {sorted(self._form.prefixes.items())}"
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -374,14 +376,35 @@ class NimBackend(Backend):
             case "truncate":
                 self._sends_truncate = False
 
+    def _check_same_model(self, request: Request, reply: protocol.Reply) -> None:
+        """Compare a reply with the first one, as a server may be restarted with another model.
+
+        Raises:
+            ModelNotFoundError: the name of the model, or the length of full vectors, is another.
+        """
+        width = reply.vectors.shape[1]
+        self._replied = self._replied or reply.model
+        if reply.model and reply.model != self._replied:
+            was, now = map(protocol.make_printable, (self._replied[:100], reply.model[:100]))
+            change = f"model {now!r} after {was!r}"
+        elif request.has_full_vectors and self._width not in (None, width):
+            change = f"vectors of {width} values after {self._width}"
+        else:
+            return
+        raise ModelNotFoundError(
+            f"{self._base_url} replied with {change}: it serves another model now. Start it with "
+            "the first model again, or create a new object for the other one"
+        )
+
     def _deliver(self, call: Dispatch, batch: RequestBatch, reply: protocol.Reply) -> None:
+        self._check_same_model(call.request, reply)
         call.deliver(batch, reply.vectors, reply.tokens)
         self._succeeded = time.monotonic()
         self._limits.accepted_size = max(self._limits.accepted_size, batch.size)
         if call.request.query is not None:
             # Some servers of Cohere's form send logits instead.
             self._has_logits |= not ((reply.vectors >= 0) & (reply.vectors <= 1)).all()
-        elif call.request.dimensions is None:
+        elif call.request.has_full_vectors:
             self._width = reply.vectors.shape[1]
 
     async def _probe(self, call: Dispatch, batch: RequestBatch, model: str) -> bool:

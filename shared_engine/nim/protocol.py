@@ -71,6 +71,8 @@ class Reply(NamedTuple):
     """(n, d), in the order of the request; (n, 1) for scores."""
     tokens: int
     """The server's count of tokens; 0 if it sent none."""
+    model: str = ""
+    """The server's name of the model; "" if it sent none."""
 
 
 def parse_reply(content: bytes, n: int, dimensions: int | None = None, mask: Mask = str) -> Reply:
@@ -97,7 +99,7 @@ def parse_reply(content: bytes, n: int, dimensions: int | None = None, mask: Mas
         )
     if not np.isfinite(vectors).all():
         raise MalformedResponseError("the reply has NaN or infinity")
-    return Reply(vectors, _read_tokens(reply))
+    return Reply(vectors, _read_tokens(reply), _read_model(reply))
 
 
 def _load_json(content: bytes) -> Any:
@@ -126,7 +128,7 @@ def parse_scores(content: bytes, n: int, items: str | None, field: str, mask: Ma
         scores = np.array(rows, np.float64).astype(np.float32).reshape(n, 1)
     if not np.isfinite(scores).all():
         raise MalformedResponseError("the reply has a score that is NaN or infinite")
-    return Reply(scores, _read_tokens(reply))
+    return Reply(scores, _read_tokens(reply), _read_model(reply))
 
 
 def _sort_items(
@@ -176,6 +178,11 @@ def _read_tokens(reply: Any) -> int:
     usage = reply.get("usage") if isinstance(reply, dict) else None
     count = usage.get("total_tokens", usage.get("prompt_tokens")) if isinstance(usage, dict) else 0
     return count if type(count) is int and count > 0 else 0
+
+
+def _read_model(reply: Any) -> str:
+    model = reply.get("model") if isinstance(reply, dict) else None
+    return split_role_suffix(model)[0] if isinstance(model, str) else ""
 
 
 class ErrorReply(NamedTuple):

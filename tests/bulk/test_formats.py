@@ -6,6 +6,7 @@ import bz2
 import decimal
 import gzip
 import json
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -343,3 +344,16 @@ def test_urls_of_local_files_are_paths_and_results_stay_local(tmp_path, checkpoi
     assert "s3://bucket/out: expected an absolute path; results are written to a local" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.pdf", "a.tif", "a.png"])
+def test_a_pipe_is_refused_and_not_waited_for(make_job, nim, tmp_path, name):
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in" / name)
+    plain = {"id_column": None, "columns": ()}
+    nim._models = ("nvidia/llama-nemotron-embed-vl-1b-v2",)
+    summary = run(make_job(tmp_path / "in", {"model": nim._models[0]}, **plain))
+    assert summary.rows == 0
+    assert summary.failed + len(summary.unread) == 1
+    (row,) = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert "it is not a regular file" in row["reason"]

@@ -31,11 +31,12 @@ from shared_engine.errors import (
     ConfigurationError,
     ConnectionFailedError,
     InputError,
+    ModelNotFoundError,
     OutputError,
     ServerError,
 )
 from tests.bulk.conftest import passages, run
-from tests.support.nim import Nim, vectors
+from tests.support.nim import MODEL, Nim, encode_vector, vector, vectors, write_reply
 
 
 def read(job: Job) -> pa.Table:
@@ -239,7 +240,6 @@ def test_done_twice_is_the_same(make_job):
         ({"rows_per_file": 31}, {}, "rows_per_file 30"),
         ({"columns": ()}, {}, "columns"),
         ({"id_column": None}, {}, "id_column 'key'"),
-        ({}, {"base_url": "http://other:8000"}, "cache_key"),
     ],
 )
 def test_another_job_in_the_same_folder_is_refused_and_says_what_differs(
@@ -252,6 +252,45 @@ def test_another_job_in_the_same_folder_is_refused_and_says_what_differs(
     with pytest.raises(ConfigurationError, match=said):
         run(make_job(options=options, **changes))
     assert read(job).equals(before)
+
+
+def test_a_job_resumes_at_a_nim_that_has_moved(make_job, nim):
+    run(make_job())
+    job = make_job(options={"base_url": "http://other:8000"})
+    sorted(Path(job.out, "vectors").iterdir())[0].unlink()
+    assert run(job).rows == 30
+    assert {request.url.host for request in nim.requests} == {"nim", "other"}
+    check_rows(job, pq.read_table(job.inputs[0]), range(100))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            {"model": "other"},
+            "replied with model 'other' after 'nvidia/llama-nemotron-embed-1b-v2'",
+        ),
+        ({"width": 32}, "replied with vectors of 32 values after 16"),
+    ],
+)
+def test_a_server_that_gets_another_model_ends_the_run(make_job, nim, change, match):
+    def reply(_: httpx.Request, body: dict[str, Any]) -> httpx.Response | None:
+        texts = body.get("input", [])
+        if not any(text.startswith("passage 50") for text in texts):
+            return None
+        rows = [vector(text, width=change.get("width", 16)) for text in texts]
+        values = [(index, encode_vector(row)) for index, row in enumerate(rows)]
+        return httpx.Response(200, content=write_reply(values, change.get("model", MODEL)))
+
+    nim._answer = reply
+    job = make_job()
+    with pytest.raises(ModelNotFoundError, match=match):
+        run(job)
+    kept = {path.stem[-3:] for path in Path(job.out, "vectors").iterdir()}
+    assert "030" not in kept  # the fragment of these rows; others may have been finished
+    nim._answer = None
+    run(job)
+    check_rows(job, pq.read_table(job.inputs[0]), range(100))
 
 
 def test_a_source_that_changed_is_noticed(make_job):
@@ -606,11 +645,11 @@ def test_the_next_fragment_begins_before_the_last_is_done(make_job, monkeypatch)
     """Else the engine would wait for work at every border."""
     begun, ended, overlaps = set(), set(), 0
 
-    def watched(job, embedder, fragment, *more):
+    def watched(job, embedder, fragment, **more):
         nonlocal overlaps
         begun.add(fragment.name)
         overlaps += len(begun) - len(ended) > 1
-        done = embed_fragment(job, embedder, fragment, *more)
+        done = embed_fragment(job, embedder, fragment, **more)
         ended.add(fragment.name)
         return done
 

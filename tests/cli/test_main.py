@@ -45,3 +45,15 @@ def test_serve_takes_the_model_without_its_option(capsys, tmp_path):
         assert f"{tmp_path}/config.json: architectures is missing" in capsys.readouterr().err
     assert main(["serve", "one", "--model", "two"]) == 2
     assert "--model two: the model is given twice, one" in capsys.readouterr().err
+
+
+def test_names_in_errors_cannot_control_the_terminal(capsys, tmp_path):
+    for name in ("a\x1b[2J\n.csv", "b\x9b\u202e.csv"):
+        path = str(tmp_path / name)
+        assert main(["embed", path, "--out", str(tmp_path / "out"), "--model", "m"]) == 2
+        printed = capsys.readouterr().err
+        assert f"{ascii(path)[1:-1]} does not exist" in printed
+        assert printed.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["check", "\x1b[2J"])
+    assert "\x1b" not in capsys.readouterr().err

@@ -256,6 +256,30 @@ def test_a_crash_loses_no_more_than_a_window(folder, options, tmp_path, monkeypa
     np.testing.assert_array_equal(vectors, Embedder(options).embed(corpus.inputs.values()))
 
 
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [
+        (lambda content: b"", None),
+        (lambda content: content[:50], None),
+        (lambda content: content[:-8], 1),
+        (lambda content: content[:-600] + bytes(600), 3),
+        (lambda content: content[:128] + b"\xff" * 4 + content[132:], None),
+        (lambda content: bytes(128) + content[128:], 0),
+    ],
+)
+def test_a_damaged_cache_is_completed(folder, options, tmp_path, damage, lost):
+    """Of a header of 128 bytes, and vectors of 256 bytes each."""
+    corpus, counting = read_folder(folder).corpus, Counting(options)
+    expected = np.array(embed(counting, corpus, "document", tmp_path / "cache"))
+    (path,) = (tmp_path / "cache").iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    counting.embedded = 0
+    found = embed(counting, corpus, "document", tmp_path / "cache")
+    np.testing.assert_array_equal(found, expected)
+    assert counting.embedded == (len(corpus) if lost is None else lost)
+    assert list((tmp_path / "cache").iterdir()) == [path]
+
+
 def test_other_texts_have_other_vectors(folder, options, tmp_path):
     before = embed(EngineModel(options), read_folder(folder).corpus, "document", tmp_path)
     lines = (folder / "corpus.jsonl").read_text().replace("alpha", "omega", 1)
@@ -487,6 +511,12 @@ def test_other_models_are_found_by_what_is_named(options, checkpoint):
     assert there.name == "http://nim:8000/v1"
     here = find_model(str(checkpoint), options)
     assert here.cache_key("query") == EngineModel(options).cache_key("query")
+
+
+def test_two_servers_of_one_model_do_not_share_vectors():
+    nim = Nim()
+    options = [nim.embedder(base_url=url).options for url in ("http://nim:1", "http://nim:2")]
+    assert len({EngineModel(each).cache_key("query") for each in options}) == 2
 
 
 def test_a_model_of_sentence_transformers_is_compared(folder, options, tmp_path):

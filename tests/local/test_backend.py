@@ -393,6 +393,26 @@ def test_a_query_runs_within_a_step_of_documents_and_changes_none(open_backend, 
     assert all(np.array_equal(vectors_of(answer), expected) for answer in paused.answers)
 
 
+def test_a_step_ends_in_its_next_pause_when_nobody_waits_for_it(open_backend, expected):
+    class Cancelled(Paused):
+        pauses = 0
+
+        def __call__(self, sequences, tiles, on_pause):
+            def cancel_then_pause() -> None:
+                self.pauses += 1
+                self.future.cancel()
+                on_pause()
+
+            return self.encoder(sequences, tiles, cancel_then_pause)
+
+    cancelled = Cancelled(10**6, OUT_OF_MEMORY)
+    backend = open_backend(cancelled.load)
+    cancelled.future = backend.submit(request(["word " * 500]))
+    backend.close()
+    assert cancelled.future.cancelled()
+    assert cancelled.pauses == 1
+
+
 def test_a_query_runs_while_an_image_is_computed(tmp_path, open_backend):
     folder = build_vl_checkpoint(tmp_path / "vl")
     page = Request([EmbeddingInput(image=Image.new("RGB", (80, 80), "navy"))], "document")

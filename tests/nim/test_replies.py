@@ -39,5 +39,5 @@ def test_a_recorded_reply_is_understood(name: str) -> None:
     elif "models" in expected:
         assert list_models(response) == expected["models"]
     else:
-        vectors, tokens = parse_reply(response.content, len(expected["vectors"]))
+        vectors, tokens, _ = parse_reply(response.content, len(expected["vectors"]))
         assert (vectors.tolist(), tokens) == (expected["vectors"], expected["tokens"])
