@@ -9,7 +9,7 @@ does with a model comes from its replies, as users published them up to HOSTED_A
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from shared_engine.documents import Modality, Role
@@ -99,7 +99,7 @@ class AvailableModel(NamedTuple):
 
 _MATRYOSHKA = (384, 512, 768, 1024)
 
-CATALOGUE: tuple[ModelSpec, ...] = (
+_MODELS = (
     ModelSpec(
         name="nvidia/llama-3.2-nemoretriever-300m-embed-v2",
         aliases=(
@@ -170,6 +170,17 @@ CATALOGUE: tuple[ModelSpec, ...] = (
         hosted=Hosted("live"),
     ),
 )
+
+# The same weights, quantized after training: what holds for one holds for the other.
+_FP8 = replace(
+    next(spec for spec in _MODELS if spec.name == "nvidia/llama-nemotron-embed-vl-1b-v2"),
+    name="nvidia/llama-nemotron-embed-vl-1b-v2-fp8",
+    aliases=(),
+    checkpoint="nvidia/llama-nemotron-embed-vl-1b-v2-fp8",
+    revision=None,
+    hosted=_UNKNOWN,
+)
+CATALOGUE: tuple[ModelSpec, ...] = (*_MODELS, _FP8)
 
 _BY_NAME = {name.lower().removeprefix("nvidia/"): spec for spec in CATALOGUE for name in spec.names}
 

@@ -97,6 +97,8 @@ class LocalBackend(Backend):
         self.dimensions = self._checkpoint.dimensions
         devices = "; ".join(encoder.description for encoder in self._encoders.values())
         self.description = f"{self.model} in this process on {devices}"
+        if self._checkpoint.is_fp8:
+            self.description += ", weights dequantized from FP8"
         if self._vision:
             self.description += f", at most {self._vision.max_tiles} tiles per image"
         _log.info("%s", self.description)

@@ -26,6 +26,7 @@ from shared_engine.local.config import (
     MultimodalFile,
     MultimodalRerankerFile,
     PoolingConfig,
+    QuantizationFile,
     RerankerFile,
     SentenceConfig,
     SentenceTransformersConfig,
@@ -73,6 +74,8 @@ class Checkpoint:
     """Maximum number of tokens of an image, or of an image with a text."""
     dimensions: tuple[int, ...]
     """Vector sizes offered, ascending; the last is the full size. (1,) for a reranker: a score."""
+    is_fp8: bool = False
+    """Whether weights are stored in FP8; they are dequantized when they are loaded."""
     scoring: Scoring | None = None
     """The prompt and head of a reranker; None for an embedding model."""
 
@@ -116,6 +119,11 @@ def resolve(options: EngineOptions) -> Checkpoint:
         ):
             if value != expected:
                 refuse(path, f"{prefix}{field}", value, f"{expected}, the value of {spec.name}")
+    quantized = (
+        file.quantization_config
+        or config.quantization_config
+        or read(folder / "hf_quant_config.json", QuantizationFile).quantization
+    )
     limits = [
         config.max_position_embeddings,
         spec.max_tokens if spec else None,
@@ -142,6 +150,7 @@ def resolve(options: EngineOptions) -> Checkpoint:
         max_tokens=min(filter(None, limits)),
         max_tokens_with_image=min(filter(None, limits_with_image)),
         dimensions=tuple(sorted(dimensions)),
+        is_fp8=quantized is not None,
         scoring=scoring,
     )
 

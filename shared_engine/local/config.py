@@ -106,6 +106,20 @@ class YarnRope(_File):
     partial_rotary_factor: One | None = None
 
 
+class Quantization(_File):
+    """`quantization_config` of config.json, as NVIDIA's Model Optimizer writes it."""
+
+    quant_method: Literal["modelopt"] = "modelopt"
+    quant_algo: Literal["FP8"]
+    """float8_e4m3fn weights with one scale for each tensor."""
+
+
+class QuantizationFile(_File):
+    """hf_quant_config.json, Model Optimizer's own file."""
+
+    quantization: Quantization | None = None
+
+
 class ModelConfig(_File):
     """The language model: config.json, or its `llm_config`."""
 
@@ -129,7 +143,7 @@ class ModelConfig(_File):
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Falsy = None
     mlp_bias: Falsy = None
-    quantization_config: None = None
+    quantization_config: Quantization | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -291,6 +305,7 @@ class _MultimodalFile(Tiling):
     ps_version: Literal["v2"] = "v2"
     select_layer: Literal[-1] = -1
     pooling: Literal["avg"]
+    quantization_config: Quantization | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -26,7 +26,9 @@ from shared_engine.local.checkpoint import Checkpoint, resolve, weight_files
 from shared_engine.local.weights import common_name, is_unused
 from shared_engine.options import EngineOptions
 
-_NAMED = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype")
+_NAMED = (
+    "architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype",
+)  # fmt: skip
 """Fields of a config that name a class or a dtype."""
 _HEAD = "score.weight"
 """Name of the tensor (1, hidden) that turns a mean into a score."""
@@ -142,7 +144,7 @@ def _create(config: dict[str, Any]) -> torch.nn.Module:
 
 
 def _read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Return the tensors of a checkpoint under transformers' names, in float32."""
+    """Return the tensors of a checkpoint under transformers' names, dequantized to float32."""
     tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(checkpoint.folder):
         for key, tensor in load_file(checkpoint.folder / file).items():
@@ -153,4 +155,7 @@ def _read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
                         name = new_prefix + name.removeprefix(prefix)
                         break
                 tensors[name] = tensor.float()
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("weight_scale")}
+    for name, scale in scales.items():  # of weights in FP8
+        tensors[name.removesuffix("_scale")] *= scale
     return tensors
