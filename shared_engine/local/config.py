@@ -120,18 +120,48 @@ class QuantizationFile(_File):
     quantization: Quantization | None = None
 
 
-class ModelConfig(_File):
-    """The language model: config.json, or its `llm_config`."""
+class LayersConfig(_File):
+    """The layers of a language model, or of a vision tower that has the same kind."""
 
-    vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
     layers: Size = Field(alias="num_hidden_layers")
     heads: Size = Field(alias="num_attention_heads")
     kv_heads: Size = Field(alias="num_key_value_heads")
     head_dim: Size
-    max_position_embeddings: int = Field(gt=0, le=_MAX_POSITIONS)
     rms_norm_eps: Epsilon = 1e-6
+    hidden_act: Literal["silu"] = "silu"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_heads(cls, data: Any) -> Any:
+        """Add the defaults of the heads."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        heads, hidden = data.get("num_attention_heads"), data.get("hidden_size")
+        if data.get("num_key_value_heads") is None:
+            data["num_key_value_heads"] = heads
+        if data.get("head_dim") is None and isinstance(heads, int) and isinstance(hidden, int):
+            data["head_dim"] = hidden // max(heads, 1)
+        return data
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        _require(
+            self.heads % self.kv_heads == 0,
+            "num_key_value_heads", self.kv_heads,
+            f"a divisor of num_attention_heads ({self.heads})",
+        )  # fmt: skip
+        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
+        return self
+
+
+class ModelConfig(LayersConfig):
+    """The language model: config.json, or its `llm_config` or `text_config`."""
+
+    vocab_size: Size
+    max_position_embeddings: int = Field(gt=0, le=_MAX_POSITIONS)
     rope: Rope | Llama3Rope | YarnRope = Field(
         validation_alias=AliasChoices("rope_parameters", "rope_scaling"), discriminator="rope_type"
     )
@@ -140,7 +170,6 @@ class ModelConfig(_File):
     use_bidirectional_attention: Literal[True] | None = None
     bos_token_id: int | None = Field(default=None, ge=0)
     pooling: Literal["avg"] = "avg"
-    hidden_act: Literal["silu"] = "silu"
     attention_bias: Falsy = None
     mlp_bias: Falsy = None
     quantization_config: Quantization | None = None
@@ -148,7 +177,7 @@ class ModelConfig(_File):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, data: Any) -> Any:
-        """Unify the field names of RoPE, and add the defaults of the heads.
+        """Unify the field names of RoPE.
 
         transformers 4 writes rope_theta and rope_scaling, transformers 5 writes rope_parameters.
         """
@@ -162,13 +191,7 @@ class ModelConfig(_File):
             kind = rope.get("rope_type", rope.get("type", default))
             theta = rope.get("rope_theta", data.get("rope_theta", 10_000.0))
             rope = {**rope, "rope_type": kind, "rope_theta": theta}
-        data = {key: data[key] for key in data if key not in spellings} | {name: rope}
-        heads, hidden = data.get("num_attention_heads"), data.get("hidden_size")
-        if data.get("num_key_value_heads") is None:
-            data["num_key_value_heads"] = heads
-        if data.get("head_dim") is None and isinstance(heads, int) and isinstance(hidden, int):
-            data["head_dim"] = hidden // max(heads, 1)
-        return data
+        return {key: data[key] for key in data if key not in spellings} | {name: rope}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -176,12 +199,6 @@ class ModelConfig(_File):
             self.bos_token_id is None or self.bos_token_id < self.vocab_size,
             "bos_token_id", self.bos_token_id, f"less than vocab_size ({self.vocab_size})",
         )  # fmt: skip
-        _require(
-            self.heads % self.kv_heads == 0,
-            "num_key_value_heads", self.kv_heads,
-            f"a divisor of num_attention_heads ({self.heads})",
-        )  # fmt: skip
-        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
         return self
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.device import Placement
+from shared_engine.local.layers import no_pause
 from shared_engine.local.memory import Buffer, to_device
 from shared_engine.local.resize import cut_on_device
 from shared_engine.local.vision_cache import KeyedImage, VisionCache
@@ -34,10 +35,6 @@ _CONNECTOR_EPS = 1e-5
 _MAX_TILES = 8
 """Maximum number of tiles of a forward pass. For each number of tiles, cuDNN plans attention, which
 takes 23 to 440 ms (published figures). More than 8 tiles do not use a GPU better (estimated)."""
-
-
-def no_pause() -> None:
-    """Do nothing; the default of `on_pause`."""
 
 
 @dataclass(frozen=True)
