@@ -154,6 +154,14 @@ _MODELS = (
         max_tokens=32_768,
     ),
     ModelSpec(
+        name="nvidia/Nemotron-3.5-Embed-1B-BF16",
+        checkpoint="nvidia/Nemotron-3.5-Embed-1B-BF16",
+        revision="afdf14ebb254bacbaa466a041f5a4b8a3f6550e6",
+        max_tokens=32_768,
+        max_tokens_with_image=32_768,
+        modalities=frozenset({"text", "image", "text_image"}),
+    ),
+    ModelSpec(
         name="nvidia/llama-nemotron-rerank-1b-v2",
         aliases=("nvidia/llama-3.2-nv-rerankqa-1b-v2", "nvidia/llama-3_2-nv-rerankqa-1b-v2"),
         checkpoint="nvidia/llama-nemotron-rerank-1b-v2",

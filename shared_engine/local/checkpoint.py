@@ -21,6 +21,7 @@ from shared_engine.documents import Role
 from shared_engine.errors import CheckpointError, first_line
 from shared_engine.local.config import (
     EmbedderFile,
+    MistralFile,
     ModelConfig,
     Modules,
     MultimodalFile,
@@ -30,13 +31,12 @@ from shared_engine.local.config import (
     RerankerFile,
     SentenceConfig,
     SentenceTransformersConfig,
-    VisionConfig,
     WeightIndex,
     read,
     read_config,
-    read_vision,
     refuse,
 )
+from shared_engine.local.vision import VisionConfig, read_pixtral, read_tiled
 from shared_engine.options import EngineOptions, RerankOptions
 
 _PATTERNS = ["*.json", "*.safetensors", "1_Pooling/*.json"]
@@ -100,12 +100,17 @@ def resolve(options: EngineOptions) -> Checkpoint:
     is_reranker = isinstance(file, RerankerFile)
     if is_reranker != (options.task == "rerank"):
         raise report_task(str(folder), "rerank" if is_reranker else "embed")
+    vision: VisionConfig | None = None
     if isinstance(file, MultimodalFile | MultimodalRerankerFile):
         config, prefix = file.llm_config, "llm_config."
+        vision = read_tiled(path, file, options.max_tiles)
         cache_bytes = options.vision_cache_bytes if isinstance(options, RerankOptions) else 0
-        vision = replace(read_vision(path, file, options.max_tiles), cache_bytes=cache_bytes)
+        vision = replace(vision, cache_bytes=cache_bytes)
+    elif isinstance(file, MistralFile):
+        config, prefix = file.text_config, "text_config."
+        vision = read_pixtral(path, file, options.max_tiles)
     else:
-        config, prefix, vision = file, "", None
+        config, prefix = file, ""
     if spec is None:
         if not is_reranker:  # all models of the catalogue use mean pooling and unit length
             read(folder / "modules.json", Modules)

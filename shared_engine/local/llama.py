@@ -33,8 +33,10 @@ from shared_engine.local.elementwise import EAGER
 from shared_engine.local.graphs import SIZES, QueryGraphs, check_graphs
 from shared_engine.local.layers import Layers, no_pause
 from shared_engine.local.memory import Buffers, to_device
+from shared_engine.local.pixtral import PixtralTower
 from shared_engine.local.pooling import pool
 from shared_engine.local.siglip import VisionTower
+from shared_engine.local.vision import PixtralVision
 from shared_engine.local.weights import Weights
 
 if TYPE_CHECKING:
@@ -101,7 +103,10 @@ class Encoder:
         self._norm = weights(f"{prefix}norm.weight", config.hidden_size)
         missing = vocabulary - len(table)
         self._embedding = F.pad(table, (0, 0, 0, missing)) if missing > 0 else table
-        self._vision = checkpoint.vision and VisionTower(checkpoint, weights, placement)
+        self._vision: VisionTower | PixtralTower | None = None
+        if checkpoint.vision is not None:
+            tower = PixtralTower if isinstance(checkpoint.vision, PixtralVision) else VisionTower
+            self._vision = tower(checkpoint, weights, placement)
         self._scoring, self._head = checkpoint.scoring, None
         if self._scoring is not None:
             # float32: around 20, logits in bfloat16 are 0.125 apart.

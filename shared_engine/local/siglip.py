@@ -25,6 +25,7 @@ from shared_engine.local.device import Placement
 from shared_engine.local.layers import no_pause
 from shared_engine.local.memory import Buffer, to_device
 from shared_engine.local.resize import cut_on_device
+from shared_engine.local.vision import TiledVision
 from shared_engine.local.vision_cache import KeyedImage, VisionCache
 from shared_engine.local.weights import Weights
 
@@ -67,7 +68,7 @@ class VisionTower:
             CheckpointError: a tensor is missing or has another shape.
         """
         vision = checkpoint.vision
-        assert vision is not None
+        assert isinstance(vision, TiledVision)
         tower = vision.tower
         self.context_token = vision.context_token
         self._device, self._dtype = placement.device, placement.dtype

@@ -16,8 +16,9 @@ from torch._subclasses import fake_tensor
 from shared_engine.images.tiles import Picture
 from shared_engine.local import attention, device, elementwise, resize, siglip
 from shared_engine.local.checkpoint import Checkpoint
-from shared_engine.local.config import TowerConfig, VisionConfig
+from shared_engine.local.config import TowerConfig
 from shared_engine.local.llama import Encoder
+from shared_engine.local.vision import TiledVision
 from tests.support.configs import config
 from tests.support.fake_gpu import CUDA, Log, fake_gpu
 
@@ -38,7 +39,7 @@ def checkpoint(name: str, with_images: bool = False) -> Checkpoint:
         folder=Path(),
         name="dry",
         config=config(name).model_copy(update={"layers": LAYERS}),
-        vision=VisionConfig(tower, CONTEXT, 12) if with_images else None,
+        vision=TiledVision(tower, CONTEXT, 12) if with_images else None,
         prompts={},
         max_tokens=8192,
         max_tokens_with_image=10_240,
