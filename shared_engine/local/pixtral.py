@@ -10,8 +10,10 @@ Source of the arithmetic: transformers' `modeling_pixtral.py` and `modeling_mist
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
     from shared_engine.images.tiles import Tiles
 
 _NAMES = LayerNames("attention_norm", "attention", "ffn_norm", "feed_forward")
-_WARM_SIDE = 16
-"""Tokens along a side of the image of the warm-up on a GPU."""
+_WARM_SIDE = 32
+"""Patches along a side of the image of the warm-up on a GPU."""
 
 
 class PixtralTower:
@@ -77,9 +79,11 @@ class PixtralTower:
         self._merge = merge.view(hidden, hidden, 4).transpose(1, 2).flatten(1)
         self._up = weights(f"{at}.linear_1.weight", out, hidden)
         self._down = weights(f"{at}.linear_2.weight", out, out)
-        self._frequencies = _frequencies(tower).to(placement.device)
-        self._mean = torch.tensor(PIXTRAL_MEAN, device=placement.device) * 255
-        self._std = torch.tensor(PIXTRAL_STD, device=placement.device) * 255
+        most = 2 * math.ceil(vision.longest_edge / vision.token_size)  # patches along a side
+        angles = torch.arange(most)[:, None, None] * _frequencies(tower)  # (most, 2, d / 4)
+        self._angles = angles.to(placement.device)
+        self._mean = (255 * torch.tensor(PIXTRAL_MEAN)).to(placement.device)
+        self._std = (255 * torch.tensor(PIXTRAL_STD)).to(placement.device)
 
     def __call__(
         self, images: Sequence[Tiles | KeyedImage], on_pause: Callable[[], None] = no_pause
@@ -102,28 +106,27 @@ class PixtralTower:
 
     def warm_up(self) -> None:
         """Compute an image."""
-        side = 2 * self._patch * _WARM_SIDE
+        side = self._patch * min(_WARM_SIDE, len(self._angles))
         self([np.zeros((1, side, side, 3), np.uint8)])
 
     def _encode(self, images: Sequence[Tiles], on_pause: Callable[[], None]) -> Tensor:
         pixels = [to_device(np.asarray(image)[0], self._device) for image in images]
-        x = F.linear(torch.cat([self._patches(each) for each in pixels]), self._embed)
-        angles = torch.cat([self._angles(each) for each in pixels])  # (P, d / 2)
-        lengths, count = [self._count_patches(image) for image in images], len(x)
+        patches = torch.cat([self._cut(each) for each in pixels])
+        angles = torch.cat([self._angles_of(each) for each in pixels])  # (P, d / 2)
+        lengths, count = [self._count_patches(image) for image in images], len(patches)
         if padding := self._layers.count_padding(count):
             # Sequences of their own, as in the encoder.
-            x, angles = F.pad(x, (0, 0, 0, padding)), F.pad(angles, (0, 0, 0, padding))
+            patches, angles = (F.pad(rows, (0, 0, 0, padding)) for rows in (patches, angles))
             lengths += [1] * padding
         ends = to_device(np.cumsum([0, *lengths]).astype(np.int32), self._device)
-        x = rms_norm(x, self._first_norm, self._layers.eps, x.new_empty, self._float32)
+        x = F.linear(patches, self._embed)  # (P, hidden)
+        float32 = partial(x.new_empty, dtype=torch.float32)
+        x = rms_norm(x, self._first_norm, self._layers.eps, x.new_empty, float32)
         rotation = angles.cos().to(self._dtype), angles.sin().to(self._dtype)
         self._layers(x, rotation, Layout(lengths, ends), self._buffers, on_pause=on_pause)
         return self._connect(x)[: count // 4]
 
-    def _float32(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self._device)
-
-    def _patches(self, pixels: Tensor) -> Tensor:
+    def _cut(self, pixels: Tensor) -> Tensor:
         """Return the normalized pixels of every patch, by channel: (h * w, 3 * p * p)."""
         height, width, _ = pixels.shape
         p = self._patch
@@ -131,16 +134,14 @@ class PixtralTower:
         grid = normal.to(self._dtype).view(height // (2 * p), 2, p, width // (2 * p), 2, p, 3)
         return grid.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * p * p)
 
-    def _angles(self, pixels: Tensor) -> Tensor:
+    def _angles_of(self, pixels: Tensor) -> Tensor:
         """Return the angles of every patch in the same order: (h * w, d / 2).
 
         The first half are of its row, the second of its column.
         """
         height, width = (side // self._patch for side in pixels.shape[:2])
-        of_rows, of_columns = self._frequencies  # (d / 4,) each
-        grid = torch.arange(max(height, width), device=self._device)
-        rows = (grid[:height, None] * of_rows).view(height // 2, 1, 2, 1, -1)
-        columns = (grid[:width, None] * of_columns).view(1, width // 2, 1, 2, -1)
+        rows = self._angles[:height, 0].view(height // 2, 1, 2, 1, -1)
+        columns = self._angles[:width, 1].view(1, width // 2, 1, 2, -1)
         shape = (height // 2, width // 2, 2, 2, -1)
         return torch.cat([rows.expand(shape), columns.expand(shape)], dim=-1).flatten(0, 3)
 
