@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers
 from transformers import Ministral3Config, Mistral3Config, Mistral3Model, PixtralVisionConfig
 from transformers.models.mistral3 import modeling_mistral3
@@ -326,6 +328,25 @@ def test_a_model_that_is_computed_otherwise_is_refused(change, message, tmp_path
     change(folder)
     with pytest.raises(CheckpointError, match=message):
         embed(folder)
+
+
+def test_another_layout_of_the_same_model_is_read(folder, tmp_path):
+    """Other names of tensors, a file of its own for images, and `rope_theta` of the tower."""
+    old = shutil.copytree(folder, tmp_path / "old")
+    tensors = {
+        f"model.{name.replace('language_model.model.', 'language_model.')}": tensor
+        for name, tensor in load_file(old / "model.safetensors").items()
+    }
+    save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((old / "config.json").read_text(encoding="utf-8"))
+    theta = config["vision_config"].pop("rope_parameters")["rope_theta"]
+    config["vision_config"]["rope_theta"] = theta
+    write_json(old / "config.json", config)
+    path = old / "processor_config.json"
+    processor = json.loads(path.read_text(encoding="utf-8"))
+    write_json(old / "preprocessor_config.json", processor.pop("image_processor"))
+    write_json(path, processor)
+    np.testing.assert_array_equal(embed(old), embed(folder))
 
 
 def test_max_tiles_is_refused(folder):
