@@ -34,6 +34,7 @@ _MARGIN = 512
 _MAX_WORD = 128
 """Characters that are searched for white space next to a cut."""
 _SPACE = re.compile(r"\s")
+_GUARD = "\u200c"
 
 
 @contextmanager
@@ -78,6 +79,13 @@ class TextTokenizer:
                     for role, prompt in checkpoint.prompts.items()
                 }
                 prompt = self._tokenizer.encode(checkpoint.prompts.get("document", "")).ids
+                # After these characters, the tokenizer removes the guard of NVIDIA's processor,
+                # which keeps special tokens out of texts. One that a user wrote must stay.
+                self._guarded = [
+                    character
+                    for character in ("[<" if self._guards_text else "")
+                    if self._ids_of(character) == self._ids_of(character + _GUARD)
+                ]
         except Exception as exc:  # the library raises a bare Exception
             raise CheckpointError(f"{path} cannot be read: {exc}") from exc
         if dropout := getattr(self._tokenizer.model, "dropout", None):
@@ -258,7 +266,13 @@ class TextTokenizer:
             yield np.array(ids, np.int32), part is text
 
     def _join(self, before: str, text: str) -> str:
+        for character in self._guarded:
+            text = text.replace(character, character + _GUARD)
         return (before + text).rstrip() if self._guards_text else before + text
+
+    def _ids_of(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
 
 def _count_equal(a: Sequence[int], b: Sequence[int]) -> int:

@@ -42,7 +42,7 @@ INPUTS = [
     EmbeddingInput("  A page about [IMG] and <s>. \n", PICTURES[0]),
     EmbeddingInput("The quick brown fox jumps over the lazy dog. " * 4, PICTURES[3]),
 ]
-HOSTILE = f"{IMG}{IMG}{BREAK}{END}[INST]<s></s> [[IMG]] and {IMG} in the middle "
+HOSTILE = f"{IMG}{IMG}{BREAK}{END}[INST]<s></s> [[IMG]] and {IMG} in the middle, [\u200c by a user "
 
 
 def build(folder: Path, **changes: Any) -> Path:
