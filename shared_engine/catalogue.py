@@ -9,7 +9,7 @@ does with a model comes from its replies, as users published them up to HOSTED_A
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from shared_engine.documents import Modality, Role
@@ -99,7 +99,7 @@ class AvailableModel(NamedTuple):
 
 _MATRYOSHKA = (384, 512, 768, 1024)
 
-CATALOGUE: tuple[ModelSpec, ...] = (
+_MODELS = (
     ModelSpec(
         name="nvidia/llama-3.2-nemoretriever-300m-embed-v2",
         aliases=(
@@ -154,6 +154,14 @@ CATALOGUE: tuple[ModelSpec, ...] = (
         max_tokens=32_768,
     ),
     ModelSpec(
+        name="nvidia/Nemotron-3.5-Embed-1B-BF16",
+        checkpoint="nvidia/Nemotron-3.5-Embed-1B-BF16",
+        revision="afdf14ebb254bacbaa466a041f5a4b8a3f6550e6",
+        max_tokens=32_768,
+        max_tokens_with_image=32_768,
+        modalities=frozenset({"text", "image", "text_image"}),
+    ),
+    ModelSpec(
         name="nvidia/llama-nemotron-rerank-1b-v2",
         aliases=("nvidia/llama-3.2-nv-rerankqa-1b-v2", "nvidia/llama-3_2-nv-rerankqa-1b-v2"),
         checkpoint="nvidia/llama-nemotron-rerank-1b-v2",
@@ -170,6 +178,17 @@ CATALOGUE: tuple[ModelSpec, ...] = (
         hosted=Hosted("live"),
     ),
 )
+
+# The same weights, quantized after training: what holds for one holds for the other.
+_FP8 = replace(
+    next(spec for spec in _MODELS if spec.name == "nvidia/llama-nemotron-embed-vl-1b-v2"),
+    name="nvidia/llama-nemotron-embed-vl-1b-v2-fp8",
+    aliases=(),
+    checkpoint="nvidia/llama-nemotron-embed-vl-1b-v2-fp8",
+    revision=None,
+    hosted=_UNKNOWN,
+)
+CATALOGUE: tuple[ModelSpec, ...] = (*_MODELS, _FP8)
 
 _BY_NAME = {name.lower().removeprefix("nvidia/"): spec for spec in CATALOGUE for name in spec.names}
 

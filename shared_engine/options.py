@@ -126,7 +126,8 @@ class EngineOptions(BaseModel):
         gt=0,
         le=12,
         description="Maximum number of tiles of an image, in addition to a thumbnail; more tiles "
-        "show more detail and take longer. None: the checkpoint's value.",
+        "show more detail and take longer. None: the checkpoint's value. Refused for Nemotron-3.5, "
+        "which takes an image as a whole.",
     )
     allow_image_urls: bool = _option(
         "engine",

@@ -44,6 +44,10 @@ MIN_COSINE = 0.999
 """Least cosine between the vectors of two engines that may share an index. The same weights in
 bfloat16 and float32 are closer; other weights, prefixes or pooling are not."""
 
+MIN_COSINE_FP8, MIN_ORDERED_FP8 = 0.99, 0.9
+"""The same for a server that computes in FP8: least cosine, and least share of the pairs of
+documents that both engines put in the same order for a query. NVIDIA states no bound."""
+
 MAX_DIFFERENCE: Mapping[ScoreKind, float] = {"logit": 0.25, "probability": 0.0625}
 """Most difference between the scores of two engines that may share a threshold: a quarter of a
 logit changes a probability by at most 0.0625."""
@@ -281,13 +285,44 @@ def _compare(local: Measured, other_name: str, other: Measured) -> bool:
             closest.append(float(abs(scores - theirs).max()))
             print(f"{name}: largest difference of a {kind} {closest[-1]:.1e}")
     if kind == "vector":
+        ordered = _share_of_ordered_pairs(local.values, other.values)
+        print(f"{pair}: {100 * ordered:.0f} % of the pairs of documents are in the same order")
         same = min(closest) >= MIN_COSINE
         reason = f"smallest cosine {min(closest):.7f}, required {MIN_COSINE}"
+        is_near = min(closest) >= MIN_COSINE_FP8 and ordered >= MIN_ORDERED_FP8
+        if not same and is_near and other_name == "server":
+            print(
+                f"{pair}: interchangeable if the server computes in FP8: smallest cosine "
+                f"{min(closest):.7f}, required {MIN_COSINE_FP8} for FP8, {MIN_COSINE} otherwise; "
+                "according to NVIDIA, an index of BF16 vectors generally need not be built again "
+                "for FP8; to compare without FP8, start the NIM with NIM_PRECISION=fp16"
+            )
+            return True
     else:
         same = max(closest) <= MAX_DIFFERENCE[kind]
         reason = f"largest difference {max(closest):.1e}, allowed {MAX_DIFFERENCE[kind]}"
     print(f"{pair}: {'' if same else 'not '}interchangeable: {reason}")
     return same
+
+
+def _share_of_ordered_pairs(mine: Values, theirs: Values) -> float:
+    """Return the share of the pairs of documents in the same order for a query, over all queries.
+
+    Args:
+        mine: Vectors of an engine.
+        theirs: Vectors of another engine for the same samples.
+    """
+    import numpy as np
+
+    def compare(values: Values) -> NDArray[np.bool_]:
+        """Return, for each query, which documents have a larger score than which."""
+        documents = np.concatenate([values[name] for name in mine if name != "query"])
+        scores = values["query"] @ documents.T  # (queries, documents)
+        first, second = np.triu_indices(len(documents), k=1)
+        is_larger: NDArray[np.bool_] = scores[:, first] > scores[:, second]
+        return is_larger
+
+    return float((compare(mine) == compare(theirs)).mean())
 
 
 def _probe(base_url: str) -> None:

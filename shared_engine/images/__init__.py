@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from shared_engine.images.tiles import Tiles as Tiles
     from shared_engine.images.tiles import cut_tiles as cut_tiles
     from shared_engine.images.tiles import decode_picture as decode_picture
+    from shared_engine.images.tiles import resize_image as resize_image
 else:
     __getattr__, __dir__ = attach(
         __name__,
         {
             "encode": ("encode_data_url",),
             "sources": ("MAX_BYTES", "accept", "decode_data_url", "describe", "draw_sample"),
-            "tiles": ("Picture", "Tiles", "cut_tiles", "decode_picture"),
+            "tiles": ("Picture", "Tiles", "cut_tiles", "decode_picture", "resize_image"),
         },
     )

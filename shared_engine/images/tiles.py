@@ -1,7 +1,8 @@
-"""Cut an image into the tiles that a model takes.
+"""Cut an image into the tiles that a model takes, or resize it as a whole.
 
 open_source ..... decode.py    path, URL, base64, ... -> bytes -> header, all within the limits
 decode .......... decode.py    pixels of 8 bits, upright, transparency over white
+├─ resize_image .... tiles.py     resized as a whole, to a multiple of the side of a token
 ├─ cut_tiles ....... tiles.py     resized to its grid and cut, a thumbnail of the whole last
 ├─ decode_picture .. tiles.py     pixels and grid, for a device that cuts them the same way
 └─ encode_data_url . encode.py    the file itself if every reader sees it alike, else a PNG
@@ -13,6 +14,7 @@ in several threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +114,45 @@ def decode_picture(
             return Picture(np.array(fitted.image), fitted.box, fitted.cols, fitted.rows)
 
 
+def resize_image(
+    source: AcceptedImage, longest_edge: int, multiple: int, urls: bool = False
+) -> NDArray[np.uint8]:
+    """Return an image resized as a whole, (1, height, width, 3).
+
+    Pillow resizes, bicubic; a JPEG is decoded as in `cut_tiles`. Errors are those of `cut_tiles`.
+
+    Args:
+        source: What `accept` returned.
+        longest_edge: Maximum of the longer side in pixels, before both are rounded up.
+        multiple: The number of which both sides are multiples.
+        urls: Whether an image may be fetched from an http(s) URL.
+    """
+    with image_errors(source):
+        opened = open_source(source, urls)
+        size = choose_size(*opened.upright_size, longest_edge, multiple)
+        with _decode(opened, *size) as (image, box):
+            small = image.resize(size, Image.Resampling.BICUBIC, box)
+            return np.array(small.convert("RGB"))[None]
+
+
+def choose_size(width: int, height: int, longest_edge: int, multiple: int) -> tuple[int, int]:
+    """Return the (width, height) to which an image is resized; it is made smaller, then rounded up.
+
+    From `get_resize_output_image_size` of transformers' `image_processing_pixtral.py`, which gives
+    a side of 0 to an image of extreme proportions.
+
+    >>> choose_size(1275, 1650, 1540, 28), choose_size(20, 3000, 1540, 28)
+    ((1204, 1540), (28, 1540))
+    """
+    ratio = max(height / longest_edge, width / longest_edge)
+
+    def fit(side: int) -> int:
+        side = max(1, math.floor(side / ratio)) if ratio > 1 else side
+        return -(-side // multiple) * multiple
+
+    return fit(width), fit(height)
+
+
 def choose_grid(width: int, height: int, max_tiles: int, size: int = 512) -> tuple[int, int]:
     """Return (cols, rows) of the tiles of an image: near its aspect ratio and its area.
 
@@ -167,12 +208,18 @@ class FittedImage:
 def fit(opened: OpenedImage, max_tiles: int, size: int) -> Iterator[FittedImage]:
     """Choose the grid of an image and decode it, a plain JPEG no larger than its grid needs."""
     cols, rows = choose_grid(*opened.upright_size, max_tiles, size)
-    draft_size = (_DRAFT * cols * size, _DRAFT * rows * size)
+    with _decode(opened, cols * size, rows * size) as (image, box):
+        yield FittedImage(image, box, cols, rows)
+
+
+@contextmanager
+def _decode(opened: OpenedImage, width: int, height: int) -> Iterator[tuple[Image.Image, Box]]:
+    """Decode an image that is to be resized to this size; yield it and the part to resize."""
     # only plain files: a NIM gets every pixel of the others, and must see the same
+    draft_size = (_DRAFT * width, _DRAFT * height)
     draft = opened.picture.draft(None, draft_size) if opened.is_plain else None
     with opened.decode() as image:
-        box = draft[1] if draft else (0, 0, *image.size)
-        yield FittedImage(image, box, cols, rows)
+        yield image, draft[1] if draft else (0, 0, *image.size)
 
 
 def arrange_tiles(sheet: Any, size: int) -> Any:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared_engine.errors import first_line
-from shared_engine.local.config import ModelConfig
+from shared_engine.local.config import LayersConfig
 from shared_engine.local.device_errors import is_fatal
 
 _LONG = 1024
@@ -59,7 +59,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
 
 
 def select_kernel(
-    device: torch.device, dtype: torch.dtype, config: ModelConfig
+    device: torch.device, dtype: torch.dtype, config: LayersConfig
 ) -> tuple[Attention, str]:
     """Return the fastest kernel that supports the model's heads on this device, and the reason."""
     if device.type != "cuda":
@@ -85,7 +85,7 @@ def select_kernel(
 
 
 def _check_kernel(
-    kernel: Attention, device: torch.device, dtype: torch.dtype, config: ModelConfig
+    kernel: Attention, device: torch.device, dtype: torch.dtype, config: LayersConfig
 ) -> None:
     """Run a kernel on two sequences with the strides and heads of the model.
 

@@ -27,7 +27,6 @@ from weakref import WeakSet
 import numpy as np
 import torch
 
-from shared_engine import images
 from shared_engine.backend import Backend, Request, Rows, StepStats
 from shared_engine.documents import Modality
 from shared_engine.errors import (
@@ -98,8 +97,10 @@ class LocalBackend(Backend):
         self.dimensions = self._checkpoint.dimensions
         devices = "; ".join(encoder.description for encoder in self._encoders.values())
         self.description = f"{self.model} in this process on {devices}"
+        if self._checkpoint.is_fp8:
+            self.description += ", weights dequantized from FP8"
         if self._vision:
-            self.description += f", at most {self._vision.max_tiles} tiles per image"
+            self.description += f", {self._vision.description}"
         _log.info("%s", self.description)
         prepare_threads = min(os.cpu_count() or 1, _MAX_PREPARE_THREADS) if self._vision else 1
         work: dict[str, Callable[[], None]] = {
@@ -137,10 +138,10 @@ class LocalBackend(Backend):
             CheckpointError: a file changed between loading and the first access.
         """
         checkpoint = self._checkpoint
-        tiles = checkpoint.vision and checkpoint.vision.max_tiles
+        detail = checkpoint.vision and checkpoint.vision.detail
         limits = (checkpoint.max_tokens, checkpoint.max_tokens_with_image)
         files = digest_files(checkpoint.folder, self._files)
-        parts = (checkpoint.prompts, str(self._dtype), tiles, limits, files)
+        parts = (checkpoint.prompts, str(self._dtype), detail, limits, files)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @property
@@ -232,13 +233,13 @@ class LocalBackend(Backend):
         assert self._vision is not None
         document, vision = job.request.documents[row], self._vision
         try:
-            prepare = images.decode_picture if self._cuts_on_device else images.cut_tiles
-            tiles = prepare(document.image, vision.max_tiles, vision.tile_size, self._image_urls)
+            assert document.image is not None
+            tiles = vision.prepare(document.image, self._image_urls, self._cuts_on_device)
             if self._cuts_on_device:  # not in the compute thread, for which a GPU would wait
                 tiles = pin_image(tiles)
             image = KeyedImage(tiles) if vision.cache_bytes else tiles
             ids = self._tokenizer.encode_with_image(
-                len(tiles), document.text or "", job.request.truncate, job.request.query
+                tiles, document.text or "", job.request.truncate, job.request.query
             )
         except InputError as exc:
             job.fail(row, exc)
@@ -246,7 +247,7 @@ class LocalBackend(Backend):
         except Exception as exc:
             _fail(job, [row], EngineError(f"preparing the image failed: {exc}"), exc)
             return []
-        return [TokenSequence(job, row, ids, image, len(tiles) * vision.patches_per_tile)]
+        return [TokenSequence(job, row, ids, image, vision.count_patches(tiles))]
 
     def _compute(self, device: int) -> None:
         """Run steps on one device until the scheduler is closed; run by each compute thread."""

@@ -21,21 +21,22 @@ from shared_engine.documents import Role
 from shared_engine.errors import CheckpointError, first_line
 from shared_engine.local.config import (
     EmbedderFile,
+    MistralFile,
     ModelConfig,
     Modules,
     MultimodalFile,
     MultimodalRerankerFile,
     PoolingConfig,
+    QuantizationFile,
     RerankerFile,
     SentenceConfig,
     SentenceTransformersConfig,
-    VisionConfig,
     WeightIndex,
     read,
     read_config,
-    read_vision,
     refuse,
 )
+from shared_engine.local.vision import VisionConfig, read_pixtral, read_tiled
 from shared_engine.options import EngineOptions, RerankOptions
 
 _PATTERNS = ["*.json", "*.safetensors", "1_Pooling/*.json"]
@@ -73,6 +74,8 @@ class Checkpoint:
     """Maximum number of tokens of an image, or of an image with a text."""
     dimensions: tuple[int, ...]
     """Vector sizes offered, ascending; the last is the full size. (1,) for a reranker: a score."""
+    is_fp8: bool = False
+    """Whether weights are stored in FP8; they are dequantized when they are loaded."""
     scoring: Scoring | None = None
     """The prompt and head of a reranker; None for an embedding model."""
 
@@ -97,12 +100,17 @@ def resolve(options: EngineOptions) -> Checkpoint:
     is_reranker = isinstance(file, RerankerFile)
     if is_reranker != (options.task == "rerank"):
         raise report_task(str(folder), "rerank" if is_reranker else "embed")
+    vision: VisionConfig | None = None
     if isinstance(file, MultimodalFile | MultimodalRerankerFile):
         config, prefix = file.llm_config, "llm_config."
+        vision = read_tiled(path, file, options.max_tiles)
         cache_bytes = options.vision_cache_bytes if isinstance(options, RerankOptions) else 0
-        vision = replace(read_vision(path, file, options.max_tiles), cache_bytes=cache_bytes)
+        vision = replace(vision, cache_bytes=cache_bytes)
+    elif isinstance(file, MistralFile):
+        config, prefix = file.text_config, "text_config."
+        vision = read_pixtral(path, file, options.max_tiles)
     else:
-        config, prefix, vision = file, "", None
+        config, prefix = file, ""
     if spec is None:
         if not is_reranker:  # all models of the catalogue use mean pooling and unit length
             read(folder / "modules.json", Modules)
@@ -116,6 +124,11 @@ def resolve(options: EngineOptions) -> Checkpoint:
         ):
             if value != expected:
                 refuse(path, f"{prefix}{field}", value, f"{expected}, the value of {spec.name}")
+    quantized = (
+        file.quantization_config
+        or config.quantization_config
+        or read(folder / "hf_quant_config.json", QuantizationFile).quantization
+    )
     limits = [
         config.max_position_embeddings,
         spec.max_tokens if spec else None,
@@ -142,6 +155,7 @@ def resolve(options: EngineOptions) -> Checkpoint:
         max_tokens=min(filter(None, limits)),
         max_tokens_with_image=min(filter(None, limits_with_image)),
         dimensions=tuple(sorted(dimensions)),
+        is_fp8=quantized is not None,
         scoring=scoring,
     )
 

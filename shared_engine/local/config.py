@@ -3,16 +3,16 @@
 Each class is a file or a part of one. Aliases are the names in the file, which errors use.
 Source: the files of nvidia/llama-nemotron-embed-1b-v2 and nvidia/llama-nemotron-embed-vl-1b-v2 on
 Hugging Face, NVIDIA-NeMo/Automodel `llama_bidirectional` and `llama_nemotron_vl`, and transformers'
-`configuration_ministral3.py`.
+`configuration_ministral3.py`, `configuration_mistral3.py` and `configuration_pixtral.py`.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
+import numpy as np
 from pydantic import (
     AliasChoices,
     BaseModel,
@@ -20,17 +20,21 @@ from pydantic import (
     Field,
     RootModel,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from shared_engine.errors import CheckpointError
 
-_MAX_TILES = 12
+MAX_TILES = 12
 _MAX_POSITIONS = 2**20
 """Rows of the rotary tables: eight times the family's maximum, 0.5 GB at the usual head size."""
 _MAX_TILE_SIZE = 8192
 """Pixels per side; 512 in the family."""
+PIXTRAL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXTRAL_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Mean and standard deviation of red, green and blue, from 0 to 1."""
 
 Size = Annotated[int, Field(gt=0)]
 One = Annotated[float, Field(ge=1, le=1)]
@@ -106,18 +110,62 @@ class YarnRope(_File):
     partial_rotary_factor: One | None = None
 
 
-class ModelConfig(_File):
-    """The language model: config.json, or its `llm_config`."""
+class Quantization(_File):
+    """`quantization_config` of config.json, as NVIDIA's Model Optimizer writes it."""
 
-    vocab_size: Size
+    quant_method: Literal["modelopt"] = "modelopt"
+    quant_algo: Literal["FP8"]
+    """float8_e4m3fn weights with one scale for each tensor."""
+
+
+class QuantizationFile(_File):
+    """hf_quant_config.json, Model Optimizer's own file."""
+
+    quantization: Quantization | None = None
+
+
+class LayersConfig(_File):
+    """The layers of a language model, or of a vision tower that has the same kind."""
+
     hidden_size: Size
     intermediate_size: Size
     layers: Size = Field(alias="num_hidden_layers")
     heads: Size = Field(alias="num_attention_heads")
     kv_heads: Size = Field(alias="num_key_value_heads")
     head_dim: Size
-    max_position_embeddings: int = Field(gt=0, le=_MAX_POSITIONS)
     rms_norm_eps: Epsilon = 1e-6
+    hidden_act: Literal["silu"] = "silu"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_heads(cls, data: Any) -> Any:
+        """Add the defaults of the heads."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        heads, hidden = data.get("num_attention_heads"), data.get("hidden_size")
+        if data.get("num_key_value_heads") is None:
+            data["num_key_value_heads"] = heads
+        if data.get("head_dim") is None and isinstance(heads, int) and isinstance(hidden, int):
+            data["head_dim"] = hidden // max(heads, 1)
+        return data
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        _require(
+            self.heads % self.kv_heads == 0,
+            "num_key_value_heads", self.kv_heads,
+            f"a divisor of num_attention_heads ({self.heads})",
+        )  # fmt: skip
+        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
+        return self
+
+
+class ModelConfig(LayersConfig):
+    """The language model: config.json, or its `llm_config` or `text_config`."""
+
+    vocab_size: Size
+    max_position_embeddings: int = Field(gt=0, le=_MAX_POSITIONS)
     rope: Rope | Llama3Rope | YarnRope = Field(
         validation_alias=AliasChoices("rope_parameters", "rope_scaling"), discriminator="rope_type"
     )
@@ -126,15 +174,14 @@ class ModelConfig(_File):
     use_bidirectional_attention: Literal[True] | None = None
     bos_token_id: int | None = Field(default=None, ge=0)
     pooling: Literal["avg"] = "avg"
-    hidden_act: Literal["silu"] = "silu"
     attention_bias: Falsy = None
     mlp_bias: Falsy = None
-    quantization_config: None = None
+    quantization_config: Quantization | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, data: Any) -> Any:
-        """Unify the field names of RoPE, and add the defaults of the heads.
+        """Unify the field names of RoPE.
 
         transformers 4 writes rope_theta and rope_scaling, transformers 5 writes rope_parameters.
         """
@@ -148,13 +195,7 @@ class ModelConfig(_File):
             kind = rope.get("rope_type", rope.get("type", default))
             theta = rope.get("rope_theta", data.get("rope_theta", 10_000.0))
             rope = {**rope, "rope_type": kind, "rope_theta": theta}
-        data = {key: data[key] for key in data if key not in spellings} | {name: rope}
-        heads, hidden = data.get("num_attention_heads"), data.get("hidden_size")
-        if data.get("num_key_value_heads") is None:
-            data["num_key_value_heads"] = heads
-        if data.get("head_dim") is None and isinstance(heads, int) and isinstance(hidden, int):
-            data["head_dim"] = hidden // max(heads, 1)
-        return data
+        return {key: data[key] for key in data if key not in spellings} | {name: rope}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -162,12 +203,6 @@ class ModelConfig(_File):
             self.bos_token_id is None or self.bos_token_id < self.vocab_size,
             "bos_token_id", self.bos_token_id, f"less than vocab_size ({self.vocab_size})",
         )  # fmt: skip
-        _require(
-            self.heads % self.kv_heads == 0,
-            "num_key_value_heads", self.kv_heads,
-            f"a divisor of num_attention_heads ({self.heads})",
-        )  # fmt: skip
-        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
         return self
 
 
@@ -198,37 +233,39 @@ class TowerConfig(_File):
         return self
 
 
-@dataclass(frozen=True)
-class VisionConfig:
-    """The image input of a multimodal model."""
+class AxialRope(_File):
+    """Rotary position embedding of a row and a column."""
 
-    tower: TowerConfig
-    context_token: int
-    """Id of `<IMG_CONTEXT>`, whose embeddings are replaced by the rows of the tower."""
-    max_tiles: int
-    """Maximum number of tiles of an image, without the thumbnail."""
-    cache_bytes: int = 0
-    """Device memory for the rows of recent images; 0 for none."""
+    rope_type: Literal["axial"] = "axial"
+    theta: float = Field(default=10_000.0, alias="rope_theta", ge=1)
 
-    @property
-    def tile_size(self) -> int:
-        """Pixels of a tile's side."""
-        return self.tower.image_size
 
-    @property
-    def patches_per_side(self) -> int:
-        """Patches along a tile's side."""
-        return self.tile_size // self.tower.patch_size
+class PixtralConfig(LayersConfig):
+    """The Pixtral tower: `vision_config` of config.json."""
 
-    @property
-    def patches_per_tile(self) -> int:
-        """Rows of the tower per tile."""
-        return self.patches_per_side**2
+    model_type: Literal["pixtral"]
+    hidden_act: Literal["silu"]  # required, as transformers' default is another
+    num_channels: Literal[3] = 3
+    patch_size: Size
+    rope: AxialRope = Field(default=AxialRope(), validation_alias="rope_parameters")
+    rms_norm_eps: Epsilon = 1e-5
 
-    @property
-    def tokens_per_tile(self) -> int:
-        """Rows of the language model per tile: one token per 2 x 2 patches."""
-        return self.patches_per_tile // 4
+    @model_validator(mode="before")
+    @classmethod
+    def _nest_theta(cls, data: Any) -> Any:
+        """Accept the spelling of transformers 4."""
+        if isinstance(data, dict) and "rope_parameters" not in data and "rope_theta" in data:
+            return {**data, "rope_parameters": {"rope_theta": data["rope_theta"]}}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _require(
+            self.head_dim * self.heads == self.hidden_size and self.head_dim % 4 == 0,
+            "head_dim", self.head_dim,
+            f"a multiple of 4, and hidden_size ({self.hidden_size}) / num_attention_heads",
+        )  # fmt: skip
+        return self
 
 
 class Tiling(_File):
@@ -244,6 +281,41 @@ class ProcessorConfig(Tiling):
     """processor_config.json, whose fields take precedence over config.json."""
 
     image_processor: Tiling = Tiling()
+
+
+class _LongestEdge(_File):
+    longest_edge: int = Field(gt=0, le=_MAX_TILE_SIZE)
+
+
+class PixtralImages(_File):
+    """preprocessor_config.json of a Pixtral model, or that part of processor_config.json."""
+
+    size: _LongestEdge | None = None
+    do_resize: Literal[True] | None = None
+    do_rescale: Literal[True] | None = None
+    do_normalize: Literal[True] | None = None
+    do_center_crop: Falsy = None
+    resample: Literal[3] = 3
+    """Pillow's number of the bicubic filter."""
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, float, float] = PIXTRAL_MEAN
+    image_std: tuple[float, float, float] = PIXTRAL_STD
+
+    @field_validator("rescale_factor", "image_mean", "image_std")
+    @classmethod
+    def _is_published(cls, value: Any, info: ValidationInfo) -> Any:
+        expected = cls.model_fields[info.field_name or ""].default
+        if not np.allclose(value, expected, rtol=1e-6):
+            raise ValueError(f"{expected}")
+        return value
+
+
+class PixtralProcessor(_File):
+    """processor_config.json of a Pixtral model."""
+
+    image_processor: PixtralImages | None = None
+    patch_size: int | None = None
+    spatial_merge_size: int | None = None
 
 
 class _Architecture(_File):
@@ -291,6 +363,7 @@ class _MultimodalFile(Tiling):
     ps_version: Literal["v2"] = "v2"
     select_layer: Literal[-1] = -1
     pooling: Literal["avg"]
+    quantization_config: Quantization | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -310,6 +383,23 @@ class MultimodalRerankerFile(_MultimodalFile, _Scoring):
     """config.json of a multimodal reranker."""
 
     prompt_template: Literal["v1"] | None = None
+
+
+class MistralFile(_Prefixes):
+    """config.json of a Nemotron-3.5 embedding model, a `Mistral3Model` of transformers."""
+
+    text_config: MinistralFile
+    vision_config: PixtralConfig
+    image_token: int = Field(
+        validation_alias=AliasChoices("image_token_index", "image_token_id"), ge=0
+    )
+    spatial_merge_size: Literal[2]
+    vision_feature_layer: Literal[-1] = -1
+    multimodal_projector_bias: Falsy = None
+    projector_hidden_act: Literal["gelu"] = "gelu"
+    is_causal: Falsy = None
+    pooling: Literal["avg"] = "avg"
+    quantization_config: Quantization | None = None
 
 
 class SentenceConfig(_File):
@@ -378,13 +468,14 @@ class WeightIndex(_File):
         return value
 
 
-EmbedderFile = TextFile | MultimodalFile
+EmbedderFile = TextFile | MultimodalFile | MistralFile
 RerankerFile = TextRerankerFile | MultimodalRerankerFile
 
 _FILES: dict[str, type[EmbedderFile | RerankerFile]] = {
     "LlamaBidirectionalModel": TextFile,
     "Ministral3Model": MinistralFile,
     "LlamaNemotronVLModel": MultimodalFile,
+    "Mistral3Model": MistralFile,
     "LlamaBidirectionalForSequenceClassification": TextRerankerFile,
     "LlamaNemotronVLForSequenceClassification": MultimodalRerankerFile,
 }
@@ -403,33 +494,6 @@ def read_config(path: Path) -> EmbedderFile | RerankerFile:
         known = ", ".join(f"[{name!r}]" for name in _FILES)
         refuse(path, "architectures", architectures, f"one of {known}")
     return read(path, kind, required=True)
-
-
-def read_vision(
-    path: Path, file: MultimodalFile | MultimodalRerankerFile, max_tiles: int | None
-) -> VisionConfig:
-    """Return the image input that config.json and processor_config.json define.
-
-    Args:
-        max_tiles: The option; None reads the files, processor_config.json first, as vLLM does.
-
-    Raises:
-        CheckpointError: images are cut in a way that the engine does not support.
-    """
-    processor = read(path.with_name("processor_config.json"), ProcessorConfig)
-    tiling: dict[str, Any] = {}
-    for part in (file, processor.image_processor, processor):
-        tiling |= part.model_dump(include=set(Tiling.model_fields), exclude_none=True)
-    default = tiling.get("max_input_tiles", 2) if tiling.get("dynamic_image_size", True) else 1
-    if max_tiles is None:
-        if not 1 <= default <= _MAX_TILES:
-            refuse(path.parent, "max_input_tiles", default, f"1 to {_MAX_TILES}")
-        for name, value in (
-            {"use_thumbnail": True, "min_input_tiles": 1}.items() if default > 1 else ()
-        ):
-            if (given := tiling.get(name, value)) != value:
-                refuse(path.parent, name, given, repr(value))
-    return VisionConfig(file.vision_config, file.img_context_token_id, max_tiles or default)
 
 
 def read(path: Path, kind: type[FileT], required: bool = False) -> FileT:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared_engine.errors import first_line
-from shared_engine.local.config import ModelConfig
+from shared_engine.local.config import LayersConfig
 from shared_engine.local.device_errors import is_fatal
 
 _TOLERANCE = 0.02
@@ -73,7 +73,7 @@ EAGER = Elementwise(rotate, gate)
 
 
 def select(
-    device: torch.device, dtype: torch.dtype, config: ModelConfig
+    device: torch.device, dtype: torch.dtype, config: LayersConfig
 ) -> tuple[Elementwise, str]:
     """Return the fused kernels if they work on this device, else torch's, and the reason."""
     if device.type != "cuda":
@@ -95,7 +95,7 @@ def select(
 
 
 def _check_kernels(
-    kernels: Elementwise, device: torch.device, dtype: torch.dtype, config: ModelConfig
+    kernels: Elementwise, device: torch.device, dtype: torch.dtype, config: LayersConfig
 ) -> None:
     """Run both kernels on a few rows of the model's widths.
 

@@ -1,9 +1,8 @@
 """The bidirectional Llama encoder: token ids and tiles in, one vector or score per sequence out.
 
-It is the decoder stack of Llama 3.2 without causal mask and padding. Linear layers and norms read
-the tokens of all sequences as one matrix (T, hidden); attention is within each sequence. Rows of
-the vision tower replace the embeddings of an image's context tokens. T is the number of tokens of
-a step, S the number of its sequences, d the size of a head.
+It is the decoder stack of Llama 3.2 without causal mask and padding. Rows of the vision tower
+replace the embeddings of an image's context tokens. T is the number of tokens of a step, S the
+number of its sequences, d the size of a head.
 
 Source of the arithmetic: `LlamaBidirectionalModel` of the public checkpoints (mean pooling, no
 causal mask), `LlamaBidirectionalForSequenceClassification` of the rerankers (mean times one row of
@@ -15,7 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,17 +24,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared_engine.errors import first_line
-from shared_engine.local.attention import Attention, Layout, varlen, varlen_repeated
+from shared_engine.local.attention import Layout, varlen, varlen_repeated
 from shared_engine.local.checkpoint import Checkpoint
-from shared_engine.local.config import Llama3Rope, ModelConfig, Rope, YarnRope
+from shared_engine.local.config import Llama3Rope, Rope, YarnRope
 from shared_engine.local.device import Placement
 from shared_engine.local.device_errors import is_fatal, is_out_of_memory
-from shared_engine.local.elementwise import EAGER, rms_norm
+from shared_engine.local.elementwise import EAGER
 from shared_engine.local.graphs import SIZES, QueryGraphs, check_graphs
+from shared_engine.local.layers import Layers, no_pause
 from shared_engine.local.memory import Buffers, to_device
-from shared_engine.local.packed import PackedGate, pack
+from shared_engine.local.pixtral import PixtralTower
 from shared_engine.local.pooling import pool
-from shared_engine.local.siglip import VisionTower, no_pause
+from shared_engine.local.siglip import VisionTower
+from shared_engine.local.vision import PixtralVision
 from shared_engine.local.weights import Weights
 
 if TYPE_CHECKING:
@@ -45,22 +46,6 @@ if TYPE_CHECKING:
 
 _WARM_LENGTH = 512
 """Tokens of each text of the warm-up on a GPU."""
-_FEW_ROWS = 256
-"""Maximum number of rows that are padded to a multiple of 16 on a CPU in 16 bits; more, to 64."""
-_MLP_ROWS = 512
-"""Rows of an MLP between two pauses on a CPU; more rows are not faster (measured)."""
-
-
-@dataclass(frozen=True)
-class LlamaLayer:
-    """Weights of one layer; projections of the same input share one matrix."""
-
-    attention_norm: Tensor  # (hidden,)
-    qkv: Tensor  # ((heads + 2 * kv_heads) * d, hidden)
-    o: Tensor  # (hidden, heads * d)
-    mlp_norm: Tensor  # (hidden,)
-    gate_up: Tensor | PackedGate  # (2 * intermediate, hidden)
-    down: Tensor  # (hidden, intermediate)
 
 
 class PooledOutput:
@@ -111,45 +96,43 @@ class Encoder:
         self.device = placement.device
         self.runs_ahead = placement.device.type == "cuda"
         """Whether a call returns before its step is computed, so that the next can be queued."""
-        self._attend: Attention = placement.kernel
-        self._heads, self._kv_heads = config.heads, config.kv_heads
-        self._head_dim, self._eps = config.head_dim, config.rms_norm_eps
         weights = Weights(checkpoint, placement)
         prefix = "" if checkpoint.vision is None else "language_model."
-        table, self._layers, self._norm = _load(weights, prefix, config, placement.packs_weights)
+        table = weights(f"{prefix}embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self._layers = Layers(weights, prefix, config, placement)
+        self._norm = weights(f"{prefix}norm.weight", config.hidden_size)
         missing = vocabulary - len(table)
         self._embedding = F.pad(table, (0, 0, 0, missing)) if missing > 0 else table
-        self._vision = checkpoint.vision and VisionTower(checkpoint, weights, placement)
+        self._vision: VisionTower | PixtralTower | None = None
+        if checkpoint.vision is not None:
+            tower = PixtralTower if isinstance(checkpoint.vision, PixtralVision) else VisionTower
+            self._vision = tower(checkpoint, weights, placement)
         self._scoring, self._head = checkpoint.scoring, None
         if self._scoring is not None:
             # float32: around 20, logits in bfloat16 are 0.125 apart.
             self._head = weights("score.weight", 1, config.hidden_size, dtype=torch.float32)
         weights.check_nothing_left()
         self._cos, self._sin = _rotary_tables(
-            config.rope, self._head_dim, checkpoint.longest, placement
+            config.rope, config.head_dim, checkpoint.longest, placement
         )
         self._unscaled, self._query_scales = _query_scales(
             config.rope, checkpoint.longest, placement
         )
-        self._max_batch_tokens = self._mlp_rows = placement.max_batch_tokens
-        if self.device.type == "cpu":
-            self._mlp_rows = min(self._mlp_rows, _MLP_ROWS)
-        self._rotate, self._gate = placement.elementwise
+        self._max_batch_tokens = placement.max_batch_tokens
         self._buffers = Buffers(placement)
         self._graph_buffers = Buffers(placement)  # CUDA graphs hold its addresses
-        self._has_kernels_by_rows = self.device.type == "cpu" and placement.dtype != torch.float32
         self._graphs: QueryGraphs | None = None
         self.description = placement.description
         """Device, dtype, kernels and step size, with reasons, in one line."""
         if placement.device.type == "cuda":
-            layer = self._layers[0]
+            heads = config.heads + config.kv_heads
+            qkv = (heads + config.kv_heads) * config.head_dim
             self._buffers.mlp.reserve(
-                self._max_batch_tokens, max(len(layer.qkv), 2 * config.intermediate_size)
+                self._max_batch_tokens, max(qkv, 2 * config.intermediate_size)
             )
             if placement.elementwise == EAGER:  # EAGER does not rotate in place
-                rotated = (self._heads + self._kv_heads) * self._head_dim
                 self._buffers.hidden.reserve(
-                    max(self._max_batch_tokens, checkpoint.longest), rotated
+                    max(self._max_batch_tokens, checkpoint.longest), heads * config.head_dim
                 )
             self._graphs, why = self._record_graphs(placement)
             placement = replace(placement, reasons=f"{placement.reasons}; queries: {why}")
@@ -226,7 +209,7 @@ class Encoder:
     ) -> Tensor:
         """Return the means of sequences and their images, if any: (S, hidden) float32."""
         count, tokens = len(sequences), sum(map(len, sequences))
-        if padding := -tokens % self._multiple(tokens):
+        if padding := self._layers.count_padding(tokens):
             # Sequences of their own, so no other token attends to them.
             sequences = [*sequences, *[np.zeros(1, np.int32)] * padding]
         lengths = [len(ids) for ids in sequences]
@@ -243,16 +226,6 @@ class Encoder:
         hidden = self._forward(x, positions, layout, self._buffers, on_pause)  # (T, hidden)
         return pool(hidden, layout, count)
 
-    def _multiple(self, tokens: int) -> int:
-        """Return the number of which the rows of a step must be a multiple.
-
-        In 16 bits, oneDNN compiles a kernel for each number of rows. This takes milliseconds, and
-        it caches the last 1,024 kernels of 1.4 MB each.
-        """
-        if not self._has_kernels_by_rows:
-            return 1
-        return 16 if tokens <= _FEW_ROWS else 64
-
     def _forward(
         self,
         x: Tensor,
@@ -263,44 +236,14 @@ class Encoder:
     ) -> Tensor:
         """Return the last hidden states (T, hidden) of embeddings x (T, hidden), and overwrite x.
 
-        Every layer writes to the same buffers. A tensor in a buffer, such as the result, is valid
-        until the buffer is used again. During a pause, no buffer holds a tensor that is read later,
-        so another pass may use the buffers.
+        The result is in a buffer; see `Layers`.
         """
-        hidden, mlp = buffers.hidden, buffers.mlp
-
-        def normalize(x: Tensor, weight: Tensor) -> Tensor:
-            return rms_norm(x, weight, self._eps, hidden, buffers.float32)
-
-        cos, sin = self._cos[positions], self._sin[positions]  # (T, d / 2)
-        heads, qk_heads = self._heads, self._heads + self._kv_heads  # values are not rotated
         scales = None
         if max(layout.lengths) > self._unscaled:
             scales = self._query_scales[positions, None, None]  # (T, 1, 1)
-        for layer in self._layers:
-            on_pause()
-            normed = normalize(x, layer.attention_norm)  # in hidden
-            qkv = torch.mm(normed, layer.qkv.T, out=mlp(len(x), len(layer.qkv)))
-            qkv = qkv.view(len(x), -1, self._head_dim)  # (T, heads + 2 * kv_heads, d), in mlp
-            # Overwrites normed, which is not read again; a fused kernel overwrites qkv instead.
-            qk = self._rotate(qkv[:, :qk_heads], cos, sin, hidden)  # (T, heads + kv_heads, d)
-            q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, qk_heads:]
-            if scales is not None:
-                q *= scales
-            attended = self._attend(q, k, v, layout)  # (T, heads, d), newly allocated
-            x.addmm_(attended.flatten(1), layer.o.T)
-            # In parts of a fixed number of rows, so that a longer text needs no more memory.
-            for rows in torch.split(x, self._mlp_rows):
-                on_pause()
-                normed = normalize(rows, layer.mlp_norm)  # overwrites qk, which is not read again
-                if isinstance(layer.gate_up, PackedGate):
-                    inner = layer.gate_up(normed)  # (rows, intermediate), newly allocated
-                else:
-                    gate_up = mlp(len(rows), len(layer.gate_up))  # overwrites qkv
-                    torch.mm(normed, layer.gate_up.T, out=gate_up)
-                    inner = self._gate(gate_up)  # in its first half
-                rows.addmm_(inner, layer.down.T)  # rows are a view of x
-        return normalize(x, self._norm)
+        rotation = self._cos[positions], self._sin[positions]
+        self._layers(x, rotation, layout, buffers, on_pause=on_pause, scales=scales)
+        return self._layers.normalize(x, self._norm, buffers)
 
 
 def _rotary_tables(
@@ -367,38 +310,3 @@ def _query_scales(
     blocks = torch.arange(max_tokens) // rope.original_max_position_embeddings
     scales = 1 + rope.llama_4_scaling_beta * torch.log(1.0 + blocks)
     return rope.original_max_position_embeddings, scales.to(placement.device, placement.dtype)
-
-
-def _load(
-    weights: Weights, prefix: str, config: ModelConfig, packs_weights: bool
-) -> tuple[Tensor, list[LlamaLayer], Tensor]:
-    """Return the embedding table, the layers and the weight of the last norm."""
-
-    def take(name: str, *shape: int) -> Tensor:
-        return weights(prefix + name, *shape)
-
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    embedding = take("embed_tokens.weight", config.vocab_size, hidden)
-    layers = []
-    for n in range(config.layers):
-        at, mlp = f"layers.{n}.self_attn", f"layers.{n}.mlp"
-        gate = take(f"{mlp}.gate_proj.weight", inner, hidden)
-        up = take(f"{mlp}.up_proj.weight", inner, hidden)
-        layers.append(
-            LlamaLayer(
-                attention_norm=take(f"layers.{n}.input_layernorm.weight", hidden),
-                qkv=torch.cat(
-                    [
-                        take(f"{at}.q_proj.weight", q, hidden),
-                        take(f"{at}.k_proj.weight", kv, hidden),
-                        take(f"{at}.v_proj.weight", kv, hidden),
-                    ]
-                ),
-                o=take(f"{at}.o_proj.weight", hidden, q),
-                mlp_norm=take(f"layers.{n}.post_attention_layernorm.weight", hidden),
-                gate_up=pack(gate, up) if packs_weights else torch.cat([gate, up]),
-                down=take(f"{mlp}.down_proj.weight", hidden, inner),
-            )
-        )
-    return embedding, layers, take("norm.weight", hidden)

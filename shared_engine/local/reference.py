@@ -1,10 +1,10 @@
 """Vectors and scores computed by transformers' own classes, for `nemoretriever check --reference`.
 
 The engine has a forward pass of its own, because transformers pads batches, needs remote code for
-these checkpoints, and accepts configurations that it does not compute. Here its stock `LlamaModel`
-or `Ministral3Model`, or its `InternVLModel` of a `SiglipVisionModel` and a `LlamaModel`, computes
-the checkpoint: one input at a time, in float32, with a mask that hides no token. Only the tiles of
-an image are cut by this package.
+these checkpoints, and accepts configurations that it does not compute. Here its stock `LlamaModel`,
+`Ministral3Model` or `Mistral3Model`, or its `InternVLModel` of a `SiglipVisionModel` and a
+`LlamaModel`, computes the checkpoint: one input at a time, in float32, with a mask that hides no
+token. Only the images are cut or resized by this package.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from shared_engine import images
 from shared_engine._lazy import needs_extra
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.local.checkpoint import Checkpoint, resolve, weight_files
+from shared_engine.local.config import PIXTRAL_MEAN, PIXTRAL_STD
+from shared_engine.local.vision import PixtralVision
 from shared_engine.local.weights import common_name, is_unused
 from shared_engine.options import EngineOptions
 
-_NAMED = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype")
+_NAMED = (
+    "architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype",
+)  # fmt: skip
 """Fields of a config that name a class or a dtype."""
 _HEAD = "score.weight"
 """Name of the tensor (1, hidden) that turns a mean into a score."""
@@ -94,12 +97,19 @@ class Reference:
         inputs: dict[str, Any] = {}
         vision = self._checkpoint.vision
         if document.image is not None and vision is not None:
-            tiles = images.cut_tiles(document.image, vision.max_tiles, vision.tile_size)
-            pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float()  # (n, 3, size, size)
-            inputs["pixel_values"] = pixels / 127.5 - 1
-            context = "<IMG_CONTEXT>" * (vision.tokens_per_tile * len(tiles))
-            prompt += f"<img>{context}</img> "
-        ids = torch.tensor([self._tokenizer.encode(prompt + before + (document.text or "")).ids])
+            image = np.asarray(vision.prepare(document.image, urls=False, on_device=False))
+            pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float()  # (n, 3, height, width)
+            if isinstance(vision, PixtralVision):
+                center, width = torch.tensor([PIXTRAL_MEAN, PIXTRAL_STD]).view(2, 3, 1, 1)
+                inputs["pixel_values"] = (pixels / 255 - center) / width
+                inputs["image_sizes"] = [image.shape[1:3]]
+            else:
+                inputs["pixel_values"] = pixels / 127.5 - 1
+            prompt += "".join(vision.lay_out(image, vision.names)) + " "
+        text = prompt + before + (document.text or "")
+        if vision is not None and vision.guards_text:
+            text = text.rstrip()
+        ids = torch.tensor([self._tokenizer.encode(text).ids])
         mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1])  # additive: every token attends to all
         states = self._model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
         mean: torch.Tensor = states.last_hidden_state[0].mean(dim=0)
@@ -115,6 +125,9 @@ def _create(config: dict[str, Any]) -> torch.nn.Module:
         LlamaModel,
         Ministral3Config,
         Ministral3Model,
+        Mistral3Config,
+        Mistral3Model,
+        PixtralVisionConfig,
         SiglipVisionConfig,
     )
 
@@ -124,6 +137,13 @@ def _create(config: dict[str, Any]) -> torch.nn.Module:
     if config["architectures"] == ["Ministral3Model"]:
         ministral: torch.nn.Module = Ministral3Model(Ministral3Config(**stock(config)))
         return ministral
+    if config["architectures"] == ["Mistral3Model"]:
+        parts: dict[str, Any] = {
+            "text_config": Ministral3Config(**stock(config["text_config"])),
+            "vision_config": PixtralVisionConfig(**stock(config["vision_config"])),
+        }
+        mistral: torch.nn.Module = Mistral3Model(Mistral3Config(**stock(config) | parts))
+        return mistral
     if "vision_config" not in config:
         model: torch.nn.Module = LlamaModel(LlamaConfig(**stock(config)))
         return model
@@ -142,7 +162,7 @@ def _create(config: dict[str, Any]) -> torch.nn.Module:
 
 
 def _read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Return the tensors of a checkpoint under transformers' names, in float32."""
+    """Return the tensors of a checkpoint under transformers' names, dequantized to float32."""
     tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(checkpoint.folder):
         for key, tensor in load_file(checkpoint.folder / file).items():
@@ -153,4 +173,7 @@ def _read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
                         name = new_prefix + name.removeprefix(prefix)
                         break
                 tensors[name] = tensor.float()
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("weight_scale")}
+    for name, scale in scales.items():  # of weights in FP8
+        tensors[name.removesuffix("_scale")] *= scale
     return tensors

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.device import Placement
+from shared_engine.local.layers import no_pause
 from shared_engine.local.memory import Buffer, to_device
 from shared_engine.local.resize import cut_on_device
+from shared_engine.local.vision import TiledVision
 from shared_engine.local.vision_cache import KeyedImage, VisionCache
 from shared_engine.local.weights import Weights
 
@@ -34,10 +36,6 @@ _CONNECTOR_EPS = 1e-5
 _MAX_TILES = 8
 """Maximum number of tiles of a forward pass. For each number of tiles, cuDNN plans attention, which
 takes 23 to 440 ms (published figures). More than 8 tiles do not use a GPU better (estimated)."""
-
-
-def no_pause() -> None:
-    """Do nothing; the default of `on_pause`."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class VisionTower:
             CheckpointError: a tensor is missing or has another shape.
         """
         vision = checkpoint.vision
-        assert vision is not None
+        assert isinstance(vision, TiledVision)
         tower = vision.tower
         self.context_token = vision.context_token
         self._device, self._dtype = placement.device, placement.dtype

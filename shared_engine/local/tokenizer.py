@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,11 @@ from tokenizers import Tokenizer
 from shared_engine.documents import Role
 from shared_engine.errors import CheckpointError, ImageTooLargeError, InputTooLongError
 from shared_engine.local.checkpoint import Checkpoint
-from shared_engine.local.config import VisionConfig, refuse
+from shared_engine.local.config import refuse
 from shared_engine.options import Truncate
+
+if TYPE_CHECKING:
+    from shared_engine.images.tiles import Tiles
 
 TokenIds = NDArray[np.int32]
 
@@ -31,7 +34,7 @@ _MARGIN = 512
 _MAX_WORD = 128
 """Characters that are searched for white space next to a cut."""
 _SPACE = re.compile(r"\s")
-_IMAGE_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
+_GUARD = "\u200c"
 
 
 @contextmanager
@@ -59,10 +62,15 @@ class TextTokenizer:
             raise CheckpointError(f"{checkpoint.folder} has no tokenizer.json")
         try:
             content = path.read_text(encoding="utf-8")
-            if checkpoint.vision:
-                content, names = _hide_image_tokens(content)
+            vision = checkpoint.vision
+            names = list(vision.names) if vision else []
+            if vision and not vision.guards_text:
+                content, names = _hide_tokens(content, names)
             with _panics_as_errors():
                 self._tokenizer = Tokenizer.from_str(content)
+                self._guards_text = self._tokenizer.encode_special_tokens = bool(
+                    vision and vision.guards_text
+                )
                 self._tokenizer.no_truncation()
                 self._tokenizer.no_padding()
                 # Kept by truncation: BOS and prefix, without the last space, which joins the text.
@@ -71,6 +79,13 @@ class TextTokenizer:
                     for role, prompt in checkpoint.prompts.items()
                 }
                 prompt = self._tokenizer.encode(checkpoint.prompts.get("document", "")).ids
+                # After these characters, the tokenizer removes the guard of NVIDIA's processor,
+                # which keeps special tokens out of texts. One that a user wrote must stay.
+                self._guarded = [
+                    character
+                    for character in ("[<" if self._guards_text else "")
+                    if self._ids_of(character) == self._ids_of(character + _GUARD)
+                ]
         except Exception as exc:  # the library raises a bare Exception
             raise CheckpointError(f"{path} cannot be read: {exc}") from exc
         if dropout := getattr(self._tokenizer.model, "dropout", None):
@@ -87,21 +102,16 @@ class TextTokenizer:
                 f"{path} has a token with id {self.size - 1}; expected ids below {rows}, the "
                 "number of tokens or vocab_size of config.json"
             )
-        if checkpoint.vision:
-            self._prepare_for_images(checkpoint.vision, prompt, names, path)
-
-    def _prepare_for_images(
-        self, vision: VisionConfig, prompt: list[int], names: list[str], path: Path
-    ) -> None:
-        start, context, end = (self._tokenizer.token_to_id(name) for name in names)
-        if start is None or end is None or context != vision.context_token:
-            raise CheckpointError(
-                f"{path} has {', '.join(_IMAGE_TOKENS)} as {start}, {context}, {end}; expected "
-                f"three ids, the second {vision.context_token} (img_context_token_id)"
-            )
-        self._before_image = np.array([*prompt, start], np.int32)
-        self._tile = np.full(vision.tokens_per_tile, context, np.int32)
-        self._after_image = np.array([end], np.int32)
+        self._vision, self._before_image = vision, prompt
+        self._image_tokens = [self._tokenizer.token_to_id(name) for name in names]
+        if vision:
+            ids = dict(zip(vision.names, self._image_tokens, strict=True))
+            if None in ids.values() or ids[vision.context_name] != vision.context_token:
+                raise CheckpointError(
+                    f"{path} has {', '.join(ids)} as {', '.join(map(str, ids.values()))}; expected "
+                    f"three ids, that of {vision.context_name} {vision.context_token}, as in "
+                    "config.json"
+                )
 
     @_panics_as_errors()
     def encode(
@@ -149,42 +159,42 @@ class TextTokenizer:
 
     @_panics_as_errors()
     def encode_with_image(
-        self, tiles: int, text: str, truncate: Truncate, query: str | None = None
+        self, image: Tiles, text: str, truncate: Truncate, query: str | None = None
     ) -> TokenIds:
-        """Return the ids of an image with a text, at most `limit_with_image`.
+        """Return the ids of a prepared image with a text, at most `limit_with_image`.
 
-        They are the prefix of a document, `<img>`, `<IMG_CONTEXT>` for each row of each tile,
-        `</img>`, a space, the prompt of the query if there is one, and the text, which may be
-        empty. Only the text is cut.
+        They are the prefix of a document, the tokens of the image, a space, the prompt of the query
+        if there is one, and the text, which may be empty. Only the text is cut.
 
         Raises:
             ImageTooLargeError: the image alone exceeds the limit.
             InputTooLongError: image and text exceed the limit, and `truncate` is "NONE"; or image
                 and query leave no space for a text.
         """
+        assert self._vision is not None
         limit = self.limit_with_image
-        image = np.concatenate([self._before_image, *[self._tile] * tiles, self._after_image])
-        if len(image) > limit:
+        start = [*self._before_image, *self._vision.lay_out(image, self._image_tokens)]
+        if len(start) > limit:
             raise ImageTooLargeError(
-                f"has an image of {len(image)} tokens; the limit is {limit}; use a smaller "
-                "max_tiles or a larger max_tokens",
+                f"has an image of {len(start)} tokens; the limit is {limit}; use "
+                f"{self._vision.smaller} or a larger max_tokens",
             )
-        before, free = " ", limit - len(image)
+        before, free = " ", limit - len(start)
         if query is not None:
             before += self._prompt_of(query)
             tokens = len(self._tokenizer.encode(before, add_special_tokens=False).ids)
             if tokens >= free:
                 raise InputTooLongError(
-                    f"has an image of {len(image)} tokens for a query of {tokens}; expected less "
-                    f"than {limit} together; use a smaller max_tiles or a shorter query",
-                    tokens=len(image) + tokens,
+                    f"has an image of {len(start)} tokens for a query of {tokens}; expected less "
+                    f"than {limit} together; use {self._vision.smaller} or a shorter query",
+                    tokens=len(start) + tokens,
                     limit=limit,
                 )
         ((words, is_whole),) = self._encode(before, [text], free, truncate, special=False)
-        ids = np.concatenate([image, words])
+        ids = np.concatenate([np.array(start, np.int32), words])
         if len(ids) <= limit:
             return ids
-        cut = _cut(ids, len(image), limit, truncate, is_whole)
+        cut = _cut(ids, len(start), limit, truncate, is_whole)
         if isinstance(cut, InputTooLongError):
             raise cut
         return cut
@@ -243,15 +253,26 @@ class TextTokenizer:
         characters = _CHARACTERS_PER_TOKEN * enough
         parts = [shorten(text, characters, truncate) for text in texts]
         encodings = self._tokenizer.encode_batch_fast(
-            [before + part for part in parts], add_special_tokens=special
+            [self._join(before, part) for part in parts], add_special_tokens=special
         )
         for text, first, encoding in zip(texts, parts, encodings, strict=True):
             part, ids, length = first, encoding.ids, characters
             while part is not text and len(ids) < enough:
                 length = length * max(2, 1 + enough // (len(ids) + 1))
                 part = shorten(text, length, truncate)
-                ids = self._tokenizer.encode(before + part, add_special_tokens=special).ids
+                ids = self._tokenizer.encode(
+                    self._join(before, part), add_special_tokens=special
+                ).ids
             yield np.array(ids, np.int32), part is text
+
+    def _join(self, before: str, text: str) -> str:
+        for character in self._guarded:
+            text = text.replace(character, character + _GUARD)
+        return (before + text).rstrip() if self._guards_text else before + text
+
+    def _ids_of(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
 
 def _count_equal(a: Sequence[int], b: Sequence[int]) -> int:
@@ -294,13 +315,13 @@ def _cut(
     )
 
 
-def _hide_image_tokens(content: str) -> tuple[str, list[str]]:
-    """Return a tokenizer.json with random names for the image tokens, and the names.
+def _hide_tokens(content: str, names: list[str]) -> tuple[str, list[str]]:
+    """Return a tokenizer.json with random names for some tokens, and these names.
 
     Then `<IMG_CONTEXT>` in a text is ordinary text and cannot move an image.
     """
     parsed = json.loads(content)
-    names = {name: f"{name}{secrets.token_hex(16)}" for name in _IMAGE_TOKENS}
+    hidden = {name: f"{name}{secrets.token_hex(16)}" for name in names}
     for token in parsed.get("added_tokens") or ():
-        token["content"] = names.get(token["content"], token["content"])
-    return json.dumps(parsed), list(names.values())
+        token["content"] = hidden.get(token["content"], token["content"])
+    return json.dumps(parsed), list(hidden.values())

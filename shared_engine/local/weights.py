@@ -1,4 +1,8 @@
-"""Read the tensors of a checkpoint by name, one at a time, directly to the device."""
+"""Read the tensors of a checkpoint by name, one at a time, directly to the device.
+
+Weights in FP8 are dequantized. Source of their layout: NVIDIA's Model Optimizer, which stores a
+`weight` as float8_e4m3fn and the number to multiply it with as `weight_scale`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,14 @@ from shared_engine.local.checkpoint import Checkpoint, weight_files
 from shared_engine.local.device import Placement
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_UNUSED = ("lm_head.weight", "rotary_emb.inv_freq", "embeddings.position_ids")
+_UNUSED = (
+    "lm_head.weight",
+    "rotary_emb.inv_freq",
+    "embeddings.position_ids",
+    ".input_scale",  # of activations, which the engine does not quantize
+    ".k_scale",  # of a KV cache, which an encoder does not have
+    ".v_scale",
+)
 _UNUSED_PARTS = (
     "vision_model.head.",  # SigLIP's attention pooling, which no model of ours runs
     "language_model.score.",  # a second head in some exports of rerankers
@@ -40,6 +51,9 @@ class Weights:
             CheckpointError: a file is missing or cannot be read.
         """
         self._folder, self._placement = checkpoint.folder, placement
+        self._is_fp8 = checkpoint.is_fp8
+        # Devices other than these may not support FP8.
+        device = placement.device if placement.device.type == "cuda" else "cpu"
         self._remaining: dict[str, tuple[Any, str]] = {}
         for name in weight_files(self._folder):
             path = self._folder / name
@@ -48,7 +62,7 @@ class Weights:
                     f"{self._folder} has no {name}; the engine reads only safetensors"
                 )
             try:
-                file = safe_open(path, framework="pt", device=str(placement.device))
+                file = safe_open(path, framework="pt", device=str(device))
             except (SafetensorError, OSError) as exc:
                 raise CheckpointError(f"{path} cannot be read: {exc}") from exc
             for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
@@ -63,8 +77,21 @@ class Weights:
         """Return a tensor in `dtype`, by default the placement's; each can be read once.
 
         Raises:
-            CheckpointError: the tensor is missing, has another shape, or holds integers.
+            CheckpointError: the tensor or its scale is missing, has another shape or a dtype that
+                is not supported.
         """
+        tensor = self._read(name, *shape)
+        if tensor.dtype == torch.float8_e4m3fn and self._is_fp8:
+            tensor = tensor.float() * self._read(f"{name}_scale").float()
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self._folder}: tensor {name!r} has dtype {tensor.dtype}; expected one of "
+                f"{', '.join(map(str, _DTYPES))}, or torch.float8_e4m3fn with quant_algo FP8 in "
+                "quantization_config of config.json"
+            )
+        return tensor.to(self._placement.device, dtype or self._placement.dtype)
+
+    def _read(self, name: str, *shape: int) -> Tensor:
         try:
             file, key = self._remaining.pop(name)
         except KeyError:
@@ -78,12 +105,7 @@ class Weights:
                 f"{self._folder}: tensor {key!r} has shape {tuple(tensor.shape)}; expected "
                 f"{shape}, as in config.json"
             )
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{self._folder}: tensor {key!r} has dtype {tensor.dtype}; expected one of "
-                f"{', '.join(map(str, _DTYPES))}, because quantized weights are not supported"
-            )
-        return tensor.to(dtype or self._placement.dtype)
+        return tensor
 
     def check_nothing_left(self) -> None:
         """Raise a CheckpointError if a tensor was not read: config.json is of another model."""

@@ -67,7 +67,7 @@ def one_round(embedder: Embedder, paths: dict[str, list[Path]], max_tiles: int) 
         out[f"decode {kind}"] = (time.perf_counter() - start) / len(files)
     backend: Any = embedder.load()
     encoder = backend._encoders[0]
-    ids = [backend._tokenizer.encode_with_image(len(tiles), "", "NONE") for tiles in cut]
+    ids = [backend._tokenizer.encode_with_image(tiles, "", "NONE") for tiles in cut]
     kept, encoder._vision = encoder._vision, Timed(encoder._vision, encoder.device)
     start = time.perf_counter()
     for one, tiles in zip(ids, cut, strict=True):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from shared_engine import Options, Reranker, RerankOptions
 from shared_engine.cli.main import main
@@ -43,6 +46,32 @@ def test_a_server_is_compared_with_the_local_model(checkpoint, tmp_path, capsys)
         assert main(["check", "--model", str(checkpoint)]) == 0
         assert "\nserver: " not in capsys.readouterr().out
     assert main(["check", "--base-url", "http://127.0.0.1:9"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("noise", "code", "verdict"),
+    [
+        (0.0, 0, r"interchangeable: smallest cosine (1\.|0\.999)\d+, required 0\.999"),
+        (0.006, 0, r"interchangeable if the server computes in FP8: smallest cosine 0\.99\d+"),
+        (1.0, 1, r"not interchangeable: smallest cosine"),
+    ],
+)
+def test_a_server_in_fp8_has_a_verdict_of_its_own(noise, code, verdict, checkpoint, capsys):
+    """Noise in the weights stands for FP8, which a CPU does not compute in."""
+    folder = shutil.copytree(checkpoint, checkpoint.parent / f"noise {noise}")
+    torch.manual_seed(0)
+    tensors = {
+        name: (tensor.float() * (1 + noise * torch.randn(tensor.shape))).to(tensor.dtype)
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with running(Options(model=str(folder), device="cpu")) as server:
+        at = ["--base-url", server.url, "--dtype", "float32"]
+        assert main(["check", "--model", str(checkpoint), *at]) == code
+    printed = capsys.readouterr().out
+    assert re.search(f"\nlocal and server: {verdict}", printed), printed
+    assert ("NVIDIA" in printed) == ("FP8" in verdict)
+    assert re.search(r"\nlocal and server: \d+ % of the pairs of documents", printed)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -117,7 +117,7 @@ def test_an_unreachable_hub_is_a_clear_error():
         ("pooling", "cls"),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
-        ("quantization_config", {"quant_method": "modelopt"}),
+        ("quantization_config", {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
         ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
     ],
 )

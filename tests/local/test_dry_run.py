@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,13 +17,16 @@ from torch._subclasses import fake_tensor
 from shared_engine.images.tiles import Picture
 from shared_engine.local import attention, device, elementwise, resize, siglip
 from shared_engine.local.checkpoint import Checkpoint
-from shared_engine.local.config import TowerConfig, VisionConfig
+from shared_engine.local.config import PixtralConfig, TowerConfig
 from shared_engine.local.llama import Encoder
+from shared_engine.local.vision import PixtralVision, TiledVision
 from tests.support.configs import config
 from tests.support.fake_gpu import CUDA, Log, fake_gpu
 
 TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "image_size": 512, "patch_size": 16}
 TOWER |= {"num_hidden_layers": 2, "num_attention_heads": 16}
+PIXTRAL = {"hidden_size": 1024, "intermediate_size": 4096}
+PIXTRAL |= {"num_hidden_layers": 2, "num_attention_heads": 16}
 CONTEXT = 7
 PAGE = np.zeros((1650, 1275, 3), np.uint8)
 UNIFORM = [512] * 32
@@ -38,7 +42,7 @@ def checkpoint(name: str, with_images: bool = False) -> Checkpoint:
         folder=Path(),
         name="dry",
         config=config(name).model_copy(update={"layers": LAYERS}),
-        vision=VisionConfig(tower, CONTEXT, 12) if with_images else None,
+        vision=TiledVision(tower, CONTEXT, 12) if with_images else None,
         prompts={},
         max_tokens=8192,
         max_tokens_with_image=10_240,
@@ -145,6 +149,30 @@ def test_a_step_of_pages(new_varlen, cols, rows, tiles):
     places = 8 * 2 * 256 * tiles
     assert sum(log.to_device) == pixels + texts + places
     assert len(log.to_device) == 2 + 3 + 1
+    assert log.to_host == [4 * 2048 * 3]
+
+
+@BRANCHES
+def test_a_step_of_whole_images_is_one_pass(new_varlen):
+    """Pixtral: images of any size share the layers of a pass, and nothing waits for the device."""
+    tower = PixtralConfig.model_validate(
+        {"model_type": "pixtral", "hidden_act": "silu", "patch_size": 14, **PIXTRAL}
+    )
+    model = replace(checkpoint("1B"), vision=PixtralVision(tower, CONTEXT, 1540))
+    images = [np.zeros((1, 28 * rows, 28 * cols, 3), np.uint8) for rows, cols in [(5, 3), (2, 7)]]
+    ids = [np.full(50, 100, np.int32) for _ in range(3)]
+    ids[0][1:16], ids[2][1:15] = CONTEXT, CONTEXT
+    with fake_gpu(new_varlen=new_varlen):
+        (placement,) = device.select_devices("cuda", "auto", None, model.config)
+        encoder = Encoder(model, placement)
+        tiles = [images[0], None, images[1]]
+        encoder(ids, tiles)
+        with Log() as log:
+            encoder(ids, tiles)._arrived.synchronize()
+    assert log.findings == []
+    assert log.kernels["attend"] == log.kernels["rotate_"] == log.kernels["gate_"] == 2 * LAYERS
+    pixels = sum(image.nbytes for image in images)
+    assert sum(log.to_device) == pixels + 4 * 3 + 4 * (2 * 150 + 4) + 8 * (15 + 14)
     assert log.to_host == [4 * 2048 * 3]
 
 

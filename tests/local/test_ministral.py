@@ -21,6 +21,7 @@ from shared_engine import CheckpointError, Embedder, Options
 from shared_engine.catalogue import lookup
 from tests.support.checkpoints import (
     PROMPTS,
+    YARN_ROPE,
     Shape,
     text_sizes,
     tokenizer,
@@ -28,17 +29,6 @@ from tests.support.checkpoints import (
     write_tokenizer,
 )
 
-ROPE = {
-    "rope_type": "yarn",
-    "rope_theta": 1_000_000.0,
-    "factor": 16.0,
-    "original_max_position_embeddings": 32,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
 TEXTS = ["", "A text.", "The quick brown fox jumps over the lazy dog. " * 4, "many words " * 120]
 
 
@@ -54,7 +44,7 @@ def build(folder: Path, rope: dict[str, Any] | None = None, **changes: Any) -> P
         num_key_value_heads=1,
         head_dim=32,  # 3 x 32 is not the hidden size
         max_position_embeddings=2048,
-        rope_parameters={**ROPE, **(rope or {})},
+        rope_parameters={**YARN_ROPE, **(rope or {})},
         bos_token_id=0,
         pad_token_id=None,
         is_causal=False,

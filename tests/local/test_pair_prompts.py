@@ -62,7 +62,7 @@ def test_a_pair_of_texts(query, passage, text_tokenizer, vl_tokenizer):
 @pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize(("passage", "end"), [("", ""), ("the dog", " t he Ġdog")])
 def test_an_image_comes_first(passage, end, tiles, vl_tokenizer):
-    ids = vl_tokenizer.encode_with_image(tiles, passage, "NONE", "a <image> dog?").tolist()
+    ids = vl_tokenizer.encode_with_image(range(tiles), passage, "NONE", "a <image> dog?").tolist()
     context = " ".join(["<IMG_CONTEXT>"] * 4 * tiles)
     pair = f"Ġqu e st io n : a {IMAGE} Ġdog ? {PASSAGE}{end}"
     assert tokens(vl_tokenizer, ids) == f"{BOS} <img> {context} </img> {pair}"

@@ -204,11 +204,11 @@ def test_a_very_long_caption_is_cut_to_the_limit(tmp_path):
     for seed in range(6):
         text = runs(HUGE, seed)
         words = vl_tokenizer().encode(f" {text}", add_special_tokens=False).ids
-        image = tokens.encode_with_image(2, "", "NONE")[:-1]  # and the space
-        got = tokens.encode_with_image(2, text, "END")
+        image = tokens.encode_with_image(range(2), "", "NONE")[:-1]  # and the space
+        got = tokens.encode_with_image(range(2), text, "END")
         assert list(got) == cut_whole([*image, *words], len(image), LIMIT, "END")
-        start = tokens.encode_with_image(2, text, "START")
+        start = tokens.encode_with_image(range(2), text, "START")
         assert (len(start), list(start[: len(image)])) == (LIMIT, [*image])
         with pytest.raises(InputTooLongError) as error:
-            tokens.encode_with_image(2, text, "NONE")
+            tokens.encode_with_image(range(2), text, "NONE")
         assert LIMIT < error.value.tokens <= len(image) + len(words)

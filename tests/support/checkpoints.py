@@ -38,6 +38,19 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+# Of Nemotron-3, with an original length so small that it acts in short texts.
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1_000_000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
 # A linear layer of gain g turns inputs of size 1 into outputs of size g. At 2 attention scores
 # spread by 4: peaked enough that mask, positions and prefix show in the mean of a long text, and
 # float32 still gives vectors right to about 1e-6.

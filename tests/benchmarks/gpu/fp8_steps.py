@@ -60,26 +60,27 @@ def use_fp8(encoder: Any) -> Iterator[None]:
     """Let an encoder compute so, without graphs."""
     weights = [
         [quantize(weight) for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        for layer in encoder._layers
+        for layer in encoder._layers.all
     ]
 
     def forward(x: Tensor, positions: Tensor, layout: Any, buffers: Any, *_: Any) -> Tensor:
         cos, sin = encoder._cos[positions], encoder._sin[positions]
-        heads, qk_heads = encoder._heads, encoder._heads + encoder._kv_heads
+        layers = encoder._layers
+        heads, qk_heads = layers.heads, layers.heads + layers.kv_heads
 
         def normalize(weight: Tensor) -> Tensor:
-            return F.rms_norm(x, (x.shape[-1],), weight, encoder._eps)
+            return F.rms_norm(x, (x.shape[-1],), weight, layers.eps)
 
         def product(x: Tensor, weight: Scaled) -> Tensor:
             return multiply(quantize(x), weight, x.dtype)
 
-        for layer, (qkv_weight, o, gate_up, down) in zip(encoder._layers, weights, strict=True):
+        for layer, (qkv_weight, o, gate_up, down) in zip(layers.all, weights, strict=True):
             qkv = product(normalize(layer.attention_norm), qkv_weight)
-            qkv = qkv.view(len(x), -1, encoder._head_dim)
-            qk = encoder._rotate(qkv[:, :qk_heads], cos, sin, buffers.hidden)
+            qkv = qkv.view(len(x), -1, layers.head_dim)
+            qk = layers.rotate(qkv[:, :qk_heads], cos, sin, buffers.hidden)
             q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, qk_heads:]
-            x.add_(product(encoder._attend(q, k, v, layout).flatten(1), o))
-            inner = encoder._gate(product(normalize(layer.mlp_norm), gate_up))
+            x.add_(product(layers.attend(q, k, v, layout).flatten(1), o))
+            inner = layers.gate(product(normalize(layer.mlp_norm), gate_up))
             x.add_(product(inner, down))
         return normalize(encoder._norm)
 

@@ -281,7 +281,7 @@ def measure_pages(bench: Bench) -> None:
             bench.add(f"{name}, decoding alone", decode_rate(bench, files, vision), "pages/s")
             some = pictures[: 8 if max_tiles == 1 else 1]
             encode = backend._tokenizer.encode_with_image
-            ids = [encode(len(picture), "", "NONE") for picture in some]
+            ids = [encode(picture, "", "NONE") for picture in some]
             seconds = bench.time_on_device(encoder, ids, some)
             bench.add(f"{name}, a step", len(some) / seconds, "pages/s")
             if max_tiles > 1:
