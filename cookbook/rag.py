@@ -20,7 +20,6 @@ import os
 import sys
 import textwrap
 import uuid
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,7 +27,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import handbook  # beside this file, as are the next three and `sections`
+import chat  # beside this file, as are the next four and `sections`
+import handbook
 import llm
 import numpy as np
 import sections as reading
@@ -72,8 +72,6 @@ TOP = 3  # sources of an answer
 CANDIDATES = 12  # of each search, before the two are fused
 CANDIDATES_TO_RERANK = 40  # of each search, and of both after they are fused
 WEIGHT_STANDIN = 0.3  # of its vectors in a search; it ranks below BM25, which has the rest
-CATALOGUE = "https://integrate.api.nvidia.com/v1"
-HOSTED_LLM = "meta/llama-3.3-70b-instruct"
 ANSWER_TOKENS = 160
 PROMPT = ChatPromptTemplate.from_messages(
     [
@@ -322,44 +320,23 @@ class Answerer(NamedTuple):
 
 @contextmanager
 def open_llm(url: str | None, name: str | None) -> Iterator[Answerer]:
-    """Give the language model that answers.
+    """Give the language model that answers: at a server that was named, or in this process.
 
     Raises:
+        ConfigurationError: as `chat.choose_server`.
         ConnectionError: no language model answers at the address, or no longer.
     """
-    from langchain_nvidia_ai_endpoints import ChatNVIDIA
-
-    key = os.environ.get("NVIDIA_API_KEY") or "none"
     prompt, shown = PROMPT, TOP
     with ExitStack() as stack:
-        if url:
-            where = f"at {url}"
-        elif key != "none":
-            url, name = CATALOGUE, name or HOSTED_LLM
-            where = "in NVIDIA's catalogue, as NVIDIA_API_KEY is set"
+        server = chat.choose_server(url, name)
+        if server:
+            where = f"at {server.url}"
         else:
-            url, name = stack.enter_context(llm.serve()), llm.NAME
+            server = chat.Server(stack.enter_context(llm.serve()), llm.NAME, None)
             prompt, shown = PROMPT_SMALL, 1
             where = f"in this process, shown the first source (an agent: all).\n{llm.CAVEAT}"
-        try:
-            with warnings.catch_warnings(action="ignore"):  # it warns of every model it knows not
-                chat = ChatNVIDIA(
-                    base_url=url,
-                    model=name,  # None is the first that the server has
-                    api_key=key,
-                    temperature=0,
-                    max_completion_tokens=ANSWER_TOKENS,
-                )
-                offered = [model.id for model in chat.available_models]
-        except Exception as exc:  # of requests, of json, or a bare one
-            reason = str(exc).strip().partition("\n")[0]
-            raise ConnectionError(f"No language model answers at {url}: {reason}") from exc
-        if not chat.model:
-            raise ConnectionError(f"The server at {url} has no language model")
-        if chat.model not in offered:
-            names = ", ".join(offered)
-            raise ConnectionError(f"{url} has no model {chat.model}; it has {names}")
-        yield Answerer(chat, f"{chat.model}, {where}", prompt, shown)
+        model = chat.connect(server, ANSWER_TOKENS)
+        yield Answerer(model, f"{model.model}, {where}", prompt, shown)
 
 
 def ask(
@@ -484,7 +461,12 @@ def options() -> argparse.ArgumentParser:
     add_rerank(made)
     made.add_argument("--docs", type=Path, help="a folder of .md, .txt and .pdf files")
     made.add_argument("--llm-url", metavar="URL", help="a NIM, or another server, that answers")
-    made.add_argument("--llm", metavar="MODEL", help="its model (default: the first that it has)")
+    made.add_argument(
+        "--llm",
+        metavar="MODEL",
+        help="its model (default: the first that it has); without --llm-url, a model of NVIDIA's "
+        "catalogue, such as meta/llama-3.3-70b-instruct",
+    )
     made.add_argument("--agent", action="store_true", help="let an agent search as it wants")
     made.add_argument("--parent", action="store_true", help="give it whole sections, not passages")
     made.add_argument(

@@ -307,7 +307,7 @@ def test_a_language_model_that_cannot_be_reached_is_an_error(
     rag: ModuleType, name: str | None
 ) -> None:
     with (
-        pytest.raises(ConnectionError, match="No language model answers at http:"),
+        pytest.raises(ConnectionError, match="no language model answers at http:"),
         rag.open_llm("http://127.0.0.1:9/v1", name),
     ):
         pytest.fail("it must not open")
@@ -337,7 +337,7 @@ def run(
     ("args", "message"),
     [
         (["--docs", "missing"], "missing is no folder"),
-        (["--llm-url", "http://127.0.0.1:9/v1"], "No language model answers"),
+        (["--llm-url", "http://127.0.0.1:9/v1"], "no language model answers"),
         (["--weight", "2"], "is from 0 to 1"),
     ],
 )
