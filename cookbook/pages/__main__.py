@@ -2,8 +2,9 @@
 
     files.py ....... what was sent, in a folder         access.py .... who may use the app
     index.py ....... LlamaIndex over Chroma             app.py ....... what each address answers
-    jobs.py ........ one file after the other           answer.py .... a vision LLM looks at pages
-                                                        search.py .... by words, picture or page
+    keywords.py .... BM25                               answer.py .... a vision LLM looks at pages
+    passages.py .... what of a text is one              search.py .... by words, picture or page
+    jobs.py ........ one file after the other
 
 `make pages` sets everything up and runs this; `make pages ARGS=--help` lists the options.
 """

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -144,14 +145,7 @@ class _Pages:
     # Looking
 
     def show_home(self, request: Request) -> Response:
-        given = request.query_params
-        query = Query(
-            given.get("q", "").strip()[:MAX_WORDS],
-            given.get("picture", ""),
-            given.get("like", ""),
-            given.get("kind", ""),
-        )
-        return self._show(request, query)
+        return self._show(request, _read_query(request))
 
     def _show(self, request: Request, query: Query, answer: str = "") -> Response:
         return self._render(
@@ -176,11 +170,14 @@ class _Pages:
         file, page = self._find_page(request)
         numbers = list(file.pages)
         at = numbers.index(page.number)
+        start, end = _read_span(request.query_params.get("passage", ""))
         return self._render(
             request,
             "page.html",
             file=file,
             page=page,
+            query=_read_query(request),
+            texts=(page.text[:start], page.text[start:end], page.text[end:]),
             previous=numbers[at - 1] if at else None,
             next=numbers[at + 1] if at + 1 < len(numbers) else None,
         )
@@ -290,6 +287,23 @@ class _Pages:
     def show_failure(self, request: Request, _: Exception) -> Response:
         message = "This went wrong, and it is the app's fault. The terminal says why."
         return self._render(request, "message.html", 500, message=message)
+
+
+def _read_query(request: Request) -> Query:
+    given = request.query_params
+    words = given.get("q", "").strip()[:MAX_WORDS]
+    return Query(words, *(given.get(key, "") for key in ("picture", "like", "kind")))
+
+
+def _read_span(text: str) -> tuple[int, int]:
+    """Return where a passage begins and ends; nothing where an address has it otherwise.
+
+    >>> _read_span("12-40"), _read_span("40-12"), _read_span("x")
+    ((12, 40), (0, 0), (0, 0))
+    """
+    found = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", text)
+    start, end = map(int, found.groups()) if found else (0, 0)
+    return (start, end) if start < end else (0, 0)
 
 
 @asynccontextmanager

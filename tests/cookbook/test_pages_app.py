@@ -125,7 +125,7 @@ def picture(kind: str = "PNG", size: tuple[int, int] = (40, 60), **options: Any)
 def found_pages(html: str) -> list[tuple[str, int]]:
     """Return the pages in the results, best first."""
     results = html.partition('id="results"')[2].partition("</section>")[0]
-    found = re.findall(r'<a href="/files/(\w+)/(\d+)">\s*<img', results)
+    found = re.findall(r'<a href="/files/(\w+)/(\d+)[^"]*">\s*<img', results)
     return [(file, int(number)) for file, number in found]
 
 
@@ -159,6 +159,53 @@ def test_each_kind_is_searched_by_words_and_by_page(app: App, two_pages: bytes, 
     assert found_pages(app.look("/", like=f"{file.id}-1", kind=kind)) == [(file.id, 2)]
 
 
+def leaf(*lines: str) -> pdfs.Leaf:
+    """Return a page with these lines of text."""
+    return pdfs.Leaf(
+        "".join(
+            f"BT /F1 9 Tf 9 {180 - 12 * row} Td ({line}) Tj ET " for row, line in enumerate(lines)
+        )
+    )
+
+
+def test_contents_and_page_numbers_are_no_passages(app: App) -> None:
+    dots = ". . . . . . . ."
+    contents = leaf("Contents", f"Apples {dots} 2", f"Pears {dots} 3", f"Plums {dots} 9", "iv", ".")
+    prices = leaf(f"Apples {dots} 3", f"Pears {dots} 1", f"Plums {dots} 2", "17")
+    app.send(("fruit.pdf", pdfs.write(contents, prices, leaf(dots, "12"))))
+    stored = app.index._collections["text"].get(include=["documents"])["documents"]
+    assert {text for text in stored if "Contents" in text} == {"Contents"}
+    assert all(re.search("[A-Za-z]{2}", text) for text in stored)
+    assert any("Pears" in text for text in stored), "the lines of a price list stay"
+
+
+def test_pages_are_found_by_their_words_too_and_the_passage_is_marked(app: App) -> None:
+    fruit = [leaf("The list of fruit", f"The {name} is on this page") for name in ("apple", "pear")]
+    others = [leaf(f"Nothing of note, {n}") for n in range(9)]
+    app.send(("fruit.pdf", pdfs.write(*others, *fruit)))
+    (file,) = app.files
+    html = app.look("/", q="where is a pear", kind="text")
+    assert found_pages(html)[0] == (file.id, 11)
+    assert "Nothing is near" not in html
+    (address,) = set(re.findall(rf'"(/files/{file.id}/11\?[^"]+)"', html))
+    page = app.client.get(address.replace("&amp;", "&")).text
+    assert re.search('<mark id="passage">[^<]*pear[^<]*</mark>', page)
+    assert "Back to the results" in page
+    assert '/?q=where+is+a+pear&amp;kind=text#results"' in page
+    for passage in ("9999999-99999999", "4-2", "-1-2", "x", "\u0661-\u0662"):
+        reply = app.client.get(f"/files/{file.id}/11", params={"passage": passage})
+        assert reply.status_code == 200
+        assert "is on this page" in reply.text
+
+
+def test_words_that_no_page_has_are_told(app: App) -> None:
+    app.send(("fruit.pdf", pdfs.write(*(leaf(f"The colour of fruit {n}") for n in range(9)))))
+    html = app.look("/", q="recipe for onion soup", kind="text")
+    assert "Nothing is near by its words: no page has \u201conion\u201d, " in html
+    assert "Nothing is near" not in app.look("/", q="colour of an onion", kind="text")
+    assert "Nothing is near" not in app.look("/", q="recipe for onion soup", kind="picture")
+
+
 def test_a_photographed_page_finds_itself(app: App, two_pages: bytes) -> None:
     app.send(("two.pdf", two_pages))
     (file,) = app.files
@@ -179,7 +226,7 @@ def test_a_reranker_orders_what_words_find_and_both_orders_are_shown(
     start: Callable[..., Any], request: pytest.FixtureRequest, reads: str, kind: str
 ) -> None:
     reranker: Reranker = request.getfixturevalue(reads)
-    leaves = [pdfs.Leaf(f"BT /F1 9 Tf 9 9 Td ({word}) Tj ET") for word in "abcdefghijklmn"]
+    leaves = [pdfs.Leaf(f"BT /F1 9 Tf 9 9 Td (item {word}) Tj ET") for word in "abcdefghijklmn"]
     with start() as app:
         app.send(("letters.pdf", pdfs.write(*leaves)))
         (file,) = app.files
