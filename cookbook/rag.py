@@ -38,6 +38,7 @@ from demo import (
     WIDTH,
     add_rerank,
     choose_model,
+    escape,
     open_collection,
     ordinal,
     parser,
@@ -343,11 +344,11 @@ def ask(
     question: str, stream: Iterable[dict[str, Any]], embeddings: NeMoRetrieverEmbeddings
 ) -> None:
     """Print an answer while it comes, and then its sources."""
-    print(f"\n{question}")
+    print(f"\n{escape(question)}")
     found: list[Document] = []
     for part in stream:
         found += part.get("sources", [])
-        print(part.get("answer", ""), end="", flush=True)
+        print(escape(part.get("answer", "")), end="", flush=True)
     print()
     sources = take_sources(found, len(found))
     for i, (source, cosine) in enumerate(
@@ -356,9 +357,9 @@ def ask(
         known = source.metadata
         place = f"{known['source']}, {known['place']}"
         before = f", was {ordinal(known['before'])}" if "before" in known else ""
-        print(f"  [{i}] {place}, cosine {cosine:.3f}{before}")
+        print(f"  [{i}] {escape(place)}, cosine {cosine:.3f}{before}")
         text = source.page_content.removeprefix(known["title"])
-        print(" " * 6 + textwrap.shorten(text, WIDTH - 6, placeholder=" ..."))
+        print(" " * 6 + escape(textwrap.shorten(text, WIDTH - 6, placeholder=" ...")))
 
 
 def compare(

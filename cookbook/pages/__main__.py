@@ -90,7 +90,10 @@ def serve(args: Namespace) -> None:
         try:
             index = Index(folder / "index", model.embed_model)
         except ChromaError as exc:
-            sys.exit(f"\nThe store does not work ({exc}). Delete its folder to start it anew.")
+            sys.exit(
+                f"\nThe index does not work ({exc}). Delete the folder {folder / 'index'}; the "
+                "next start builds it again from the files."
+            )
         app = create_app(
             Files(folder / "files"),
             index,

@@ -90,13 +90,17 @@ class Index:
 
     def add(self, pages: Sequence[Page]) -> None:
         """Embed the pages that are not there yet."""
-        ids = [page.id for page in pages]
-        stored = set(self._collections["both"].get(ids, include=[])["ids"])  # which is added last
-        new = [page for page in pages if page.id not in stored]
+        new = self.lacks(pages)
         for kind in KINDS:
             if nodes := [node for page in new if (node := _node(page, kind))]:
                 for pipeline in self._pipelines[kind]:
                     pipeline.run(nodes=nodes)
+
+    def lacks(self, pages: Iterable[Page]) -> list[Page]:
+        """Return the pages that are not there."""
+        known = {page.id: page for page in pages}
+        stored = self._collections["both"].get(list(known), include=[])["ids"]  # added last
+        return [page for id_, page in known.items() if id_ not in set(stored)]
 
     def remove(self, file: str) -> None:
         """Forget the pages of a file."""

@@ -53,6 +53,10 @@ class Jobs:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._worker = ThreadPoolExecutor(1, "pages")
+        for file in files:
+            if index.lacks(file.pages.values()):
+                _log.warning("%s is indexed again: the index lacks its pages", file.name)
+                files.reopen(file)
         index.forget_others(file.id for file in (*files, *files.unfinished))
         for file in files.unfinished:
             self._start(file, file.name)

@@ -139,10 +139,9 @@ class Search:
 
     def get_page(self, id_: str) -> tuple[File, Page] | None:
         """Return a page and its file by the page's id."""
-        file_id, _, number = id_.partition("-")
-        file = self._files.get(file_id)
-        page = file.pages.get(int(number)) if file and number.isdecimal() else None
-        return (file, page) if file and page else None
+        file = self._files.get(id_.partition("-")[0])
+        pages = file.pages.values() if file else ()
+        return next(((file, page) for page in pages if file and page.id == id_), None)
 
     def find(self, query: Query) -> Results | None:
         """Return what a query finds; None where nothing is asked."""

@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import io
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import handbook
+import httpx
 import pages.app
 import pages.index
 import pages.jobs
 import pytest
+import uvicorn
+from chat import Server
 from pages.__main__ import find_files
+from pages.answer import Answerer
 from pages.app import create_app
 from pages.files import Files
 from pages.index import KINDS, Index
@@ -30,6 +36,7 @@ from starlette.testclient import TestClient
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import EmbeddingInput, Reranker, RerankOptions
 from tests.support import pdfs
+from tests.support.chat_server import serve_chat
 from tests.support.image_files import write_tiff
 from tests.support.rerankers import build_reranker, build_vl_reranker
 from tests.support.vl_checkpoints import VLShape, build_vl_checkpoint
@@ -555,3 +562,129 @@ def test_a_fault_of_the_program_is_told_without_its_trace(
         assert reply.status_code == 500
         assert "That did not work" in reply.text
         assert "secret detail" not in reply.text
+        assert reply.headers["content-security-policy"].startswith("default-src 'self';")
+
+
+# Bad luck and load
+
+
+def test_a_file_is_deleted_once_however_often_it_is_asked(app: App, two_pages: bytes) -> None:
+    app.send(("two.pdf", two_pages))
+    (file,) = app.files
+    threads = [threading.Thread(target=app.jobs.remove, args=(file,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _ in range(2):
+        reply = app.client.post(f"/files/{file.id}/delete", follow_redirects=False)
+        assert reply.status_code == 303
+    app.send(("two.pdf", two_pages))
+    assert len(list(app.files)) == 1
+
+
+def test_a_picture_that_is_gone_is_not_found(app: App, two_pages: bytes) -> None:
+    app.send(("two.pdf", two_pages))
+    (file,) = app.files
+    file.pages[1].picture.unlink()
+    file.pages[1].thumb.unlink()
+    for name in ("1.png", "1.webp"):
+        assert app.client.get(f"/files/{file.id}/{name}").status_code == 404
+    assert app.client.get(f"/files/{file.id}/1").status_code == 200
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "\u0663", "1e3", "-1", "%00"])
+def test_an_odd_number_in_an_address_is_not_found(app: App, two_pages: bytes, number: str) -> None:
+    app.send(("two.pdf", two_pages))
+    (file,) = app.files
+    for end in (number, f"{number}.png"):
+        assert app.client.get(f"/files/{file.id}/{end}").status_code == 404
+    assert app.client.post(f"/messages/{number}/dismiss").status_code == 404
+    assert "has been deleted" in app.look("/", like=f"{file.id}-{number}")
+
+
+@pytest.mark.parametrize("content", ["", '{"name": "two', "[]", '{"name": 1}', "null"])
+def test_a_damaged_entry_of_the_store_is_skipped_or_made_anew(
+    start: Callable[..., Any],
+    two_pages: bytes,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+) -> None:
+    with start() as app:
+        app.send(("two.pdf", two_pages))
+        (file,) = app.files
+    (file.folder / "pages.json").write_text(content, encoding="utf-8")
+    with start() as app:
+        app.wait()
+        assert [len(each.pages) for each in app.files] == [2]
+    (file.folder / "name.json").write_text(content, encoding="utf-8")
+    with start() as app:
+        assert not list(app.files)
+        assert "name.json is damaged" in " ".join(capsys.readouterr().out.split())
+        app.send(("again.pdf", two_pages))
+        assert [(each.name, len(each.pages)) for each in app.files] == [("again.pdf", 2)]
+
+
+def test_a_lost_index_is_built_again(
+    start: Callable[..., Any], two_pages: bytes, tmp_path: Path
+) -> None:
+    with start() as app:
+        app.send(("two.pdf", two_pages))
+        (file,) = app.files
+        for collection in app.index._collections.values():
+            collection.delete(where={"file": file.id})
+    with start() as app:
+        app.wait()
+        assert len(app.ids("both")) == 2
+        assert len(found_pages(app.look("/", q="uuid", kind="text"))) == 2
+
+
+@contextmanager
+def serving(app: App) -> Iterator[int]:
+    """Serve an app that was started; give its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app.app, lifespan="off", log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+def test_an_upload_that_does_not_arrive_is_ended(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages.app, "READ_SECONDS", 0.2)
+    head = (
+        "POST /files HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99\r\n\r\n--b"
+    )
+    with serving(app) as port, socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(head.encode())
+        client.settimeout(10)
+        assert client.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_a_language_model_that_hangs_holds_up_nobody(
+    start: Callable[..., Any], two_pages: bytes
+) -> None:
+    with serve_chat() as chat, start(answerer=Answerer(Server(chat.url, None, None))) as app:
+        app.send(("two.pdf", two_pages))
+        asked = {"q": "uuid", "kind": "text"}
+        with serving(app) as port, ThreadPoolExecutor(pages.app.ANSWERS) as pool:
+            origin = f"http://127.0.0.1:{port}"
+            with httpx.Client(base_url=origin, headers={"Origin": origin}, timeout=30) as client:
+                chat.released.clear()
+                waiting = [
+                    pool.submit(client.post, "/answer", data=asked)
+                    for _ in range(pages.app.ANSWERS)
+                ]
+                while len(chat.asked) < pages.app.ANSWERS:
+                    time.sleep(0.01)
+                refused = client.post("/answer", data=asked)
+                assert refused.status_code == 503
+                assert "Ask again" in refused.text
+                assert client.get("/").status_code == 200
+                chat.released.set()
+                assert all("It is red [1]." in each.result().text for each in waiting)

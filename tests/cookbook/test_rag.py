@@ -302,6 +302,23 @@ def test_the_agent_searches_with_the_tool_and_its_sources_are_kept(
     assert 'Pears are green.\n(fruit.md, "Pears")' in answer.text
 
 
+def test_what_a_terminal_would_obey_is_shown_escaped(
+    rag: ModuleType, embeddings: NeMoRetrieverEmbeddings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b[2J\x07\u202e"
+    known = {"source": f"a{evil}.md", "place": f'"{evil}"', "title": "T", "section": "1"}
+    stream = [
+        {"sources": [Document(f"T\ntext {evil}", metadata=known)]},
+        {"answer": f"Yes{evil}\nno"},
+    ]
+    rag.ask(f"what{evil}", stream, embeddings)
+    rag.show("Left out", f"b{evil}.pdf is empty")
+    printed = capsys.readouterr().out
+    assert not set(evil.replace("[2J", "")) & set(printed)
+    assert printed.count("\\x1b[2J\\x07\\u202e") == 6
+    assert "Yes\\x1b[2J\\x07\\u202e\nno" in printed
+
+
 @pytest.mark.parametrize("name", [None, "some-model"])
 def test_a_language_model_that_cannot_be_reached_is_an_error(
     rag: ModuleType, name: str | None
