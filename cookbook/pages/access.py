@@ -15,6 +15,9 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
+VIEWED = "default-src 'none'; object-src 'self'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+"""The policy of an original, which a browser's own viewer of PDFs shows as an object."""
+
 
 class SecureHeaders:
     """Sends with every response what it may load, and who may load it: this app, nobody else."""
@@ -27,7 +30,9 @@ class SecureHeaders:
 
         async def send_more(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         await self._app(scope, receive, send_more)

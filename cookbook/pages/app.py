@@ -4,7 +4,8 @@
     POST /files                        send PDFs and pictures
     GET  /progress                     what goes on, as a piece of a page
     POST /messages/{id}/dismiss        put a message away
-    GET  /files/{id}                   all pages of a file
+    POST /jobs/{id}/cancel             give a file up that is not finished
+    GET  /files/{id}                   all pages of a file; /original is what was sent
     POST /files/{id}/delete
     GET  /files/{id}/{number}          read a page; .png and .webp are its pictures
     POST /pictures                     send a picture to search with; /pictures/{id}.webp shows it
@@ -28,7 +29,7 @@ from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 from demo import escape, ordinal
-from pages.access import HEADERS, RequireOrigin, SecureHeaders
+from pages.access import HEADERS, VIEWED, RequireOrigin, SecureHeaders
 from pages.answer import Answerer
 from pages.files import THUMB, File, Files, Page
 from pages.index import Index
@@ -42,7 +43,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
@@ -96,7 +97,9 @@ def create_app(
             Route("/files", pages.receive, methods=["POST"]),
             Route("/progress", pages.show_progress),
             Route("/messages/{id:number}/dismiss", pages.dismiss, methods=["POST"]),
+            Route("/jobs/{id:number}/cancel", pages.cancel, methods=["POST"]),
             Route("/files/{id}", pages.show_file),
+            Route("/files/{id}/original", pages.send_original),
             Route("/files/{id}/delete", pages.delete, methods=["POST"]),
             Route("/files/{id}/{number:number}", pages.show_page),
             Route("/files/{id}/{number:number}.{kind}", pages.send_picture),
@@ -201,6 +204,24 @@ class _Pages:
             raise HTTPException(404) from None
         return Response(content, media_type=f"image/{kind}", headers=_FOREVER)
 
+    def send_original(self, request: Request) -> Response:
+        file = self._find_file(request)
+        try:
+            with file.original.open("rb") as opened:
+                kind = "application/pdf"
+                if b"%PDF-" not in opened.read(1024):
+                    with Image.open(opened, formats=FORMATS) as picture:
+                        kind = picture.get_format_mimetype() or "application/octet-stream"
+        except OSError:
+            raise HTTPException(404) from None
+        return FileResponse(
+            file.original,
+            media_type=kind,
+            filename=file.name,
+            content_disposition_type="inline",
+            headers={"Content-Security-Policy": VIEWED},
+        )
+
     def send_query_picture(self, request: Request) -> Response:
         picture = self._search.get_picture(request.path_params["id"])
         if picture is None:
@@ -233,6 +254,10 @@ class _Pages:
 
     def dismiss(self, request: Request) -> Response:
         self._jobs.dismiss(request.path_params["id"])
+        return RedirectResponse("/#progress", 303)
+
+    def cancel(self, request: Request) -> Response:
+        self._jobs.cancel(request.path_params["id"])
         return RedirectResponse("/#progress", 303)
 
     async def delete(self, request: Request) -> Response:

@@ -59,6 +59,12 @@ class Page:
         return self.place or f"page {self.number}"
 
     @property
+    def source(self) -> int:
+        """The number of the page in the original, of which this may be a part."""
+        found = re.search("[0-9]+", self.title)
+        return int(found[0]) if found else self.number
+
+    @property
     def thumb(self) -> Path:
         """Its small picture."""
         return self.picture.with_suffix(".webp")

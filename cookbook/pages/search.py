@@ -106,8 +106,8 @@ class Results(NamedTuple):
     """What was searched."""
     kinds: tuple[str, ...]
     """What can be searched so."""
-    notice: str
-    """Why something was not."""
+    notices: tuple[str, ...] = ()
+    """Why something was not searched, or that nothing is near."""
     reranked: int = 0
     """How many pages the reranker scored; 0 without one."""
 
@@ -151,18 +151,21 @@ class Search:
         kind = query.kind if query.kind in kinds else best
         vector = self._embed(query, kind)
         if isinstance(vector, str):
-            return Results([], kind, kinds, vector)
+            return Results([], kind, kinds, (vector,))
         reranker = self._reranker if query.words else None
         found = self._list(self._index.search(vector, kind, CANDIDATES), query)
+        notices = (notice,) if notice else ()
         if query.words and kind != "picture":
-            found, notice = self._add_keywords(query.words, found, notice)
+            found, unknown = self._add_keywords(query.words, found)
+            if unknown:
+                notices = (f"Nothing is near by its words: no page has {unknown}.", *notices)
         if reranker:
             found = found[:CANDIDATES]
             documents = [_document(each.page, kind, reranker) for each in found]
             ranking = reranker.rank(query.words, documents, TOP)
             best = [found[index] for index, _ in ranking]
-            return Results(best, kind, kinds, notice, len(found))
-        return Results(found[:TOP], kind, kinds, notice)
+            return Results(best, kind, kinds, notices, len(found))
+        return Results(found[:TOP], kind, kinds, notices)
 
     def _list(self, hits: Sequence[Hit], query: Query) -> list[Found]:
         """Return the pages of hits but for the one that was started from."""
@@ -172,8 +175,8 @@ class Search:
             if (id_ := f"{hit.file}-{hit.number}") != query.like and (both := self.get_page(id_))
         ]
 
-    def _add_keywords(self, words: str, found: list[Found], notice: str) -> tuple[list[Found], str]:
-        """Return what vectors and BM25 find by reciprocal ranks, and what to know of it."""
+    def _add_keywords(self, words: str, found: list[Found]) -> tuple[list[Found], str]:
+        """Return what vectors and BM25 find by reciprocal ranks, and words that no page has."""
         hits = self._keywords.search(words, CANDIDATES)
         known = {each.page.id: each for each in found}
         for page in hits.pages:
@@ -187,10 +190,8 @@ class Search:
         )
         fused = [known.get(each.page_content) for each in ensemble.invoke(words)]
         ordered = [each for each in fused if each]  # without pages of a file deleted meanwhile
-        if hits.unknown:
-            unknown = ", ".join(f"\u201c{word}\u201d" for word in hits.unknown)
-            notice = f"{notice} Nothing is near by its words: no page has {unknown}.".strip()
-        return [each._replace(before=rank) for rank, each in enumerate(ordered, 1)], notice
+        unknown = ", ".join(f"\u201c{word}\u201d" for word in hits.unknown)
+        return [each._replace(before=rank) for rank, each in enumerate(ordered, 1)], unknown
 
     def _choose(self, by: str) -> tuple[tuple[str, ...], str, str]:
         """Return what can be searched, the best of it, and why not the rest."""

@@ -161,6 +161,7 @@ def test_a_person_adds_a_file_searches_it_reads_it_and_deletes_it(
     page.fill("#q", "Create and write WAV sound files")
     page.press("#q", "Enter")
     page.wait_for_selector("text=the text layer is searched")
+    assert page.evaluate("document.activeElement.id") == "results"
     assert names(page)[0] == "two.pdf, page 1"
     assert re.match(r"cosine 0\.\d{3}$", page.locator(".score").first.inner_text())
     assert page.locator(".switch a[aria-current]").inner_text() == "Text layer"
@@ -173,6 +174,13 @@ def test_a_person_adds_a_file_searches_it_reads_it_and_deletes_it(
     page.click(".switch >> text=Both as one")
     page.wait_for_selector(".switch a[aria-current] >> text=Both as one")
     assert len(names(page)) == 2
+
+    page.go_back()
+    page.go_back()
+    page.click("ol .card:first-child img")
+    page.wait_for_selector("mark#passage")
+    page.click("text=Back to the results")
+    page.wait_for_selector("h2:has-text('Found for')")
 
     page.click("ol .card:first-child >> text=More like this")
     page.wait_for_selector("h2:has-text('More like')")
@@ -326,7 +334,14 @@ def test_every_view_is_accessible_and_fits_the_screen(
     (id_,) = (path.parent.name for path in (tmp_path / "web/files").glob("*/2.png"))
     words = "/?q=UUID objects"
     like = f"/?like={id_}-1"
-    for path in ("/", words, like, f"/files/{id_}", f"/files/{id_}/1", "/nowhere"):
+    for path in (
+        "/",
+        words,
+        like,
+        f"/files/{id_}",
+        f"/files/{id_}/1?q=UUID&passage=0-9",
+        "/nowhere",
+    ):
         page.goto(site + path)
         check_accessibility(page)
         width = page.evaluate("document.documentElement.scrollWidth")

@@ -484,7 +484,7 @@ def test_no_other_file_can_be_had(app: App, two_pages: bytes) -> None:
         "/files/%2e%2e/1",
         "/files/name.json",
         "/files/{id}/../name.json",
-        "/files/{id}/original",
+        "/files/{id}/original.json",
         "/files/{id}/1.json",
         "/files/{id}/99",
         "/static/..%2fapp.py",
@@ -563,6 +563,92 @@ def test_a_fault_of_the_program_is_told_without_its_trace(
         assert "That did not work" in reply.text
         assert "secret detail" not in reply.text
         assert reply.headers["content-security-policy"].startswith("default-src 'self';")
+
+
+def test_the_original_is_opened_as_what_it_is(app: App, two_pages: bytes) -> None:
+    jpeg = picture("JPEG")
+    app.send(("two.pdf", two_pages), ("photo.html", jpeg))
+    kinds = {"two.pdf": ("application/pdf", two_pages), "photo.html": ("image/jpeg", jpeg)}
+    for file in app.files:
+        assert f'href="/files/{file.id}/original#page=1"' in app.look(f"/files/{file.id}/1")
+        reply = app.client.get(f"/files/{file.id}/original")
+        assert (reply.headers["content-type"], reply.content) == kinds[file.name]
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert reply.headers["content-security-policy"].startswith("default-src 'none'")
+
+
+def test_a_page_has_a_search_of_all_pages(app: App, two_pages: bytes) -> None:
+    app.send(("two.pdf", two_pages))
+    (file,) = app.files
+    for address in (f"/files/{file.id}", f"/files/{file.id}/1?q=uuid"):
+        html = app.client.get(address).text
+        assert '<form method="get" action="/#results" role="search"' in html
+    assert 'value="uuid"' in html
+
+
+def hold_back(app: App, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Let the first batch of pages wait; return what tells of it, and what lets it go on."""
+    monkeypatch.setattr(pages.jobs, "BATCH", 1)
+    begun, released, add = threading.Event(), threading.Event(), Index.add
+
+    def slowly(index: Index, new: Any) -> None:
+        begun.set()
+        assert released.wait(30)
+        add(index, new)
+
+    monkeypatch.setattr(Index, "add", slowly)
+    return begun, released
+
+
+def test_a_file_is_looked_at_when_it_arrives(
+    app: App, two_pages: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, released = hold_back(app, monkeypatch)
+    try:
+        app.client.post("/files", files=[("files", ("two.pdf", two_pages))])
+        assert begun.wait(30)
+        sent = [("files", (name, b"no pages")) for name in ("bad.pdf", "bad.pdf", "worse.pdf")]
+        html = app.client.post("/files", files=sent).text
+        assert html.count("is neither a PDF nor a picture") == 3
+        assert "already" not in html
+        again = [("files", ("two.pdf", two_pages))]
+        assert "two.pdf is being added already" in app.client.post("/files", files=again).text
+    finally:
+        released.set()
+    app.wait()
+
+
+def test_a_file_can_be_given_up_while_it_waits_or_is_worked_on(
+    app: App, two_pages: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun, released = hold_back(app, monkeypatch)
+    try:
+        sent = [("files", ("two.pdf", two_pages)), ("files", ("blue.png", picture()))]
+        app.client.post("/files", files=sent)
+        assert begun.wait(30)
+        first, second = (job.id for job in app.jobs)
+        assert "blue.png" not in app.client.post(f"/jobs/{second}/cancel").text
+        assert "stopping" in app.client.post(f"/jobs/{first}/cancel").text
+    finally:
+        released.set()
+    app.wait()
+    assert not list(app.jobs)
+    assert not list(app.files)
+    assert not any(app.ids(kind) for kind in KINDS)
+    assert not list((tmp_path / "web/files").iterdir())
+    assert app.client.post(f"/jobs/{first}/cancel").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "told"),
+    [(0, 5, ""), (10, 5, "45 s left"), (10, 60, "about 9 min left")],
+)
+def test_the_time_left_is_told(
+    done: int, seconds: float, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    job = pages.jobs.Job(1, "a", "working", done=done, total=100, started=1000.0 - seconds)
+    assert job.left == told
 
 
 # Bad luck and load
