@@ -1,6 +1,6 @@
 """Ask documents in words: a language model answers and names its sources, through LangChain.
 
-    sections.read ...... Markdown by its headings, PDF by its pages
+    sections.read ...... Markdown, HTML and Word by headings, PDF by pages, CSV by rows
     split .............. sections to passages, each under its headings
     bring_up_to_date ... index() with a record manager ──► a store on disk; only what changed
     make_retriever ..... vectors and BM25 together; passages, or the whole sections they are of
@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import textwrap
 import uuid
@@ -80,13 +81,19 @@ PROMPT = ChatPromptTemplate.from_messages(
             "system",
             "You answer questions from excerpts of a handbook. Use only them, answer in one "
             "or two sentences, and name the excerpt that you used by its number, such as [1]. If "
-            "they do not have the answer, say so.",
+            "they do not answer the question, you must say so, and answer nothing.",
         ),
         ("human", "{excerpts}\n\nQuestion: {question}"),
     ]
 )
 PROMPT_SMALL = ChatPromptTemplate.from_messages(
-    [("human", "{excerpts}\n\nUsing only the text above, answer in one short sentence: {question}")]
+    [
+        (
+            "human",
+            "{excerpts}\n\nIf the text above does not answer the question, you must say so. Using "
+            "only that text, answer in one short sentence: {question}",
+        )
+    ]
 )
 EXCERPT = PromptTemplate.from_template("{page_content}\n({source}, {place})")
 
@@ -292,7 +299,10 @@ def make_agent(retriever: BaseRetriever, chat: BaseChatModel, about: str) -> Run
         document_prompt=EXCERPT,
         response_format="content_and_artifact",  # the artifact is the passages themselves
     )
-    system = "Search the documents before you answer, and name the files that you used."
+    system = (
+        "Search the documents before you answer, and name the files that you used. If they do not "
+        "answer the question, you must say so, and answer nothing."
+    )
     return create_agent(chat, [tool], system_prompt=system)
 
 
@@ -341,9 +351,16 @@ def open_llm(url: str | None, name: str | None) -> Iterator[Answerer]:
 
 
 def ask(
-    question: str, stream: Iterable[dict[str, Any]], embeddings: NeMoRetrieverEmbeddings
+    question: str,
+    stream: Iterable[dict[str, Any]],
+    embeddings: NeMoRetrieverEmbeddings,
+    folders: Sequence[Path] = (),
 ) -> None:
-    """Print an answer while it comes, and then its sources."""
+    """Print an answer while it comes, and then its sources, with the address of each file.
+
+    Args:
+        folders: Where the files of the sources are.
+    """
     print(f"\n{escape(question)}")
     found: list[Document] = []
     for part in stream:
@@ -359,7 +376,20 @@ def ask(
         before = f", was {ordinal(known['before'])}" if "before" in known else ""
         print(f"  [{i}] {escape(place)}, cosine {cosine:.3f}{before}")
         text = source.page_content.removeprefix(known["title"])
+        for path in (folder.resolve() / known["source"] for folder in folders):
+            if path.exists():
+                print(" " * 6 + find_address(path, known["place"]))
         print(" " * 6 + escape(textwrap.shorten(text, WIDTH - 6, placeholder=" ...")))
+
+
+def find_address(path: Path, place: str) -> str:
+    """Return what a terminal or browser opens: the file, and of a PDF the page.
+
+    >>> find_address(Path("/docs/a b.pdf"), "page 3, part 2")
+    'file:///docs/a%20b.pdf#page=3'
+    """
+    page = re.match(r"page (\d+)", place)
+    return path.as_uri() + (f"#page={page[1]}" if page else "")
 
 
 def compare(
@@ -417,6 +447,7 @@ def run(args: argparse.Namespace) -> None:
         show("Rerank", reranker.reranker.description)
 
     sections, left_out = read(args.docs, args.store)
+    folders = [args.docs] if args.docs else [GUIDE, args.store / "handbook"]
     passages = split(sections)[: args.limit]
     files = len({section.metadata["source"] for section in sections})
     what = args.docs or "the handbook of this package"
@@ -453,14 +484,14 @@ def run(args: argparse.Namespace) -> None:
             stream = (
                 stream_agent(agent, question) if agent else chain.stream({"question": question})
             )
-            ask(question, stream, embeddings)
+            ask(question, stream, embeddings, folders)
 
 
 def options() -> argparse.ArgumentParser:
     """Return the options of the command line."""
     made = parser((__doc__ or "").splitlines()[0], "passages to embed (default: all)")
     add_rerank(made)
-    made.add_argument("--docs", type=Path, help="a folder of .md, .txt and .pdf files")
+    made.add_argument("--docs", type=Path, help="a folder of .md, .txt, .pdf, .docx, .html, .csv")
     made.add_argument("--llm-url", metavar="URL", help="a NIM, or another server, that answers")
     made.add_argument(
         "--llm",
