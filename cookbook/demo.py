@@ -21,6 +21,7 @@ import sys
 import sysconfig
 import textwrap
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -291,11 +292,13 @@ def show_found(
     notes: Mapping[str, str],
 ) -> None:
     """Print what LangChain and LlamaIndex find, with a note below each, and how long they take."""
-    print(f"\nLangChain  LlamaIndex   {question}")
+    print(f"\nLangChain  LlamaIndex   {escape(question)}")
     for name in left | right:
-        print(f"{left.get(name, math.nan):9.3f}  {right.get(name, math.nan):10.3f}   {name}")
+        print(
+            f"{left.get(name, math.nan):9.3f}  {right.get(name, math.nan):10.3f}   {escape(name)}"
+        )
         if name in notes:
-            print(" " * 24 + notes[name])
+            print(" " * 24 + escape(notes[name]))
     print(f"{seconds[0] * 1e3:6.0f} ms {seconds[1] * 1e3:8.0f} ms")
 
 
@@ -339,8 +342,27 @@ def run(args: argparse.Namespace) -> None:
     ask(args.question or QUESTIONS, store, index.as_retriever(similarity_top_k=TOP))
 
 
+def escape(text: str) -> str:
+    r"""Return a text with its control characters spelled out, which a terminal would obey.
+
+    >>> escape("a\x1b[2Jb\u202ec"), escape("two\nlines, caf\u00e9\u00a0\u4eac")
+    ('a\\x1b[2Jb\\u202ec', 'two\nlines, café\xa0京')
+    """
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if char not in _HARMLESS and unicodedata.category(char) in _CONTROLS
+        else char
+        for char in text
+    )
+
+
+_CONTROLS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+_HARMLESS = frozenset("\n\t\u200c\u200d")  # joiners shape letters, as those of Persian and emoji
+
+
 def show(label: str, text: str) -> None:
     """Print a line of the report, wrapped, beside its label."""
+    text = escape(text)
     wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
     lines = [part for line in text.splitlines() for part in wrap(line, WIDTH - 9)]
     print(f"{label:9}" + ("\n" + " " * 9).join(lines))
@@ -400,7 +422,7 @@ def start(
     try:
         run(args)
     except (NeMoRetrieverError, OSError) as exc:
-        sys.exit(f"\n{exc}")
+        sys.exit(f"\n{escape(str(exc))}")
     except KeyboardInterrupt:
         sys.exit("\nStopped; what is embedded is kept, and the next run goes on from there.")
 

@@ -1,6 +1,6 @@
 """Ask documents in words: a language model answers and names its sources, through LangChain.
 
-    sections.read ...... Markdown by its headings, PDF by its pages
+    sections.read ...... Markdown, HTML and Word by headings, PDF by pages, CSV by rows
     split .............. sections to passages, each under its headings
     bring_up_to_date ... index() with a record manager ──► a store on disk; only what changed
     make_retriever ..... vectors and BM25 together; passages, or the whole sections they are of
@@ -17,10 +17,10 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import textwrap
 import uuid
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,7 +28,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import handbook  # beside this file, as are the next three and `sections`
+import chat  # beside this file, as are the next four and `sections`
+import handbook
 import llm
 import numpy as np
 import sections as reading
@@ -38,6 +39,7 @@ from demo import (
     WIDTH,
     add_rerank,
     choose_model,
+    escape,
     open_collection,
     ordinal,
     parser,
@@ -72,8 +74,6 @@ TOP = 3  # sources of an answer
 CANDIDATES = 12  # of each search, before the two are fused
 CANDIDATES_TO_RERANK = 40  # of each search, and of both after they are fused
 WEIGHT_STANDIN = 0.3  # of its vectors in a search; it ranks below BM25, which has the rest
-CATALOGUE = "https://integrate.api.nvidia.com/v1"
-HOSTED_LLM = "meta/llama-3.3-70b-instruct"
 ANSWER_TOKENS = 160
 PROMPT = ChatPromptTemplate.from_messages(
     [
@@ -81,13 +81,19 @@ PROMPT = ChatPromptTemplate.from_messages(
             "system",
             "You answer questions from excerpts of a handbook. Use only them, answer in one "
             "or two sentences, and name the excerpt that you used by its number, such as [1]. If "
-            "they do not have the answer, say so.",
+            "they do not answer the question, you must say so, and answer nothing.",
         ),
         ("human", "{excerpts}\n\nQuestion: {question}"),
     ]
 )
 PROMPT_SMALL = ChatPromptTemplate.from_messages(
-    [("human", "{excerpts}\n\nUsing only the text above, answer in one short sentence: {question}")]
+    [
+        (
+            "human",
+            "{excerpts}\n\nIf the text above does not answer the question, you must say so. Using "
+            "only that text, answer in one short sentence: {question}",
+        )
+    ]
 )
 EXCERPT = PromptTemplate.from_template("{page_content}\n({source}, {place})")
 
@@ -293,7 +299,10 @@ def make_agent(retriever: BaseRetriever, chat: BaseChatModel, about: str) -> Run
         document_prompt=EXCERPT,
         response_format="content_and_artifact",  # the artifact is the passages themselves
     )
-    system = "Search the documents before you answer, and name the files that you used."
+    system = (
+        "Search the documents before you answer, and name the files that you used. If they do not "
+        "answer the question, you must say so, and answer nothing."
+    )
     return create_agent(chat, [tool], system_prompt=system)
 
 
@@ -322,55 +331,41 @@ class Answerer(NamedTuple):
 
 @contextmanager
 def open_llm(url: str | None, name: str | None) -> Iterator[Answerer]:
-    """Give the language model that answers.
+    """Give the language model that answers: at a server that was named, or in this process.
 
     Raises:
+        ConfigurationError: as `chat.choose_server`.
         ConnectionError: no language model answers at the address, or no longer.
     """
-    from langchain_nvidia_ai_endpoints import ChatNVIDIA
-
-    key = os.environ.get("NVIDIA_API_KEY") or "none"
     prompt, shown = PROMPT, TOP
     with ExitStack() as stack:
-        if url:
-            where = f"at {url}"
-        elif key != "none":
-            url, name = CATALOGUE, name or HOSTED_LLM
-            where = "in NVIDIA's catalogue, as NVIDIA_API_KEY is set"
+        server = chat.choose_server(url, name)
+        if server:
+            where = f"at {server.url}"
         else:
-            url, name = stack.enter_context(llm.serve()), llm.NAME
+            server = chat.Server(stack.enter_context(llm.serve()), llm.NAME, None)
             prompt, shown = PROMPT_SMALL, 1
             where = f"in this process, shown the first source (an agent: all).\n{llm.CAVEAT}"
-        try:
-            with warnings.catch_warnings(action="ignore"):  # it warns of every model it knows not
-                chat = ChatNVIDIA(
-                    base_url=url,
-                    model=name,  # None is the first that the server has
-                    api_key=key,
-                    temperature=0,
-                    max_completion_tokens=ANSWER_TOKENS,
-                )
-                offered = [model.id for model in chat.available_models]
-        except Exception as exc:  # of requests, of json, or a bare one
-            reason = str(exc).strip().partition("\n")[0]
-            raise ConnectionError(f"No language model answers at {url}: {reason}") from exc
-        if not chat.model:
-            raise ConnectionError(f"The server at {url} has no language model")
-        if chat.model not in offered:
-            names = ", ".join(offered)
-            raise ConnectionError(f"{url} has no model {chat.model}; it has {names}")
-        yield Answerer(chat, f"{chat.model}, {where}", prompt, shown)
+        model = chat.connect(server, ANSWER_TOKENS)
+        yield Answerer(model, f"{model.model}, {where}", prompt, shown)
 
 
 def ask(
-    question: str, stream: Iterable[dict[str, Any]], embeddings: NeMoRetrieverEmbeddings
+    question: str,
+    stream: Iterable[dict[str, Any]],
+    embeddings: NeMoRetrieverEmbeddings,
+    folders: Sequence[Path] = (),
 ) -> None:
-    """Print an answer while it comes, and then its sources."""
-    print(f"\n{question}")
+    """Print an answer while it comes, and then its sources, with the address of each file.
+
+    Args:
+        folders: Where the files of the sources are.
+    """
+    print(f"\n{escape(question)}")
     found: list[Document] = []
     for part in stream:
         found += part.get("sources", [])
-        print(part.get("answer", ""), end="", flush=True)
+        print(escape(part.get("answer", "")), end="", flush=True)
     print()
     sources = take_sources(found, len(found))
     for i, (source, cosine) in enumerate(
@@ -379,9 +374,22 @@ def ask(
         known = source.metadata
         place = f"{known['source']}, {known['place']}"
         before = f", was {ordinal(known['before'])}" if "before" in known else ""
-        print(f"  [{i}] {place}, cosine {cosine:.3f}{before}")
+        print(f"  [{i}] {escape(place)}, cosine {cosine:.3f}{before}")
         text = source.page_content.removeprefix(known["title"])
-        print(" " * 6 + textwrap.shorten(text, WIDTH - 6, placeholder=" ..."))
+        for path in (folder.resolve() / known["source"] for folder in folders):
+            if path.exists():
+                print(" " * 6 + find_address(path, known["place"]))
+        print(" " * 6 + escape(textwrap.shorten(text, WIDTH - 6, placeholder=" ...")))
+
+
+def find_address(path: Path, place: str) -> str:
+    """Return what a terminal or browser opens: the file, and of a PDF the page.
+
+    >>> find_address(Path("/docs/a b.pdf"), "page 3, part 2")
+    'file:///docs/a%20b.pdf#page=3'
+    """
+    page = re.match(r"page (\d+)", place)
+    return path.as_uri() + (f"#page={page[1]}" if page else "")
 
 
 def compare(
@@ -439,6 +447,7 @@ def run(args: argparse.Namespace) -> None:
         show("Rerank", reranker.reranker.description)
 
     sections, left_out = read(args.docs, args.store)
+    folders = [args.docs] if args.docs else [GUIDE, args.store / "handbook"]
     passages = split(sections)[: args.limit]
     files = len({section.metadata["source"] for section in sections})
     what = args.docs or "the handbook of this package"
@@ -475,16 +484,21 @@ def run(args: argparse.Namespace) -> None:
             stream = (
                 stream_agent(agent, question) if agent else chain.stream({"question": question})
             )
-            ask(question, stream, embeddings)
+            ask(question, stream, embeddings, folders)
 
 
 def options() -> argparse.ArgumentParser:
     """Return the options of the command line."""
     made = parser((__doc__ or "").splitlines()[0], "passages to embed (default: all)")
     add_rerank(made)
-    made.add_argument("--docs", type=Path, help="a folder of .md, .txt and .pdf files")
+    made.add_argument("--docs", type=Path, help="a folder of .md, .txt, .pdf, .docx, .html, .csv")
     made.add_argument("--llm-url", metavar="URL", help="a NIM, or another server, that answers")
-    made.add_argument("--llm", metavar="MODEL", help="its model (default: the first that it has)")
+    made.add_argument(
+        "--llm",
+        metavar="MODEL",
+        help="its model (default: the first that it has); without --llm-url, a model of NVIDIA's "
+        "catalogue, such as meta/llama-3.3-70b-instruct",
+    )
     made.add_argument("--agent", action="store_true", help="let an agent search as it wants")
     made.add_argument("--parent", action="store_true", help="give it whole sections, not passages")
     made.add_argument(

@@ -2,8 +2,9 @@
 
     files.py ....... what was sent, in a folder         access.py .... who may use the app
     index.py ....... LlamaIndex over Chroma             app.py ....... what each address answers
-    jobs.py ........ one file after the other           answer.py .... a vision LLM looks at pages
-                                                        search.py .... by words, picture or page
+    keywords.py .... BM25                               answer.py .... a vision LLM looks at pages
+    passages.py .... what of a text is one              search.py .... by words, picture or page
+    jobs.py ........ one file after the other
 
 `make pages` sets everything up and runs this; `make pages ARGS=--help` lists the options.
 """
@@ -54,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     web.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
     web.add_argument("--port", type=int, default=PORT, help="(default: %(default)s)")
     web.add_argument("--llm-url", help="address of a NIM whose vision LLM answers")
-    web.add_argument("--llm-model", help=f"its name (in NVIDIA's catalogue: {LLM})")
+    web.add_argument(
+        "--llm-model",
+        help=f"its name; without --llm-url, one of NVIDIA's catalogue, such as {LLM}",
+    )
     start(run, options, argv)
 
 
@@ -86,7 +90,10 @@ def serve(args: Namespace) -> None:
         try:
             index = Index(folder / "index", model.embed_model)
         except ChromaError as exc:
-            sys.exit(f"\nThe store does not work ({exc}). Delete its folder to start it anew.")
+            sys.exit(
+                f"\nThe index does not work ({exc}). Delete the folder {folder / 'index'}; the "
+                "next start builds it again from the files."
+            )
         app = create_app(
             Files(folder / "files"),
             index,
@@ -123,14 +130,12 @@ def is_loopback(host: str) -> bool:
 
 
 def choose_answerer(args: Namespace) -> Answerer | None:
-    """Return what answers questions, if there is an address or a key."""
+    """Return what answers questions, if a server or a model of NVIDIA's catalogue is named."""
+    from chat import choose_server
     from pages.answer import Answerer
 
-    if args.llm_url:
-        return Answerer(args.llm_model, args.llm_url)
-    if os.environ.get("NVIDIA_API_KEY"):
-        return Answerer(args.llm_model or LLM, None)
-    return None
+    server = choose_server(args.llm_url, args.llm_model)
+    return Answerer(server) if server else None
 
 
 def send_first(args: Namespace, folder: Path, jobs: Jobs) -> None:

@@ -4,7 +4,8 @@
     POST /files                        send PDFs and pictures
     GET  /progress                     what goes on, as a piece of a page
     POST /messages/{id}/dismiss        put a message away
-    GET  /files/{id}                   all pages of a file
+    POST /jobs/{id}/cancel             give a file up that is not finished
+    GET  /files/{id}                   all pages of a file; /original is what was sent
     POST /files/{id}/delete
     GET  /files/{id}/{number}          read a page; .png and .webp are its pictures
     POST /pictures                     send a picture to search with; /pictures/{id}.webp shows it
@@ -15,16 +16,20 @@ Everything works with forms alone; static/pages.js adds what is nicer with a scr
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
+import re
+import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from demo import ordinal
-from pages.access import RequireOrigin, SecureHeaders
+from anyio import CapacityLimiter, to_thread
+from demo import escape, ordinal
+from pages.access import HEADERS, VIEWED, RequireOrigin, SecureHeaders
 from pages.answer import Answerer
 from pages.files import THUMB, File, Files, Page
 from pages.index import Index
@@ -33,6 +38,7 @@ from pages.search import Query, Search
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -53,6 +59,9 @@ MAX_PAGES = 500  # of one file
 MAX_WORDS = 2_000  # characters
 SHOWN = 12  # pages of a file on the first page
 ANSWERED_FROM = 3  # pages
+ANSWERS = 4  # at a time; each waits in a thread for a language model
+READ_SECONDS = 30.0  # for an upload, and one more for each so many bytes
+SLOWEST = 100_000
 
 KINDS = {"text": "Text layer", "picture": "Picture", "both": "Both as one"}
 _HERE = Path(__file__).parent
@@ -87,11 +96,13 @@ def create_app(
             Route("/", pages.show_home),
             Route("/files", pages.receive, methods=["POST"]),
             Route("/progress", pages.show_progress),
-            Route("/messages/{id:int}/dismiss", pages.dismiss, methods=["POST"]),
+            Route("/messages/{id:number}/dismiss", pages.dismiss, methods=["POST"]),
+            Route("/jobs/{id:number}/cancel", pages.cancel, methods=["POST"]),
             Route("/files/{id}", pages.show_file),
+            Route("/files/{id}/original", pages.send_original),
             Route("/files/{id}/delete", pages.delete, methods=["POST"]),
-            Route("/files/{id}/{number:int}", pages.show_page),
-            Route("/files/{id}/{number:int}.{kind}", pages.send_picture),
+            Route("/files/{id}/{number:number}", pages.show_page),
+            Route("/files/{id}/{number:number}.{kind}", pages.send_picture),
             Route("/pictures", pages.receive_picture, methods=["POST"]),
             Route("/pictures/{id}.webp", pages.send_query_picture),
             Route("/answer", pages.answer, methods=["POST"]),
@@ -124,6 +135,8 @@ class _Pages:
         self._jobs = jobs
         self._search = search
         self._answerer = answerer
+        self._answering = CapacityLimiter(ANSWERS)
+        self._drawing = CapacityLimiter(1)
         self._templates = Jinja2Templates(_HERE / "templates")
         self._templates.env.globals.update(
             model=model,
@@ -144,14 +157,7 @@ class _Pages:
     # Looking
 
     def show_home(self, request: Request) -> Response:
-        given = request.query_params
-        query = Query(
-            given.get("q", "").strip()[:MAX_WORDS],
-            given.get("picture", ""),
-            given.get("like", ""),
-            given.get("kind", ""),
-        )
-        return self._show(request, query)
+        return self._show(request, _read_query(request))
 
     def _show(self, request: Request, query: Query, answer: str = "") -> Response:
         return self._render(
@@ -176,11 +182,14 @@ class _Pages:
         file, page = self._find_page(request)
         numbers = list(file.pages)
         at = numbers.index(page.number)
+        start, end = _read_span(request.query_params.get("passage", ""))
         return self._render(
             request,
             "page.html",
             file=file,
             page=page,
+            query=_read_query(request),
+            texts=(page.text[:start], page.text[start:end], page.text[end:]),
             previous=numbers[at - 1] if at else None,
             next=numbers[at + 1] if at + 1 < len(numbers) else None,
         )
@@ -188,10 +197,30 @@ class _Pages:
     def send_picture(self, request: Request) -> Response:
         _, page = self._find_page(request)
         paths = {"png": page.picture, "webp": page.thumb}
-        path = paths.get(request.path_params["kind"])
-        if path is None:
-            raise HTTPException(404)
-        return FileResponse(path, headers=_FOREVER)
+        kind = request.path_params["kind"]
+        try:
+            content = paths[kind].read_bytes()
+        except (KeyError, FileNotFoundError):
+            raise HTTPException(404) from None
+        return Response(content, media_type=f"image/{kind}", headers=_FOREVER)
+
+    def send_original(self, request: Request) -> Response:
+        file = self._find_file(request)
+        try:
+            with file.original.open("rb") as opened:
+                kind = "application/pdf"
+                if b"%PDF-" not in opened.read(1024):
+                    with Image.open(opened, formats=FORMATS) as picture:
+                        kind = picture.get_format_mimetype() or "application/octet-stream"
+        except OSError:
+            raise HTTPException(404) from None
+        return FileResponse(
+            file.original,
+            media_type=kind,
+            filename=file.name,
+            content_disposition_type="inline",
+            headers={"Content-Security-Policy": VIEWED},
+        )
 
     def send_query_picture(self, request: Request) -> Response:
         picture = self._search.get_picture(request.path_params["id"])
@@ -227,23 +256,29 @@ class _Pages:
         self._jobs.dismiss(request.path_params["id"])
         return RedirectResponse("/#progress", 303)
 
-    def delete(self, request: Request) -> Response:
-        self._jobs.remove(self._find_file(request))
-        return RedirectResponse("/#files", 303)
+    def cancel(self, request: Request) -> Response:
+        self._jobs.cancel(request.path_params["id"])
+        return RedirectResponse("/#progress", 303)
+
+    async def delete(self, request: Request) -> Response:
+        if file := self._files.get(request.path_params["id"]):  # else it was done already
+            await run_in_threadpool(self._jobs.remove, file)
+        return RedirectResponse("/#files-here", 303)
 
     async def receive_picture(self, request: Request) -> Response:
         async with _reading(request) as form:
             uploads = _uploads(form)
             if not uploads:
                 raise HTTPException(400, "No picture came. Choose one to search with.")
-            id_ = await run_in_threadpool(self._take_picture, uploads[0])
+            id_ = await to_thread.run_sync(self._take_picture, uploads[0], limiter=self._drawing)
         return RedirectResponse(f"/?picture={id_}#results", 303)
 
     def _take_picture(self, upload: UploadFile) -> str:
         name = upload.filename or "The picture"
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "sent")
-            path.write_bytes(upload.file.read())
+            with path.open("wb") as out:
+                shutil.copyfileobj(upload.file, out)
             with open_pages(path, name, MAX_PAGES) as source:
                 picture = source.read(0, "picture").picture
             drawn = Path(folder, "drawn.png")
@@ -254,7 +289,11 @@ class _Pages:
         async with _reading(request) as form:
             words, kind = (str(form.get(key, "")) for key in ("q", "kind"))
         query = Query(words.strip()[:MAX_WORDS], kind=kind)
-        return await run_in_threadpool(self._show_answer, request, query)
+        if not self._answering.available_tokens:
+            raise HTTPException(
+                503, f"{ANSWERS} answers are being written already. Ask again in a minute."
+            )
+        return await to_thread.run_sync(self._show_answer, request, query, limiter=self._answering)
 
     def _show_answer(self, request: Request, query: Query) -> Response:
         results = self._search.find(query)
@@ -264,7 +303,7 @@ class _Pages:
         try:
             answer = self._answerer.answer(query.words, pages)
         except Exception as exc:  # of its HTTP library, of LangChain, of the adapter
-            _log.warning("the vision LLM gave no answer: %s", exc)
+            _log.warning("the vision LLM gave no answer: %s", escape(str(exc)))
             raise HTTPException(
                 502,
                 "The vision LLM gave no answer; the terminal says why. Check its address "
@@ -289,25 +328,71 @@ class _Pages:
 
     def show_failure(self, request: Request, _: Exception) -> Response:
         message = "This went wrong, and it is the app's fault. The terminal says why."
-        return self._render(request, "message.html", 500, message=message)
+        reply = self._render(request, "message.html", 500, message=message)
+        reply.headers.update(HEADERS)  # Starlette answers outside of SecureHeaders
+        return reply
+
+
+def _read_query(request: Request) -> Query:
+    given = request.query_params
+    words = given.get("q", "").strip()[:MAX_WORDS]
+    return Query(words, *(given.get(key, "") for key in ("picture", "like", "kind")))
+
+
+def _read_span(text: str) -> tuple[int, int]:
+    """Return where a passage begins and ends; nothing where an address has it otherwise.
+
+    >>> _read_span("12-40"), _read_span("40-12"), _read_span("x")
+    ((12, 40), (0, 0), (0, 0))
+    """
+    found = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", text)
+    start, end = map(int, found.groups()) if found else (0, 0)
+    return (start, end) if start < end else (0, 0)
 
 
 @asynccontextmanager
 async def _reading(request: Request) -> AsyncIterator[FormData]:
-    """Give the form of a request that says how large it is, and is not too large."""
+    """Give the form of a request that says how large it is, and is neither too large nor slow."""
     length = request.headers.get("content-length", "")
-    if not length.isdecimal():
+    if not re.fullmatch("[0-9]{1,15}", length):
         raise HTTPException(411, "The request does not say how long it is.")
-    if int(length) > MAX_BYTES:
-        async for _ in request.stream():  # a browser reads no reply before all is sent
-            pass
+    seconds = READ_SECONDS + min(int(length), MAX_BYTES) / SLOWEST
+    try:
+        async with asyncio.timeout(seconds):
+            if int(length) > MAX_BYTES:
+                async for _ in request.stream():  # a browser reads no reply before all is sent
+                    pass
+                raise HTTPException(
+                    413,
+                    f"That is more than {MAX_BYTES // 2**20} MB at once. Send fewer files, or "
+                    "split a large one.",
+                )
+            form = await request.form(max_files=MAX_FILES, max_fields=20)
+    except TimeoutError:
         raise HTTPException(
-            413,
-            f"That is more than {MAX_BYTES // 2**20} MB at once. Send fewer files, or split a "
-            "large one.",
-        )
-    async with request.form(max_files=MAX_FILES, max_fields=20) as form:
+            408, f"The files did not arrive within {seconds:.0f} s. Send them again."
+        ) from None
+    try:
         yield form
+    finally:
+        await form.close()
+
+
+class _Number(Convertor[int]):
+    """The number of a page or message in an address."""
+
+    regex = "[0-9]{1,9}"
+
+    def convert(self, value: str) -> int:
+        """Return it."""
+        return int(value)
+
+    def to_string(self, value: int) -> str:
+        """Return it as an address has it."""
+        return str(value)
+
+
+register_url_convertor("number", _Number())
 
 
 def _uploads(form: FormData) -> list[UploadFile]:

@@ -3,7 +3,7 @@
     <id>/name.json   its name and when it came; with `original` from the first moment
     <id>/1.png       a page as it is shown and embedded; 1.webp, small, for lists
     <id>/pages.json  written last: its pages are indexed. Without it, work goes on at the next start
-    .gone-<id>/      being deleted
+    .gone-*/         being deleted
 
 A folder is named for what a file holds, and nothing on disk is ever named as a person named it.
 """
@@ -16,16 +16,21 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
+
+from demo import show  # beside this folder
 
 from shared_engine.images import pages as reader
 
 THUMB = 480  # pixels of the longer side of the small picture in lists
 _CHUNK = 2**20
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what JSON of another shape raises
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,12 @@ class Page:
     def title(self) -> str:
         """How it is called."""
         return self.place or f"page {self.number}"
+
+    @property
+    def source(self) -> int:
+        """The number of the page in the original, of which this may be a part."""
+        found = re.search("[0-9]+", self.title)
+        return int(found[0]) if found else self.number
 
     @property
     def thumb(self) -> Path:
@@ -94,9 +105,15 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(folder)
-        found = [_read(path.parent) for path in folder.glob("*/name.json")]
+        found = []
+        for path in folder.glob("*/name.json"):
+            try:
+                found.append(_read(path.parent))
+            except _UNREADABLE:
+                show("Skipped", f"{path} is damaged; send the file again, or delete its folder")
         self._finished = {file.id: file for file in found if file.pages}
         self.unfinished = sorted((f for f in found if not f.pages), key=lambda file: file.added)
 
@@ -121,9 +138,13 @@ class Files:
                 return known
             folder = self._folder / id_
             _write(Path(scratch, "name.json"), {"name": _clean(name), "added": time.time()})
-            if not folder.exists():
+            with self._lock:
+                try:
+                    return _read(folder)
+                except _UNREADABLE:  # it is not there, or was skipped at the start
+                    self._delete(folder)
                 Path(scratch).rename(folder)
-                Path(scratch).mkdir()  # for the context to remove
+            Path(scratch).mkdir()  # for the context to remove
         return _read(folder)
 
     def finish(self, file: File, pages: list[Page], notes: list[str]) -> None:
@@ -132,12 +153,22 @@ class Files:
         _write(file.folder / "pages.json", {"pages": rows, "notes": notes})
         self._finished[file.id] = _read(file.folder)
 
+    def reopen(self, file: File) -> None:
+        """Make a finished file unfinished, as its pages are no longer indexed."""
+        (file.folder / "pages.json").unlink()
+        del self._finished[file.id]
+        self.unfinished.append(replace(file, pages={}, notes=()))
+
     def remove(self, file: File) -> None:
-        """Delete a file and all that was made of it."""
+        """Delete a file and all that was made of it; do nothing where that was done."""
         self._finished.pop(file.id, None)
-        gone = file.folder.with_name(f".gone-{file.id}")
-        file.folder.rename(gone)  # at once, so that a stop in between leaves no half of a file
-        shutil.rmtree(gone)
+        self._delete(file.folder)
+
+    def _delete(self, folder: Path) -> None:
+        scratch = tempfile.TemporaryDirectory(dir=self._folder, prefix=".gone-")
+        with scratch as gone, suppress(FileNotFoundError):  # it was deleted already
+            # in one step, so that a stop in between leaves no half of a file
+            folder.rename(Path(gone, folder.name))
 
 
 def _clear_leftovers(folder: Path) -> None:
@@ -158,17 +189,22 @@ def _clean(name: str) -> str:
 
 def _read(folder: Path) -> File:
     named = json.loads((folder / "name.json").read_text(encoding="utf-8"))
-    finished = folder / "pages.json"
-    found = json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else {}
-    pages = {
-        number: Page(folder.name, number, folder / f"{number}.png", *rest)
-        for number, *rest in found.get("pages", ())
-    }
-    notes = tuple(found.get("notes", ()))
-    return File(folder.name, named["name"], folder, named["added"], pages, notes)
+    file = File(folder.name, str(named["name"]), folder, float(named["added"]))
+    try:
+        found = json.loads((folder / "pages.json").read_text(encoding="utf-8"))
+        pages = {
+            number: Page(folder.name, number, folder / f"{number}.png", *rest)
+            for number, *rest in found["pages"]
+        }
+        return replace(file, pages=pages, notes=tuple(found["notes"]))
+    except _UNREADABLE:  # not finished, or cut by a fault of the disk: its pages are made anew
+        return file
 
 
 def _write(path: Path, content: object) -> None:
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(content), encoding="utf-8")
+    with new.open("w", encoding="utf-8") as out:
+        json.dump(content, out)
+        out.flush()
+        os.fsync(out.fileno())  # else a power cut may leave the new name and no content
     os.replace(new, path)

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chromadb
 import numpy as np
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter, SentenceWindowNodeParser
-from llama_index.core.schema import BaseNode, ImageNode, TextNode
+from llama_index.core.schema import BaseNode, ImageNode, TextNode, TransformComponent
 from llama_index.core.vector_stores import VectorStoreQuery
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from pages.files import Page
+from pages.passages import drop_furniture, is_passage
 
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 
@@ -36,6 +37,16 @@ class Hit(NamedTuple):
     """Cosine similarity."""
     passage: str
     """What of its text layer was found; empty where its picture was."""
+
+
+class _KeepPassages(TransformComponent):
+    """Drops what a splitter made of dots and numbers."""
+
+    def __call__(self, nodes: Sequence[BaseNode], **_: Any) -> list[BaseNode]:
+        """Return the nodes that are pictures or have a word."""
+        return [
+            node for node in nodes if isinstance(node, ImageNode) or is_passage(node.get_content())
+        ]
 
 
 class Index:
@@ -68,7 +79,7 @@ class Index:
         self._pipelines = {
             kind: [
                 IngestionPipeline(
-                    transformations=[*before, model],
+                    transformations=[*before, _KeepPassages(), model],
                     vector_store=store,
                     disable_cache=True,  # the ids tell what is there
                 )
@@ -79,13 +90,17 @@ class Index:
 
     def add(self, pages: Sequence[Page]) -> None:
         """Embed the pages that are not there yet."""
-        ids = [page.id for page in pages]
-        stored = set(self._collections["both"].get(ids, include=[])["ids"])  # which is added last
-        new = [page for page in pages if page.id not in stored]
+        new = self.lacks(pages)
         for kind in KINDS:
             if nodes := [node for page in new if (node := _node(page, kind))]:
                 for pipeline in self._pipelines[kind]:
                     pipeline.run(nodes=nodes)
+
+    def lacks(self, pages: Iterable[Page]) -> list[Page]:
+        """Return the pages that are not there."""
+        known = {page.id: page for page in pages}
+        stored = self._collections["both"].get(list(known), include=[])["ids"]  # added last
+        return [page for id_, page in known.items() if id_ not in set(stored)]
 
     def remove(self, file: str) -> None:
         """Forget the pages of a file."""
@@ -137,11 +152,12 @@ def _node(page: Page, kind: str) -> BaseNode | None:
     metadata = {"page": page.id, "file": page.file, "number": page.number}
     keep_out = {"excluded_embed_metadata_keys": list(metadata)}
     if kind == "text":
-        if not page.text:
+        text = drop_furniture(page.text)
+        if not is_passage(text):
             return None
         # The splitter counts what a language model would be shown, too.
         keep_out["excluded_llm_metadata_keys"] = list(metadata)
-        return TextNode(id_=page.id, text=page.text, metadata=metadata, **keep_out)
+        return TextNode(id_=page.id, text=text, metadata=metadata, **keep_out)
     text = page.text if kind == "both" else ""
     path = str(page.picture)
     return ImageNode(id_=page.id, text=text, image_path=path, metadata=metadata, **keep_out)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Literal
 
@@ -33,11 +34,22 @@ class Job:
     """Pages."""
     total: int = 0
     """Pages; 0 until the file is open."""
+    is_cancelled: bool = False
+    started: float = 0.0
+    """When its first page was begun, on the monotonic clock."""
 
     @property
     def is_active(self) -> bool:
         """Whether it is still to be done."""
         return self.state in ("waiting", "working")
+
+    @property
+    def left(self) -> str:
+        """How long it takes yet, in words; empty until some pages are done."""
+        if self.state != "working" or not self.done:
+            return ""
+        seconds = (time.monotonic() - self.started) / self.done * (self.total - self.done)
+        return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"{seconds:.0f} s left"
 
 
 class Jobs:
@@ -49,10 +61,15 @@ class Jobs:
         self._max_pages = max_pages
         self._numbers = itertools.count(1)
         self._jobs: dict[int, Job] = {}
+        self._queued: dict[int, tuple[File, Future[None]]] = {}
         self._busy: set[str] = set()
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._worker = ThreadPoolExecutor(1, "pages")
+        for file in files:
+            if index.lacks(file.pages.values()):
+                _log.warning("%s is indexed again: the index lacks its pages", file.name)
+                files.reopen(file)
         index.forget_others(file.id for file in (*files, *files.unfinished))
         for file in files.unfinished:
             self._start(file, file.name)
@@ -62,9 +79,22 @@ class Jobs:
         return iter(list(self._jobs.values()))
 
     def receive(self, name: str, content: IO[bytes]) -> Job:
-        """Take a file in; one that is here or under way is not worked on again."""
+        """Take a file in; one that is here or under way is not worked on again.
+
+        One that has no pages has failed when this returns.
+        """
         file = self._files.receive(name, content)
-        return self._start(file, name)
+        return self._start(file, name, is_sent=True)
+
+    def cancel(self, id_: int) -> None:
+        """Give a file up that is not finished, and delete what was made of it."""
+        job = self._jobs.get(id_)
+        if job and job.is_active:
+            job.is_cancelled = True
+            file, future = self._queued[id_]
+            if future.cancel():  # it was not begun
+                self._discard(file)
+                del self._jobs[id_], self._queued[id_]
 
     def remove(self, file: File) -> None:
         """Delete a file with its pages, pictures and vectors."""
@@ -82,29 +112,48 @@ class Jobs:
         self._closing.set()
         self._worker.shutdown(cancel_futures=True)
 
-    def _start(self, file: File, name: str) -> Job:
+    def _start(self, file: File, name: str, is_sent: bool = False) -> Job:
+        job = Job(next(self._numbers), file.name)
         with self._lock:
-            job = Job(next(self._numbers), file.name)
-            if self._files.get(file.id) or file.id in self._busy:
-                job.state = "known"
-                job.message = f"{file.name} is here already, byte for byte; nothing was added."
-                if name != file.name:
-                    job.message += f" You sent it as {name}."
-            else:
+            is_known = self._files.get(file.id) is not None
+            is_new = not (is_known or file.id in self._busy)
+            if is_new:
                 self._busy.add(file.id)
-                self._worker.submit(self._work, job, file)
-            self._jobs[job.id] = job
+        if not is_new:
+            how = "is here already" if is_known else "is being added already"
+            job.state = "known"
+            job.message = f"{file.name} {how}, byte for byte; nothing was added."
+            if name != file.name:
+                job.message += f" You sent it as {name}."
+        elif not is_sent or self._look(job, file):
+            self._queued[job.id] = file, self._worker.submit(self._work, job, file)
+        self._jobs[job.id] = job
         return job
 
+    def _look(self, job: Job, file: File) -> bool:
+        """Count the pages of a file that came; tell whether it has any."""
+        try:
+            with open_pages(file.original, file.name, self._max_pages) as source:
+                job.total = len(source)
+        except PageError as exc:
+            self._discard(file)
+            job.state, job.message = "failed", str(exc)
+            return False
+        return True
+
+    def _discard(self, file: File) -> None:
+        self._files.remove(file)
+        self._index.remove(file.id)
+        self._busy.discard(file.id)
+
     def _work(self, job: Job, file: File) -> None:
-        job.state = "working"
+        job.state, job.started = "working", time.monotonic()
         try:
             with open_pages(file.original, file.name, self._max_pages) as source:
                 job.total = len(source)
                 is_complete = self._take_in(job, file, source)
         except PageError as exc:
-            self._files.remove(file)
-            self._index.remove(file.id)
+            self._discard(file)
             job.state, job.message = "failed", str(exc)
         except NeMoRetrieverError as exc:
             job.state, job.message = "failed", f"{file.name} could not be embedded: {exc}. {_LATER}"
@@ -113,18 +162,21 @@ class Jobs:
             job.message = f"{file.name} could not be indexed; the terminal says why. {_LATER}"
             job.state = "failed"
         else:
-            if is_complete:
+            if job.is_cancelled and not is_complete:
+                self._discard(file)
+            if is_complete or job.is_cancelled:
                 job.state = "done"
                 self._jobs.pop(job.id, None)
         finally:
             self._busy.discard(file.id)
+            self._queued.pop(job.id, None)
 
     def _take_in(self, job: Job, file: File, source: Pages) -> bool:
         """Index the pages of a file; return whether it got to its end."""
         pages: list[Page] = []
         notes: list[str] = []
         for first in range(0, len(source), BATCH):
-            if self._closing.is_set():
+            if self._closing.is_set() or job.is_cancelled:
                 return False
             batch = []
             for number in range(first + 1, min(first + BATCH, len(source)) + 1):
@@ -142,7 +194,7 @@ class Jobs:
         return True
 
 
-_LATER = "It is tried again when the app is started again."
+_LATER = "Send it again, or start the app again."
 
 
 def _tell_textless(pages: list[Page]) -> list[str]:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlencode
 
+from langchain_classic.retrievers import EnsembleRetriever
+from langchain_core.documents import Document
+from langchain_core.runnables import Runnable, RunnableLambda
 from pages.files import File, Files, Page
-from pages.index import KINDS, Index
+from pages.index import KINDS, Hit, Index
+from pages.keywords import Keywords
+from pages.passages import locate
 
 from shared_engine import EmbeddingInput, Reranker
 
 TOP = 12
-CANDIDATES = 40  # pages that a reranker scores
+CANDIDATES = 40  # of each search, before the two are fused, and pages that a reranker scores
+WEIGHT_STANDIN = 0.3  # of its vectors beside BM25, which finds more
 KEPT_PICTURES = 32
 _WORDS_NEED_TEXT = (
     "The model that runs is a stand-in whose eyes are untrained: in words it finds texts only, so "
@@ -52,6 +59,17 @@ class Query:
         value = {"words": self.words, "picture": self.picture, "like": self.like, "": ""}[by]
         return "/?" + urlencode({"q" if by == "words" else by: value, "kind": kind})
 
+    def back(self, marked: str = "") -> str:
+        """Return what the address of a page has of this query, to lead back to the results.
+
+        Args:
+            marked: Where the passage is in the text layer of the page.
+        """
+        if not self.by:
+            return ""
+        more = f"&passage={marked}#passage" if marked else ""
+        return self.at(self.kind).removeprefix("/") + more
+
 
 class Picture(NamedTuple):
     """A picture to search with; it is forgotten when the app stops."""
@@ -67,10 +85,17 @@ class Found(NamedTuple):
 
     file: File
     page: Page
-    score: float
+    score: float | None
+    """Cosine similarity; None where only its words were found."""
     passage: str
     before: int
     """Its rank in the search, before a reranker."""
+
+    @property
+    def marked(self) -> str:
+        """Where the passage is in the text layer, as an address has it."""
+        span = locate(self.page.text, self.passage)
+        return "{}-{}".format(*span) if span else ""
 
 
 class Results(NamedTuple):
@@ -81,8 +106,8 @@ class Results(NamedTuple):
     """What was searched."""
     kinds: tuple[str, ...]
     """What can be searched so."""
-    notice: str
-    """Why something was not."""
+    notices: tuple[str, ...] = ()
+    """Why something was not searched, or that nothing is near."""
     reranked: int = 0
     """How many pages the reranker scored; 0 without one."""
 
@@ -97,6 +122,7 @@ class Search:
         self._index = index
         self._is_trained = is_trained
         self._reranker = reranker
+        self._keywords = Keywords(files)
         self._pictures: OrderedDict[str, Picture] = OrderedDict()
 
     def keep_picture(self, name: str, path: Path, thumb: bytes) -> str:
@@ -113,10 +139,9 @@ class Search:
 
     def get_page(self, id_: str) -> tuple[File, Page] | None:
         """Return a page and its file by the page's id."""
-        file_id, _, number = id_.partition("-")
-        file = self._files.get(file_id)
-        page = file.pages.get(int(number)) if file and number.isdecimal() else None
-        return (file, page) if file and page else None
+        file = self._files.get(id_.partition("-")[0])
+        pages = file.pages.values() if file else ()
+        return next(((file, page) for page in pages if file and page.id == id_), None)
 
     def find(self, query: Query) -> Results | None:
         """Return what a query finds; None where nothing is asked."""
@@ -126,20 +151,47 @@ class Search:
         kind = query.kind if query.kind in kinds else best
         vector = self._embed(query, kind)
         if isinstance(vector, str):
-            return Results([], kind, kinds, vector)
+            return Results([], kind, kinds, (vector,))
         reranker = self._reranker if query.words else None
-        hits = self._index.search(vector, kind, CANDIDATES if reranker else TOP + 1)
-        found = [
+        found = self._list(self._index.search(vector, kind, CANDIDATES), query)
+        notices = (notice,) if notice else ()
+        if query.words and kind != "picture":
+            found, unknown = self._add_keywords(query.words, found)
+            if unknown:
+                notices = (f"Nothing is near by its words: no page has {unknown}.", *notices)
+        if reranker:
+            found = found[:CANDIDATES]
+            documents = [_document(each.page, kind, reranker) for each in found]
+            ranking = reranker.rank(query.words, documents, TOP)
+            best = [found[index] for index, _ in ranking]
+            return Results(best, kind, kinds, notices, len(found))
+        return Results(found[:TOP], kind, kinds, notices)
+
+    def _list(self, hits: Sequence[Hit], query: Query) -> list[Found]:
+        """Return the pages of hits but for the one that was started from."""
+        return [
             Found(*both, hit.score, hit.passage, rank)
             for rank, hit in enumerate(hits, 1)
             if (id_ := f"{hit.file}-{hit.number}") != query.like and (both := self.get_page(id_))
         ]
-        if reranker:
-            documents = [_document(each.page, kind, reranker) for each in found]
-            ranking = reranker.rank(query.words, documents, TOP)
-            best = [found[index] for index, _ in ranking]
-            return Results(best, kind, kinds, notice, len(found))
-        return Results(found[:TOP], kind, kinds, notice)
+
+    def _add_keywords(self, words: str, found: list[Found]) -> tuple[list[Found], str]:
+        """Return what vectors and BM25 find by reciprocal ranks, and words that no page has."""
+        hits = self._keywords.search(words, CANDIDATES)
+        known = {each.page.id: each for each in found}
+        for page in hits.pages:
+            file = self._files.get(page.file)
+            if file and page.id not in known:
+                known[page.id] = Found(file, page, None, hits.excerpt(page), 0)
+        weight = 0.5 if self._is_trained else WEIGHT_STANDIN
+        ensemble = EnsembleRetriever(
+            retrievers=[_give(each.page for each in found), _give(hits.pages)],
+            weights=[weight, 1 - weight],
+        )
+        fused = [known.get(each.page_content) for each in ensemble.invoke(words)]
+        ordered = [each for each in fused if each]  # without pages of a file deleted meanwhile
+        unknown = ", ".join(f"\u201c{word}\u201d" for word in hits.unknown)
+        return [each._replace(before=rank) for rank, each in enumerate(ordered, 1)], unknown
 
     def _choose(self, by: str) -> tuple[tuple[str, ...], str, str]:
         """Return what can be searched, the best of it, and why not the rest."""
@@ -167,6 +219,12 @@ class Search:
         return self._index.read_vector(both[1], kind) or (
             "The page that you started from has no text layer. Look for its picture."
         )
+
+
+def _give(pages: Iterable[Page]) -> Runnable[str, list[Document]]:
+    """Return a retriever of pages that were found, as documents of their ids."""
+    found = [Document(page.id) for page in pages]
+    return RunnableLambda(lambda _: found)
 
 
 def _document(page: Page, kind: str, reranker: Reranker) -> EmbeddingInput:

@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import handbook
 import numpy as np
 import pytest
+from chat import Server
 from pages.answer import Answerer
 from pages.app import MAX_PAGES, create_app
 from pages.files import Files
@@ -34,6 +34,7 @@ from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine.server.run import build_server
 from tests.conftest import CHROMIUM, ROOT
 from tests.support import pdfs
+from tests.support.chat_server import serve_chat
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -160,6 +161,7 @@ def test_a_person_adds_a_file_searches_it_reads_it_and_deletes_it(
     page.fill("#q", "Create and write WAV sound files")
     page.press("#q", "Enter")
     page.wait_for_selector("text=the text layer is searched")
+    assert page.evaluate("document.activeElement.id") == "results"
     assert names(page)[0] == "two.pdf, page 1"
     assert re.match(r"cosine 0\.\d{3}$", page.locator(".score").first.inner_text())
     assert page.locator(".switch a[aria-current]").inner_text() == "Text layer"
@@ -172,6 +174,13 @@ def test_a_person_adds_a_file_searches_it_reads_it_and_deletes_it(
     page.click(".switch >> text=Both as one")
     page.wait_for_selector(".switch a[aria-current] >> text=Both as one")
     assert len(names(page)) == 2
+
+    page.go_back()
+    page.go_back()
+    page.click("ol .card:first-child img")
+    page.wait_for_selector("mark#passage")
+    page.click("text=Back to the results")
+    page.wait_for_selector("h2:has-text('Found for')")
 
     page.click("ol .card:first-child >> text=More like this")
     page.wait_for_selector("h2:has-text('More like')")
@@ -325,7 +334,14 @@ def test_every_view_is_accessible_and_fits_the_screen(
     (id_,) = (path.parent.name for path in (tmp_path / "web/files").glob("*/2.png"))
     words = "/?q=UUID objects"
     like = f"/?like={id_}-1"
-    for path in ("/", words, like, f"/files/{id_}", f"/files/{id_}/1", "/nowhere"):
+    for path in (
+        "/",
+        words,
+        like,
+        f"/files/{id_}",
+        f"/files/{id_}/1?q=UUID&passage=0-9",
+        "/nowhere",
+    ):
         page.goto(site + path)
         check_accessibility(page)
         width = page.evaluate("document.documentElement.scrollWidth")
@@ -353,20 +369,12 @@ def test_an_answer_names_its_pages_and_a_failure_says_what_to_do(
     model: NeMoRetrieverEmbedding,
     open_page: Callable[..., Page],
     two_pages: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said = SimpleNamespace(text="<b>It reads WAV</b> [1].")
-    asked: list[Any] = []
-
-    def invoke(_: Any, messages: Any) -> Any:
-        asked.append(messages)
-        if len(asked) > 1:
-            raise ConnectionError("nobody is there")
-        return said
-
-    monkeypatch.setattr("langchain_nvidia_ai_endpoints.ChatNVIDIA.invoke", invoke)
-    answerer = Answerer("a-vision-llm", "http://127.0.0.1:9/v1")
-    with serving(tmp_path, model, answerer=answerer) as address:
+    with (
+        serve_chat() as chat,
+        serving(tmp_path, model, answerer=Answerer(Server(chat.url, None, None))) as address,
+    ):
+        chat.answer = "<b>It reads WAV</b> [1]."
         page = open_page(address)
         add(page, two_pages)
         page.wait_for_selector("text=two.pdf, page 2")
@@ -375,9 +383,11 @@ def test_an_answer_names_its_pages_and_a_failure_says_what_to_do(
         page.wait_for_selector("#answer >> text=<b>It reads WAV</b> [1].")
         assert "[1] two.pdf, page" in page.inner_text("#answer")
         check_accessibility(page)
-        urls = [part["image_url"]["url"] for part in asked[0][1].content if "image_url" in part]
+        parts = chat.asked[0]["messages"][1]["content"]
+        urls = [part["image_url"]["url"] for part in parts if "image_url" in part]
         assert len(urls) == 2
         assert all(len(url) < 180_000 for url in urls)
+        chat.status = 500
         page.click("text=Answer from the first 3 pages")
         page.wait_for_selector("text=The vision LLM gave no answer")
 

@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import io
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import handbook
+import httpx
 import pages.app
 import pages.index
 import pages.jobs
 import pytest
+import uvicorn
+from chat import Server
 from pages.__main__ import find_files
+from pages.answer import Answerer
 from pages.app import create_app
 from pages.files import Files
 from pages.index import KINDS, Index
@@ -30,6 +36,7 @@ from starlette.testclient import TestClient
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import EmbeddingInput, Reranker, RerankOptions
 from tests.support import pdfs
+from tests.support.chat_server import serve_chat
 from tests.support.image_files import write_tiff
 from tests.support.rerankers import build_reranker, build_vl_reranker
 from tests.support.vl_checkpoints import VLShape, build_vl_checkpoint
@@ -125,7 +132,7 @@ def picture(kind: str = "PNG", size: tuple[int, int] = (40, 60), **options: Any)
 def found_pages(html: str) -> list[tuple[str, int]]:
     """Return the pages in the results, best first."""
     results = html.partition('id="results"')[2].partition("</section>")[0]
-    found = re.findall(r'<a href="/files/(\w+)/(\d+)">\s*<img', results)
+    found = re.findall(r'<a href="/files/(\w+)/(\d+)[^"]*">\s*<img', results)
     return [(file, int(number)) for file, number in found]
 
 
@@ -159,6 +166,53 @@ def test_each_kind_is_searched_by_words_and_by_page(app: App, two_pages: bytes, 
     assert found_pages(app.look("/", like=f"{file.id}-1", kind=kind)) == [(file.id, 2)]
 
 
+def leaf(*lines: str) -> pdfs.Leaf:
+    """Return a page with these lines of text."""
+    return pdfs.Leaf(
+        "".join(
+            f"BT /F1 9 Tf 9 {180 - 12 * row} Td ({line}) Tj ET " for row, line in enumerate(lines)
+        )
+    )
+
+
+def test_contents_and_page_numbers_are_no_passages(app: App) -> None:
+    dots = ". . . . . . . ."
+    contents = leaf("Contents", f"Apples {dots} 2", f"Pears {dots} 3", f"Plums {dots} 9", "iv", ".")
+    prices = leaf(f"Apples {dots} 3", f"Pears {dots} 1", f"Plums {dots} 2", "17")
+    app.send(("fruit.pdf", pdfs.write(contents, prices, leaf(dots, "12"))))
+    stored = app.index._collections["text"].get(include=["documents"])["documents"]
+    assert {text for text in stored if "Contents" in text} == {"Contents"}
+    assert all(re.search("[A-Za-z]{2}", text) for text in stored)
+    assert any("Pears" in text for text in stored), "the lines of a price list stay"
+
+
+def test_pages_are_found_by_their_words_too_and_the_passage_is_marked(app: App) -> None:
+    fruit = [leaf("The list of fruit", f"The {name} is on this page") for name in ("apple", "pear")]
+    others = [leaf(f"Nothing of note, {n}") for n in range(9)]
+    app.send(("fruit.pdf", pdfs.write(*others, *fruit)))
+    (file,) = app.files
+    html = app.look("/", q="where is a pear", kind="text")
+    assert found_pages(html)[0] == (file.id, 11)
+    assert "Nothing is near" not in html
+    (address,) = set(re.findall(rf'"(/files/{file.id}/11\?[^"]+)"', html))
+    page = app.client.get(address.replace("&amp;", "&")).text
+    assert re.search('<mark id="passage">[^<]*pear[^<]*</mark>', page)
+    assert "Back to the results" in page
+    assert '/?q=where+is+a+pear&amp;kind=text#results"' in page
+    for passage in ("9999999-99999999", "4-2", "-1-2", "x", "\u0661-\u0662"):
+        reply = app.client.get(f"/files/{file.id}/11", params={"passage": passage})
+        assert reply.status_code == 200
+        assert "is on this page" in reply.text
+
+
+def test_words_that_no_page_has_are_told(app: App) -> None:
+    app.send(("fruit.pdf", pdfs.write(*(leaf(f"The colour of fruit {n}") for n in range(9)))))
+    html = app.look("/", q="recipe for onion soup", kind="text")
+    assert "Nothing is near by its words: no page has \u201conion\u201d, " in html
+    assert "Nothing is near" not in app.look("/", q="colour of an onion", kind="text")
+    assert "Nothing is near" not in app.look("/", q="recipe for onion soup", kind="picture")
+
+
 def test_a_photographed_page_finds_itself(app: App, two_pages: bytes) -> None:
     app.send(("two.pdf", two_pages))
     (file,) = app.files
@@ -179,7 +233,7 @@ def test_a_reranker_orders_what_words_find_and_both_orders_are_shown(
     start: Callable[..., Any], request: pytest.FixtureRequest, reads: str, kind: str
 ) -> None:
     reranker: Reranker = request.getfixturevalue(reads)
-    leaves = [pdfs.Leaf(f"BT /F1 9 Tf 9 9 Td ({word}) Tj ET") for word in "abcdefghijklmn"]
+    leaves = [pdfs.Leaf(f"BT /F1 9 Tf 9 9 Td (item {word}) Tj ET") for word in "abcdefghijklmn"]
     with start() as app:
         app.send(("letters.pdf", pdfs.write(*leaves)))
         (file,) = app.files
@@ -430,7 +484,7 @@ def test_no_other_file_can_be_had(app: App, two_pages: bytes) -> None:
         "/files/%2e%2e/1",
         "/files/name.json",
         "/files/{id}/../name.json",
-        "/files/{id}/original",
+        "/files/{id}/original.json",
         "/files/{id}/1.json",
         "/files/{id}/99",
         "/static/..%2fapp.py",
@@ -508,3 +562,215 @@ def test_a_fault_of_the_program_is_told_without_its_trace(
         assert reply.status_code == 500
         assert "That did not work" in reply.text
         assert "secret detail" not in reply.text
+        assert reply.headers["content-security-policy"].startswith("default-src 'self';")
+
+
+def test_the_original_is_opened_as_what_it_is(app: App, two_pages: bytes) -> None:
+    jpeg = picture("JPEG")
+    app.send(("two.pdf", two_pages), ("photo.html", jpeg))
+    kinds = {"two.pdf": ("application/pdf", two_pages), "photo.html": ("image/jpeg", jpeg)}
+    for file in app.files:
+        assert f'href="/files/{file.id}/original#page=1"' in app.look(f"/files/{file.id}/1")
+        reply = app.client.get(f"/files/{file.id}/original")
+        assert (reply.headers["content-type"], reply.content) == kinds[file.name]
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert reply.headers["content-security-policy"].startswith("default-src 'none'")
+
+
+def test_a_page_has_a_search_of_all_pages(app: App, two_pages: bytes) -> None:
+    app.send(("two.pdf", two_pages))
+    (file,) = app.files
+    for address in (f"/files/{file.id}", f"/files/{file.id}/1?q=uuid"):
+        html = app.client.get(address).text
+        assert '<form method="get" action="/#results" role="search"' in html
+    assert 'value="uuid"' in html
+
+
+def hold_back(app: App, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Let the first batch of pages wait; return what tells of it, and what lets it go on."""
+    monkeypatch.setattr(pages.jobs, "BATCH", 1)
+    begun, released, add = threading.Event(), threading.Event(), Index.add
+
+    def slowly(index: Index, new: Any) -> None:
+        begun.set()
+        assert released.wait(30)
+        add(index, new)
+
+    monkeypatch.setattr(Index, "add", slowly)
+    return begun, released
+
+
+def test_a_file_is_looked_at_when_it_arrives(
+    app: App, two_pages: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, released = hold_back(app, monkeypatch)
+    try:
+        app.client.post("/files", files=[("files", ("two.pdf", two_pages))])
+        assert begun.wait(30)
+        sent = [("files", (name, b"no pages")) for name in ("bad.pdf", "bad.pdf", "worse.pdf")]
+        html = app.client.post("/files", files=sent).text
+        assert html.count("is neither a PDF nor a picture") == 3
+        assert "already" not in html
+        again = [("files", ("two.pdf", two_pages))]
+        assert "two.pdf is being added already" in app.client.post("/files", files=again).text
+    finally:
+        released.set()
+    app.wait()
+
+
+def test_a_file_can_be_given_up_while_it_waits_or_is_worked_on(
+    app: App, two_pages: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun, released = hold_back(app, monkeypatch)
+    try:
+        sent = [("files", ("two.pdf", two_pages)), ("files", ("blue.png", picture()))]
+        app.client.post("/files", files=sent)
+        assert begun.wait(30)
+        first, second = (job.id for job in app.jobs)
+        assert "blue.png" not in app.client.post(f"/jobs/{second}/cancel").text
+        assert "stopping" in app.client.post(f"/jobs/{first}/cancel").text
+    finally:
+        released.set()
+    app.wait()
+    assert not list(app.jobs)
+    assert not list(app.files)
+    assert not any(app.ids(kind) for kind in KINDS)
+    assert not list((tmp_path / "web/files").iterdir())
+    assert app.client.post(f"/jobs/{first}/cancel").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "told"),
+    [(0, 5, ""), (10, 5, "45 s left"), (10, 60, "about 9 min left")],
+)
+def test_the_time_left_is_told(
+    done: int, seconds: float, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    job = pages.jobs.Job(1, "a", "working", done=done, total=100, started=1000.0 - seconds)
+    assert job.left == told
+
+
+# Bad luck and load
+
+
+def test_a_file_is_deleted_once_however_often_it_is_asked(app: App, two_pages: bytes) -> None:
+    app.send(("two.pdf", two_pages))
+    (file,) = app.files
+    threads = [threading.Thread(target=app.jobs.remove, args=(file,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _ in range(2):
+        reply = app.client.post(f"/files/{file.id}/delete", follow_redirects=False)
+        assert reply.status_code == 303
+    app.send(("two.pdf", two_pages))
+    assert len(list(app.files)) == 1
+
+
+def test_a_picture_that_is_gone_is_not_found(app: App, two_pages: bytes) -> None:
+    app.send(("two.pdf", two_pages))
+    (file,) = app.files
+    file.pages[1].picture.unlink()
+    file.pages[1].thumb.unlink()
+    for name in ("1.png", "1.webp"):
+        assert app.client.get(f"/files/{file.id}/{name}").status_code == 404
+    assert app.client.get(f"/files/{file.id}/1").status_code == 200
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "\u0663", "1e3", "-1", "%00"])
+def test_an_odd_number_in_an_address_is_not_found(app: App, two_pages: bytes, number: str) -> None:
+    app.send(("two.pdf", two_pages))
+    (file,) = app.files
+    for end in (number, f"{number}.png"):
+        assert app.client.get(f"/files/{file.id}/{end}").status_code == 404
+    assert app.client.post(f"/messages/{number}/dismiss").status_code == 404
+    assert "has been deleted" in app.look("/", like=f"{file.id}-{number}")
+
+
+@pytest.mark.parametrize("content", ["", '{"name": "two', "[]", '{"name": 1}', "null"])
+def test_a_damaged_entry_of_the_store_is_skipped_or_made_anew(
+    start: Callable[..., Any],
+    two_pages: bytes,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+) -> None:
+    with start() as app:
+        app.send(("two.pdf", two_pages))
+        (file,) = app.files
+    (file.folder / "pages.json").write_text(content, encoding="utf-8")
+    with start() as app:
+        app.wait()
+        assert [len(each.pages) for each in app.files] == [2]
+    (file.folder / "name.json").write_text(content, encoding="utf-8")
+    with start() as app:
+        assert not list(app.files)
+        assert "name.json is damaged" in " ".join(capsys.readouterr().out.split())
+        app.send(("again.pdf", two_pages))
+        assert [(each.name, len(each.pages)) for each in app.files] == [("again.pdf", 2)]
+
+
+def test_a_lost_index_is_built_again(
+    start: Callable[..., Any], two_pages: bytes, tmp_path: Path
+) -> None:
+    with start() as app:
+        app.send(("two.pdf", two_pages))
+        (file,) = app.files
+        for collection in app.index._collections.values():
+            collection.delete(where={"file": file.id})
+    with start() as app:
+        app.wait()
+        assert len(app.ids("both")) == 2
+        assert len(found_pages(app.look("/", q="uuid", kind="text"))) == 2
+
+
+@contextmanager
+def serving(app: App) -> Iterator[int]:
+    """Serve an app that was started; give its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app.app, lifespan="off", log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+def test_an_upload_that_does_not_arrive_is_ended(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages.app, "READ_SECONDS", 0.2)
+    head = (
+        "POST /files HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99\r\n\r\n--b"
+    )
+    with serving(app) as port, socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(head.encode())
+        client.settimeout(10)
+        assert client.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_a_language_model_that_hangs_holds_up_nobody(
+    start: Callable[..., Any], two_pages: bytes
+) -> None:
+    with serve_chat() as chat, start(answerer=Answerer(Server(chat.url, None, None))) as app:
+        app.send(("two.pdf", two_pages))
+        asked = {"q": "uuid", "kind": "text"}
+        with serving(app) as port, ThreadPoolExecutor(pages.app.ANSWERS) as pool:
+            origin = f"http://127.0.0.1:{port}"
+            with httpx.Client(base_url=origin, headers={"Origin": origin}, timeout=30) as client:
+                chat.released.clear()
+                waiting = [
+                    pool.submit(client.post, "/answer", data=asked)
+                    for _ in range(pages.app.ANSWERS)
+                ]
+                while len(chat.asked) < pages.app.ANSWERS:
+                    time.sleep(0.01)
+                refused = client.post("/answer", data=asked)
+                assert refused.status_code == 503
+                assert "Ask again" in refused.text
+                assert client.get("/").status_code == 200
+                chat.released.set()
+                assert all("It is red [1]." in each.result().text for each in waiting)

@@ -14,7 +14,9 @@ import demo
 import handbook
 import numpy as np
 import pytest
-from pages import access, files, terminal
+import rag
+import sections
+from pages import access, app, files, passages, terminal
 from pages.__main__ import main
 from safetensors import safe_open
 
@@ -148,7 +150,7 @@ def test_what_can_be_expected_to_fail_ends_in_a_sentence(
         run(*args)
 
 
-@pytest.mark.parametrize("module", [access, demo, files, terminal])
+@pytest.mark.parametrize("module", [access, app, demo, files, passages, rag, sections, terminal])
 def test_its_examples_hold(module: ModuleType) -> None:
     found = doctest.testmod(module)
     assert found.attempted

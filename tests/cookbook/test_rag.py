@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -146,13 +148,131 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_taken(rag: ModuleType, doc
         assert reason in line
 
 
+HTML = """<html><head><title>Shop</title><script>evil()</script></head><body><nav>Menu</nav>
+<p>All is <b>fresh</b> here.</p><h1>Fruit</h1><h2>Apples</h2><p>Apples_are *red*.</p>
+<table><tr><th>kind</th><th>price</th></tr><tr><td>Cox</td><td>3</td></tr></table></body></html>"""
+
+
+def read_files(rag: ModuleType, folder: Path, **files: str | bytes) -> tuple[Any, list[str]]:
+    """Return what is read of files, named with an underscore for the dot, and what is left out."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        data = content if isinstance(content, bytes) else content.encode()
+        (folder / name.replace("_", ".")).write_bytes(data)
+    sections, left_out = rag.read(folder, folder)
+    return {(s.metadata["title"], s.metadata["place"]): s.page_content for s in sections}, left_out
+
+
+def test_html_is_read_by_its_headings(rag: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("markdownify")
+    found, _ = read_files(rag, tmp_path, a_html=HTML)
+    assert found["Shop", "the whole"] == "All is **fresh** here."
+    apples = found["Fruit: Apples", '"Apples"']
+    assert "Apples_are *red*." in apples
+    assert "| Cox | 3 |" in apples
+    assert not any(word in str(found) for word in ("evil", "Menu"))
+    found, _ = read_files(
+        rag, tmp_path, a_html='<meta charset="latin1"><p>\xe9t\xe9'.encode("latin1")
+    )
+    assert list(found.values()) == ["\xe9t\xe9"]
+
+
+def test_word_is_read_by_its_headings_and_what_is_none_is_named(
+    rag: ModuleType, tmp_path: Path
+) -> None:
+    pytest.importorskip("mammoth")
+    body = "".join(
+        f'<w:p><w:pPr><w:pStyle w:val="{style}"/></w:pPr><w:r><w:t>{text}</w:t></w:r></w:p>'
+        for style, text in [("Heading1", "Fruit"), ("Heading2", "Apples"), ("", "They are red.")]
+    )
+    styles = "".join(
+        f'<w:style w:type="paragraph" w:styleId="Heading{n}">'
+        f'<w:name w:val="heading {n}"/></w:style>'
+        for n in (1, 2)
+    )
+    space = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+    kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+    package = "http://schemas.openxmlformats.org/package/2006"
+    parts = {
+        "[Content_Types].xml": f'<Types xmlns="{package}/content-types"/>',
+        "_rels/.rels": f'<Relationships xmlns="{package}/relationships"><Relationship Id="1" '
+        f'Type="{kind}/officeDocument" Target="word/document.xml"/></Relationships>',
+        "word/document.xml": f"<w:document {space}><w:body>{body}</w:body></w:document>",
+        "word/styles.xml": f"<w:styles {space}>{styles}</w:styles>",
+    }
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        for name, text in parts.items():
+            file.writestr(name, text)
+    found, left_out = read_files(rag, tmp_path, a_docx=packed.getvalue(), b_docx=b"PK no")
+    assert found == {("Fruit: Apples", '"Apples"'): "They are red."}
+    assert left_out == ["b.docx: broken, locked, or no Word document (File is not a zip file)"]
+
+
+def test_csv_is_read_by_its_rows(rag: ModuleType, tmp_path: Path) -> None:
+    long = "x" * 200_000
+    found, left_out = read_files(
+        rag,
+        tmp_path,
+        a_csv="\ufeffname;price\nApple;3\n\nPear;\n",
+        b_csv=f"name,text\nQuince,{long}\n",
+    )
+    assert found == {
+        ("a: Apple", "row 1"): "name: Apple\nprice: 3",
+        ("a: Pear", "row 2"): "name: Pear",
+    }
+    assert left_out == ["b.csv: field larger than field limit (131072)"]
+
+
+def test_underlined_and_numbered_headings_begin_sections(rag: ModuleType, tmp_path: Path) -> None:
+    markdown = (
+        "---\ntitle: x\n---\nFruit\n=====\n\nAll.\n\nRed apples\n---\n\n```\nCode\n---\n```\n"
+    )
+    text = "1 Fruit\n\nAll.\n\n1.1 Apples\n\nRed.\n\n1. wash\n\n2. eat\n\nChapter II: Pears\n\nGo."
+    found, _ = read_files(rag, tmp_path, a_md=markdown, b_txt=text)
+    assert list(found) == [
+        ("Fruit", '"Fruit"'),
+        ("Fruit: Red apples", '"Red apples"'),
+        ("1 Fruit", '"1 Fruit"'),
+        ("1 Fruit: 1.1 Apples", '"1.1 Apples"'),
+        ("Chapter II: Pears", '"Chapter II: Pears"'),
+    ]
+    assert "1. wash" in found["1 Fruit: 1.1 Apples", '"1.1 Apples"']
+    assert "Code\n---" in found["Fruit: Red apples", '"Red apples"']
+
+
+def test_files_without_a_reader_or_without_text_are_named(rag: ModuleType, docs: Path) -> None:
+    found, left_out = read_files(rag, docs, a_md="", b_csv="name\n", c_png="x", d_png="x")
+    assert len(found) == 3
+    kinds = ".md, .txt, .pdf, .docx, .html, .htm, .csv"
+    assert left_out == [
+        "a.md has no text",
+        "b.csv has no text",
+        f"c.png and 1 more of .png: not one of {kinds}",
+    ]
+
+
+def test_a_source_can_be_opened(
+    rag: ModuleType,
+    docs: Path,
+    embeddings: NeMoRetrieverEmbeddings,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (docs / "a b.pdf").write_bytes(pdfs.write(pdfs.Leaf("BT /F1 9 Tf 9 9 Td (words) Tj ET")))
+    sections, _ = rag.read(docs, docs)
+    rag.ask("what?", [{"sources": sections}], embeddings, [docs / "elsewhere", docs])
+    printed = capsys.readouterr().out
+    for address in ("a%20b.pdf#page=1", "notes.txt", "fruit.md"):
+        assert f"      {docs.resolve().as_uri()}/{address}\n" in printed
+
+
 @pytest.mark.parametrize("content", [{}, {"broken.pdf": b"%PDF"}, {"a.png": b"x"}, {"a.md": b" "}])
 def test_a_folder_without_text_is_an_error_that_says_why(
     rag: ModuleType, tmp_path: Path, content: dict[str, bytes]
 ) -> None:
     for name, data in content.items():
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(FileNotFoundError, match=r"has no \.md, \.txt or \.pdf with text") as raised:
+    with pytest.raises(FileNotFoundError, match=r"has no \.md, \.txt, .* with text") as raised:
         rag.read(tmp_path, tmp_path)
     assert ("broken.pdf" in str(raised.value)) == ("broken.pdf" in content)
 
@@ -264,6 +384,7 @@ def test_the_prompt_has_the_question_and_every_excerpt_with_its_number_and_sourc
     assert len([part for part in parts if "answer" in part]) > 1  # it comes in pieces
     ((system, human),) = chat.asked
     assert "excerpts" in system.content
+    assert "If they do not answer the question, you must say so" in system.content
     assert human.content.endswith("Question: What colour do apples have?")
     for i, source in enumerate(parts[0]["sources"], 1):
         assert f"[{i}] {source.page_content}\n({source.metadata['source']}, " in human.content
@@ -280,6 +401,7 @@ def test_a_small_model_is_shown_the_first_source_only_and_all_are_told(
     assert len(sources) == 3
     ((human,),) = chat.asked
     assert human.content.endswith("in one short sentence: What colour do apples have?")
+    assert "If the text above does not answer the question, you must say so." in human.content
     assert sources[0].page_content in human.content
     assert sources[1].page_content not in human.content
 
@@ -302,12 +424,29 @@ def test_the_agent_searches_with_the_tool_and_its_sources_are_kept(
     assert 'Pears are green.\n(fruit.md, "Pears")' in answer.text
 
 
+def test_what_a_terminal_would_obey_is_shown_escaped(
+    rag: ModuleType, embeddings: NeMoRetrieverEmbeddings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b[2J\x07\u202e"
+    known = {"source": f"a{evil}.md", "place": f'"{evil}"', "title": "T", "section": "1"}
+    stream = [
+        {"sources": [Document(f"T\ntext {evil}", metadata=known)]},
+        {"answer": f"Yes{evil}\nno"},
+    ]
+    rag.ask(f"what{evil}", stream, embeddings)
+    rag.show("Left out", f"b{evil}.pdf is empty")
+    printed = capsys.readouterr().out
+    assert not set(evil.replace("[2J", "")) & set(printed)
+    assert printed.count("\\x1b[2J\\x07\\u202e") == 6
+    assert "Yes\\x1b[2J\\x07\\u202e\nno" in printed
+
+
 @pytest.mark.parametrize("name", [None, "some-model"])
 def test_a_language_model_that_cannot_be_reached_is_an_error(
     rag: ModuleType, name: str | None
 ) -> None:
     with (
-        pytest.raises(ConnectionError, match="No language model answers at http:"),
+        pytest.raises(ConnectionError, match="no language model answers at http:"),
         rag.open_llm("http://127.0.0.1:9/v1", name),
     ):
         pytest.fail("it must not open")
@@ -337,7 +476,7 @@ def run(
     ("args", "message"),
     [
         (["--docs", "missing"], "missing is no folder"),
-        (["--llm-url", "http://127.0.0.1:9/v1"], "No language model answers"),
+        (["--llm-url", "http://127.0.0.1:9/v1"], "no language model answers"),
         (["--weight", "2"], "is from 0 to 1"),
     ],
 )

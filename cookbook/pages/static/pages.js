@@ -69,15 +69,32 @@ function count(progress) {
   return Number(progress.dataset.active);
 }
 
+// A button that has the focus, or is being pressed, must not be replaced; what is beside it may.
+function isHeld(shown, fresh) {
+  const active = document.activeElement;
+  const action = shown.contains(active) && active.form?.getAttribute("action");
+  return shown.matches(":active") || (action && fresh.querySelector(`form[action="${action}"]`));
+}
+
+function updateBars(shown, fresh) {
+  for (const old of shown.querySelectorAll(".job progress")) {
+    const bar = fresh.querySelector(`#${old.id}`);
+    if (!bar) continue;
+    shown.querySelector(`label[for="${old.id}"]`).replaceWith(fresh.querySelector(`label[for="${old.id}"]`));
+    old.replaceWith(bar);
+  }
+}
+
 async function follow() {
   const shown = document.getElementById("progress");
-  if (!shown || !count(shown)) return;
+  if (!shown || !(count(shown) || shown.dataset.held)) return;
   try {
     const fresh = (await get("/progress")).getElementById("progress");
     const hasFinished = count(fresh) < count(shown);
     shown.dataset.active = count(fresh);
-    // A message that somebody is about to put away must not lose the focus.
-    if (!shown.contains(document.activeElement)) shown.replaceChildren(...fresh.childNodes);
+    shown.dataset.held = isHeld(shown, fresh) ? "true" : "";
+    if (shown.dataset.held) updateBars(shown, fresh);
+    else shown.replaceChildren(...fresh.childNodes);
     if (hasFinished) {
       const files = (await get("/")).getElementById("files-here");
       document.getElementById("files-here").replaceChildren(...files.childNodes);
