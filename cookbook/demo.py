@@ -84,7 +84,8 @@ class Default:
 DEFAULT = Default(
     DEFAULT_MODEL,
     standin.build,
-    "It is untrained and finds less than BM25: judge no model by it.",
+    "It is small and finds less than BM25 (nDCG@10 on XQuAD English: 0.90, BM25 0.96): judge no "
+    "model by it.",
     "demo",
 )
 

@@ -33,7 +33,6 @@ import handbook
 import llm
 import numpy as np
 import sections as reading
-import standin
 from demo import DEFAULT as DEMO
 from demo import (
     WIDTH,
@@ -73,7 +72,7 @@ BATCH = 64  # passages between two saves
 TOP = 3  # sources of an answer
 CANDIDATES = 12  # of each search, before the two are fused
 CANDIDATES_TO_RERANK = 40  # of each search, and of both after they are fused
-WEIGHT_STANDIN = 0.3  # of its vectors in a search; it ranks below BM25, which has the rest
+WEIGHT = 0.5  # of vectors in a search; BM25 has the rest
 ANSWER_TOKENS = 160
 PROMPT = ChatPromptTemplate.from_messages(
     [
@@ -469,12 +468,9 @@ def run(args: argparse.Namespace) -> None:
             f"{done['num_added']} embedded, {done['num_skipped']} unchanged, "
             f"{done['num_deleted']} removed",
         )
-        weight = args.weight
-        if weight is None:
-            weight = WEIGHT_STANDIN if standin.is_standin(model) else 0.5
         candidates = CANDIDATES_TO_RERANK if reranker else CANDIDATES
         retriever = make_retriever(
-            sections, passages, store, weight=weight, parent=args.parent, candidates=candidates
+            sections, passages, store, weight=args.weight, parent=args.parent, candidates=candidates
         )
         if reranker:
             retriever = rerank(retriever, reranker)
@@ -504,7 +500,8 @@ def options() -> argparse.ArgumentParser:
     made.add_argument(
         "--weight",
         type=_share,
-        help="of vectors beside BM25, from 0 to 1 (default: 0.5; 0.3 for the stand-in)",
+        default=WEIGHT,
+        help="of vectors beside BM25, from 0 to 1 (default: %(default)s)",
     )
     made.add_argument(
         "--vector-store",

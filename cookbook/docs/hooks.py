@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from pydantic.fields import FieldInfo
 from shared_engine import Options, RerankOptions
 
 COOKBOOK = Path(__file__).resolve().parents[1]
-PHRASINGS = re.compile(r"^Also asked as: .*?(\n\n|\n?\Z)", re.MULTILINE | re.DOTALL)
 OPTIONS = "<!-- options -->"
 
 
@@ -29,10 +27,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Describe the options, and drop the phrasings that only the retriever of `make rag` reads."""
-    if OPTIONS in markdown:
-        markdown = markdown.replace(OPTIONS, describe_options())
-    return PHRASINGS.sub("", markdown)
+    """Describe the options."""
+    return markdown.replace(OPTIONS, describe_options()) if OPTIONS in markdown else markdown
 
 
 def describe_options() -> str:

@@ -97,7 +97,7 @@ def serve(args: Namespace) -> None:
         app = create_app(
             Files(folder / "files"),
             index,
-            model=f"{model.path.name}{'' if model.is_trained else ': untrained, for a trial only'}",
+            model=f"{model.path.name}{'' if model.is_trained else ', for a trial only'}",
             is_trained=model.is_trained,
             reranker=load_reranker(args),
             answerer=choose_answerer(args),
@@ -110,7 +110,7 @@ def serve(args: Namespace) -> None:
         if not is_loopback(host):
             show("", "Whoever reaches this address can read, add and delete files.")
         sys.stdout.flush()
-        build_server(app, log_level="warning", access_log=False).run(sockets=[listener])
+        build_server(app, log_level="warning").run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:

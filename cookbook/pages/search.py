@@ -22,7 +22,7 @@ from shared_engine import EmbeddingInput, Reranker
 
 TOP = 12
 CANDIDATES = 40  # of each search, before the two are fused, and pages that a reranker scores
-WEIGHT_STANDIN = 0.3  # of its vectors beside BM25, which finds more
+WEIGHT = 0.5  # of vectors beside BM25
 KEPT_PICTURES = 32
 _WORDS_NEED_TEXT = (
     "The model that runs is a stand-in whose eyes are untrained: in words it finds texts only, so "
@@ -183,10 +183,9 @@ class Search:
             file = self._files.get(page.file)
             if file and page.id not in known:
                 known[page.id] = Found(file, page, None, hits.excerpt(page), 0)
-        weight = 0.5 if self._is_trained else WEIGHT_STANDIN
         ensemble = EnsembleRetriever(
             retrievers=[_give(each.page for each in found), _give(hits.pages)],
-            weights=[weight, 1 - weight],
+            weights=[WEIGHT, 1 - WEIGHT],
         )
         fused = [known.get(each.page_content) for each in ensemble.invoke(words)]
         ordered = [each for each in fused if each]  # without pages of a file deleted meanwhile

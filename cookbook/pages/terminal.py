@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 DEFAULT = Default(
     "nvidia/llama-nemotron-embed-vl-1b-v2",
     standin.build_multimodal,
-    "It is untrained and its vision tower is random: it finds a page by a picture of that page, "
+    "It is small and its vision tower is random: it finds a page by a picture of that page, "
     "and cannot be asked about pages in words. Judge no model by it.",
     "pages",
 )

@@ -1,8 +1,7 @@
 """Questions about the handbook, in other words than its own, and the section of each answer.
 
-DEVELOPMENT was there when the handbook got its lines "Also asked as" and the searches their
-weights, so what is found of it says little. HELD_OUT was written after that; nothing was changed
-for it.
+DEVELOPMENT was there when the searches got their weights, so what is found of it says little.
+HELD_OUT was written after that; nothing was changed for it.
 """
 
 HELD_OUT = (

@@ -170,10 +170,10 @@ def test_the_standin_for_images_is_laid_out_as_the_public_one_and_says_what_it_i
         "language_model.layers.0.self_attn.q_proj.weight",
     ):
         assert name in names
-    assert "untrained" in json.loads((again / "config.json").read_text())["stand_in"]
-    assert "Untrained" in (again / "README.md").read_text()
+    assert "random" in json.loads((again / "config.json").read_text())["stand_in"]
+    assert "random" in (again / "README.md").read_text()
     with Embedder(Options(model=str(multimodal), device="cpu")) as embedder:
-        assert "random-vision-untrained-standin" in embedder.description
+        assert "random-vision-standin" in embedder.description
 
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="holds something else"):

@@ -543,7 +543,7 @@ def test_held_out_questions_find_their_source(
     passages = rag.split(sections)
     store = InMemoryVectorStore(embeddings)
     store.add_documents(passages)
-    retriever = rag.make_retriever(sections, passages, store, weight=rag.WEIGHT_STANDIN)
+    retriever = rag.make_retriever(sections, passages, store, weight=rag.WEIGHT)
     right_file = right_section = 0
     for question, section in HELD_OUT:
         found = [s.metadata["section"] for s in rag.take_sources(retriever.invoke(question))]

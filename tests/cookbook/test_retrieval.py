@@ -76,6 +76,12 @@ def ndcg(questions: np.ndarray, paragraphs: np.ndarray, answers: np.ndarray) -> 
     return float(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean())
 
 
+def cut(vectors: np.ndarray, size: int = 384) -> np.ndarray:
+    """Return the first values of vectors, of length 1."""
+    shorter = vectors[:, :size]
+    return shorter / np.linalg.norm(shorter, axis=1, keepdims=True)
+
+
 def causal_vectors(folder: Path, texts: list[str], batch: int = 16) -> np.ndarray:
     """Embed with transformers' LlamaModel as it comes: the same ids and mean, a causal mask.
 
@@ -117,8 +123,9 @@ def test_the_engine_and_transformers_agree_but_for_the_mask(
     """So the comparison below is of the mask alone, and the causal run is causal."""
     texts = [corpus("en").questions[0], corpus("en").paragraphs[0], "one"]
     ours = embedder.embed(texts)
-    np.testing.assert_allclose(ours, llama_4d_mask(standin, texts, ""), rtol=0, atol=1e-5)
-    causal = causal_vectors(standin, texts)
+    expected = llama_4d_mask(standin, texts, "passage: ")
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+    causal = causal_vectors(standin, [f"passage: {text}" for text in texts])
     assert (np.abs(ours - causal).max(axis=1)[:2] > 0.01).all()
 
 
@@ -128,19 +135,20 @@ def test_english_retrieval_is_what_a_bidirectional_model_gives(
     corpus: Callable[[str], Corpus],
     report: Callable[[str, float], None],
 ) -> None:
-    """All of XQuAD English; BM25 gets 0.958, so these are no figures to be proud of."""
+    """All of XQuAD English, where BM25 gets 0.958."""
     paragraphs, questions = english
     found = corpus("en")
     bidirectional = ndcg(questions, paragraphs, found.answers)
     causal = ndcg(
-        causal_vectors(standin, found.questions),
-        causal_vectors(standin, found.paragraphs),
+        causal_vectors(standin, [f"query: {text}" for text in found.questions]),
+        causal_vectors(standin, [f"passage: {text}" for text in found.paragraphs]),
         found.answers,
     )
     report("nDCG@10 of XQuAD English", bidirectional)
     report("nDCG@10 of XQuAD English under a causal mask", causal)
-    assert bidirectional >= 0.70
+    assert bidirectional >= 0.89  # 0.90, as it was trained
     assert bidirectional >= causal + 0.04
+    assert ndcg(cut(questions), cut(paragraphs), found.answers) >= bidirectional - 0.02
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
