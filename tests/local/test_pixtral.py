@@ -346,7 +346,8 @@ def test_another_layout_of_the_same_model_is_read(folder, tmp_path):
     processor = json.loads(path.read_text(encoding="utf-8"))
     write_json(old / "preprocessor_config.json", processor.pop("image_processor"))
     write_json(path, processor)
-    np.testing.assert_array_equal(embed(old), embed(folder))
+    # Which images share a step depends on when they are prepared, and rounding on that.
+    np.testing.assert_allclose(embed(old), embed(folder), rtol=0, atol=1e-6)
 
 
 def test_max_tiles_is_refused(folder):
