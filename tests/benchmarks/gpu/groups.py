@@ -176,13 +176,13 @@ def add_share(bench: Bench, name: str, flops: float) -> None:
 
 def measure_variants(bench: Bench, kind: str, encoder: Any) -> None:
     """Change one thing at a time."""
-    eager = {"_rotate": elementwise.EAGER.rotate, "_gate": elementwise.EAGER.gate}
+    eager = {"rotate": elementwise.EAGER.rotate, "gate": elementwise.EAGER.gate}
     changes = {"torch's operators": eager}
     if not bench.is_tiny:
-        changes["keys and values repeated"] = {"_attend": attention.varlen_repeated}
-        changes["memory-efficient attention"] = {"_attend": attention.efficient}
+        changes["keys and values repeated"] = {"attend": attention.varlen_repeated}
+        changes["memory-efficient attention"] = {"attend": attention.efficient}
     for change, values in changes.items():
-        with bench.attempt(change), mock.patch.multiple(encoder, **values):
+        with bench.attempt(change), mock.patch.multiple(encoder._layers, **values):
             measure_steps(bench, kind, encoder, f", {change}")
 
 
