@@ -6,10 +6,11 @@ in its own proportions (`pixtral.py`).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from shared_engine import images
 from shared_engine.local.config import (
@@ -35,24 +36,69 @@ _TokenT = TypeVar("_TokenT")
 
 
 @dataclass(frozen=True)
-class TiledVision:
+class VisionConfig(ABC):
+    """The image input of a model."""
+
+    names: ClassVar[tuple[str, str, str]]
+    """Names of the tokens of an image."""
+    context_name: ClassVar[str]
+    """The one of them whose embeddings are replaced by the rows of the tower."""
+    smaller: ClassVar[str]
+    """What takes fewer tokens, for errors."""
+    guards_text: ClassVar[bool]
+    """Whether a text is read without special tokens, and without white space at its end."""
+
+    context_token: int
+    """Id of `context_name`."""
+    cache_bytes: int = field(default=0, kw_only=True)
+    """Device memory for the rows of recent images; 0 for none."""
+
+    @property
+    @abstractmethod
+    def detail(self) -> int:
+        """The value that changes the vector of an image."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """The detail in words."""
+
+    @abstractmethod
+    def prepare(self, source: AcceptedImage, urls: bool, on_device: bool) -> Tiles:
+        """Decode an image to the pixels that the tower takes.
+
+        Args:
+            source: The image.
+            urls: Whether it may be fetched from a URL.
+            on_device: Whether the device can cut tiles.
+        """
+
+    @abstractmethod
+    def count_patches(self, image: Tiles) -> int:
+        """Return the number of rows of the tower for a prepared image."""
+
+    @abstractmethod
+    def lay_out(self, image: Tiles, tokens: Sequence[_TokenT]) -> list[_TokenT]:
+        """Return the tokens of a prepared image.
+
+        Args:
+            image: The image.
+            tokens: The id or name of each of `names`.
+        """
+
+
+@dataclass(frozen=True)
+class TiledVision(VisionConfig):
     """The input of SigLIP: an image is cut into tiles of one size."""
 
+    names = ("<img>", "<IMG_CONTEXT>", "</img>")
+    context_name = "<IMG_CONTEXT>"
+    smaller = "a smaller max_tiles"
+    guards_text = False
+
     tower: TowerConfig
-    context_token: int
-    """Id of `<IMG_CONTEXT>`, whose embeddings are replaced by the rows of the tower."""
     max_tiles: int
     """Maximum number of tiles of an image, without the thumbnail."""
-    cache_bytes: int = 0
-    """Device memory for the rows of recent images; 0 for none."""
-    names: ClassVar = ("<img>", "<IMG_CONTEXT>", "</img>")
-    """Names of the tokens of an image."""
-    context_name: ClassVar = "<IMG_CONTEXT>"
-    """The one of them that is replaced."""
-    smaller: ClassVar = "a smaller max_tiles"
-    """What takes fewer tokens, for errors."""
-    guards_text: ClassVar = False
-    """Whether a text is read without special tokens, and without white space at its end."""
 
     @property
     def detail(self) -> int:
@@ -85,13 +131,7 @@ class TiledVision:
         return self.patches_per_tile // 4
 
     def prepare(self, source: AcceptedImage, urls: bool, on_device: bool) -> Tiles:
-        """Decode an image; see `images.cut_tiles`.
-
-        Args:
-            source: The image.
-            urls: Whether it may be fetched from a URL.
-            on_device: Whether the device can cut the tiles.
-        """
+        """Cut it into tiles, or leave that to the device."""
         prepare = images.decode_picture if on_device else images.cut_tiles
         return prepare(source, self.max_tiles, self.tile_size, urls)
 
@@ -100,35 +140,23 @@ class TiledVision:
         return len(image) * self.patches_per_tile
 
     def lay_out(self, image: Tiles, tokens: Sequence[_TokenT]) -> list[_TokenT]:
-        """Return the tokens of a prepared image.
-
-        Args:
-            image: The image.
-            tokens: The id or name of each of `names`.
-        """
+        """Return its tokens, tile by tile."""
         start, context, end = tokens
         return [start, *[context] * (len(image) * self.tokens_per_tile), end]
 
 
 @dataclass(frozen=True)
-class PixtralVision:
+class PixtralVision(VisionConfig):
     """The input of Pixtral: an image is resized as a whole, and its rows of patches are lines."""
 
+    names = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    context_name = "[IMG]"
+    smaller = "a smaller image"
+    guards_text = True
+
     tower: PixtralConfig
-    context_token: int
-    """Id of `[IMG]`, whose embeddings are replaced by the rows of the tower."""
     longest_edge: int
     """Maximum of an image's longer side in pixels, before it is rounded up to whole tokens."""
-    cache_bytes: int = 0
-    """Device memory for the rows of recent images; 0 for none."""
-    names: ClassVar = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    """Names of the tokens of an image."""
-    context_name: ClassVar = "[IMG]"
-    """The one of them that is replaced."""
-    smaller: ClassVar = "a smaller image"
-    """What takes fewer tokens, for errors."""
-    guards_text: ClassVar = True
-    """Whether a text is read without special tokens, and without white space at its end."""
 
     @property
     def detail(self) -> int:
@@ -146,13 +174,7 @@ class PixtralVision:
         return 2 * self.tower.patch_size
 
     def prepare(self, source: AcceptedImage, urls: bool, on_device: bool) -> Tiles:
-        """Decode and resize an image; see `images.resize_image`.
-
-        Args:
-            source: The image.
-            urls: Whether it may be fetched from a URL.
-            on_device: Not used.
-        """
+        """Resize it as a whole."""
         return images.resize_image(source, self.longest_edge, self.token_size, urls)
 
     def count_patches(self, image: Tiles) -> int:
@@ -161,12 +183,7 @@ class PixtralVision:
         return 4 * rows * cols
 
     def lay_out(self, image: Tiles, tokens: Sequence[_TokenT]) -> list[_TokenT]:
-        """Return the tokens of a prepared image, line by line.
-
-        Args:
-            image: The image.
-            tokens: The id or name of each of `names`.
-        """
+        """Return its tokens, line by line."""
         context, line_break, end = tokens
         rows, cols = self._count_tokens(image)
         lines = [*[context] * cols, line_break] * rows
@@ -175,9 +192,6 @@ class PixtralVision:
     def _count_tokens(self, image: Any) -> tuple[int, int]:
         _, height, width, _ = image.shape
         return height // self.token_size, width // self.token_size
-
-
-VisionConfig: TypeAlias = TiledVision | PixtralVision
 
 
 def read_tiled(
@@ -206,7 +220,7 @@ def read_tiled(
         ):
             if (given := tiling.get(name, value)) != value:
                 refuse(path.parent, name, given, repr(value))
-    return TiledVision(file.vision_config, file.img_context_token_id, max_tiles or default)
+    return TiledVision(file.img_context_token_id, file.vision_config, max_tiles or default)
 
 
 def read_pixtral(path: Path, file: MistralFile, max_tiles: int | None) -> PixtralVision:
@@ -225,15 +239,15 @@ def read_pixtral(path: Path, file: MistralFile, max_tiles: int | None) -> Pixtra
         refuse(path.parent, "max_tiles", max_tiles, "None, as images are not cut into tiles")
     processor = read(path.with_name("processor_config.json"), PixtralProcessor)
     tower = file.vision_config
-    for field, value, expected in (
+    for name, value, expected in (
         ("patch_size", processor.patch_size, tower.patch_size),
         ("spatial_merge_size", processor.spatial_merge_size, file.spatial_merge_size),
     ):
         if value not in (None, expected):
-            refuse(path.with_name("processor_config.json"), field, value, f"{expected}")
+            refuse(path.with_name("processor_config.json"), name, value, f"{expected}")
     # transformers 5 writes one file for both, transformers 4 one for each.
     old = path.with_name("preprocessor_config.json")
     pixels = processor.image_processor or read(old, PixtralImages)
     if pixels.size is None:
         refuse(path.parent, "size.longest_edge", None, f"pixels, in {old.name}")
-    return PixtralVision(tower, file.image_token, pixels.size.longest_edge)
+    return PixtralVision(file.image_token, tower, pixels.size.longest_edge)

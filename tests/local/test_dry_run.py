@@ -42,7 +42,7 @@ def checkpoint(name: str, with_images: bool = False) -> Checkpoint:
         folder=Path(),
         name="dry",
         config=config(name).model_copy(update={"layers": LAYERS}),
-        vision=TiledVision(tower, CONTEXT, 12) if with_images else None,
+        vision=TiledVision(CONTEXT, tower, 12) if with_images else None,
         prompts={},
         max_tokens=8192,
         max_tokens_with_image=10_240,
@@ -158,7 +158,7 @@ def test_a_step_of_whole_images_is_one_pass(new_varlen):
     tower = PixtralConfig.model_validate(
         {"model_type": "pixtral", "hidden_act": "silu", "patch_size": 14, **PIXTRAL}
     )
-    model = replace(checkpoint("1B"), vision=PixtralVision(tower, CONTEXT, 1540))
+    model = replace(checkpoint("1B"), vision=PixtralVision(CONTEXT, tower, 1540))
     images = [np.zeros((1, 28 * rows, 28 * cols, 3), np.uint8) for rows, cols in [(5, 3), (2, 7)]]
     ids = [np.full(50, 100, np.int32) for _ in range(3)]
     ids[0][1:16], ids[2][1:15] = CONTEXT, CONTEXT
