@@ -21,7 +21,6 @@ import sys
 import sysconfig
 import textwrap
 import time
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-from shared_engine import Embedder, NeMoRetrieverError
+from shared_engine import Embedder, NeMoRetrieverError, logs
 from shared_engine.catalogue import DEFAULT_MODEL, lookup
 
 if TYPE_CHECKING:
@@ -344,21 +343,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def escape(text: str) -> str:
-    r"""Return a text with its control characters spelled out, which a terminal would obey.
-
-    >>> escape("a\x1b[2Jb\u202ec"), escape("two\nlines, caf\u00e9\u00a0\u4eac")
-    ('a\\x1b[2Jb\\u202ec', 'two\nlines, café\xa0京')
-    """
-    return "".join(
-        char.encode("unicode_escape").decode()
-        if char not in _HARMLESS and unicodedata.category(char) in _CONTROLS
-        else char
-        for char in text
-    )
-
-
-_CONTROLS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-_HARMLESS = frozenset("\n\t\u200c\u200d")  # joiners shape letters, as those of Persian and emoji
+    """Return a text with its control characters, but for line ends and tabs, as escapes."""
+    return logs.escape(text, keep="\n\t")
 
 
 def show(label: str, text: str) -> None:

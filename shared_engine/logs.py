@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Literal
+from unicodedata import category
 
 LogFormat = Literal["text", "json"]
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Id of the server's request that the current task computes."""
 
+_CONTROLS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+_JOINERS = "\u200c\u200d"
+"""Format characters that shape letters, as in Persian, and emoji."""
 _KEY = re.compile(r"nvapi-[\w-]+")
 
 
@@ -28,13 +32,24 @@ def mask_keys(text: str) -> str:
     return _KEY.sub("nvapi-***", text)
 
 
-def escape(text: str) -> str:
-    r"""Return a text with characters that are not printable, as line ends, as escapes.
+def escape(text: str, keep: str = "") -> str:
+    r"""Return a text with its control characters, which a terminal would obey, as escapes.
 
-    >>> print(escape("a\x1b[2J\nb\udcff é"))
-    a\x1b[2J\nb\udcff é
+    Args:
+        text: The text.
+        keep: Control characters to keep.
+
+    >>> print(escape("a\x1b[2J\nb\u202e\udcff é"))
+    a\x1b[2J\nb\u202e\udcff é
+    >>> escape("caf\u00e9\u00a0\u4eac") == "caf\u00e9\u00a0\u4eac"
+    True
+    >>> escape("two\nlines", keep="\n")
+    'two\nlines'
     """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if text.isprintable():
+        return text
+    keep += _JOINERS
+    return "".join(c if c in keep or category(c) not in _CONTROLS else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager
