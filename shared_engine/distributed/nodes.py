@@ -61,9 +61,8 @@ def connect(address: str | None) -> Iterator[None]:
     settings = _SETTINGS | (_LOOPBACK if is_new else {})
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update({name: value for name, value in settings.items() if before[name] is None})
-    constants: Any = importlib.import_module(
-        "ray._private.ray_constants"
-    )  # has read the environment
+    # Ray read the environment when it was imported; the variable reaches only its other processes.
+    constants: Any = importlib.import_module("ray._private.ray_constants")
     may_span_nodes = constants.ENABLE_RAY_CLUSTER
     constants.ENABLE_RAY_CLUSTER = may_span_nodes and not is_new
     try:
