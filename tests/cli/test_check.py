@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared_engine import Options, Reranker, RerankOptions
+from shared_engine.cli import check
 from shared_engine.cli.main import main
 from shared_engine.documents import EmbeddingInput
 from shared_engine.local.reference import Reference
@@ -49,16 +50,20 @@ def test_a_server_is_compared_with_the_local_model(checkpoint, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    ("noise", "code", "verdict"),
+    ("noise", "ordered", "code", "verdict"),
     [
-        (0.0, 0, r"interchangeable: smallest cosine (1\.|0\.999)\d+, required 0\.999"),
-        (0.006, 0, r"interchangeable if the server computes in FP8: smallest cosine 0\.99\d+"),
-        (1.0, 1, r"not interchangeable: smallest cosine"),
+        (0.0, 0.9, 0, r"interchangeable: smallest cosine (1\.|0\.999)\d+, required 0\.999"),
+        (0.006, 0.9, 0, r"interchangeable if the server computes in FP8: smallest cosine 0\.99\d+"),
+        (0.006, 1.1, 1, r"not interchangeable: smallest cosine 0\.99\d+"),
+        (1.0, 0.9, 1, r"not interchangeable: smallest cosine"),
     ],
 )
-def test_a_server_in_fp8_has_a_verdict_of_its_own(noise, code, verdict, checkpoint, capsys):
+def test_a_server_in_fp8_has_a_verdict_of_its_own(  # noqa: PLR0917
+    noise, ordered, code, verdict, checkpoint, tmp_path, monkeypatch, capsys
+):
     """Noise in the weights stands for FP8, which a CPU does not compute in."""
-    folder = shutil.copytree(checkpoint, checkpoint.parent / f"noise {noise}")
+    monkeypatch.setattr(check, "MIN_ORDERED_FP8", ordered)
+    folder = shutil.copytree(checkpoint, tmp_path / "noisy")
     torch.manual_seed(0)
     tensors = {
         name: (tensor.float() * (1 + noise * torch.randn(tensor.shape))).to(tensor.dtype)
