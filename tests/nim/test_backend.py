@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import itertools
 import json
 import logging
 import os
@@ -444,9 +445,14 @@ def test_the_server_decides_on_dimensions_and_the_reply_is_checked() -> None:
 
 def test_a_deadline_keeps_finished_vectors() -> None:
     with FaultyNim() as nim:
-        engine = Embedder(Options(model="nvidia/m", base_url=nim.url, deadline=0.5, concurrency=2))
-        slow = lambda body: time.sleep(0.05)  # noqa: E731 - blocks the server
-        nim.answer = slow
+        engine = Embedder(Options(model="nvidia/m", base_url=nim.url, deadline=1.0, concurrency=2))
+        requests = itertools.count()
+
+        def answer(_: object) -> None:
+            if next(requests) >= 4:
+                time.sleep(0.2)  # blocks the server
+
+        nim.answer = answer
         start = time.monotonic()
         with engine, pytest.raises(PartialResultError) as caught:
             engine.embed(TEXTS * 20)
