@@ -70,15 +70,21 @@ def test_a_causal_mask_changes_vectors(folder):
     assert np.abs(causal - oracles.numpy_float64(folder, TEXTS, "passage: ")).max() > 0.05
 
 
-def test_a_vector_does_not_depend_on_neighbours(checkpoint):
-    """Alone, first, last, among copies, among long ones, in steps of any size: the same vector."""
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 2e-3)])
+def test_a_vector_does_not_depend_on_neighbours(checkpoint, dtype, bound):
+    """Alone, first, last, among copies, among long ones, in steps of any size: the same vector.
+
+    In bfloat16 it is exactly the same on a CPU with AVX512_BF16. On others oneDNN may choose a kernel
+    by the number of rows, which rounds otherwise.
+    """
     text = TEXTS[3]
-    alone = Embedder(Options(model=checkpoint)).embed([text])[0]
+    options = Options(model=checkpoint, device="cpu", dtype=dtype)
+    alone = Embedder(options).embed([text])[0]
     for max_batch_tokens in (1, 64, 700, 8192):
-        embedder = Embedder(Options(model=checkpoint, max_batch_tokens=max_batch_tokens))
+        embedder = Embedder(options.replace(max_batch_tokens=max_batch_tokens))
         for batch in ([text, *TEXTS], [*TEXTS, text], [text] * 9, [*TEXTS[::-1], text, *TEXTS]):
             rows = embedder.embed(batch)[[i for i, other in enumerate(batch) if other == text]]
-            assert np.abs(rows - alone).max() <= 1e-6
+            assert np.abs(rows - alone).max() <= bound
 
 
 def test_rows_come_in_the_callers_order(checkpoint):
