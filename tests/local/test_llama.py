@@ -74,8 +74,8 @@ def test_a_causal_mask_changes_vectors(folder):
 def test_a_vector_does_not_depend_on_neighbours(checkpoint, dtype, bound):
     """Alone, first, last, among copies, among long ones, in steps of any size: the same vector.
 
-    In bfloat16 it is exactly the same on a CPU with AVX512_BF16. On others oneDNN may choose a kernel
-    by the number of rows, which rounds otherwise.
+    In bfloat16 it is exactly the same on a CPU with AVX512_BF16. On others oneDNN may choose a
+    kernel by the number of rows, which rounds otherwise.
     """
     text = TEXTS[3]
     options = Options(model=checkpoint, device="cpu", dtype=dtype)
