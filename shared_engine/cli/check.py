@@ -60,7 +60,7 @@ Compute: TypeAlias = "Callable[[str, list[EmbeddingInput]], NDArray[np.float32]]
 
 
 class Measured(NamedTuple):
-    """What an engine computed of the samples."""
+    """The samples, computed by an engine."""
 
     kind: ScoreKind | Literal["vector"]
     values: Values
@@ -172,7 +172,7 @@ def check(
             options = Options(base_url=base_url, api_key=key, max_retries=1, prefixes=prefixes)
         if name := served_name or _find_name(local, options):
             options = options.replace(model=name)
-        # A server may serve only the text part of a model under a name of its own.
+        # A server may serve only the text part of a model, under another name.
         is_known = options.model is None or lookup(options.model) is not None
         has_images = "image" in expected.values if expected else is_known
         found = _measure("server", options, has_images)
@@ -326,7 +326,7 @@ def _share_of_ordered_pairs(mine: Values, theirs: Values) -> float:
 
 
 def _probe(base_url: str) -> None:
-    """Print the beginning of a server's own answers, requested without a key."""
+    """Print the beginning of a server's replies to requests without a key."""
     import httpx
 
     for path in ("health/ready", "models"):

@@ -31,8 +31,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "embed",
         help="embed files of texts, images or PDF pages into Parquet files of vectors",
         description="Embed the rows of tables (Parquet, Arrow, CSV, TSV, JSON Lines, lines of "
-        ".txt; text also with .gz, .zst or .bz2), folders of images, or the pages of PDF files. "
-        "The same command again resumes where it stopped.",
+        ".txt; text also\nwith .gz, .zst or .bz2), folders of images, or the pages of PDF files. "
+        "Running the same command\nagain resumes where it stopped.",
         epilog="exit codes:\n"
         "  0  all rows have a vector, or were reported as failed by an earlier run\n"
         "  1  rows or files failed in this run: see errors.parquet\n"
@@ -62,13 +62,14 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--text-column",
         type=_split,
         metavar="NAME",
-        help="Column of the texts, or several, such as title,text, that are joined as evaluate "
-        "joins them. Default: text, unless there is an image column.",
+        help="Column of the texts, or several to join, such as title,text. Default: text, unless "
+        "there is an image column.",
     )
     verb.add_argument(
         "--image-column",
         metavar="NAME",
-        help="Column of images: bytes, paths from the table's folder, data URLs, or base64.",
+        help="Column of images: bytes, paths from the table's folder, data URLs, or base64. "
+        "Default: none.",
     )
     verb.add_argument(
         "--id-column",
@@ -80,7 +81,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         type=_split,
         default=(),
         metavar="A,B",
-        help="Columns to keep with the vectors; of images and PDFs: path and page.",
+        help="Columns to keep with the vectors; of images and PDFs: path and page. Default: none.",
     )
     verb.add_argument(
         "--types",
