@@ -83,7 +83,7 @@ class NeMoRetrieverEmbedding(EmbeddingAdapter, MultiModalEmbedding):
         return "NeMoRetrieverEmbedding"
 
     def to_payload(self) -> dict[str, Any]:
-        """Return what events say of this model; LlamaIndex asks for it since 0.14.23."""
+        """Return the description of this model in events; LlamaIndex uses it since 0.14.23."""
         return {
             "class_name": self.class_name(),
             "model_name": self.embedder.model or "unknown",  # before a NIM has named it

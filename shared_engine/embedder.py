@@ -211,7 +211,7 @@ class Embedder(Model[Options]):
 
 
 def _convert_for(errors: str) -> Callable[[Rows], Any]:
-    """Return the function that makes what a stream yields out of `Rows`."""
+    """Return the function from `Rows` to the items of a stream."""
     if errors == "raise":
         return Rows.unwrap
     if errors == "return":

@@ -1,4 +1,4 @@
-"""Addresses of a NIM, and the syntax of what is sent there."""
+"""Addresses of a NIM, and the syntax of headers."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class PageError(InputError):
 
 
 class DeviceMemoryError(InputError, MemoryError):
-    """An input does not fit in the device's memory, even in a batch of its own."""
+    """An input does not fit in the device's memory, even alone in a batch."""
 
 
 class NonFiniteVectorError(InputError):
@@ -187,7 +187,7 @@ class InvalidRequestError(RemoteError, ValueError):
 
 
 class PayloadTooLargeError(RemoteError, ValueError):
-    """One input is too large even in a request of its own."""
+    """One input is too large, even alone in a request."""
 
 
 class RateLimitError(RemoteError):

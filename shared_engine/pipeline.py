@@ -48,7 +48,7 @@ class Pipeline(ABC, Generic[OptionsT]):
 
         Args:
             data_urls: See `documents.validate`.
-            query: What a reranker scores the documents for.
+            query: The query that a reranker scores the documents for.
 
         Raises:
             InputError: a document is of the wrong type or modality; nothing was submitted.

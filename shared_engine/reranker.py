@@ -121,7 +121,7 @@ class Reranker(Model[RerankOptions]):
 
     @property
     def score_kind(self) -> ScoreKind:
-        """What scores are: "logit", or "probability" (from 0 to 1). Loads the model.
+        """Meaning of the scores: "logit", or "probability" (from 0 to 1). Loads the model.
 
         With the default `activation`, a server decides; it is known after the first call.
         """

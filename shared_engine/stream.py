@@ -45,7 +45,7 @@ class _Window:
 
 
 class _Windows(Generic[_T]):
-    """What both kinds of stream do between their waits."""
+    """The parts of a stream that do not wait, for both kinds."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class _Windows(Generic[_T]):
         return self._pipeline.submit_valid(valid, self._role, self._flow, progress)
 
     def _take(self, window: _Window) -> _T:
-        """Wait for the oldest window, and return what the caller gets for it."""
+        """Wait for the oldest window, and return its item."""
         if self._pid != os.getpid():  # the threads that compute it stayed with the parent
             raise EngineClosedError("a stream cannot continue in a fork; create a new one")
         rows = result_of(window.future)
@@ -139,7 +139,7 @@ class _Windows(Generic[_T]):
             raise error
 
     def close(self) -> None:
-        """End the stream: read nothing more, and cancel what has not started."""
+        """End the stream: read nothing more, and cancel the work that has not started."""
         self._closed = True
         for window in list(self._pending):
             window.future.cancel()

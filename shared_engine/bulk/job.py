@@ -89,12 +89,12 @@ class Job:
             raise ConfigurationError("columns: id and vector are made here; rename the columns")
         for name, kind in self.types.items():
             if name not in self.kept_columns:
-                raise ConfigurationError(f"types: {name!r} is no kept column; add it to columns")
+                raise ConfigurationError(f"types: {name!r} is not a kept column; add it to columns")
             try:
                 pa.type_for_alias(kind)
             except ValueError:
                 raise ConfigurationError(
-                    f"types: {kind!r} of {name!r} is no type of Arrow; expected int64, double, "
+                    f"types: {kind!r} of {name!r} is not a type of Arrow; expected int64, double, "
                     "bool, date32, timestamp[us], string or the like"
                 ) from None
         if self.rows_per_file is not None and self.rows_per_file < 1:
@@ -133,7 +133,7 @@ class Fragment:
     """Some consecutive rows of one source, embedded as a whole or not at all."""
 
     name: str
-    """Name of its files without suffix; the same in every run, whatever other inputs there are."""
+    """Name of its files without suffix; the same in every run, independent of other inputs."""
     source: str
     """Absolute path of the table, the PDF or TIFF, or the folder of images."""
     title: str

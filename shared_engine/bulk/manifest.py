@@ -180,7 +180,7 @@ def _read_record(path: str) -> dict[str, Any]:
     try:
         found = orjson.loads(Path(path).read_bytes())
         if not isinstance(found, dict) or "version" not in found:
-            raise ValueError("it is no record of a job")
+            raise ValueError("it is not a record of a job")
     except ValueError as exc:
         raise _report_damage(path, exc) from exc
     return found

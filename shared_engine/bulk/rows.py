@@ -1,4 +1,4 @@
-"""The rows of a fragment, whatever its source: those to embed, and those that cannot be."""
+"""The rows of a fragment from any source: inputs, and errors of rows without one."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did, here or on a cluster; the command prints it as its last line."""
+    """Counts of a run, here or on a cluster; the command prints them as its last line."""
 
     rows: int
     """Rows embedded in this run."""

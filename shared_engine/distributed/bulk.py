@@ -4,9 +4,9 @@
 
 An actor writes its files itself, so they are those of a local run; only counts come back. Each
 actor takes fragments in order, so that it reads a table on from where it was. If an actor dies, its
-fragments go back to the others, and a new actor starts where there is room for it. If the driver
-dies, the next run does what is missing. Inputs, the folder of results, the model and this package
-are at the same paths on every node.
+fragments go back to the others, and a new actor starts on a node with enough free resources. If the
+driver dies, the next run does the missing work. Inputs, the folder of results, the model and this
+package are at the same paths on every node.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class PixtralTower:
         angles = torch.cat([self._angles_of(each) for each in pixels])  # (P, d / 2)
         lengths, count = [self._count_patches(image) for image in images], len(patches)
         if padding := self._layers.count_padding(count):
-            # Sequences of their own, as in the encoder.
+            # Separate sequences, as in the encoder.
             patches, angles = (F.pad(rows, (0, 0, 0, padding)) for rows in (patches, angles))
             lengths += [1] * padding
         ends = to_device(np.cumsum([0, *lengths]).astype(np.int32), self._device)

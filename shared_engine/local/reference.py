@@ -1,6 +1,6 @@
 """Vectors and scores computed by transformers' own classes, for `nemoretriever check --reference`.
 
-The engine has a forward pass of its own, because transformers pads batches, needs remote code for
+The engine has its own forward pass, because transformers pads batches, needs remote code for
 these checkpoints, and accepts configurations that it does not compute. Here its stock `LlamaModel`,
 `Ministral3Model` or `Mistral3Model`, or its `InternVLModel` of a `SiglipVisionModel` and a
 `LlamaModel`, computes the checkpoint: one input at a time, in float32, with a mask that hides no

@@ -44,7 +44,7 @@ class VisionConfig(ABC):
     context_name: ClassVar[str]
     """The one of them whose embeddings are replaced by the rows of the tower."""
     smaller: ClassVar[str]
-    """What takes fewer tokens, for errors."""
+    """Advice of errors about too many tokens."""
     guards_text: ClassVar[bool]
     """Whether a text is read without special tokens, and without white space at its end."""
 

@@ -9,10 +9,11 @@ One event loop in one thread serves all callers, so they share connections and o
 in flight, from any thread or event loop. Images are opened in other threads, as that would block
 the loop for too long.
 
-Whatever a server replies, n inputs take a bounded number of requests. They are split at most n - 1
-times, so there are at most 2 n - 1 batches. Each is sent at most MOST_SENDS times, and each of
-these has at most `max_retries` retries. The list of models, the server's metadata, one probe per
-modality, role and form of rerankers, and requests over connections that it had closed come on top.
+Independent of the server's replies, n inputs take a bounded number of requests. They are split at
+most n - 1 times, so there are at most 2 n - 1 batches. Each is sent at most MOST_SENDS times, and
+each of these has at most `max_retries` retries. Additional requests are the list of models, the
+server's metadata, one probe per modality, role and form of rerankers, and those over connections
+that the server had closed.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ class NimBackend(Backend):
 
     @property
     def score_kind(self) -> ScoreKind:
-        """What the scores are; asks a server for its form.
+        """Meaning of the scores; sends a request if the server's form is unknown.
 
         Raises:
             RemoteError: the server has no reranker.

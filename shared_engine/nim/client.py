@@ -113,7 +113,7 @@ class NimClient:
     async def post(
         self, url: str, content: bytes, most_bytes: int, urgent: bool = False
     ) -> httpx.Response:
-        """Return the reply to a request for vectors or scores, whatever its status.
+        """Return the reply to a request for vectors or scores, of any status.
 
         Args:
             most_bytes: The most bytes of a successful reply.
