@@ -388,7 +388,7 @@ class MultimodalRerankerFile(_MultimodalFile, _Scoring):
 class MistralFile(_Prefixes):
     """config.json of a Nemotron-3.5 embedding model, a `Mistral3Model` of transformers."""
 
-    text_config: MinistralFile
+    llm_config: MinistralFile = Field(alias="text_config")
     vision_config: PixtralConfig
     image_token: int = Field(
         validation_alias=AliasChoices("image_token_index", "image_token_id"), ge=0
