@@ -41,14 +41,8 @@ class NeMoRetrieverEmbedding(EmbeddingAdapter, MultiModalEmbedding):
     faster than lists. `embeddings_cache` applies to documents only: LlamaIndex's key is the text
     alone, so a query would get the vector of a document with the same words.
 
-    Every method, synchronous or not, raises:
-        InputError: an input is of the wrong type or modality (`index` is its position), and nothing
-            was computed; or the only input is too long, or its image is unusable.
-        PartialResultError: some of several inputs failed; `errors` has them by position, `vectors`
-            the vectors of the others.
-        RemoteError: the server refused or failed all inputs.
-        ConfigurationError: the options cannot work; at first use.
-        EngineClosedError: `embedder.close()` was called.
+    Every method raises the errors of `Embedder.embed`: an `InputError` has the position of its
+    input as `index`, a `PartialResultError` has the vectors of the other inputs.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
