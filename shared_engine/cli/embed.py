@@ -23,6 +23,11 @@ from shared_engine.endpoints import read_key
 
 _HEADING_SECONDS, _PLAN_SECONDS = 2.0, 10.0
 """How long to measure the engine before a run, and for a plan."""
+_OF_JOB = (
+    *("role", "text_column", "image_column", "id_column", "columns", "types", "rows_per_file"),
+    *("delimiter", "pdf", "strict", "trust_sizes"),
+)
+"""Fields of a `Job` that are arguments of the same name."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -187,17 +192,7 @@ def run(args: argparse.Namespace) -> int:
         inputs=tuple(map(_find_path, args.inputs)),
         out=_find_path(args.out),
         options=options,
-        role=args.role,
-        text_column=args.text_column,
-        image_column=args.image_column,
-        id_column=args.id_column,
-        columns=args.columns,
-        types=args.types,
-        rows_per_file=args.rows_per_file,
-        delimiter=args.delimiter,
-        pdf=args.pdf,
-        strict=args.strict,
-        trust_sizes=args.trust_sizes,
+        **{name: getattr(args, name) for name in _OF_JOB},
     )
     if args.ray is not None and not args.plan:
         with needs_extra("ray"):

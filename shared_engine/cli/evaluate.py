@@ -141,18 +141,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate on a folder, or run tasks of MTEB."""
-    for path in filter(None, (args.json, args.plot)):  # before anything is computed
-        if path.is_dir() or not path.parent.is_dir():
-            raise ConfigurationError(
-                f"{path} cannot be written: expected a file in an existing folder"
-            )
+    _check_usage(args)
     options = read_options(args, (*LOCAL, *REMOTE, "truncate"), api_key=read_key(args.api_key_env))
-    if args.mteb and (args.rerank or args.hybrid or args.rescore):
-        raise ConfigurationError("--rerank, --hybrid and --rescore need FOLDER, not --mteb")
     if args.mteb:
         return _run_tasks(args, options)
-    if args.folder is None or args.data is not None:
-        raise ConfigurationError("expected FOLDER, or --mteb TASK with an optional --data")
     from shared_engine.evaluate import EngineModel, evaluate, find_model, find_reranker
     from shared_engine.evaluate.report import check_plot, draw_plot, write_json, write_table
 
@@ -179,6 +171,18 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         draw_plot(report, args.plot)
     return 0
+
+
+def _check_usage(args: argparse.Namespace) -> None:
+    for path in filter(None, (args.json, args.plot)):  # before anything is computed
+        if path.is_dir() or not path.parent.is_dir():
+            raise ConfigurationError(
+                f"{path} cannot be written: expected a file in an existing folder"
+            )
+    if args.mteb and (args.rerank or args.hybrid or args.rescore):
+        raise ConfigurationError("--rerank, --hybrid and --rescore need FOLDER, not --mteb")
+    if not args.mteb and (args.folder is None or args.data is not None):
+        raise ConfigurationError("expected FOLDER, or --mteb TASK with an optional --data")
 
 
 def _run_tasks(args: argparse.Namespace, options: Options) -> int:
