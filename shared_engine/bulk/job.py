@@ -1,4 +1,4 @@
-"""What to embed and how, cut into fragments: runs of rows that any process can embed alone."""
+"""A job and its fragments: runs of rows that any process can embed alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _HIDDEN = "._"
 
 @dataclass(frozen=True)
 class Job:
-    """What to embed, how, and where to. Its pickle has no API key, as that of its options."""
+    """Inputs, options and output folder of an embedding job. A pickle of it has no API key."""
 
     inputs: tuple[str, ...]
     """Absolute paths of files and folders, patterns of these as `glob` takes them, or URLs of
@@ -200,7 +200,7 @@ def list_inputs(
     """List the fragments of a job. Tables that are not Parquet are converted first, once.
 
     Args:
-        job: what to embed.
+        job: The job.
         folder: where the converted tables are; default: hidden in the folder of results.
         sources: the result of `find_sources`, if that was called before.
 

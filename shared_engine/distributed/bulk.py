@@ -49,12 +49,12 @@ def run_ray(
     cpus_per_worker: float | None = None,
     gpus_per_worker: float | None = None,
 ) -> Summary:
-    """Do what is missing of a job on a cluster, as `run_local` does on this machine.
+    """Embed the unfinished fragments of a job on a cluster, as `run_local` does on this machine.
 
     The API key is not part of a job: set NVIDIA_API_KEY on every node.
 
     Args:
-        job: what to embed, and how.
+        job: The job.
         address: as `ray.init` takes it; None is the cluster of RAY_ADDRESS, else a new one on this
             machine.
         workers: number of actors with an engine; default: as many as fit, see `find_share`.
@@ -102,10 +102,10 @@ def embed_fragments(
 
     Args:
         job: the job of the fragments.
-        fragments: what to embed, in the order in which to read it.
+        fragments: The fragments, in the order in which to read them.
         workers: number of actors.
-        share: what each has of its node.
-        embed: does what `embed_fragment` does.
+        share: Resources of each actor.
+        embed: Embeds a fragment, as `embed_fragment` does.
 
     Raises:
         EngineError: workers cannot start, or the same fragments ended them several times.

@@ -108,7 +108,7 @@ def find_share(
     cpus: float | None = None,
     gpus: float | None = None,
 ) -> tuple[int, Share]:
-    """Return the number of actors with an engine, and what each has of its node.
+    """Return the number of actors with an engine, and the resources of each.
 
     Args:
         options: of the engine.

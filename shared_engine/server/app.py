@@ -89,7 +89,7 @@ _NEEDED = {
     RankingEndpoint.path: _RERANKER,
     RerankEndpoint.path: _RERANKER,
 }
-"""What each path needs."""
+"""The model that each path needs."""
 _pool = ThreadPoolExecutor(2, "nemoretriever-large")
 """Two threads: they share a GIL, and glibc may retain 64 MB for each that used much memory."""
 
