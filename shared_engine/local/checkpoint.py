@@ -106,17 +106,9 @@ def resolve(options: EngineOptions) -> Checkpoint:
     elif task == "embed":  # all models of the catalogue use mean pooling and unit length
         read(folder / "modules.json", Modules)
         read(folder / "1_Pooling" / "config.json", PoolingConfig)
-    limits = [
-        config.max_position_embeddings,
-        spec.max_tokens if spec else None,
-        read(folder / "sentence_bert_config.json", SentenceConfig).max_seq_length,
-        options.max_tokens,
-    ]
-    limits_with_image = [
-        config.max_position_embeddings,
-        (spec and spec.max_tokens_with_image) or _MAX_TOKENS_WITH_IMAGE,
-        options.max_tokens,
-    ]
+    limits = [options.max_tokens, config.max_position_embeddings]
+    limit_with_image = spec.max_tokens_with_image if spec else _MAX_TOKENS_WITH_IMAGE
+    limit = read(folder / "sentence_bert_config.json", SentenceConfig).max_seq_length
     quantized = (
         file.quantization_config
         or config.quantization_config
@@ -138,8 +130,8 @@ def resolve(options: EngineOptions) -> Checkpoint:
         config=config,
         vision=vision,
         prompts=prompts,
-        max_tokens=min(filter(None, limits)),
-        max_tokens_with_image=min(filter(None, limits_with_image)),
+        max_tokens=min(filter(None, [*limits, limit, spec.max_tokens if spec else None])),
+        max_tokens_with_image=min(filter(None, [*limits, limit_with_image])),
         dimensions=dimensions,
         is_fp8=quantized is not None,
         scoring=scoring,
