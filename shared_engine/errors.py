@@ -259,8 +259,3 @@ def first_line(error: BaseException) -> str:
     ('refused', 'MemoryError')
     """
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def place_error(error: NeMoRetrieverError, index: int) -> NeMoRetrieverError:
-    """Return an InputError with another index; return any other error unchanged."""
-    return error.at(index) if isinstance(error, InputError) else error
