@@ -263,7 +263,7 @@ def ingest(
 def ask(questions: Sequence[str], store: VectorStore, retriever: BaseRetriever) -> None:
     """Put the questions to both frameworks; print what they find with its cosine similarity."""
     langchain = store.as_retriever(search_kwargs={"k": TOP})
-    print("\nCosine similarity of what each framework finds, and the time that it took:")
+    print("\nCosine similarity of the results of each framework, and its time:")
     for question in questions:
         start = time.perf_counter()
         documents = langchain.invoke(question)
@@ -370,8 +370,8 @@ def add_rerank(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--rerank",
         metavar="MODEL",
-        help="rerank what is found: folder, Hugging Face id, name in the catalogue, or the URL of "
-        "a server (default: no reranker)",
+        help="reranker of the results: folder, Hugging Face id, name in the catalogue, or the URL "
+        "of a server (default: no reranker)",
     )
 
 
@@ -390,7 +390,7 @@ def parser(description: str, limit: str) -> argparse.ArgumentParser:
     made.add_argument("--model", help="folder, Hugging Face id, or name in the catalogue")
     made.add_argument("--device", default="auto", help="cpu, cuda or cuda:1 (default: auto)")
     made.add_argument("--limit", type=int, help=limit)
-    made.add_argument("--question", action="append", help="ask this; may be given several times")
+    made.add_argument("--question", action="append", help="question to ask; repeatable")
     made.add_argument("--store", type=Path, default=Path(__file__).with_name("store"))
     return made
 
@@ -403,9 +403,9 @@ def start(
     """Read the options and run; what can be expected to fail ends in one sentence."""
     args = options.parse_args(argv)
     if args.limit is not None and args.limit < 1:
-        options.error("--limit is at least 1")
+        options.error(f"--limit {args.limit}: must be 1 or more")
     if not all(question.strip() for question in args.question or ()):
-        options.error("--question is empty")
+        options.error("--question: expected a question, got a blank text")
     try:
         run(args)
     except (NeMoRetrieverError, OSError) as exc:

@@ -487,27 +487,33 @@ def options() -> argparse.ArgumentParser:
     """Return the options of the command line."""
     made = parser((__doc__ or "").splitlines()[0], "passages to embed (default: all)")
     add_rerank(made)
-    made.add_argument("--docs", type=Path, help="a folder of .md, .txt, .pdf, .docx, .html, .csv")
-    made.add_argument("--llm-url", metavar="URL", help="a NIM, or another server, that answers")
+    made.add_argument("--docs", type=Path, help="folder of .md, .txt, .pdf, .docx, .html and .csv")
+    made.add_argument(
+        "--llm-url", metavar="URL", help="server of the language model: a NIM or another"
+    )
     made.add_argument(
         "--llm",
         metavar="MODEL",
-        help="its model (default: the first that it has); without --llm-url, a model of NVIDIA's "
-        "catalogue, such as meta/llama-3.3-70b-instruct",
+        help="language model (default: the first of the server); without --llm-url, a model of "
+        "NVIDIA's catalogue, such as meta/llama-3.3-70b-instruct",
     )
-    made.add_argument("--agent", action="store_true", help="let an agent search as it wants")
-    made.add_argument("--parent", action="store_true", help="give it whole sections, not passages")
+    made.add_argument(
+        "--agent", action="store_true", help="answer with an agent that searches by a tool"
+    )
+    made.add_argument(
+        "--parent", action="store_true", help="pass whole sections to the model, not passages"
+    )
     made.add_argument(
         "--weight",
         type=_share,
         default=WEIGHT,
-        help="of vectors beside BM25, from 0 to 1 (default: %(default)s)",
+        help="weight of vectors against BM25, from 0 to 1 (default: %(default)s)",
     )
     made.add_argument(
         "--vector-store",
         choices=sorted(STORES),
         default="chroma",
-        help="the vector store (default: %(default)s)",
+        help="vector store (default: %(default)s)",
     )
     return made
 

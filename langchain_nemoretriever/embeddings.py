@@ -21,14 +21,8 @@ class NeMoRetrieverEmbeddings(EmbeddingAdapter, Embeddings, SerializableOptions)
     `embedder.embed(...)` returns float32 arrays, which are faster than lists. LangChain's `dumps`
     writes the options without key, headers and proxy; `loads` takes the key from NVIDIA_API_KEY.
 
-    Every method, synchronous or not, raises:
-        InputError: an input is of the wrong type or modality (`index` is its position), and nothing
-            was computed; or the only input is too long, or its image is unusable.
-        PartialResultError: some of several inputs failed; `errors` has them by position, `vectors`
-            the vectors of the others.
-        RemoteError: the server refused or failed all inputs.
-        ConfigurationError: the options cannot work; at first use.
-        EngineClosedError: `embedder.close()` was called.
+    Every method raises the errors of `Embedder.embed`: an `InputError` has the position of its
+    input as `index`, a `PartialResultError` has the vectors of the other inputs.
     """
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:

@@ -30,15 +30,8 @@ class NeMoRetrieverRerank(
     `reranker.score(...)` returns all scores as a float32 array. LangChain's `dumps` writes the
     options without key, headers and proxy; `loads` takes the key from NVIDIA_API_KEY.
 
-    Every method, synchronous or not, raises:
-        InputError: the query or a document is of the wrong type or modality (`index` is the
-            position of the document), and nothing was computed; or the query or the only document
-            is too long, or its image is unusable.
-        PartialResultError: some of several documents failed; `errors` has them by position,
-            `scores` the scores of the others.
-        RemoteError: the server refused or failed all documents.
-        ConfigurationError: the options cannot work; at first use.
-        EngineClosedError: `reranker.close()` was called.
+    Every method raises the errors of `Reranker.score`: an `InputError` has the position of its
+    document as `index`, a `PartialResultError` has the scores of the others.
     """
 
     score_threshold: float | None = Field(

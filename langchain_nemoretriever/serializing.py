@@ -1,4 +1,4 @@
-"""What LangChain's `dumps` writes of an adapter."""
+"""Serialization of an adapter by LangChain's `dumps`."""
 
 from __future__ import annotations
 

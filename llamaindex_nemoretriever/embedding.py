@@ -41,14 +41,8 @@ class NeMoRetrieverEmbedding(EmbeddingAdapter, MultiModalEmbedding):
     faster than lists. `embeddings_cache` applies to documents only: LlamaIndex's key is the text
     alone, so a query would get the vector of a document with the same words.
 
-    Every method, synchronous or not, raises:
-        InputError: an input is of the wrong type or modality (`index` is its position), and nothing
-            was computed; or the only input is too long, or its image is unusable.
-        PartialResultError: some of several inputs failed; `errors` has them by position, `vectors`
-            the vectors of the others.
-        RemoteError: the server refused or failed all inputs.
-        ConfigurationError: the options cannot work; at first use.
-        EngineClosedError: `embedder.close()` was called.
+    Every method raises the errors of `Embedder.embed`: an `InputError` has the position of its
+    input as `index`, a `PartialResultError` has the vectors of the other inputs.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
@@ -83,7 +77,7 @@ class NeMoRetrieverEmbedding(EmbeddingAdapter, MultiModalEmbedding):
         return "NeMoRetrieverEmbedding"
 
     def to_payload(self) -> dict[str, Any]:
-        """Return what events say of this model; LlamaIndex asks for it since 0.14.23."""
+        """Return the description of this model in events; LlamaIndex uses it since 0.14.23."""
         return {
             "class_name": self.class_name(),
             "model_name": self.embedder.model or "unknown",  # before a NIM has named it

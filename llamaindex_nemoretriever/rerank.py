@@ -34,15 +34,8 @@ class NeMoRetrieverRerank(RerankAdapter, BaseNodePostprocessor):
 
     `reranker.score(...)` returns all scores as a float32 array.
 
-    Every method, synchronous or not, raises:
-        InputError: the query is missing or a node is of the wrong modality (`index` is the position
-            of the node), and nothing was computed; or the query or the only node is too long, or
-            its image is unusable.
-        PartialResultError: some of several nodes failed; `errors` has them by position, `scores`
-            the scores of the others.
-        RemoteError: the server refused or failed all nodes.
-        ConfigurationError: the options cannot work; at first use.
-        EngineClosedError: `reranker.close()` was called.
+    Every method raises the errors of `Reranker.score`: an `InputError` has the position of its
+    node as `index`, a `PartialResultError` has the scores of the others.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)

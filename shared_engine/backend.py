@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # numpy takes longer to import than all of this package
     from numpy.typing import NDArray
 
 ScoreKind = Literal["logit", "probability"]
-"""What a score is: a logit of any size, or its sigmoid, from 0 to 1."""
+"""Meaning of a score: a logit of any size, or its sigmoid, from 0 to 1."""
 
 _log = logging.getLogger("shared_engine")
 
@@ -45,7 +45,7 @@ class Request:
     on_usage: Callable[[int], object] | None = None
     """Called from another thread with the number of tokens that were just computed."""
     flow: Flow | None = None
-    """Shared by the requests of one stream; None is a flow of its own."""
+    """Shared by the requests of one stream; None is a separate flow."""
 
     @property
     def is_search(self) -> bool:
@@ -58,7 +58,7 @@ class Request:
         return self.query is None and self.dimensions is None
 
     def report_progress(self, documents: int) -> None:
-        """Call `on_progress`; log what it raises, as the calling thread serves others too."""
+        """Call `on_progress`; log its error, as the calling thread also serves other requests."""
         _call(self.on_progress, documents)
 
     def report_usage(self, tokens: int) -> None:
@@ -112,7 +112,7 @@ class Rows:
 
 
 class StepStats(NamedTuple):
-    """What a device has computed since it started."""
+    """Counts of a device since it started."""
 
     steps: int
     tokens: int
@@ -151,7 +151,7 @@ class Backend(ABC):
 
     @property
     def score_kind(self) -> ScoreKind:
-        """What the scores of a reranker are."""
+        """Meaning of the scores of a reranker."""
         return "logit"
 
     @property
@@ -171,7 +171,7 @@ class Backend(ABC):
 
     @property
     def description(self) -> str:
-        """What runs where, and why, in one line."""
+        """Model, device or server, and the reasons for them, in one line."""
         return type(self).__name__
 
     @property
@@ -219,6 +219,6 @@ class Backend(ABC):
         """Stop.
 
         Args:
-            cancel: Drop what has not started, instead of finishing what was accepted.
+            cancel: Drop the work that has not started, instead of finishing all accepted work.
             wait: Return when it has stopped.
         """

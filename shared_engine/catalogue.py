@@ -2,8 +2,8 @@
 
 Sources: names and renames from the release notes of the NeMo Retriever text embedding NIM
 (1.13.0), sizes and limits from NVIDIA's model cards and its support matrix, public checkpoints and
-their revisions from NVIDIA/NeMo-Retriever `models/hf_model_registry.py`. What the hosted catalogue
-does with a model comes from its replies, as users published them up to HOSTED_AS_OF.
+their revisions from NVIDIA/NeMo-Retriever `models/hf_model_registry.py`. The state of a model in
+the hosted catalogue comes from its replies, as users published them up to HOSTED_AS_OF.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shared_engine.errors import CheckpointError, ConfigurationError, ModelRetir
 from shared_engine.wire import split_role_suffix
 
 Task = Literal["embed", "rerank"]
-"""What a model computes: a vector of each input, or the score of a document for a query."""
+"""Result of a model: a vector of each input, or the score of a document for a query."""
 
 DEFAULT_MODEL = "nvidia/llama-nemotron-embed-1b-v2"
 """The text model of the family with public weights; the hosted catalogue has no default."""
@@ -32,7 +32,7 @@ HOSTED_AS_OF = "2026-11"
 
 
 class Hosted(NamedTuple):
-    """What NVIDIA's hosted catalogue does with a model."""
+    """State of a model in NVIDIA's hosted catalogue."""
 
     state: Literal["live", "deprecated", "ended", "unknown"] = "unknown"
     """Requests for an ended model are answered with 410."""
@@ -71,11 +71,11 @@ class ModelSpec:
     modalities: frozenset[Modality] = frozenset({"text"})
     """Kinds of input that the model was trained on."""
     task: Task = "embed"
-    """What the model computes."""
+    """Result of the model."""
     prefixes: Mapping[Role, str] = field(default_factory=lambda: _PREFIXES, hash=False)
     """Prefix of a text in each role, for servers that do not add it."""
     hosted: Hosted = _UNKNOWN
-    """What the hosted catalogue does with it."""
+    """Its state in the hosted catalogue."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -179,7 +179,7 @@ _MODELS = (
     ),
 )
 
-# The same weights, quantized after training: what holds for one holds for the other.
+# The same weights, quantized after training, so all other facts are equal.
 _FP8 = replace(
     next(spec for spec in _MODELS if spec.name == "nvidia/llama-nemotron-embed-vl-1b-v2"),
     name="nvidia/llama-nemotron-embed-vl-1b-v2-fp8",
@@ -235,7 +235,7 @@ def require_hosted(model: str | None, task: Task = "embed") -> str:
 
     Args:
         model: Its name, which may have a role as suffix; None if the caller named none.
-        task: What it is to compute.
+        task: The result that is expected of it.
 
     Raises:
         ConfigurationError: no model was named.
@@ -255,7 +255,7 @@ def require_hosted(model: str | None, task: Task = "embed") -> str:
 
 
 def explain_end(spec: ModelSpec | None) -> str:
-    """Return, for an error, what to use instead of a hosted model that ends.
+    """Return the advice of an error about a hosted model that ends.
 
     Args:
         spec: Its row; None if it has none.

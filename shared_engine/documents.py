@@ -169,7 +169,7 @@ def _find_hint(item: object) -> str:
 
 
 def validate_document(item: object, role: Role, modalities: frozenset[Modality]) -> EmbeddingInput:
-    """Do what `validate` does, for one input."""
+    """Validate one input; see `validate`."""
     document = (
         item if isinstance(item, EmbeddingInput) else EmbeddingInput(text=_require_text(item))
     )

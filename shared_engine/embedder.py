@@ -154,7 +154,7 @@ class Embedder(Model[Options]):
             ConfigurationError, EngineClosedError: as with `embed`.
         """
         convert = _convert_for(errors)
-        return Stream(self._pipeline, require_list(documents), role, batch_size, convert)
+        return Stream(self._pipeline, iter(require_list(documents)), role, batch_size, convert)
 
     @overload
     def astream(
@@ -189,7 +189,9 @@ class Embedder(Model[Options]):
         A regular iterable is read in a worker thread. Cancelling closes the stream.
         """
         convert = _convert_for(errors)
-        return AsyncStream(self._pipeline, require_list(documents), role, batch_size, convert)
+        documents = require_list(documents)
+        source = aiter(documents) if isinstance(documents, AsyncIterable) else iter(documents)
+        return AsyncStream(self._pipeline, source, role, batch_size, convert)
 
     @property
     def dimensions(self) -> int:
@@ -211,7 +213,7 @@ class Embedder(Model[Options]):
 
 
 def _convert_for(errors: str) -> Callable[[Rows], Any]:
-    """Return the function that makes what a stream yields out of `Rows`."""
+    """Return the function from `Rows` to the items of a stream."""
     if errors == "raise":
         return Rows.unwrap
     if errors == "return":

@@ -1,11 +1,11 @@
-"""Addresses of a NIM, and the syntax of what is sent there."""
+"""Addresses of a NIM, and the syntax of headers."""
 
 from __future__ import annotations
 
 import os
 import re
 import warnings
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from shared_engine.errors import ConfigurationError
 
@@ -20,6 +20,7 @@ MOST_HOSTED_CHARACTERS = 180_000
 2522 of NeMo-Retriever."""
 
 _EXPECTED = "expected one address, the root of the server or its /v1: http://localhost:8000/v1"
+_BALANCE = "put replicas behind a load balancer: a Kubernetes Service, nginx, Envoy or Ray Serve"
 _PATHS = ("embeddings", "completions", "models", "ranking", "rankings", "rerank", "infer", "health")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"(?:[!-~](?:[ -~\t]*[!-~])?)?")
@@ -40,10 +41,9 @@ def normalize_url(url: object, source: str = "base_url=") -> str:
         ConfigurationError: it is not one http(s) URL, or it has credentials, a query or an
             inference path.
     """
-    if not isinstance(url, str):
-        raise ConfigurationError(f"{source} is a {type(url).__name__}; {_EXPECTED}{_balance(url)}")
-    if "," in url:
-        raise ConfigurationError(f"{source} has a comma; {_EXPECTED}{_balance(url)}")
+    if not isinstance(url, str) or "," in url:
+        found = "has a comma" if isinstance(url, str) else f"is a {type(url).__name__}"
+        raise ConfigurationError(f"{source} {found}; {_EXPECTED}; {_BALANCE}")
     try:
         parts = urlsplit(url.strip())
         host, _ = parts.hostname, parts.port
@@ -53,16 +53,7 @@ def normalize_url(url: object, source: str = "base_url=") -> str:
     if steps[-2:] == ["v1", "embeddings"]:
         steps.pop()
         warnings.warn(f"{source} ends in /embeddings, which each request adds", stacklevel=2)
-    fault = None
-    if parts.scheme not in ("http", "https") or not host:
-        fault = "is not an http or https URL"
-    elif "@" in parts.netloc:
-        fault = "has a user name or password; use api_key= or default_headers="
-    elif parts.query or parts.fragment:
-        fault = "has a query or fragment; use default_headers= for the needs of a gateway"
-    elif "v1" in steps[:-1] or (steps and steps[-1] in _PATHS):
-        fault = "has an inference path, which each request adds"
-    if fault is not None:  # the URL may hold a secret, so the message shows only its host
+    if fault := _find_fault(parts, steps):  # the URL may hold a secret: only its host is shown
         raise ConfigurationError(f"{source} with host {host!r} {fault}; {_EXPECTED}")
     appends = os.environ.get("NVIDIA_APPEND_API_VERSION", "true").strip().lower()
     if steps[-1:] != ["v1"] and appends not in ("false", "0", "no"):
@@ -70,10 +61,16 @@ def normalize_url(url: object, source: str = "base_url=") -> str:
     return urlunsplit((parts.scheme, parts.netloc, "/".join(["", *steps]), "", ""))
 
 
-def _balance(url: object) -> str:
-    if not isinstance(url, (str, list, tuple, set)):
-        return ""
-    return ". Put replicas behind a load balancer: a Kubernetes Service, nginx, Envoy or Ray Serve"
+def _find_fault(parts: SplitResult, steps: list[str]) -> str | None:
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return "is not an http or https URL"
+    if "@" in parts.netloc:
+        return "has a user name or password; use api_key= or default_headers="
+    if parts.query or parts.fragment:
+        return "has a query or fragment; use default_headers= for the needs of a gateway"
+    if "v1" in steps[:-1] or (steps and steps[-1] in _PATHS):
+        return "has an inference path, which each request adds"
+    return None
 
 
 def is_hosted(base_url: str) -> bool:

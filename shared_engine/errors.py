@@ -135,7 +135,7 @@ class PageError(InputError):
 
 
 class DeviceMemoryError(InputError, MemoryError):
-    """An input does not fit in the device's memory, even in a batch of its own."""
+    """An input does not fit in the device's memory, even alone in a batch."""
 
 
 class NonFiniteVectorError(InputError):
@@ -187,7 +187,7 @@ class InvalidRequestError(RemoteError, ValueError):
 
 
 class PayloadTooLargeError(RemoteError, ValueError):
-    """One input is too large even in a request of its own."""
+    """One input is too large, even alone in a request."""
 
 
 class RateLimitError(RemoteError):
@@ -259,8 +259,3 @@ def first_line(error: BaseException) -> str:
     ('refused', 'MemoryError')
     """
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def place_error(error: NeMoRetrieverError, index: int) -> NeMoRetrieverError:
-    """Return an InputError with another index; return any other error unchanged."""
-    return error.at(index) if isinstance(error, InputError) else error

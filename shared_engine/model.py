@@ -68,9 +68,9 @@ class Model(Generic[OptionsT]):
             del future, rows  # as in `_unwrap`
 
     def load(self) -> Backend:
-        """Load the model, or connect to the server's client, and return the shared backend.
+        """Load the model, or create the client of the server, and return the shared backend.
 
-        Not needed before the first call; it lets a program pay for loading when it chooses to.
+        The first call of another method does it, too.
 
         Raises:
             CheckpointError: the weights cannot be found or are not supported.
@@ -96,7 +96,7 @@ class Model(Generic[OptionsT]):
 
     @property
     def description(self) -> str:
-        """What runs where, and why. Loads the model."""
+        """Model, device or server, and the reasons for them. Loads the model."""
         return self.load().description
 
     @property
@@ -129,7 +129,7 @@ class Model(Generic[OptionsT]):
         It counts its own `usage`, and works until the original is closed.
 
         Raises:
-            ConfigurationError: an option that needs an engine of its own.
+            ConfigurationError: an option that needs another engine.
             pydantic.ValidationError: an unknown option, or an invalid value.
         """
         kind, name = type(self.options), type(self).__name__

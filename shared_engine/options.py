@@ -35,8 +35,8 @@ RerankTruncate = Literal["NONE", "END"]
 Activation = Literal["none", "sigmoid"]
 
 Scope = Literal["routing", "engine", "local", "nim", "request"]
-"""What an option affects: the choice of the backend, any backend, the local one, a NIM's client, or
-the request. Objects whose options differ in "request" alone share a backend."""
+"""The part that an option configures: the choice of the backend, any backend, the local one, the
+client of a NIM, or the request. Objects whose options differ in "request" alone share a backend."""
 
 _HINTS = {
     "async_http_client": "use http_client_factory=, a function that returns an httpx.AsyncClient",
@@ -79,7 +79,7 @@ class EngineOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
     task: ClassVar[Task]
-    """What the model computes: vectors or scores."""
+    """Result of the model: vectors or scores."""
 
     model: str | None = _option(
         "engine",
@@ -91,10 +91,13 @@ class EngineOptions(BaseModel):
     checkpoint: str | None = _option(
         "local",
         default=None,
-        description="Local folder or Hugging Face id of the weights, if different from `model`.",
+        description="Local folder or Hugging Face id of the weights. None: those of the model.",
     )
     revision: str | None = _option(
-        "local", default=None, description="Branch, tag or commit of the Hugging Face repository."
+        "local",
+        default=None,
+        description="Branch, tag or commit of the Hugging Face repository. None: the catalogue's "
+        "commit, or the main branch.",
     )
     device: str = _option(
         "local",
@@ -118,7 +121,7 @@ class EngineOptions(BaseModel):
         "local",
         default=None,
         gt=0,
-        description="Token limit of an input, below the model's own; prefix and BOS included.",
+        description="Token limit of an input, prefix and BOS included. None: the model's limit.",
     )
     max_tiles: int | None = _option(
         "local",
@@ -126,8 +129,8 @@ class EngineOptions(BaseModel):
         gt=0,
         le=12,
         description="Maximum number of tiles of an image, in addition to a thumbnail; more tiles "
-        "show more detail and take longer. None: the checkpoint's value. Refused for Nemotron-3.5, "
-        "which takes an image as a whole.",
+        "show more detail and take longer. Refused for Nemotron-3.5, which does not cut images. "
+        "None: the checkpoint's value.",
     )
     allow_image_urls: bool = _option(
         "engine",
@@ -151,7 +154,7 @@ class EngineOptions(BaseModel):
         "routing",
         default=None,
         description="Address of a NIM, its root or /v1: http://localhost:8000/v1. Replicas need a "
-        "load balancer with one address.",
+        "load balancer with one address. None: NVIDIA_BASE_URL, unless a local option is given.",
     )
     api_key: SecretStr | None = _secret(
         "routing",
@@ -176,7 +179,7 @@ class EngineOptions(BaseModel):
         "nim",
         default=None,
         gt=0,
-        description="Seconds for one call, all its requests and retries included.",
+        description="Seconds for one call, all its requests and retries included. None: no limit.",
     )
     max_retries: int = _option(
         "nim",

@@ -11,10 +11,10 @@ from shared_engine import vectors
 from shared_engine.backend import Backend, Flow, Request, Rows
 from shared_engine.documents import EmbeddingInput, Role, validate
 from shared_engine.errors import (
+    InputError,
     NeMoRetrieverError,
     NonFiniteVectorError,
     UnsupportedDimensionsError,
-    place_error,
 )
 from shared_engine.options import EngineOptions, Options, RerankOptions
 from shared_engine.registry import Lease
@@ -48,7 +48,7 @@ class Pipeline(ABC, Generic[OptionsT]):
 
         Args:
             data_urls: See `documents.validate`.
-            query: What a reranker scores the documents for.
+            query: The query that a reranker scores the documents for.
 
         Raises:
             InputError: a document is of the wrong type or modality; nothing was submitted.
@@ -175,4 +175,7 @@ def _list_errors(values: NDArray[Any], rows: Rows, fault: str) -> dict[int, NeMo
     for row in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
         if row not in errors:
             errors[row] = NonFiniteVectorError(f'has {fault}; use dtype="bfloat16" or "float32"')
-    return {row: place_error(error, rows.offset + row) for row, error in errors.items()}
+    return {
+        row: error.at(rows.offset + row) if isinstance(error, InputError) else error
+        for row, error in errors.items()
+    }

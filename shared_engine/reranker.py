@@ -11,15 +11,14 @@ score(query, documents)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared_engine.backend import Rows, ScoreKind
-from shared_engine.documents import validate, validate_query
+from shared_engine.documents import validate_query
 from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError
 from shared_engine.model import Model
 from shared_engine.options import RerankOptions
@@ -121,7 +120,7 @@ class Reranker(Model[RerankOptions]):
 
     @property
     def score_kind(self) -> ScoreKind:
-        """What scores are: "logit", or "probability" (from 0 to 1). Loads the model.
+        """Meaning of the scores: "logit", or "probability" (from 0 to 1). Loads the model.
 
         With the default `activation`, a server decides; it is known after the first call.
         """
@@ -136,24 +135,23 @@ class Reranker(Model[RerankOptions]):
         """
         import numpy as np
 
-        documents = validate([document for _, document in pairs], "document", self.modalities)
         groups: dict[str, list[int]] = {}
-        for row, (query, _) in enumerate(pairs):
-            with _placed(row):
-                groups.setdefault(validate_query(query), []).append(row)
         requests: list[tuple[list[int], Future[Rows]]] = []
         scores = np.empty((len(pairs), 1), np.float32)
         errors: dict[int, NeMoRetrieverError] = {}
+        rows: list[int] = []
         try:
+            for row, (query, _) in enumerate(pairs):
+                rows = [row]
+                groups.setdefault(validate_query(query), []).append(row)
             for query, rows in groups.items():
-                group = [documents[row] for row in rows]
-                with _placed(rows[0]):
-                    requests.append((rows, self._pipeline.submit_valid(group, query=query)))
+                requests.append((rows, self._submit(query, [pairs[row][1] for row in rows])))
             for rows, request in requests:
-                with _placed(rows[0]):
-                    scored = result_of(request)
+                scored = result_of(request)
                 scores[rows] = scored.vectors
                 errors |= {rows[row]: error for row, error in scored.errors.items()}
+        except InputError as exc:  # of a query, or of a document by its position in `rows`
+            raise exc.at(rows[exc.index or 0]) from exc.__cause__
         finally:
             for _, request in requests:
                 request.cancel()
@@ -162,15 +160,6 @@ class Reranker(Model[RerankOptions]):
 
     def _submit(self, query: str, documents: Documents) -> Future[Rows]:
         return self._pipeline.submit(documents, query=validate_query(query))
-
-
-@contextmanager
-def _placed(row: int) -> Iterator[None]:
-    """Put the position of a pair on its errors."""
-    try:
-        yield
-    except InputError as exc:
-        raise exc.at(row) from exc.__cause__
 
 
 def _check_top_n(top_n: int | None) -> None:

@@ -75,19 +75,23 @@ def select_backend(options: EngineOptions) -> Choice:
         if only_local:
             reason = f"{only_local[0]} is given, so this process, not the NIM of NVIDIA_BASE_URL"
             return Choice(None, None, reason)
-    if options.base_url is not None:
-        base_url, reason = options.base_url, "base_url= is given"
-    elif variable:
-        base_url, reason = normalize_url(variable, "NVIDIA_BASE_URL"), "NVIDIA_BASE_URL is set"
-    else:
-        given = "api_key=" if options.backend == "auto" else 'backend="nim"'
-        base_url, reason = HOSTED, f"{given} is given and no base_url=, so NVIDIA's catalogue"
+    base_url, reason = _find_address(options, variable)
     if only_local:
         raise ConfigurationError(
             f"{', '.join(only_local)} applies to a model in this process, but {reason}; leave one "
             'of them out, or use backend="local"'
         )
     return Choice(base_url, _find_key(options, base_url), reason)
+
+
+def _find_address(options: EngineOptions, variable: str) -> tuple[str, str]:
+    """Return the address of the NIM, and the reason for it."""
+    if options.base_url is not None:
+        return options.base_url, "base_url= is given"
+    if variable:
+        return normalize_url(variable, "NVIDIA_BASE_URL"), "NVIDIA_BASE_URL is set"
+    given = "api_key=" if options.backend == "auto" else 'backend="nim"'
+    return HOSTED, f"{given} is given and no base_url=, so NVIDIA's catalogue"
 
 
 def explain_key_in_environment() -> str:

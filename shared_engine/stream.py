@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
@@ -45,16 +45,18 @@ class _Window:
 
 
 class _Windows(Generic[_T]):
-    """What both kinds of stream do between their waits."""
+    """The parts of a stream that do not wait, for both kinds."""
 
     def __init__(
         self,
         pipeline: EmbeddingPipeline,
+        source: Iterator[str | EmbeddingInput] | AsyncIterator[str | EmbeddingInput],
         role: Role,
         batch_size: int,
         convert: Callable[[Rows], _T],
     ) -> None:
         self._pipeline = pipeline
+        self._source = source
         self._role = role
         self._batch_size = batch_size
         self._convert = convert
@@ -75,11 +77,12 @@ class _Windows(Generic[_T]):
     def _can_read(self) -> bool:
         return not (self._ended or self._closed) and len(self._pending) < WINDOWS_AHEAD
 
-    def _read_window(self, source: Iterator[str | EmbeddingInput]) -> None:
-        """Read a window from an iterator and submit it."""
+    def _read_window(self) -> None:
+        """Read a window from a regular iterable and submit it."""
+        assert isinstance(self._source, Iterator)
         documents: list[str | EmbeddingInput] = []
         try:
-            documents.extend(islice(source, self._batch_size))
+            documents.extend(islice(self._source, self._batch_size))
         except Exception as exc:
             self._error = exc
         self._submit(documents)
@@ -112,7 +115,7 @@ class _Windows(Generic[_T]):
         return self._pipeline.submit_valid(valid, self._role, self._flow, progress)
 
     def _take(self, window: _Window) -> _T:
-        """Wait for the oldest window, and return what the caller gets for it."""
+        """Wait for the oldest window, and return its item."""
         if self._pid != os.getpid():  # the threads that compute it stayed with the parent
             raise EngineClosedError("a stream cannot continue in a fork; create a new one")
         rows = result_of(window.future)
@@ -139,7 +142,7 @@ class _Windows(Generic[_T]):
             raise error
 
     def close(self) -> None:
-        """End the stream: read nothing more, and cancel what has not started."""
+        """End the stream: read nothing more, and cancel the work that has not started."""
         self._closed = True
         for window in list(self._pending):
             window.future.cancel()
@@ -153,21 +156,10 @@ class _Windows(Generic[_T]):
 class Stream(_Windows[_T], Iterator[_T]):
     """Iterator over the vectors of a stream, made by `Embedder.stream`. For one consumer."""
 
-    def __init__(
-        self,
-        pipeline: EmbeddingPipeline,
-        documents: Iterable[str | EmbeddingInput],
-        role: Role,
-        batch_size: int,
-        convert: Callable[[Rows], _T],
-    ) -> None:
-        super().__init__(pipeline, role, batch_size, convert)
-        self._source = iter(documents)
-
     def __next__(self) -> _T:
         try:
             while self._can_read:
-                self._read_window(self._source)
+                self._read_window()
             if self._pending:
                 return self._take(self._pending[0])
             self._raise_source_error()
@@ -179,17 +171,6 @@ class Stream(_Windows[_T], Iterator[_T]):
 
 class AsyncStream(_Windows[_T], AsyncIterator[_T]):
     """Asynchronous iterator over the vectors of a stream, made by `Embedder.astream`."""
-
-    def __init__(
-        self,
-        pipeline: EmbeddingPipeline,
-        documents: Iterable[str | EmbeddingInput] | AsyncIterable[str | EmbeddingInput],
-        role: Role,
-        batch_size: int,
-        convert: Callable[[Rows], _T],
-    ) -> None:
-        super().__init__(pipeline, role, batch_size, convert)
-        self._source = aiter(documents) if isinstance(documents, AsyncIterable) else iter(documents)
 
     async def __anext__(self) -> _T:
         try:
@@ -207,7 +188,7 @@ class AsyncStream(_Windows[_T], AsyncIterator[_T]):
 
     async def _aread_window(self) -> None:
         if isinstance(self._source, Iterator):  # may read files
-            return await run_off_loop(self._read_window, self._source)
+            return await run_off_loop(self._read_window)
         documents: list[str | EmbeddingInput] = []
         try:
             while len(documents) < self._batch_size:

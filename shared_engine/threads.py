@@ -61,7 +61,7 @@ def result_of(future: Future[_T]) -> _T:
 
 
 async def wait_until_done(future: Future[Any]) -> None:
-    """Return when a future is done, whatever its outcome; cancelling this cancels the future."""
+    """Return when a future is done or has failed; cancelling this cancels the future."""
     waiting = asyncio.wrap_future(future)
     try:
         await asyncio.wait([waiting])

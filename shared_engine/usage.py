@@ -1,4 +1,4 @@
-"""Count the tokens that calls use, without a change to what the calls return."""
+"""Count the tokens of calls, without a change to their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What client and server of /v1/embeddings share: the names of roles, and the body of an error."""
+"""Shared by client and server of /v1/embeddings: the names of roles, and the body of an error."""
 
 from __future__ import annotations
 

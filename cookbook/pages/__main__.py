@@ -37,27 +37,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     options = parser(
         (__doc__ or "").splitlines()[0],
-        "pages to embed with --terminal (default: 1,000); in the browser the most of one file",
+        "pages to embed with --terminal (default: 1,000); in the browser, maximum of one file",
     )
-    options.add_argument("--pdf", type=Path, help="a PDF, or a folder of them")
+    options.add_argument("--pdf", type=Path, help="PDF file, or a folder of them")
     options.add_argument(
         "--max-tiles",
         type=int,
         choices=range(1, 13),
         metavar="1..12",
-        help="tiles that a page is cut into at most (default: what the model says)",
+        help="maximum tiles of a page (default: that of the model)",
     )
     add_rerank(options)
     options.add_argument(
-        "--terminal", action="store_true", help="search here, as --question does, without a browser"
+        "--terminal", action="store_true", help="search in the terminal, as --question does"
     )
     web = options.add_argument_group("in the browser")
-    web.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
-    web.add_argument("--port", type=int, default=PORT, help="(default: %(default)s)")
-    web.add_argument("--llm-url", help="address of a NIM whose vision LLM answers")
+    web.add_argument("--host", default="127.0.0.1", help="interface to bind (default: %(default)s)")
+    web.add_argument("--port", type=int, default=PORT, help="port to bind (default: %(default)s)")
+    web.add_argument("--llm-url", help="address of a NIM with a vision language model")
     web.add_argument(
         "--llm-model",
-        help=f"its name; without --llm-url, one of NVIDIA's catalogue, such as {LLM}",
+        help=f"language model; without --llm-url, one of NVIDIA's catalogue, such as {LLM}",
     )
     start(run, options, argv)
 

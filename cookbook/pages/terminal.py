@@ -397,11 +397,11 @@ def run(args: Namespace) -> None:
         sys.exit(f"\nThe store does not work ({exc}). Delete its folder to start it anew.")
 
     search = Search(client, collection, model.options, rerank)
-    print("\nCosine similarity of what each framework finds, and the time that it took:")
+    print("\nCosine similarity of the results of each framework, and its time:")
     look_up(search, pages)
     questions = args.question or (QUESTIONS if model.is_trained and not args.pdf else ())
     if not model.is_trained:
-        print("\nAsked in words, a random tower finds pages at random; a trained one answers.")
+        print("\nA text finds no page here, because the vision tower of this model is random.")
     elif not questions:
         print("\nmake pages ... ARGS='--question \"...\"' asks in words.")
     for question in questions:

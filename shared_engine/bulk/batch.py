@@ -100,7 +100,7 @@ class EmbedBatch:
             return {**batch, **added}
         raise InputTypeError(
             f"expected an Arrow table or a dict of arrays, got a {type(batch).__name__}; "
-            'give map_batches batch_format="pyarrow" or "numpy"'
+            'pass batch_format="pyarrow" or "numpy" to map_batches'
         )
 
     def _embed(self, names: Sequence[str], read: Callable[[str], Any]) -> Rows:

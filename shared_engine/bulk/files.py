@@ -39,7 +39,7 @@ def writing(path: str) -> Iterator[None]:
         reason = str(exc) if exc.errno is None else os.strerror(exc.errno)
         raise OutputError(
             f"{path} cannot be written: {reason}. "
-            "What was finished is kept; the same command continues from there"
+            "Finished results are kept; run the same command again to continue"
         ) from exc
 
 

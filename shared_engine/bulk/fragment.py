@@ -61,7 +61,7 @@ def embed_fragment(  # noqa: PLR0917
     Call `manifest.open_folder` first.
 
     Args:
-        job: what to embed, and how.
+        job: The job.
         embedder: the engine.
         fragment: the rows.
         on_rows: called after each window with the rows embedded, rows failed and tokens it added.

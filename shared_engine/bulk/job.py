@@ -1,4 +1,4 @@
-"""What to embed and how, cut into fragments: runs of rows that any process can embed alone."""
+"""A job and its fragments: runs of rows that any process can embed alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _HIDDEN = "._"
 
 @dataclass(frozen=True)
 class Job:
-    """What to embed, how, and where to. Its pickle has no API key, as that of its options."""
+    """Inputs, options and output folder of an embedding job. A pickle of it has no API key."""
 
     inputs: tuple[str, ...]
     """Absolute paths of files and folders, patterns of these as `glob` takes them, or URLs of
@@ -89,12 +89,12 @@ class Job:
             raise ConfigurationError("columns: id and vector are made here; rename the columns")
         for name, kind in self.types.items():
             if name not in self.kept_columns:
-                raise ConfigurationError(f"types: {name!r} is no kept column; add it to columns")
+                raise ConfigurationError(f"types: {name!r} is not a kept column; add it to columns")
             try:
                 pa.type_for_alias(kind)
             except ValueError:
                 raise ConfigurationError(
-                    f"types: {kind!r} of {name!r} is no type of Arrow; expected int64, double, "
+                    f"types: {kind!r} of {name!r} is not a type of Arrow; expected int64, double, "
                     "bool, date32, timestamp[us], string or the like"
                 ) from None
         if self.rows_per_file is not None and self.rows_per_file < 1:
@@ -133,7 +133,7 @@ class Fragment:
     """Some consecutive rows of one source, embedded as a whole or not at all."""
 
     name: str
-    """Name of its files without suffix; the same in every run, whatever other inputs there are."""
+    """Name of its files without suffix; the same in every run, independent of other inputs."""
     source: str
     """Absolute path of the table, the PDF or TIFF, or the folder of images."""
     title: str
@@ -200,7 +200,7 @@ def list_inputs(
     """List the fragments of a job. Tables that are not Parquet are converted first, once.
 
     Args:
-        job: what to embed.
+        job: The job.
         folder: where the converted tables are; default: hidden in the folder of results.
         sources: the result of `find_sources`, if that was called before.
 

@@ -1,4 +1,4 @@
-"""The folder of results: what it holds, and what is missing.
+"""The folder of results: its files, and the unfinished fragments.
 
     OUT/run.lock                held by the run that writes into the folder; names it
     OUT/job.json                the job: written first, compared at each resume
@@ -95,7 +95,7 @@ def record_schema(job: Job, schema: Any) -> Any:
 
 
 def _describe_job(job: Job) -> dict[str, Any]:
-    """Return what all runs of a job share."""
+    """Return the settings that all runs of a job share."""
     settings: dict[str, Any] = {name: getattr(job.options, name) for name in _OPTIONS}
     settings |= {name: getattr(job, name) for name in _OF_JOB}
     found: dict[str, Any] = json.loads(json.dumps(settings))  # lists for tuples
@@ -180,7 +180,7 @@ def _read_record(path: str) -> dict[str, Any]:
     try:
         found = orjson.loads(Path(path).read_bytes())
         if not isinstance(found, dict) or "version" not in found:
-            raise ValueError("it is no record of a job")
+            raise ValueError("it is not a record of a job")
     except ValueError as exc:
         raise _report_damage(path, exc) from exc
     return found

@@ -34,7 +34,7 @@ _TYPES = (("float", 32), ("int8", 8), ("binary", 1))
 
 @dataclass(frozen=True)
 class Plan:
-    """An estimate of what a job takes."""
+    """An estimate of the cost of a job."""
 
     rows: int
     """Rows of the job."""
@@ -94,15 +94,15 @@ def plan(  # noqa: PLR0917
     most: float = 1.0,
     seed: int = 0,
 ) -> Plan:
-    """Return an estimate of what a job takes with this engine; nothing is written to its folder.
+    """Return an estimate of the cost of a job with this engine; nothing is written to its folder.
 
     The sample is drawn from all over the missing rows. A row deep in a large Parquet row group is
     replaced by one that can be read sooner: a group sorted by length misleads it.
 
     Args:
-        job: what to embed.
+        job: The job.
         embedder: the engine that will do it.
-        work: what is missing of it.
+        work: Its unfinished work.
         seconds: how long to measure, about, once the model is loaded.
         most: the largest part of the missing rows that the measurement may embed.
         seed: seed of the sample.

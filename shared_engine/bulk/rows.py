@@ -1,4 +1,4 @@
-"""The rows of a fragment, whatever its source: those to embed, and those that cannot be."""
+"""The rows of a fragment from any source: inputs, and errors of rows without one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_windows(
 
     Args:
         job: the job of the fragment.
-        fragment: what to read.
+        fragment: The fragment.
         schema: names and types of the id and the kept columns.
         size: rows of a window.
         cursors: holds the table open for the fragment that follows.
@@ -156,7 +156,7 @@ class _Page(NamedTuple):
     path: str
     page: int
     document: EmbeddingInput | str
-    """What to embed, or the reason why there is nothing."""
+    """The input, or the reason why there is none."""
 
 
 def _read_pages(job: Job, fragment: Fragment) -> Iterator[_Page]:

@@ -32,14 +32,14 @@ one before is submitted: there are two large ones, and more only if they have a 
 
 @dataclass(frozen=True)
 class Work:
-    """What a job has to do, from `begin` or `find_work`."""
+    """The work of a run, from `begin` or `find_work`."""
 
     fragments: list[Fragment]
     """All of the job."""
     missing: list[Fragment]
     """Those without a file of vectors."""
     done: dict[str, Done]
-    """What was done before, by name of the fragment."""
+    """Outcomes of earlier runs, by name of the fragment."""
     schema: Any = None
     """Names and types of the id and the kept columns; None if no file can be read."""
     unread: tuple[Unread, ...] = ()
@@ -48,7 +48,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did, here or on a cluster; the command prints it as its last line."""
+    """Counts of a run, here or on a cluster; the command prints them as its last line."""
 
     rows: int
     """Rows embedded in this run."""
@@ -82,7 +82,7 @@ class Summary:
 
 
 def find_work(job: Job, folder: str | None = None, sources: Sequence[Source] | None = None) -> Work:
-    """List a job's fragments and find what is missing.
+    """List a job's fragments and find the unfinished ones.
 
     Args:
         job: the job; nothing is written to its folder but the converted tables.
@@ -101,7 +101,7 @@ def find_work(job: Job, folder: str | None = None, sources: Sequence[Source] | N
 
 @contextmanager
 def begin(job: Job) -> Iterator[Work]:
-    """Open a job's folder, find what is missing, and check its ids; keep the folder locked.
+    """Open a job's folder, find its unfinished work, and check its ids; keep the folder locked.
 
     Raises:
         ConfigurationError: the folder is another job's, or in use by another run; a source changed;
@@ -122,7 +122,7 @@ def begin(job: Job) -> Iterator[Work]:
 def finish(
     job: Job, work: Work, done: Sequence[Done], unread: Sequence[Unread], seconds: float
 ) -> Summary:
-    """Merge the errors of a job and sum up what a run did."""
+    """Merge the errors of a job and return the counts of a run."""
     rows, _, tokens = manifest.sum_done(done)
     skipped, failed_before, _ = manifest.sum_done(work.done.values())
     lost = (*work.unread, *unread)
@@ -139,16 +139,16 @@ def run_local(
     show_progress: bool = True,
     on_begin: Callable[[Work], object] | None = None,
 ) -> Summary:
-    """Do what is missing of a job on this machine.
+    """Embed the unfinished fragments of a job on this machine.
 
     Args:
-        job: what to embed, and how.
+        job: The job.
         embedder: the engine; None makes one of the job's options and closes it.
         show_progress: whether to show a progress bar.
-        on_begin: called with what `begin` found, before any row is embedded.
+        on_begin: Called with the result of `begin`, before any row is embedded.
 
     Returns:
-        What was done. Rows that failed and files that cannot be read are in errors.parquet.
+        Counts of the run. Failed rows and unreadable files are in errors.parquet.
 
     Raises:
         ConfigurationError: as `begin` raises it.

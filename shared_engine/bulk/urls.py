@@ -1,4 +1,4 @@
-"""Tables by path or URL: s3://, gs://, hf:// and whatever else pyarrow and fsspec read."""
+"""Tables by path or URL: s3://, gs://, hf:// and the other file systems of pyarrow and fsspec."""
 
 from __future__ import annotations
 

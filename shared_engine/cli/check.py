@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import statistics
@@ -60,7 +61,7 @@ Compute: TypeAlias = "Callable[[str, list[EmbeddingInput]], NDArray[np.float32]]
 
 
 class Measured(NamedTuple):
-    """What an engine computed of the samples."""
+    """The samples, computed by an engine."""
 
     kind: ScoreKind | Literal["vector"]
     values: Values
@@ -164,18 +165,10 @@ def check(
     works = local is None or expected is not None
     if base_url:
         _probe(base_url)
-        key = SecretStr(api_key) if api_key else None
-        options: Options | RerankOptions
-        if isinstance(local, RerankOptions):
-            options = RerankOptions(base_url=base_url, api_key=key, max_retries=1)
-        else:
-            options = Options(base_url=base_url, api_key=key, max_retries=1, prefixes=prefixes)
-        if name := served_name or _find_name(local, options):
-            options = options.replace(model=name)
-        # A server may serve only the text part of a model under a name of its own.
-        is_known = options.model is None or lookup(options.model) is not None
-        has_images = "image" in expected.values if expected else is_known
-        found = _measure("server", options, has_images)
+        remote = _select_remote(local, base_url, served_name, api_key, prefixes)
+        # A server may serve only the text part of a model, under another name.
+        is_known = remote.model is None or lookup(remote.model) is not None
+        found = _measure("server", remote, "image" in expected.values if expected else is_known)
         works = works and found is not None
         if expected and found:
             works = _compare(expected, "server", found)
@@ -258,51 +251,62 @@ def _compute_reference(options: Options | RerankOptions, expected: Measured) -> 
 
 def _compare(local: Measured, other_name: str, other: Measured) -> bool:
     """Print how close two sets of values are; return whether they are interchangeable."""
-    import numpy as np
-
     pair = f"local and {other_name}"
-    kind = "probability" if "probability" in (local.kind, other.kind) else local.kind
-    closest: list[float] = []
     for name, mine in local.values.items():
         if (theirs := other.values.get(name)) is None:
             print(f"{pair}: not interchangeable: only the local model takes images")
             return False
         if mine.shape != theirs.shape:
-            print(
-                f"{pair}: not interchangeable: {mine.shape[1]} and {theirs.shape[1]} values per "
-                "vector"
-            )
+            sizes = f"{mine.shape[1]} and {theirs.shape[1]}"
+            print(f"{pair}: not interchangeable: {sizes} values per vector")
             return False
-        if kind == "vector":
-            cosines = (mine * theirs).sum(axis=1)
-            closest.append(float(cosines.min()))
-            print(
-                f"{name}: cosine {cosines.min():.7f} to {cosines.max():.7f}, "
-                f"largest difference {abs(mine - theirs).max():.1e}"
-            )
-        else:
-            scores = mine if local.kind == kind else 1 / (1 + np.exp(-mine))
-            closest.append(float(abs(scores - theirs).max()))
-            print(f"{name}: largest difference of a {kind} {closest[-1]:.1e}")
-    if kind == "vector":
-        ordered = _share_of_ordered_pairs(local.values, other.values)
-        print(f"{pair}: {100 * ordered:.0f} % of the pairs of documents are in the same order")
-        same = min(closest) >= MIN_COSINE
-        reason = f"smallest cosine {min(closest):.7f}, required {MIN_COSINE}"
-        is_near = min(closest) >= MIN_COSINE_FP8 and ordered >= MIN_ORDERED_FP8
-        if not same and is_near and other_name == "server":
-            print(
-                f"{pair}: interchangeable if the server computes in FP8: smallest cosine "
-                f"{min(closest):.7f}, required {MIN_COSINE_FP8} for FP8, {MIN_COSINE} otherwise; "
-                "according to NVIDIA, an index of BF16 vectors generally need not be built again "
-                "for FP8; to compare without FP8, start the NIM with NIM_PRECISION=fp16"
-            )
-            return True
+    if local.kind != "vector":
+        same, reason = _compare_scores(local, other)
     else:
-        same = max(closest) <= MAX_DIFFERENCE[kind]
-        reason = f"largest difference {max(closest):.1e}, allowed {MAX_DIFFERENCE[kind]}"
-    print(f"{pair}: {'' if same else 'not '}interchangeable: {reason}")
+        same, reason = _compare_vectors(local.values, other.values, other_name)
+    print(f"{pair}: {'' if same else 'not '}interchangeable{reason}")
     return same
+
+
+def _compare_scores(local: Measured, other: Measured) -> tuple[bool, str]:
+    import numpy as np
+
+    kind: ScoreKind = "probability" if "probability" in (local.kind, other.kind) else "logit"
+    largest: list[float] = []
+    for name, mine in local.values.items():
+        scores = mine if local.kind == kind else 1 / (1 + np.exp(-mine))
+        largest.append(float(abs(scores - other.values[name]).max()))
+        print(f"{name}: largest difference of a {kind} {largest[-1]:.1e}")
+    most, allowed = float(np.max(largest)), MAX_DIFFERENCE[kind]  # NaN if there is one
+    return most <= allowed, f": largest difference {most:.1e}, allowed {allowed}"
+
+
+def _compare_vectors(local: Values, other: Values, other_name: str) -> tuple[bool, str]:
+    import numpy as np
+
+    cosines = {name: (mine * other[name]).sum(axis=1) for name, mine in local.items()}
+    for name, values in cosines.items():
+        print(
+            f"{name}: cosine {values.min():.7f} to {values.max():.7f}, "
+            f"largest difference {abs(local[name] - other[name]).max():.1e}"
+        )
+    smallest = float(np.concatenate(list(cosines.values())).min())  # NaN if there is one
+    ordered = _share_of_ordered_pairs(local, other)
+    print(
+        f"local and {other_name}: {100 * ordered:.0f} % of the pairs of documents are in the same "
+        "order"
+    )
+    reason = f": smallest cosine {smallest:.7f}, required {MIN_COSINE}"
+    is_near = smallest >= MIN_COSINE_FP8 and ordered >= MIN_ORDERED_FP8
+    if smallest < MIN_COSINE and is_near and other_name == "server":
+        reason = (
+            f" if the server computes in FP8: smallest cosine {smallest:.7f}, required "
+            f"{MIN_COSINE_FP8} for FP8, {MIN_COSINE} otherwise; according to NVIDIA, an index of "
+            "BF16 vectors generally need not be built again for FP8; to compare without FP8, start "
+            "the NIM with NIM_PRECISION=fp16"
+        )
+        return True, reason
+    return smallest >= MIN_COSINE, reason
 
 
 def _share_of_ordered_pairs(mine: Values, theirs: Values) -> float:
@@ -326,7 +330,7 @@ def _share_of_ordered_pairs(mine: Values, theirs: Values) -> float:
 
 
 def _probe(base_url: str) -> None:
-    """Print the beginning of a server's own answers, requested without a key."""
+    """Print the beginning of a server's replies to requests without a key."""
     import httpx
 
     for path in ("health/ready", "models"):
@@ -340,19 +344,26 @@ def _probe(base_url: str) -> None:
         print(f"{base_url}/{path}: {response.status_code} {' '.join(start.split())[:300]}")
 
 
-def _find_name(
-    local: Options | RerankOptions | None, remote: Options | RerankOptions
-) -> str | None:
-    """Return the name of the model on a server; None for the options' default."""
-    name = local.model if local else None
-    if name and lookup(name):
-        return name
-    try:
-        with _open(remote) as model:
+def _select_remote(
+    local: Options | RerankOptions | None,
+    base_url: str,
+    served_name: str | None,
+    api_key: str | None,
+    prefixes: Literal["auto", "server"] | dict[Role, str],
+) -> Options | RerankOptions:
+    """Return the options for the server; without `served_name`, they name its only model."""
+    key = SecretStr(api_key) if api_key else None
+    options: Options | RerankOptions
+    if isinstance(local, RerankOptions):
+        options = RerankOptions(base_url=base_url, api_key=key, max_retries=1)
+    else:
+        options = Options(base_url=base_url, api_key=key, max_retries=1, prefixes=prefixes)
+    name = served_name or (local.model if local else None)
+    if not served_name and not (name and lookup(name)):
+        with contextlib.suppress(NeMoRetrieverError), _open(options) as model:
             listed = model.list_models()
-    except NeMoRetrieverError:
-        return name
-    return listed[0].id if len(listed) == 1 else name  # a catalogue lists many
+            name = listed[0].id if len(listed) == 1 else name  # a catalogue lists many
+    return options.replace(model=name) if name else options
 
 
 def _torch_version() -> str:

@@ -23,6 +23,11 @@ from shared_engine.endpoints import read_key
 
 _HEADING_SECONDS, _PLAN_SECONDS = 2.0, 10.0
 """How long to measure the engine before a run, and for a plan."""
+_OF_JOB = (
+    *("role", "text_column", "image_column", "id_column", "columns", "types", "rows_per_file"),
+    *("delimiter", "pdf", "strict", "trust_sizes"),
+)
+"""Fields of a `Job` that are arguments of the same name."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,8 +36,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "embed",
         help="embed files of texts, images or PDF pages into Parquet files of vectors",
         description="Embed the rows of tables (Parquet, Arrow, CSV, TSV, JSON Lines, lines of "
-        ".txt; text also with .gz, .zst or .bz2), folders of images, or the pages of PDF files. "
-        "The same command again resumes where it stopped.",
+        ".txt; text also\nwith .gz, .zst or .bz2), folders of images, or the pages of PDF files. "
+        "Running the same command\nagain resumes where it stopped.",
         epilog="exit codes:\n"
         "  0  all rows have a vector, or were reported as failed by an earlier run\n"
         "  1  rows or files failed in this run: see errors.parquet\n"
@@ -62,13 +67,14 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--text-column",
         type=_split,
         metavar="NAME",
-        help="Column of the texts, or several, such as title,text, that are joined as evaluate "
-        "joins them. Default: text, unless there is an image column.",
+        help="Column of the texts, or several to join, such as title,text. Default: text, unless "
+        "there is an image column.",
     )
     verb.add_argument(
         "--image-column",
         metavar="NAME",
-        help="Column of images: bytes, paths from the table's folder, data URLs, or base64.",
+        help="Column of images: bytes, paths from the table's folder, data URLs, or base64. "
+        "Default: none.",
     )
     verb.add_argument(
         "--id-column",
@@ -80,7 +86,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         type=_split,
         default=(),
         metavar="A,B",
-        help="Columns to keep with the vectors; of images and PDFs: path and page.",
+        help="Columns to keep with the vectors; of images and PDFs: path and page. Default: none.",
     )
     verb.add_argument(
         "--types",
@@ -186,17 +192,7 @@ def run(args: argparse.Namespace) -> int:
         inputs=tuple(map(_find_path, args.inputs)),
         out=_find_path(args.out),
         options=options,
-        role=args.role,
-        text_column=args.text_column,
-        image_column=args.image_column,
-        id_column=args.id_column,
-        columns=args.columns,
-        types=args.types,
-        rows_per_file=args.rows_per_file,
-        delimiter=args.delimiter,
-        pdf=args.pdf,
-        strict=args.strict,
-        trust_sizes=args.trust_sizes,
+        **{name: getattr(args, name) for name in _OF_JOB},
     )
     if args.ray is not None and not args.plan:
         with needs_extra("ray"):

@@ -25,7 +25,7 @@ _EPILOG = """\
 FOLDER has corpus.jsonl, queries.jsonl and qrels/*.tsv, as BEIR's data sets have. A document is
 {"_id": "d1", "title": "...", "text": "..."}, or has "image": "a path relative to the folder".
 Documents are embedded once, at full size, and the vectors are kept; all sizes and number types are
-computed from them. Second stages (--hybrid, --rescore, --rerank) are rows of their own.
+computed from them. Second stages (--hybrid, --rescore, --rerank) are separate rows.
 """
 
 
@@ -40,7 +40,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verb.add_argument(
         "folder", nargs="?", type=Path, metavar="FOLDER", help="Data set in BEIR's layout."
     )
-    add_options(verb, (*LOCAL, *REMOTE, "truncate"))
+    # retrieval benchmarks truncate texts over the model's limit
+    add_options(verb, (*LOCAL, *REMOTE, "truncate"), truncate="END")
     add_key(verb)
     verb.add_argument(
         "--dimensions",
@@ -63,7 +64,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         action="append",
         default=[],
         metavar="MODEL",
-        help="Another model to compare with: a name or folder, a server's URL, or st:NAME for "
+        help="Model to compare with: a name or folder, a server's URL, or st:NAME for "
         "sentence-transformers. Repeatable. Default: none.",
     )
     verb.add_argument(
@@ -77,8 +78,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         action="append",
         default=[],
         metavar="MODEL",
-        help="Add a row for the first search with its first candidates ordered by a reranker, and "
-        "the seconds per query: a name or folder, or a server's URL. Repeatable. Default: none.",
+        help="Reranker that reorders the first candidates of the first search, in a row with its "
+        "seconds per query: a name or folder, or a server's URL. Repeatable. Default: none.",
     )
     verb.add_argument(
         "--hybrid",
@@ -124,8 +125,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         nargs="+",
         default=[],
         metavar="TASK",
-        help="Run tasks of MTEB instead, by name or as rows of the model cards: qa, miracl, mlqa, "
-        "mldr, vidore. Uses the first of --dimensions and of --embedding-types.",
+        help="Tasks of MTEB to run instead of FOLDER, by name or as rows of the model cards: qa, "
+        "miracl, mlqa, mldr, vidore. They use the first of --dimensions and of --embedding-types. "
+        "Default: none.",
     )
     verb.add_argument(
         "--data",
@@ -133,25 +135,16 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="FOLDER",
         help="Data of the only --mteb task, in BEIR's layout. Default: downloaded by MTEB.",
     )
-    # retrieval benchmarks truncate texts over the model's limit
-    verb.set_defaults(run=run, truncate="END")
+    verb.set_defaults(run=run)
     add_logging(verb, "warning")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate on a folder, or run tasks of MTEB."""
-    for path in filter(None, (args.json, args.plot)):  # before anything is computed
-        if path.is_dir() or not path.parent.is_dir():
-            raise ConfigurationError(
-                f"{path} cannot be written: expected a file in an existing folder"
-            )
+    _check_usage(args)
     options = read_options(args, (*LOCAL, *REMOTE, "truncate"), api_key=read_key(args.api_key_env))
-    if args.mteb and (args.rerank or args.hybrid or args.rescore):
-        raise ConfigurationError("--rerank, --hybrid and --rescore need FOLDER, not --mteb")
     if args.mteb:
         return _run_tasks(args, options)
-    if args.folder is None or args.data is not None:
-        raise ConfigurationError("expected FOLDER, or --mteb TASK with an optional --data")
     from shared_engine.evaluate import EngineModel, evaluate, find_model, find_reranker
     from shared_engine.evaluate.report import check_plot, draw_plot, write_json, write_table
 
@@ -178,6 +171,18 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         draw_plot(report, args.plot)
     return 0
+
+
+def _check_usage(args: argparse.Namespace) -> None:
+    for path in filter(None, (args.json, args.plot)):  # before anything is computed
+        if path.is_dir() or not path.parent.is_dir():
+            raise ConfigurationError(
+                f"{path} cannot be written: expected a file in an existing folder"
+            )
+    if args.mteb and (args.rerank or args.hybrid or args.rescore):
+        raise ConfigurationError("--rerank, --hybrid and --rescore need FOLDER, not --mteb")
+    if not args.mteb and (args.folder is None or args.data is not None):
+        raise ConfigurationError("expected FOLDER, or --mteb TASK with an optional --data")
 
 
 def _run_tasks(args: argparse.Namespace, options: Options) -> int:

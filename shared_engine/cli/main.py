@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValidationError as exc:
         error = exc.errors()[0]
         option = "".join(f"--{part}: ".replace("_", "-") for part in error["loc"][:1])
-        print_error(f"{option}{error['msg']}")
+        reason = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        print_error(f"{option}{reason}")
         return 2
     except NeMoRetrieverError as exc:
         print_error(exc)
@@ -86,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each sets `run`, called with the parsed arguments."""
     parser = _Parser(
         prog="nemoretriever",
-        description="NVIDIA NeMo Retriever embeddings.",
+        description="Embed, serve, compare and evaluate with NVIDIA NeMo Retriever models.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

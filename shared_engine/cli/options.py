@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -22,15 +23,33 @@ REMOTE = ("base_url", "timeout", "max_retries", "max_batch_size", "concurrency",
 """Options of the client of a NIM."""
 
 
-def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Add arguments for some of the engine's options, with the type and help that they have."""
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str], **defaults: str) -> None:
+    """Add arguments for some of the engine's options, with the type and help that they have.
+
+    Args:
+        defaults: Values of this command, instead of the engine's defaults.
+    """
     for name in names:
-        field = Options.model_fields[name]
+        field, default = Options.model_fields[name], defaults.get(name)
         parser.add_argument(
             "--" + name.replace("_", "-"),
-            help=(field.description or "").replace("%", "%%"),
+            default=default,
+            help=_describe(field.description or "", default or field.default).replace("%", "%%"),
             **({"metavar": "URL"} if name == "base_url" else _argument(field.annotation)),
         )
+
+
+def _describe(description: str, default: object) -> str:
+    """Return the description of an option in terms of the command line, which has no None.
+
+    >>> _describe("Length of a vector. None: the full size.", None)
+    'Length of a vector. Default: the full size.'
+    >>> _describe("Seconds per request. None: no limit.", 120.0)
+    'Seconds per request. Default: 120.0.'
+    """
+    if default is None:
+        return description.replace("None: ", "Default: ")
+    return f"{re.sub(r' None: [^.]*[.]', '', description)} Default: {default}."
 
 
 def _argument(annotation: Any) -> dict[str, Any]:
@@ -54,7 +73,10 @@ def _argument(annotation: Any) -> dict[str, Any]:
 
 def _parse_json(text: str) -> Any:
     """Return an object of JSON, or the text itself if it is no object."""
-    return json.loads(text) if text.startswith("{") else text
+    try:
+        return json.loads(text) if text.startswith("{") else text
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {exc}") from None
 
 
 def add_reranker(parser: argparse.ArgumentParser) -> None:
@@ -63,13 +85,13 @@ def add_reranker(parser: argparse.ArgumentParser) -> None:
         "--rerank-model",
         metavar="MODEL",
         help="Reranker: a name or alias of the catalogue, a Hugging Face id, or a folder. "
-        "--device, --dtype and the --max options of a model are for it, too. Without --model and "
-        "--checkpoint there is no embedding model.",
+        "--device, --dtype and the --max options of a model apply to it, too. Without --model and "
+        "--checkpoint there is no embedding model. Default: no reranker.",
     )
     parser.add_argument(
         "--rerank-checkpoint",
         metavar="FOLDER",
-        help="Local folder or Hugging Face id of its weights, if different from --rerank-model.",
+        help="Local folder or Hugging Face id of its weights. Default: those of --rerank-model.",
     )
 
 
@@ -87,10 +109,12 @@ def read_reranker(args: argparse.Namespace) -> RerankOptions | None:
     return RerankOptions(**given, **_find_given(args, SHARED), backend="local")
 
 
-def add_key(parser: argparse.ArgumentParser) -> None:
+def add_key(parser: argparse.ArgumentParser, default: str = "NVIDIA_API_KEY") -> None:
     """Add the argument that names the environment variable with the API key."""
     parser.add_argument(
-        "--api-key-env", metavar="VARIABLE", help="Environment variable that holds the API key."
+        "--api-key-env",
+        metavar="VARIABLE",
+        help=f"Environment variable that holds the API key. Default: {default}.",
     )
 
 
@@ -107,7 +131,7 @@ def add_logging(parser: argparse.ArgumentParser, level: str) -> None:
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default=level,
-        help="Default: %(default)s.",
+        help="Lowest level of the log lines. Default: %(default)s.",
     )
     parser.add_argument(
         "--log-format",

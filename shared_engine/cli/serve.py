@@ -30,7 +30,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "  nemoretriever serve /folder --rerank-model nvidia/llama-nemotron-rerank-1b-v2\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("name", nargs="?", metavar="MODEL", help="The same as --model MODEL.")
+    verb.add_argument("name", nargs="?", metavar="MODEL", help="Same as --model MODEL.")
     add_options(verb, LOCAL)
     add_served_name(verb)
     add_reranker(verb)
@@ -39,26 +39,26 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="NAME",
         help="Name of the reranker on the server. Default: that of --rerank-model.",
     )
-    add_key(verb)
+    add_key(verb, "no key")
     verb.add_argument(
         "--host",
         default="127.0.0.1",
         help="Interface to bind. Default: %(default)s (loopback only).",
     )
-    verb.add_argument("--port", type=int, default=8000, help="Default: %(default)s.")
+    verb.add_argument("--port", type=int, default=8000, help="Port to bind. Default: %(default)s.")
     verb.add_argument(
         "--allowed-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="Host name accepted without a key, besides localhost and the server's addresses. "
-        "Repeatable; may be a pattern: *.example.com.",
+        help="Host name accepted without a key, in addition to localhost and IP addresses. "
+        "Repeatable; may be a pattern: *.example.com. Default: none.",
     )
     verb.add_argument(
         "--default-input-type",
         choices=("query", "passage"),
         help="Role of texts whose request has none, for clients that cannot send input_type. "
-        "Default: none, such a request is an error.",
+        "Default: none; such a request is an error.",
     )
     for limit in fields(ServerLimits):
         verb.add_argument(
@@ -71,18 +71,18 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verb.add_argument(
         "--access-log",
         action="store_true",
-        help="Log each request with its id, status, seconds, inputs and tokens; probes only at "
-        "--log-level debug. Not for replicas: Ray Serve has an access log.",
+        help="Log each request with its id, status, seconds, inputs and tokens; health probes only "
+        "at --log-level debug. Not for replicas: Ray Serve has an access log.",
     )
     for name, kind, text in (
-        ("replicas", int, "Number of replicas behind one address, with Ray Serve."),
-        ("max-replicas", int, "Upper bound for autoscaling; --replicas is the lower bound."),
-        ("cpus-per-replica", float, "CPUs per replica. Default: divided evenly."),
         (
-            "gpus-per-replica",
-            float,
-            "GPUs per replica, may be a fraction. Default: 1 if available.",
+            "replicas",
+            int,
+            "Replicas behind one address, with Ray Serve. Default: one, without Ray.",
         ),
+        ("max-replicas", int, "Maximum for autoscaling, from --replicas. Default: no autoscaling."),
+        ("cpus-per-replica", float, "CPUs per replica. Default: divided evenly."),
+        ("gpus-per-replica", float, "GPUs per replica, or a part of one. Default: 1 if available."),
     ):
         verb.add_argument(f"--{name}", type=kind, metavar="N", help=text)
     verb.add_argument(

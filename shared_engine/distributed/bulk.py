@@ -4,9 +4,9 @@
 
 An actor writes its files itself, so they are those of a local run; only counts come back. Each
 actor takes fragments in order, so that it reads a table on from where it was. If an actor dies, its
-fragments go back to the others, and a new actor starts where there is room for it. If the driver
-dies, the next run does what is missing. Inputs, the folder of results, the model and this package
-are at the same paths on every node.
+fragments go back to the others, and a new actor starts on a node with enough free resources. If the
+driver dies, the next run does the missing work. Inputs, the folder of results, the model and this
+package are at the same paths on every node.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def run_ray(
     cpus_per_worker: float | None = None,
     gpus_per_worker: float | None = None,
 ) -> Summary:
-    """Do what is missing of a job on a cluster, as `run_local` does on this machine.
+    """Embed the unfinished fragments of a job on a cluster, as `run_local` does on this machine.
 
     The API key is not part of a job: set NVIDIA_API_KEY on every node.
 
     Args:
-        job: what to embed, and how.
+        job: The job.
         address: as `ray.init` takes it; None is the cluster of RAY_ADDRESS, else a new one on this
             machine.
         workers: number of actors with an engine; default: as many as fit, see `find_share`.
@@ -102,10 +102,10 @@ def embed_fragments(
 
     Args:
         job: the job of the fragments.
-        fragments: what to embed, in the order in which to read it.
+        fragments: The fragments, in the order in which to read them.
         workers: number of actors.
-        share: what each has of its node.
-        embed: does what `embed_fragment` does.
+        share: Resources of each actor.
+        embed: Embeds a fragment, as `embed_fragment` does.
 
     Raises:
         EngineError: workers cannot start, or the same fragments ended them several times.

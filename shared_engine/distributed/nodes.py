@@ -1,6 +1,6 @@
 """Connect to a Ray cluster, and choose how many workers its nodes can hold.
 
-Ray lets an actor that fits on no node wait without an error, so the room is counted first.
+Ray lets an actor that fits on no node wait without an error, so free resources are counted first.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def find_share(
     cpus: float | None = None,
     gpus: float | None = None,
 ) -> tuple[int, Share]:
-    """Return the number of actors with an engine, and what each has of its node.
+    """Return the number of actors with an engine, and the resources of each.
 
     Args:
         options: of the engine.
@@ -128,11 +128,11 @@ def find_share(
     if cpus is None:
         cpus = choose_cpus(nodes, count, gpus, is_local)
     share = Share(cpus, gpus)
-    room = _count(nodes, share)
-    if room < count:
+    fitting = _count(nodes, share)
+    if fitting < count:
         there = ", ".join(str(Share(*node)) for node in nodes) or "none"
         raise ConfigurationError(
-            f"{count} workers of {share} each do not fit: the cluster has room for {room}; its "
+            f"{count} workers of {share} each do not fit: the cluster holds {fitting}; its "
             f"nodes have: {there}"
         )
     _log.info("%d workers on %d nodes, each with %s", count, len(nodes), share)

@@ -172,7 +172,7 @@ def _read_collection(path: Path, only: Container[str] | None = None) -> Collecti
 
 
 def _parse_row(content: bytes, path: Path) -> tuple[str, EmbeddingInput]:
-    """Return id and document of a row, or raise a ValueError that describes what is wrong."""
+    """Return id and document of a row, or raise a ValueError with the reason."""
     row = json.loads(content)  # as BEIR: unlike orjson it reads NaN in other fields
     name = row.get("_id", row.get("id")) if isinstance(row, dict) else None
     if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":

@@ -59,7 +59,7 @@ class Row:
     bytes_per_vector: int | None
     """All three are of the vectors that are searched, and None for BM25, which has none."""
     second_stage: str
-    """What changes the order of the search, and of how many candidates; "" if nothing does."""
+    """The second stage and its number of candidates; "" without one."""
     figures: dict[str, Figure]
     """By name in MEASURES."""
     differences: dict[str, Figure]
@@ -81,7 +81,7 @@ class Report:
     models: list[dict[str, Any]]
     rows: list[Row]
     left_out: list[str]
-    """What was not measured, and why."""
+    """Omitted measurements, with the reason."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON, with versions and the date."""
@@ -188,7 +188,7 @@ _SearchSpec = tuple[str, int | None, EmbeddingType | None]
 
 
 class _Measured:
-    """The rows of a report, and what is left out of it."""
+    """The rows of a report, and its omissions."""
 
     def __init__(self, data: RetrievalData, depth: int, ignore_identical_ids: bool) -> None:
         self.rows: list[Row] = []
@@ -213,7 +213,7 @@ class _Measured:
         return self._drop_identical(search(queries, corpus, self._ranking, size, kind))
 
     def search_bm25(self) -> list[list[str]] | None:
-        """Return what BM25 finds; if the corpus has no words, note it as left out."""
+        """Return the results of BM25; note an omission if the corpus has no words."""
         data = self._data
         found = search_bm25(data.corpus.texts, data.queries.texts, self._ranking)
         if found is None:

@@ -18,7 +18,7 @@ SHOWN = "nDCG@10"
 
 
 def write_table(report: Report) -> str:
-    """Return a report as text: the data, a Markdown table, and what was left out."""
+    """Return a report as text: the data, a Markdown table, and omissions."""
     data = report.data
     size = f"{data['documents']:,} documents, {data['queries']:,} queries"
     lines = [f"{data['folder']} ({data['split']}): {size}"]

@@ -1,4 +1,4 @@
-"""Exact search over vectors that need not fit in memory, BM25, and what may follow a search.
+"""Exact search over vectors that need not fit in memory, BM25, and second stages.
 
 Every number type is searched by inner products of float32 vectors, in blocks, with BLAS:
 

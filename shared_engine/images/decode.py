@@ -118,7 +118,7 @@ class OpenedImage:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every reader of the file sees the same: a still, opaque, upright PNG or JPEG.
+        """Whether all readers decode the file equally: a still, opaque, upright PNG or JPEG.
 
         The additional pictures that cameras put into a JPEG (MPO) are ignored by all readers.
         """
@@ -137,7 +137,7 @@ class OpenedImage:
 
     @property
     def bytes_needed(self) -> int:
-        """Estimated peak memory of decoding: what Pillow stores, reads and converts.
+        """Estimated peak memory of decoding in Pillow: pixels, reader, and conversion.
 
         libwebp has two canvases of 4 bytes a pixel and returns a copy. libjpeg keeps 2 bytes a
         value of a progressive file, however small its draft is. A caller's PIL image counts like a

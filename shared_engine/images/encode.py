@@ -36,8 +36,8 @@ def encode_data_url(
 ) -> str:
     """Return the data URL of an image for a NIM, a PNG or JPEG with the tiles of the image.
 
-    A file that every reader sees alike is sent unchanged: a still, opaque, upright PNG or JPEG of
-    8 bits. It is decoded nevertheless, a JPEG at an eighth of its size, so that a broken file is
+    A file that all readers decode equally is sent unchanged: a still, opaque, upright PNG or JPEG
+    of 8 bits. It is decoded nevertheless, a JPEG at an eighth of its size, so that a broken file is
     refused here. Any other image is sent as a PNG of its pixels.
 
     If that is longer than `most_characters`, the image is resized to its grid of tiles and sent as

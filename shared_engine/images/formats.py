@@ -56,8 +56,8 @@ def find_pages(tiff: TiffImageFile, most: int) -> Iterator[int]:
     """Yield the numbers of the pages among the first `most` pictures of a TIFF.
 
     The first picture is a page, and so are those that are not marked as a smaller copy or a mask.
-    The file stands at a page when its number is yielded. The bound matters: Pillow needs minutes to
-    visit 100,000 pictures.
+    When a number is yielded, the file is positioned at that page. `most` is needed because Pillow
+    takes minutes to visit 100,000 pictures.
     """
     yield 0
     for number in range(1, most):

@@ -90,7 +90,7 @@ _TOO_LARGE = (TooLargeError, Image.DecompressionBombError, Image.DecompressionBo
 _QUOTED = re.compile(r"""\bb'(?:[^'\\]|\\.)*+'?|\bb"(?:[^"\\]|\\.)*+"?""")
 """Bytes as Python prints them: some of Pillow's messages quote the file."""
 _LONG_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]{81}")
-"""A text that is hardly a path."""
+"""A text that is unlikely to be a path."""
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def read(source: AcceptedImage, urls: bool) -> bytes | Image.Image:
     """Return the bytes of the file of a source; a PIL image is returned unchanged.
 
     Args:
-        source: What `accept` returned.
+        source: Result of `accept`.
         urls: Whether an http(s) URL may be fetched.
     """
     if isinstance(source, Image.Image):

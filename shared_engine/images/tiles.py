@@ -5,7 +5,7 @@ decode .......... decode.py    pixels of 8 bits, upright, transparency over whit
 ├─ resize_image .... tiles.py     resized as a whole, to a multiple of the side of a token
 ├─ cut_tiles ....... tiles.py     resized to its grid and cut, a thumbnail of the whole last
 ├─ decode_picture .. tiles.py     pixels and grid, for a device that cuts them the same way
-└─ encode_data_url . encode.py    the file itself if every reader sees it alike, else a PNG
+└─ encode_data_url . encode.py    the file itself if all readers decode it equally, else a PNG
 
 All failures are an ImageError that names the input; its cause is the original exception.
 These functions change no setting of the process or of Pillow and no object of a caller, and may run
@@ -84,7 +84,7 @@ def cut_tiles(
     differ by less than 1 on average and by 20 at most.
 
     Args:
-        source: What `accept` returned.
+        source: Result of `accept`.
         max_tiles: The most tiles, without the thumbnail.
         size: Side of a tile in pixels.
         urls: Whether an image may be fetched from an http(s) URL.
@@ -122,7 +122,7 @@ def resize_image(
     Pillow resizes, bicubic; a JPEG is decoded as in `cut_tiles`. Errors are those of `cut_tiles`.
 
     Args:
-        source: What `accept` returned.
+        source: Result of `accept`.
         longest_edge: Maximum of the longer side in pixels, before both are rounded up.
         multiple: The number of which both sides are multiples.
         urls: Whether an image may be fetched from an http(s) URL.
@@ -138,8 +138,8 @@ def resize_image(
 def choose_size(width: int, height: int, longest_edge: int, multiple: int) -> tuple[int, int]:
     """Return the (width, height) to which an image is resized; it is made smaller, then rounded up.
 
-    From `get_resize_output_image_size` of transformers' `image_processing_pixtral.py`, which gives
-    a side of 0 to an image of extreme proportions.
+    From `get_resize_output_image_size` of transformers' `image_processing_pixtral.py`, which
+    returns a side of 0 for an image of extreme proportions.
 
     >>> choose_size(1275, 1650, 1540, 28), choose_size(20, 3000, 1540, 28)
     ((1204, 1540), (28, 1540))

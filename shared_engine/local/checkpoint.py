@@ -13,6 +13,7 @@ from pathlib import Path
 from shared_engine.catalogue import (
     DEFAULT_MODEL,
     ModelSpec,
+    Task,
     lookup,
     report_task,
     suggest,
@@ -24,8 +25,6 @@ from shared_engine.local.config import (
     MistralFile,
     ModelConfig,
     Modules,
-    MultimodalFile,
-    MultimodalRerankerFile,
     PoolingConfig,
     QuantizationFile,
     RerankerFile,
@@ -97,67 +96,72 @@ def resolve(options: EngineOptions) -> Checkpoint:
     folder = _locate(model, options, spec)
     path = folder / "config.json"
     file = read_config(path)
-    is_reranker = isinstance(file, RerankerFile)
-    if is_reranker != (options.task == "rerank"):
-        raise report_task(str(folder), "rerank" if is_reranker else "embed")
-    vision: VisionConfig | None = None
-    if isinstance(file, MultimodalFile | MultimodalRerankerFile):
-        config, prefix = file.llm_config, "llm_config."
-        vision = read_tiled(path, file, options.max_tiles)
-        cache_bytes = options.vision_cache_bytes if isinstance(options, RerankOptions) else 0
-        vision = replace(vision, cache_bytes=cache_bytes)
-    elif isinstance(file, MistralFile):
-        config, prefix = file.text_config, "text_config."
-        vision = read_pixtral(path, file, options.max_tiles)
-    else:
-        config, prefix = file, ""
-    if spec is None:
-        if not is_reranker:  # all models of the catalogue use mean pooling and unit length
-            read(folder / "modules.json", Modules)
-            read(folder / "1_Pooling" / "config.json", PoolingConfig)
-    else:
-        if spec.is_multimodal != (vision is not None):
-            refuse(path, "architectures", type(file).__name__, f"those of {spec.name}")
-        for field, value, expected in (
-            ("hidden_size", config.hidden_size, spec.hidden_size),
-            ("num_hidden_layers", config.layers, spec.num_hidden_layers),
-        ):
-            if value != expected:
-                refuse(path, f"{prefix}{field}", value, f"{expected}, the value of {spec.name}")
+    task: Task = "rerank" if isinstance(file, RerankerFile) else "embed"
+    if task != options.task:
+        raise report_task(str(folder), task)
+    config = file if isinstance(file, ModelConfig) else file.llm_config
+    vision = _read_vision(path, file, options)
+    if spec is not None:
+        _check_spec(path, config, vision, spec)
+    elif task == "embed":  # all models of the catalogue use mean pooling and unit length
+        read(folder / "modules.json", Modules)
+        read(folder / "1_Pooling" / "config.json", PoolingConfig)
+    limits = [options.max_tokens, config.max_position_embeddings]
+    limit_with_image = spec.max_tokens_with_image if spec else _MAX_TOKENS_WITH_IMAGE
+    limit = read(folder / "sentence_bert_config.json", SentenceConfig).max_seq_length
     quantized = (
         file.quantization_config
         or config.quantization_config
         or read(folder / "hf_quant_config.json", QuantizationFile).quantization
     )
-    limits = [
-        config.max_position_embeddings,
-        spec.max_tokens if spec else None,
-        read(folder / "sentence_bert_config.json", SentenceConfig).max_seq_length,
-        options.max_tokens,
-    ]
-    limits_with_image = [
-        config.max_position_embeddings,
-        (spec and spec.max_tokens_with_image) or _MAX_TOKENS_WITH_IMAGE,
-        options.max_tokens,
-    ]
+    scoring: Scoring | None = None
+    prompts: dict[Role, str] = {}
+    dimensions: tuple[int, ...] = (1,)
     if isinstance(file, RerankerFile):
-        prompts, scoring, dimensions = dict[Role, str](), _read_scoring(file), {1}
+        scoring = _read_scoring(file)
     else:
-        prompts, scoring = _prompts(folder, file), None
+        prompts = _read_prompts(folder, file)
         smaller = spec.dimensions if spec else file.matryoshka_dimensions or ()
-        dimensions = {d for d in smaller if d < config.hidden_size} | {config.hidden_size}
+        full = config.hidden_size
+        dimensions = (*sorted({d for d in smaller if d < full}), full)
     return Checkpoint(
         folder=folder,
         name=spec.name if spec else model,
         config=config,
         vision=vision,
         prompts=prompts,
-        max_tokens=min(filter(None, limits)),
-        max_tokens_with_image=min(filter(None, limits_with_image)),
-        dimensions=tuple(sorted(dimensions)),
+        max_tokens=min(filter(None, [*limits, limit, spec.max_tokens if spec else None])),
+        max_tokens_with_image=min(filter(None, [*limits, limit_with_image])),
+        dimensions=dimensions,
         is_fp8=quantized is not None,
         scoring=scoring,
     )
+
+
+def _read_vision(
+    path: Path, file: EmbedderFile | RerankerFile, options: EngineOptions
+) -> VisionConfig | None:
+    if isinstance(file, MistralFile):
+        return read_pixtral(path, file, options.max_tiles)
+    if isinstance(file, ModelConfig):
+        return None
+    cache_bytes = options.vision_cache_bytes if isinstance(options, RerankOptions) else 0
+    return replace(read_tiled(path, file, options.max_tiles), cache_bytes=cache_bytes)
+
+
+def _check_spec(
+    path: Path, config: ModelConfig, vision: VisionConfig | None, spec: ModelSpec
+) -> None:
+    """Refuse a checkpoint of another model than the named one."""
+    if spec.is_multimodal != (vision is not None):
+        kind = "no vision tower" if vision is None else "a vision tower"
+        raise CheckpointError(f"{path} describes {kind}, unlike {spec.name}")
+    for field, value, expected in (
+        ("hidden_size", config.hidden_size, spec.hidden_size),
+        ("num_hidden_layers", config.layers, spec.num_hidden_layers),
+    ):
+        if value != expected:
+            refuse(path, field, value, f"{expected}, the value of {spec.name}")
 
 
 def _read_scoring(file: RerankerFile) -> Scoring:
@@ -167,7 +171,7 @@ def _read_scoring(file: RerankerFile) -> Scoring:
     return Scoring("", " \n ", file.temperature)
 
 
-def _prompts(folder: Path, file: EmbedderFile) -> dict[Role, str]:
+def _read_prompts(folder: Path, file: EmbedderFile) -> dict[Role, str]:
     path = folder / "config_sentence_transformers.json"
     given = read(path, SentenceTransformersConfig).prompts
     query, document = (given.query, given.document) if given else (None, None)

@@ -24,6 +24,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from shared_engine.errors import CheckpointError
 
@@ -388,7 +389,7 @@ class MultimodalRerankerFile(_MultimodalFile, _Scoring):
 class MistralFile(_Prefixes):
     """config.json of a Nemotron-3.5 embedding model, a `Mistral3Model` of transformers."""
 
-    text_config: MinistralFile
+    llm_config: MinistralFile = Field(alias="text_config")
     vision_config: PixtralConfig
     image_token: int = Field(
         validation_alias=AliasChoices("image_token_index", "image_token_id"), ge=0
@@ -512,6 +513,11 @@ def read(path: Path, kind: type[FileT], required: bool = False) -> FileT:
         raise CheckpointError(f"{path} cannot be read: {exc}") from exc
     except ValidationError as exc:
         error = exc.errors(include_url=False)[0]
+    _refuse_error(path, error)
+
+
+def _refuse_error(path: Path, error: ErrorDetails) -> NoReturn:
+    """Raise a CheckpointError about the first error of a file."""
     field = ".".join(
         str(part) for part in error["loc"] if part not in ("default", "llama3", "yarn")
     )

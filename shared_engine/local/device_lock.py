@@ -1,10 +1,9 @@
 """One step at a time on a device that several models share; steps of searches go first.
 
-Each model has its own queue and thread. Two threads that computed at once would each take twice as
-long, and an ingest with one model would delay a search with another. So a thread holds the lock of
-its device while it starts a step: on a CPU until the step is computed, on a GPU until it is queued,
-which then alternates between the models. On a CPU, a step of documents yields the device to waiting
-searches in its pauses.
+Each model has its own queue and thread. Two threads that computed simultaneously would each take
+twice as long, and an ingest with one model would delay a search with another. So a thread holds the
+lock of its device while it starts a step: on a CPU until the step is computed, on a GPU until the
+step is queued. On a CPU, a step of documents yields the device to waiting searches in its pauses.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _SMALL_FILES = (
     "sentence_bert_config.json",
     "tokenizer.json",
 )
-"""The files that are read besides the weights."""
+"""The files that are read in addition to the weights."""
 
 FileState = tuple[str, int, int, int, int]
 """Name, size, time of modification, time of change, inode."""

@@ -210,7 +210,7 @@ class Encoder:
         """Return the means of sequences and their images, if any: (S, hidden) float32."""
         count, tokens = len(sequences), sum(map(len, sequences))
         if padding := self._layers.count_padding(tokens):
-            # Sequences of their own, so no other token attends to them.
+            # Separate sequences, so no other token attends to them.
             sequences = [*sequences, *[np.zeros(1, np.int32)] * padding]
         lengths = [len(ids) for ids in sequences]
         cu_seqlens = np.zeros(len(lengths) + 1, np.int32)

@@ -56,7 +56,7 @@ class PixtralTower:
         self.context_token = vision.context_token
         self._device, self._dtype = placement.device, placement.dtype
         self._patch, self._count_patches = tower.patch_size, vision.count_patches
-        self._cache = VisionCache(vision.cache_bytes)
+        self._cache = VisionCache(vision)
         self._buffers = Buffers(placement)
         kernel, _ = attention.select_kernel(placement.device, placement.dtype, tower)
         operators, _ = elementwise.select(placement.device, placement.dtype, tower)
@@ -97,12 +97,7 @@ class PixtralTower:
                 cache if it has them.
             on_pause: Called twice in every layer; it may call this tower.
         """
-
-        def encode(missing: Sequence[Tiles]) -> Sequence[Tensor]:
-            rows = [self._count_patches(image) // 4 for image in missing]
-            return torch.split(self._encode(missing, on_pause), rows)
-
-        return torch.cat(self._cache(images, encode))
+        return self._cache(images, partial(self._encode, on_pause=on_pause))
 
     def warm_up(self) -> None:
         """Compute an image."""
@@ -115,7 +110,7 @@ class PixtralTower:
         angles = torch.cat([self._angles_of(each) for each in pixels])  # (P, d / 2)
         lengths, count = [self._count_patches(image) for image in images], len(patches)
         if padding := self._layers.count_padding(count):
-            # Sequences of their own, as in the encoder.
+            # Separate sequences, as in the encoder.
             patches, angles = (F.pad(rows, (0, 0, 0, padding)) for rows in (patches, angles))
             lengths += [1] * padding
         ends = to_device(np.cumsum([0, *lengths]).astype(np.int32), self._device)

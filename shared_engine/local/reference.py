@@ -1,6 +1,6 @@
 """Vectors and scores computed by transformers' own classes, for `nemoretriever check --reference`.
 
-The engine has a forward pass of its own, because transformers pads batches, needs remote code for
+The engine has its own forward pass, because transformers pads batches, needs remote code for
 these checkpoints, and accepts configurations that it does not compute. Here its stock `LlamaModel`,
 `Ministral3Model` or `Mistral3Model`, or its `InternVLModel` of a `SiglipVisionModel` and a
 `LlamaModel`, computes the checkpoint: one input at a time, in float32, with a mask that hides no
@@ -118,46 +118,33 @@ class Reference:
 
 def _create(config: dict[str, Any]) -> torch.nn.Module:
     """Return the model of a config, with random weights."""
-    from transformers import (
-        InternVLConfig,
-        InternVLModel,
-        LlamaConfig,
-        LlamaModel,
-        Ministral3Config,
-        Ministral3Model,
-        Mistral3Config,
-        Mistral3Model,
-        PixtralVisionConfig,
-        SiglipVisionConfig,
-    )
+    import transformers as hf
 
     def stock(part: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in part.items() if name not in _NAMED}
 
+    model: torch.nn.Module
     if config["architectures"] == ["Ministral3Model"]:
-        ministral: torch.nn.Module = Ministral3Model(Ministral3Config(**stock(config)))
-        return ministral
-    if config["architectures"] == ["Mistral3Model"]:
+        model = hf.Ministral3Model(hf.Ministral3Config(**stock(config)))
+    elif config["architectures"] == ["Mistral3Model"]:
         parts: dict[str, Any] = {
-            "text_config": Ministral3Config(**stock(config["text_config"])),
-            "vision_config": PixtralVisionConfig(**stock(config["vision_config"])),
+            "text_config": hf.Ministral3Config(**stock(config["text_config"])),
+            "vision_config": hf.PixtralVisionConfig(**stock(config["vision_config"])),
         }
-        mistral: torch.nn.Module = Mistral3Model(Mistral3Config(**stock(config) | parts))
-        return mistral
-    if "vision_config" not in config:
-        model: torch.nn.Module = LlamaModel(LlamaConfig(**stock(config)))
-        return model
-    vision = SiglipVisionConfig(**stock(config["vision_config"]), vision_use_head=False)
-    model = InternVLModel(
-        InternVLConfig(
+        model = hf.Mistral3Model(hf.Mistral3Config(**stock(config) | parts))
+    elif "vision_config" not in config:
+        model = hf.LlamaModel(hf.LlamaConfig(**stock(config)))
+    else:
+        vision = hf.SiglipVisionConfig(**stock(config["vision_config"]), vision_use_head=False)
+        joined = hf.InternVLConfig(
             vision_config=vision,
-            text_config=LlamaConfig(**stock(config["llm_config"])),
+            text_config=hf.LlamaConfig(**stock(config["llm_config"])),
             image_token_id=config["img_context_token_id"],
             downsample_ratio=config["downsample_ratio"],
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
         )
-    )
+        model = hf.InternVLModel(joined)
     return model
 
 

@@ -36,10 +36,8 @@ QUERY_STEPS_IN_A_ROW = 8
 TEXTS_PER_CHUNK = 256
 STEPS_AHEAD = 4
 """Steps of sequences prepared in advance, shared by all flows; at least one step for each flow."""
-PATIENCE = 16
-"""Full steps that must fit in memory before a reduced step size grows again. The number doubles,
-up to `MAX_PATIENCE`, each time that memory runs out after growth."""
-MAX_PATIENCE = 1024
+PATIENCE = 256
+"""Full steps that must fit in memory before a reduced step size is doubled."""
 
 
 @dataclass(eq=False)
@@ -80,8 +78,6 @@ class Scheduler:
         """Steps of queries since the last step of documents; a step in a pause is a fraction."""
         self._initial_batch_tokens = max_batch_tokens
         self._full_steps = 0
-        self._patience = PATIENCE
-        self._has_grown = False
         self._closed = False
         self.steps = 0
         """Number of steps formed."""
@@ -124,9 +120,6 @@ class Scheduler:
         with self._changed:
             self.max_batch_tokens = max(1, min(self.max_batch_tokens, tokens))
             self._full_steps = 0
-            if self._has_grown:  # the growth was too early
-                self._has_grown = False
-                self._patience = min(2 * self._patience, MAX_PATIENCE)
 
     def grow(self, tokens: int) -> None:
         """Count a step that fitted in memory; after enough full steps, double a reduced limit."""
@@ -135,9 +128,9 @@ class Scheduler:
             if not is_full or self.max_batch_tokens == self._initial_batch_tokens:
                 return
             self._full_steps += 1
-            if self._full_steps == self._patience:
+            if self._full_steps == PATIENCE:
                 self.max_batch_tokens = min(2 * self.max_batch_tokens, self._initial_batch_tokens)
-                self._full_steps, self._has_grown = 0, True
+                self._full_steps = 0
 
     def _forget(self, future: Future[Rows]) -> None:
         job = self._jobs.pop(future)

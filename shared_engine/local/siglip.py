@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,8 +76,7 @@ class VisionTower:
         self._patch = tower.patch_size
         self._side = vision.patches_per_side
         self._heads, self._eps = tower.heads, tower.layer_norm_eps
-        self._rows_per_tile = vision.tokens_per_tile
-        self._cache = VisionCache(vision.cache_bytes)
+        self._cache = VisionCache(vision)
         self._buffer = Buffer(placement)
         # A patch costs about half of a token.
         fitting = 2 * placement.max_batch_tokens // vision.patches_per_tile
@@ -114,12 +114,7 @@ class VisionTower:
                 rows come from the cache if it has them.
             on_pause: Called twice in every layer; it may call this tower.
         """
-
-        def encode(missing: Sequence[Tiles]) -> Sequence[Tensor]:
-            sizes = [len(image) * self._rows_per_tile for image in missing]
-            return torch.split(self._encode(missing, on_pause), sizes)
-
-        return torch.cat(self._cache(images, encode))
+        return self._cache(images, partial(self._encode, on_pause=on_pause))
 
     def _encode(self, images: Sequence[Tiles], on_pause: Callable[[], None]) -> Tensor:
         tiles = torch.cat([self._tiles(image) for image in images])  # (n, size, size, 3)

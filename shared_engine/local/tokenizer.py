@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,58 +61,62 @@ class TextTokenizer:
         path = checkpoint.folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{checkpoint.folder} has no tokenizer.json")
-        try:
-            content = path.read_text(encoding="utf-8")
-            vision = checkpoint.vision
-            names = list(vision.names) if vision else []
-            if vision and not vision.guards_text:
-                content, names = _hide_tokens(content, names)
-            with _panics_as_errors():
-                self._tokenizer = Tokenizer.from_str(content)
-                self._guards_text = self._tokenizer.encode_special_tokens = bool(
-                    vision and vision.guards_text
-                )
-                self._tokenizer.no_truncation()
-                self._tokenizer.no_padding()
-                # Kept by truncation: BOS and prefix, without the last space, which joins the text.
-                self._kept = {
-                    role: self._tokenizer.encode(prompt.rstrip()).ids
-                    for role, prompt in checkpoint.prompts.items()
-                }
-                prompt = self._tokenizer.encode(checkpoint.prompts.get("document", "")).ids
-                # After these characters, the tokenizer removes the guard of NVIDIA's processor,
-                # which keeps special tokens out of texts. One that a user wrote must stay.
-                self._guarded = [
-                    character
-                    for character in ("[<" if self._guards_text else "")
-                    if self._ids_of(character) == self._ids_of(character + _GUARD)
-                ]
-        except Exception as exc:  # the library raises a bare Exception
-            raise CheckpointError(f"{path} cannot be read: {exc}") from exc
-        if dropout := getattr(self._tokenizer.model, "dropout", None):
-            refuse(path, "model.dropout", dropout, "null, as ids would be random")
         self.limit = checkpoint.max_tokens
         self.limit_with_image = checkpoint.max_tokens_with_image
         self._bos = checkpoint.config.bos_token_id or 0
         self._prompts, self._scoring = checkpoint.prompts, checkpoint.scoring
+        self._vision = checkpoint.vision
+        self._guards_text = self._vision is not None and self._vision.guards_text
+        names = list(self._vision.names) if self._vision else []
+        try:
+            content = path.read_text(encoding="utf-8")
+            if names and not self._guards_text:
+                content, names = _hide_tokens(content, names)
+            with _panics_as_errors():
+                self._tokenizer = Tokenizer.from_str(content)
+                self._encode_prompts()
+        except Exception as exc:  # the library raises a bare Exception
+            raise CheckpointError(f"{path} cannot be read: {exc}") from exc
+        if dropout := getattr(self._tokenizer.model, "dropout", None):
+            refuse(path, "model.dropout", dropout, "null, as ids would be random")
+        self._image_tokens = [self._tokenizer.token_to_id(name) for name in names]
         vocabulary = self._tokenizer.get_vocab().values()
         self.size = 1 + max([*vocabulary, *itertools.chain(*self._kept.values())], default=-1)
-        rows = max(checkpoint.config.vocab_size, len(vocabulary))
+        self._check_ids(path, max(checkpoint.config.vocab_size, len(vocabulary)))
+
+    def _encode_prompts(self) -> None:
+        tokenizer = self._tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = self._guards_text
+        # Kept by truncation: BOS and prefix, without the last space, which joins the text.
+        self._kept = {
+            role: tokenizer.encode(prompt.rstrip()).ids for role, prompt in self._prompts.items()
+        }
+        self._before_image = tokenizer.encode(self._prompts.get("document", "")).ids
+        # After these characters, the tokenizer removes the guard of NVIDIA's processor, which keeps
+        # special tokens out of texts. One that a user wrote must stay.
+        self._guarded = [
+            character
+            for character in ("[<" if self._guards_text else "")
+            if self._ids_of(character) == self._ids_of(character + _GUARD)
+        ]
+
+    def _check_ids(self, path: Path, rows: int) -> None:
         if self.size > rows:
             raise CheckpointError(
                 f"{path} has a token with id {self.size - 1}; expected ids below {rows}, the "
                 "number of tokens or vocab_size of config.json"
             )
-        self._vision, self._before_image = vision, prompt
-        self._image_tokens = [self._tokenizer.token_to_id(name) for name in names]
-        if vision:
-            ids = dict(zip(vision.names, self._image_tokens, strict=True))
-            if None in ids.values() or ids[vision.context_name] != vision.context_token:
-                raise CheckpointError(
-                    f"{path} has {', '.join(ids)} as {', '.join(map(str, ids.values()))}; expected "
-                    f"three ids, that of {vision.context_name} {vision.context_token}, as in "
-                    "config.json"
-                )
+        if (vision := self._vision) is None:
+            return
+        ids = dict(zip(vision.names, self._image_tokens, strict=True))
+        if None in ids.values() or ids[vision.context_name] != vision.context_token:
+            raise CheckpointError(
+                f"{path} has {', '.join(ids)} as {', '.join(map(str, ids.values()))}; expected "
+                f"three ids, that of {vision.context_name} {vision.context_token}, as in "
+                "config.json"
+            )
 
     @_panics_as_errors()
     def encode(

@@ -44,7 +44,7 @@ class VisionConfig(ABC):
     context_name: ClassVar[str]
     """The one of them whose embeddings are replaced by the rows of the tower."""
     smaller: ClassVar[str]
-    """What takes fewer tokens, for errors."""
+    """Advice of errors about too many tokens."""
     guards_text: ClassVar[bool]
     """Whether a text is read without special tokens, and without white space at its end."""
 
@@ -125,11 +125,6 @@ class TiledVision(VisionConfig):
         """Rows of the tower per tile."""
         return self.patches_per_side**2
 
-    @property
-    def tokens_per_tile(self) -> int:
-        """Rows of the language model per tile: one token per 2 x 2 patches."""
-        return self.patches_per_tile // 4
-
     def prepare(self, source: AcceptedImage, urls: bool, on_device: bool) -> Tiles:
         """Cut it into tiles, or leave that to the device."""
         prepare = images.decode_picture if on_device else images.cut_tiles
@@ -140,9 +135,9 @@ class TiledVision(VisionConfig):
         return len(image) * self.patches_per_tile
 
     def lay_out(self, image: Tiles, tokens: Sequence[_TokenT]) -> list[_TokenT]:
-        """Return its tokens, tile by tile."""
+        """Return its tokens, tile by tile, one per 2 x 2 patches."""
         start, context, end = tokens
-        return [start, *[context] * (len(image) * self.tokens_per_tile), end]
+        return [start, *[context] * (self.count_patches(image) // 4), end]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from shared_engine.images.tiles import Tiles
+    from shared_engine.local.vision import VisionConfig
 
 
 @dataclass(eq=False)
@@ -33,37 +35,36 @@ class KeyedImage:
         digest.update(np.ascontiguousarray(pixels).data)
         self.key = digest.digest()
 
-    def __len__(self) -> int:
-        return len(self.tiles)
-
 
 class VisionCache:
     """Rows of images by key, the least recently used dropped first. Not thread-safe."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self, vision: VisionConfig) -> None:
+        self._most_bytes = vision.cache_bytes
+        self._count_patches = vision.count_patches
         self._rows: OrderedDict[bytes, Tensor] = OrderedDict()
         self._size = 0
 
     def __call__(
         self,
         images: Sequence[Tiles | KeyedImage],
-        encode: Callable[[Sequence[Tiles]], Sequence[Tensor]],
-    ) -> list[Tensor]:
-        """Return the rows of each image, and encode those that the cache does not have.
+        encode: Callable[[Sequence[Tiles]], Tensor],
+    ) -> Tensor:
+        """Return the rows of all images, and encode the images that the cache does not have.
 
         Args:
-            encode: The vision tower: from images to the rows of each.
+            encode: The vision tower: from images to their rows, one for 2 x 2 patches.
         """
         found = [self._find(image) for image in images]
         missing = [image for image, rows in zip(images, found, strict=True) if rows is None]
         tiles = [image.tiles if isinstance(image, KeyedImage) else image for image in missing]
-        encoded = iter(encode(tiles) if tiles else ())
+        sizes = [self._count_patches(image) // 4 for image in tiles]
+        encoded = iter(torch.split(encode(tiles), sizes) if tiles else ())
         out = [next(encoded) if rows is None else rows for rows in found]
         for image, rows in zip(images, out, strict=True):
             if isinstance(image, KeyedImage):
                 self._keep(image.key, rows)
-        return out
+        return torch.cat(out)
 
     def _find(self, image: Tiles | KeyedImage) -> Tensor | None:
         return self._rows.get(image.key) if isinstance(image, KeyedImage) else None

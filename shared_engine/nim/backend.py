@@ -9,10 +9,11 @@ One event loop in one thread serves all callers, so they share connections and o
 in flight, from any thread or event loop. Images are opened in other threads, as that would block
 the loop for too long.
 
-Whatever a server replies, n inputs take a bounded number of requests. They are split at most n - 1
-times, so there are at most 2 n - 1 batches. Each is sent at most MOST_SENDS times, and each of
-these has at most `max_retries` retries. The list of models, the server's metadata, one probe per
-modality, role and form of rerankers, and requests over connections that it had closed come on top.
+Independent of the server's replies, n inputs take a bounded number of requests. They are split at
+most n - 1 times, so there are at most 2 n - 1 batches. Each is sent at most MOST_SENDS times, and
+each of these has at most `max_retries` retries. Additional requests are the list of models, the
+server's metadata, one probe per modality, role and form of rerankers, and those over connections
+that the server had closed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -115,9 +116,8 @@ class NimBackend(Backend):
             self._most_characters = MOST_HOSTED_CHARACTERS
         self._has_logged_limit = False
         self._limits = BatchLimits(options.max_batch_size)
-        self._encoding: Literal["base64", "float"] = "base64"
-        self._sends_modality = True
-        self._sends_truncate = True
+        self._lacks: set[Feature] = set()
+        """Features of requests that the server does not have."""
         self._form: Form | None = None
         if isinstance(options, Options) and isinstance(options.prefixes, dict):
             self._form = self._create_embeddings_form(options.prefixes)
@@ -157,7 +157,7 @@ class NimBackend(Backend):
 
     @property
     def score_kind(self) -> ScoreKind:
-        """What the scores are; asks a server for its form.
+        """Meaning of the scores; sends a request if the server's form is unknown.
 
         Raises:
             RemoteError: the server has no reranker.
@@ -368,13 +368,7 @@ class NimBackend(Backend):
 
     def _leave_out(self, feature: Feature) -> None:
         _log.info("the server lacks %s; requests are without it from now on", feature)
-        match feature:
-            case "base64":
-                self._encoding = "float"
-            case "modality":
-                self._sends_modality = False
-            case "truncate":
-                self._sends_truncate = False
+        self._lacks.add(feature)
 
     def _check_same_model(self, request: Request, reply: protocol.Reply) -> None:
         """Compare a reply with the first one, as a server may be restarted with another model.
@@ -439,11 +433,11 @@ class NimBackend(Backend):
         `truncate` that is not the default is never left out.
         """
         is_text_model = self._spec is not None and not self._spec.is_multimodal
-        has_modality = batch.has_images or (self._sends_modality and not is_text_model)
+        has_modality = batch.has_images or not (is_text_model or "modality" in self._lacks)
         truncate = call.request.truncate
-        has_truncate = self._sends_truncate or truncate != "NONE"
+        has_truncate = truncate != "NONE" or "truncate" not in self._lacks
         return Known(
-            self._encoding,
+            "float" if "base64" in self._lacks else "base64",
             batch.modality if has_modality else None,
             truncate if has_truncate else None,
         )
@@ -501,9 +495,9 @@ class NimBackend(Backend):
         form = self._create_embeddings_form()
         if protocol.is_nim(await self._client.get("/metadata")):
             return form
-        self._encoding = "float"
+        self._lacks.add("base64")
         query = await self._probe_role(form, "query", model)
-        self._encoding = "base64"
+        self._lacks.discard("base64")
         try:
             document = await self._probe_role(form, "document", model)
             is_float32 = have_same_scale(query, document)
@@ -585,20 +579,24 @@ class NimBackend(Backend):
         """
         name = self._name or DEFAULT_MODELS[self._options.task]
         spec = lookup(name)
-        names = [name, *(spec.names if spec else ())]
-        by_root = [served for served, root in listed.items() if root in names]
-        found = next(iter([*(name for name in names if name in listed), *by_root]), None)
+        found = _find_listed((name, *spec.names) if spec else (name,), listed)
         if self._name is None and found is None and len(listed) == 1:
             (found,) = listed
             name, spec = found, lookup(found)
             _log.info("model= is not given; using the only one of %s: %r", self._base_url, found)
-        if found is not None or not listed:
-            self._name, self._spec = name, spec or lookup(listed.get(found or ""))
-            return found or name
-        some = ", ".join(protocol.make_printable(name[:100]) for name in list(listed)[:20])
-        raise ModelNotFoundError(
-            f"{self._base_url} serves {some}, not {name}; use one of them as model="
-        )
+        if found is None and listed:
+            some = ", ".join(protocol.make_printable(name[:100]) for name in list(listed)[:20])
+            raise ModelNotFoundError(
+                f"{self._base_url} serves {some}, not {name}; use one of them as model="
+            )
+        self._name, self._spec = name, spec or lookup(listed.get(found or ""))
+        return found or name
+
+
+def _find_listed(names: Sequence[str], listed: Mapping[str, str | None]) -> str | None:
+    """Return the first of the names that is listed, or the first listed id with such a root."""
+    by_root = (served for served, root in listed.items() if root in names)
+    return next((name for name in names if name in listed), next(by_root, None))
 
 
 async def _finish_tasks() -> None:

@@ -1,4 +1,4 @@
-"""One call on its way to a NIM: which documents are sent together, and the results of each.
+"""The documents of one call to a NIM: which are sent together, and the result of each.
 
 Nothing is sent here, and everything runs in one event loop. The backend encodes images in threads:
 a few before their batch is built, and they are dropped when the batch is answered.
@@ -46,7 +46,7 @@ class BatchLimits:
     """Bytes of the largest batch that the server accepted."""
 
     def shrink_below(self, size: int) -> None:
-        """Take over that a batch of `size` bytes was refused, maybe for one large input."""
+        """Reduce the limit after a batch of `size` bytes was refused, maybe for one large input."""
         self.size = min(self.size, max(size // 2, self.accepted_size))
 
 

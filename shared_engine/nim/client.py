@@ -45,9 +45,6 @@ class NimClient:
     def __init__(self, options: EngineOptions, base_url: str, api_key: SecretStr | None) -> None:
         """Create the httpx client; nothing is sent yet.
 
-        A key of the environment that would travel unencrypted to a public host is left out; any
-        other secret that would is an error.
-
         Raises:
             ConfigurationError: a secret would travel unencrypted to a public host, or an option
                 cannot work.
@@ -61,18 +58,11 @@ class NimClient:
         self._timeout = options.timeout
         client = create_own_client(options)
         self._proxy = None if client else proxies.find_proxy(base_url, options.proxy)
-        exposure = None
-        if not options.allow_insecure_key:
-            exposure = proxies.find_exposure(base_url, self._proxy)
-        if exposure and api_key and options.api_key is None:
-            _log.warning("NVIDIA_API_KEY is not sent: it would travel unencrypted to %s", exposure)
-            api_key = None
-        self._headers = build_headers(options, api_key)
-        has_secret = any(map(_SECRET_NAME.search, self._headers))
-        if exposure and has_secret:
-            raise _refuse_key(exposure)
+        self._headers = _protect_headers(options, base_url, api_key, self._proxy)
         self._client = client or build_client(options, self._proxy)
-        is_checked = has_secret and not (self._is_encrypted or options.allow_insecure_key)
+        is_checked = _has_secret(self._headers) and not (
+            self._is_encrypted or options.allow_insecure_key
+        )
         check_peer = _check_peer if is_checked and self._proxy is None else None
         self._limited = Limited(
             Sending(self._client, options.timeout, check_peer), options.concurrency
@@ -113,7 +103,7 @@ class NimClient:
     async def post(
         self, url: str, content: bytes, most_bytes: int, urgent: bool = False
     ) -> httpx.Response:
-        """Return the reply to a request for vectors or scores, whatever its status.
+        """Return the reply to a request for vectors or scores, of any status.
 
         Args:
             most_bytes: The most bytes of a successful reply.
@@ -259,6 +249,30 @@ def build_client(options: EngineOptions, proxy: httpx.Proxy | None) -> httpx.Asy
             f"the proxy {proxy and proxy.url} needs another package: pip install 'httpx[socks]'"
         ) from exc
     return httpx.AsyncClient(transport=transport, trust_env=False)
+
+
+def _protect_headers(
+    options: EngineOptions, base_url: str, api_key: SecretStr | None, proxy: httpx.Proxy | None
+) -> httpx.Headers:
+    """Return the headers of every request, if no public host would get a secret unencrypted.
+
+    A key of the environment is left out instead.
+
+    Raises:
+        ConfigurationError: a public host would.
+    """
+    exposure = None if options.allow_insecure_key else proxies.find_exposure(base_url, proxy)
+    if exposure and api_key and options.api_key is None:
+        _log.warning("NVIDIA_API_KEY is not sent: it would travel unencrypted to %s", exposure)
+        api_key = None
+    headers = build_headers(options, api_key)
+    if exposure and _has_secret(headers):
+        raise _refuse_key(exposure)
+    return headers
+
+
+def _has_secret(headers: httpx.Headers) -> bool:
+    return any(map(_SECRET_NAME.search, headers))
 
 
 def build_headers(options: EngineOptions, api_key: SecretStr | None) -> httpx.Headers:

@@ -1,4 +1,4 @@
-"""What to do after the reply to a batch: one pure function from a reply to a decision."""
+"""The decision after the reply to a batch, as one pure function."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ Decision: TypeAlias = Deliver | Resend | Split | Isolate | Probe | Fail
 
 
 def decide(reply: Reply | ErrorReply, batch: RequestBatch, known: Known) -> Decision:
-    """Return what to do with a batch after its reply."""
+    """Return the decision about a batch after its reply."""
     if isinstance(reply, Reply):
         return Deliver(reply)
     if (feature := _find_unsupported(reply, batch, known)) is not None:

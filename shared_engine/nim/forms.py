@@ -1,4 +1,4 @@
-"""How requests and replies look on the wire, for each task and kind of server.
+"""Format of requests and replies, for each task and kind of server.
 
 | form             | path           | documents     | scores        | servers                      |
 |------------------|----------------|---------------|---------------|------------------------------|
@@ -48,7 +48,7 @@ _BYTES_QUOTED = 6
 
 @dataclass(frozen=True)
 class Known:
-    """How a batch was sent, and what is known of the server."""
+    """The fields of a batch, and facts about the server."""
 
     encoding: Literal["base64", "float"]
     """The `encoding_format` that the batch was sent with."""
@@ -64,13 +64,13 @@ class Form(ABC):
     """The requests and replies of one task at one kind of server."""
 
     name = ""
-    """What is said of it in descriptions."""
+    """Name in descriptions."""
     path = ""
     """Path of a request, below the base URL."""
     is_outside_v1 = False
-    """Whether the path starts beside `/v1`, not in it."""
+    """Whether the path is below the root of the server instead of `/v1`."""
     score_kind: ScoreKind = "logit"
-    """What its scores are."""
+    """Meaning of its scores."""
     takes_images = True
     """Whether the server takes images."""
     prefixes: Mapping[Role, str] | None = None
@@ -315,7 +315,7 @@ class TeiForm(RerankForm):
 
 
 RERANK_FORMS: tuple[type[RerankForm], ...] = (RankingForm, CohereForm, TeiForm, RootCohereForm)
-"""The forms of rerankers in the order in which a server is asked for them."""
+"""The forms of rerankers, in the order in which they are tried."""
 
 
 def dump(value: object) -> bytes:

@@ -45,7 +45,7 @@ def is_retried(status: int) -> bool:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether an error is one of the connection that a retry may cure.
+    """Whether an error is one of the connection, and a retry may succeed.
 
     >>> is_transient(httpx.ConnectError("refused")), is_transient(httpx.UnsupportedProtocol("ftp"))
     (True, False)
@@ -116,7 +116,7 @@ class Sending(httpx.AsyncBaseTransport):
     """Sends through a client, and reads the whole reply within `timeout` seconds.
 
     A kept-alive connection that the server has closed is not a failure of the request, which is
-    sent again over another connection. Each stale connection had brought a reply before, so there
+    sent again over another connection. Each stale connection had carried a reply before, so there
     are at most as many excess requests as replies.
     """
 
@@ -164,7 +164,7 @@ class _Connection:
         self._check_peer = check_peer
 
     async def trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Take an event of httpcore, such as "connection.connect_tcp.complete"."""
+        """Handle an event of httpcore, such as "connection.connect_tcp.complete"."""
         _, _, step = event.partition(".")
         if step == "connect_tcp.complete":
             self._is_new = True

@@ -1,6 +1,6 @@
 """Access control: an API key or, without one, the host names of the server.
 
-The health routes are open: a probe has no key, and uses an address of its own.
+The health routes are open: a probe has no key, and another address.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a server accepts at one time: bytes of bodies, and inputs without an answer."""
+"""Limits of simultaneous work: bytes of bodies, and inputs without a response."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ _NEEDED = {
     RankingEndpoint.path: _RERANKER,
     RerankEndpoint.path: _RERANKER,
 }
-"""What each path needs."""
+"""The model that each path needs."""
 _pool = ThreadPoolExecutor(2, "nemoretriever-large")
 """Two threads: they share a GIL, and glibc may retain 64 MB for each that used much memory."""
 
@@ -122,7 +122,7 @@ def create_app(
         api_key: Key that every request must have as `Authorization: Bearer <key>`, except to the
             health routes.
         limits: Limits on requests.
-        allowed_hosts: Host names accepted without a key, besides localhost and IP addresses;
+        allowed_hosts: Host names accepted without a key, as localhost and IP addresses are;
             "*.example.com" and "*" are patterns.
         default_input_type: `input_type` of texts whose request has none, for clients that cannot
             send it. None refuses such a request.

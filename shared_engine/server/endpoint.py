@@ -1,4 +1,4 @@
-"""What differs between the paths of POST requests; `app.py` has what they share."""
+"""The interface of the paths of POST requests, which `app.py` calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Work:
     label: str
     """Value of `input_type` in the metrics."""
     model: Embedder | Reranker
-    """What computes them; it counts the tokens of this request alone."""
+    """Computes them, and counts the tokens of this request alone."""
     compute: Callable[[list[EmbeddingInput]], Coroutine[Any, Any, NDArray[Any]]]
     """Returns the values of the inputs with their images decoded."""
     write: Callable[[NDArray[Any]], bytes]

@@ -16,25 +16,28 @@ class ServerLimits:
 
     max_body_bytes: int = _limit(
         64 * 2**20,
-        "Largest body of a request in bytes; beyond it 413. All unanswered requests together may "
-        "hold eight times as much; beyond that 429.",
+        "Maximum bytes of a request body; larger ones get 413. All unanswered requests together "
+        "may hold eight times as much; more get 429.",
     )
     max_inputs: int = _limit(
         8192,
-        "Most inputs in a request; beyond it 413. At most 512 at /v1/ranking and 1000 at "
+        "Maximum inputs of a request; more get 413. At most 512 at /v1/ranking and 1000 at "
         "/v1/rerank.",
     )
-    max_images: int = _limit(256, "Most images in a request; beyond it 413.")
-    max_image_bytes: int = _limit(25_000_000, "Largest image file in bytes; beyond it 413.")
+    max_images: int = _limit(256, "Maximum images of a request; more get 413.")
+    max_image_bytes: int = _limit(25_000_000, "Maximum bytes of an image; larger ones get 413.")
     max_waiting: int = _limit(
-        16_384, "Most accepted inputs without an answer; beyond it 429 with Retry-After."
+        16_384, "Maximum accepted inputs without a response; more get 429 with Retry-After."
     )
     read_seconds: float = _limit(
         60.0,
-        "Seconds for a body to arrive, else 408; a reply not read for as long is dropped.",
+        "Seconds for a request body to arrive; later ones get 408. A client that does not read its "
+        "response for so long is disconnected.",
     )
     head_seconds: float = _limit(
-        10.0, "Seconds for the request line and headers to arrive, else the connection is closed."
+        10.0, "Seconds for request line and headers to arrive; then the connection is closed."
     )
-    max_head_bytes: int = _limit(64 * 2**10, "Largest head of a request in bytes; beyond it 400.")
-    max_connections: int = _limit(512, "Most open connections; beyond it 503.")
+    max_head_bytes: int = _limit(
+        64 * 2**10, "Maximum bytes of request line and headers; more get 400."
+    )
+    max_connections: int = _limit(512, "Maximum open connections; more get 503.")

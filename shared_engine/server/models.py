@@ -114,7 +114,7 @@ class ServedModel(ABC):
         }
 
     async def read_facts(self) -> dict[str, Any]:
-        """Return what it takes and computes; empty until it is loaded."""
+        """Return its inputs and outputs; empty until it is loaded."""
         if (backend := self.backend) is None:
             return {}
         facts: dict[str, Any] = {"modalities": sorted(backend.modalities)}

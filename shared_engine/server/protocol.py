@@ -1,4 +1,4 @@
-"""What the bodies of all paths share: their base class, the parser, and images in them.
+"""Shared by the bodies of all paths: their base class, the parser, and images.
 
 Pure functions between bytes and values; HTTP is in `app.py`, error bodies are in `errors.py`.
 """
@@ -35,7 +35,7 @@ class RequestBody(BaseModel):
     most_bytes: ClassVar[int]
     """The most bytes of JSON around the strings of one input, indentation included."""
     advice: ClassVar[str] = ""
-    """What the refusal of too many inputs ends with."""
+    """End of the message about too many inputs."""
 
     model: str
 

@@ -61,7 +61,7 @@ class Passage(BaseModel):
         """Return the passage at `index`; its image is still a data URL.
 
         Raises:
-            HTTPRefusal: it has no text and no image, a blank text beside an image, or an image
+            HTTPRefusal: it has no text and no image, a blank text with an image, or an image
                 that is not a data URL.
         """
         place = ("passages", index)

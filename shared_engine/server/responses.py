@@ -20,7 +20,7 @@ def respond(body: Any, status: int = 200, headers: dict[str, str] | None = None)
 def refuse(refusal: HTTPRefusal, is_nim_client: bool = False) -> Response:
     """Return the response of a refusal, in the form that the client of the request displays.
 
-    OpenAI's clients show only what is inside `error`. Clients of a NIM may expect `error` to be the
+    OpenAI's clients show only the content of `error`. Clients of a NIM may expect `error` to be the
     message itself.
     """
     body = dict(refusal.body)

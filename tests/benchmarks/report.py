@@ -98,7 +98,10 @@ def _text(text: dict[str, Any]) -> list[str]:
         out.append(f"| {' | '.join(cells)} |")
     others = [row for race in text.values() for row in race["rows"].values()]
     largest = max(row["difference"] for row in others)
-    out += ["", f"Everybody's vectors agree to {largest:.0e} in every value of unit vectors."]
+    out += [
+        "",
+        f"The vectors of all contenders agree to {largest:.0e} in every value of unit vectors.",
+    ]
     return out
 
 

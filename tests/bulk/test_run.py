@@ -611,7 +611,7 @@ def test_a_file_that_may_not_grow_is_an_output_error_and_resumed(make_job):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
     try:
-        with pytest.raises(OutputError, match="What was finished is kept"):
+        with pytest.raises(OutputError, match="Finished results are kept"):
             run(job)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

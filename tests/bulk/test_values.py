@@ -501,8 +501,8 @@ def write_rows(rows: list[dict[str, str | None]], path: Path) -> None:
 @pytest.mark.parametrize(
     ("types", "message"),
     [
-        ({"lang": "number"}, "'number' of 'lang' is no type of Arrow; expected int64, double"),
-        ({"langs": "double"}, "'langs' is no kept column; add it to columns"),
+        ({"lang": "number"}, "'number' of 'lang' is not a type of Arrow; expected int64, double"),
+        ({"langs": "double"}, "'langs' is not a kept column; add it to columns"),
     ],
 )
 def test_types_that_cannot_be_are_refused(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from shared_engine.cli.main import main
@@ -18,6 +20,7 @@ from shared_engine.cli.main import main
         ),
         (["serve", "--prot=80"], "unknown option --prot; did you mean --port?"),
         (["embed", "in.csv", "--out", "o", "--zzz"], "unrecognized arguments: --zzz"),
+        (["embed", "in.csv", "--out", "o", "--prefixes", "{x"], "--prefixes: '{x' is not valid"),
         (["bulk"], "invalid choice: 'bulk'"),
         ([], "the following arguments are required: command"),
     ],
@@ -30,6 +33,30 @@ def test_invalid_usage_takes_one_line(arguments, message, capsys):
     assert message in printed
     assert printed.count("\n") == 1
     assert printed.endswith(" --help\n")
+
+
+def test_an_invalid_value_is_told_in_the_words_of_the_command_line(capsys):
+    for option, value, message in (
+        ("--prefixes", "off", "--prefixes: must be 'auto' or 'server'"),
+        ("--max-tokens", "0", "--max-tokens: must be greater than 0"),
+        ("--base-url", "nim:8000", "base_url= with host"),
+    ):
+        assert main(["embed", "in.csv", "--out", "o", option, value]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"nemoretriever: {message}")
+        assert "Value error" not in printed
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "embed", "evaluate"])
+def test_the_help_of_every_option_with_a_value_has_its_default(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    options = re.split(r"\n  (?=-)", capsys.readouterr().out.partition("\noptions:")[2])
+    for text in options:
+        head, _, rest = text.partition(" ")
+        has_value = re.match(r"(\[?[A-Z{])", rest)
+        assert not has_value or head == "--out" or re.search(r"[Dd]efault", text), text
+        assert "None" not in text
 
 
 def test_a_misspelt_model_is_recognized(capsys, tmp_path):

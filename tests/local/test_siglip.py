@@ -299,7 +299,9 @@ def test_another_model_is_refused(tmp_path: Path, change: dict[str, Any], said: 
 
 def test_a_named_model_must_match_the_catalogue(vl, checkpoint):
     name = "nvidia/llama-3.2-nemoretriever-1b-vlm-embed-v1"
-    with pytest.raises(CheckpointError, match="architectures"):
+    with pytest.raises(
+        CheckpointError, match="describes no vision tower, unlike nvidia/llama-nemotron-embed-vl"
+    ):
         Embedder(Options(model=name, checkpoint=str(checkpoint))).embed(["text"])
     with pytest.raises(CheckpointError, match="hidden_size is 64; expected 2048"):
         Embedder(Options(model=name, checkpoint=str(vl))).embed(["text"])
