@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import threading
@@ -85,12 +86,31 @@ async def bomb(encoding: str) -> AsyncIterator[bytes]:
     yield head(200, f"Content-Encoding: {encoding}", length=len(content)) + content
 
 
+async def empty_blocks() -> AsyncIterator[bytes]:
+    """Yield compressed data without end that decompresses to nothing."""
+    yield head(200, "Content-Encoding: deflate", "Transfer-Encoding: chunked")
+    yield b"2\r\n\x78\x9c\r\n"
+    blocks = b"\x00\x00\x00\xff\xff" * 10_000
+    while True:
+        yield b"%x\r\n%b\r\n" % (len(blocks), blocks)
+
+
+async def trailing_data() -> AsyncIterator[bytes]:
+    yield head(200, "Content-Encoding: gzip", "Transfer-Encoding: chunked")
+    end = gzip.compress(b"{}")
+    yield b"%x\r\n%b\r\n" % (len(end), end)
+    while True:
+        yield b"%x\r\n%b\r\n" % (len(CHUNK), CHUNK)
+
+
 FLOODS = {
     "chunks": chunks,
     "length": three_gigabytes,
     "until closed": until_closed,
     "gzip": lambda: bomb("gzip"),
     "deflate": lambda: bomb("deflate"),
+    "empty blocks": empty_blocks,
+    "trailing data": trailing_data,
 }
 
 
