@@ -190,6 +190,7 @@ class _Pages:
             page=page,
             query=_read_query(request),
             texts=(page.text[:start], page.text[start:end], page.text[end:]),
+            areas=file.find(page, page.text[start:end]),
             previous=numbers[at - 1] if at else None,
             next=numbers[at + 1] if at + 1 < len(numbers) else None,
         )

@@ -197,6 +197,8 @@ def test_pages_are_found_by_their_words_too_and_the_passage_is_marked(app: App) 
     (address,) = set(re.findall(rf'"(/files/{file.id}/11\?[^"]+)"', html))
     page = app.client.get(address.replace("&amp;", "&")).text
     assert re.search('<mark id="passage">[^<]*pear[^<]*</mark>', page)
+    assert page.count('<rect x="3.') == 2  # the lines on the picture
+    assert "<rect" not in app.look(f"/files/{file.id}/11")
     assert "Back to the results" in page
     assert '/?q=where+is+a+pear&amp;kind=text#results"' in page
     for passage in ("9999999-99999999", "4-2", "-1-2", "x", "\u0661-\u0662"):
