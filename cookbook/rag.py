@@ -265,10 +265,11 @@ def take_sources(found: Iterable[Document], count: int = TOP) -> list[Document]:
 
 def number(sources: Iterable[Document]) -> str:
     """Return excerpts as the prompt shows them: [1] and its text, and so on."""
-    return "\n\n".join(
-        f"[{i}] {EXCERPT.format(**source.metadata, page_content=source.page_content)}"
-        for i, source in enumerate(sources, 1)
-    )
+    return "\n\n".join(f"[{i}] {_quote(source)}" for i, source in enumerate(sources, 1))
+
+
+def _quote(source: Document) -> str:
+    return EXCERPT.format(**source.metadata, page_content=source.page_content)
 
 
 Judge = Callable[[str, Sequence[Document]], bool]
@@ -281,7 +282,7 @@ def make_judge(
     """Return a judge by cosine, or by the logit of sources that a reranker has scored.
 
     Args:
-        bound: The lowest score that answers; None measures that of cosines, and is 0 for logits.
+        bound: Lowest score that answers; None for MIN_LOGIT, or for a cosine that is measured.
     """
 
     def find_best(question: str) -> float:
@@ -336,7 +337,7 @@ def make_agent(
         found = take_sources(retriever.invoke(query))
         if not judge(query, found):
             return NO_ANSWER, []
-        return number(found), found
+        return "\n\n".join(map(_quote, found)), found
 
     tool = StructuredTool.from_function(
         search,

@@ -428,6 +428,7 @@ def test_the_agent_searches_with_the_tool_and_its_sources_are_kept(
     assert "a handbook of fruit" in tool.description
     answer = next(m for m in chat.asked[-1] if isinstance(m, ToolMessage))
     assert 'Pears are green.\n(fruit.md, "Pears")' in answer.text
+    assert "[1]" not in answer.text  # several searches would each have one
 
 
 def test_a_language_model_is_not_asked_where_no_source_answers(
