@@ -211,14 +211,14 @@ def test_pages_are_found_by_their_words_too_and_the_passage_is_marked(app: App) 
 def test_no_answer_is_told_and_the_nearest_pages_are_there(
     start: Callable[..., Any], kind: str
 ) -> None:
-    fruit = pdfs.write(*(leaf(f"The colour of fruit {n}") for n in range(9)))
+    fruit = pdfs.write(*(leaf(f"The colour of fruit {n}") for n in range(3)))
     with serve_chat() as chat:
         answerer = Answerer(Server(chat.url, None, None))
         with start(min_score=1.1, answerer=answerer) as app:
             app.send(("fruit.pdf", fruit))
             html = app.look("/", q="recipe for onion soup", kind=kind)
             assert NO_ANSWER in html
-            assert len(found_pages(html)) == 9
+            assert len(found_pages(html)) == 3
             assert "Answer from the first" not in html
             asked = {"q": "recipe for onion soup", "kind": kind}
             assert app.client.post("/answer", data=asked).status_code == 400
