@@ -366,12 +366,19 @@ def ordinal(number: int) -> str:
 
 
 def add_rerank(options: argparse.ArgumentParser) -> None:
-    """Add the option that names a reranker."""
+    """Add the options that name a reranker and the score of an answer."""
     options.add_argument(
         "--rerank",
         metavar="MODEL",
         help="reranker of the results: folder, Hugging Face id, name in the catalogue, or the URL "
         "of a server (default: no reranker)",
+    )
+    options.add_argument(
+        "--min-score",
+        type=float,
+        metavar="N",
+        help="lowest score of a source that answers: with --rerank a logit (default: 0), else a "
+        "cosine (default: measured with questions that no document answers)",
     )
 
 

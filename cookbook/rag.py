@@ -5,6 +5,7 @@
     bring_up_to_date ... index() with a record manager ──► a store on disk; only what changed
     make_retriever ..... vectors and BM25 together; passages, or the whole sections they are of
     rerank ............. more of them, in the order of a reranker; with --rerank
+    make_judge ......... whether anything found answers the question (relevance.py)
     make_chain ......... retriever ──► prompt ──► ChatNVIDIA, streamed; or an agent with a tool
     ask ................ the answer as it comes, and its numbered sources
 
@@ -21,14 +22,15 @@ import re
 import sys
 import textwrap
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import chat  # beside this file, as are the next four and `sections`
+import chat  # beside this file, as are the next four, `relevance` and `sections`
 import handbook
 import llm
 import numpy as np
@@ -51,6 +53,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable, RunnablePassthrough
+from relevance import ELSEWHERE, MIN_LOGIT, NO_ANSWER, find_bound, has_all_words
 from tqdm import tqdm
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings, NeMoRetrieverRerank
@@ -262,40 +265,84 @@ def take_sources(found: Iterable[Document], count: int = TOP) -> list[Document]:
 
 def number(sources: Iterable[Document]) -> str:
     """Return excerpts as the prompt shows them: [1] and its text, and so on."""
-    return "\n\n".join(
-        f"[{i}] {EXCERPT.format(**source.metadata, page_content=source.page_content)}"
-        for i, source in enumerate(sources, 1)
-    )
+    return "\n\n".join(f"[{i}] {_quote(source)}" for i, source in enumerate(sources, 1))
+
+
+def _quote(source: Document) -> str:
+    return EXCERPT.format(**source.metadata, page_content=source.page_content)
+
+
+Judge = Callable[[str, Sequence[Document]], bool]
+"""Tells whether a source answers a question."""
+
+
+def make_judge(
+    store: VectorStore, embeddings: NeMoRetrieverEmbeddings, bound: float | None = None
+) -> Judge:
+    """Return a judge by cosine, or by the logit of sources that a reranker has scored.
+
+    Args:
+        bound: Lowest score that answers; None for MIN_LOGIT, or for a cosine that is measured.
+    """
+
+    def find_best(question: str) -> float:
+        return max(compare(question, store.similarity_search(question, k=1), embeddings))
+
+    @cache
+    def lowest() -> float:
+        return find_bound(list(map(find_best, ELSEWHERE))) if bound is None else bound
+
+    def judge(question: str, sources: Sequence[Document]) -> bool:
+        if not sources:
+            return False
+        logits = [source.metadata.get("relevance_score") for source in sources]
+        if None not in logits:
+            return max(logits) >= (MIN_LOGIT if bound is None else bound)
+        texts = [source.page_content for source in sources]
+        return find_best(question) >= lowest() or has_all_words(question, texts)
+
+    return judge
 
 
 def make_chain(
     retriever: BaseRetriever,
     chat: BaseChatModel,
+    judge: Judge,
     prompt: ChatPromptTemplate = PROMPT,
     shown: int = TOP,
 ) -> Runnable[dict[str, str], dict[str, Any]]:
     """Return the chain: {"question"} in; "sources", then the "answer" piece by piece, out.
 
-    The language model is shown the first `shown` sources.
+    The language model is shown the first `shown` sources; it is not asked where none answers.
     """
+    answer = prompt | chat | StrOutputParser()
     return (
         RunnablePassthrough.assign(sources=itemgetter("question") | retriever | take_sources)
         .assign(excerpts=lambda known: number(known["sources"][:shown]))
-        .assign(answer=prompt | chat | StrOutputParser())
+        .assign(
+            answer=lambda known: answer if judge(known["question"], known["sources"]) else NO_ANSWER
+        )
         .pick(["sources", "answer"])
     )
 
 
-def make_agent(retriever: BaseRetriever, chat: BaseChatModel, about: str) -> Runnable[Any, Any]:
+def make_agent(
+    retriever: BaseRetriever, chat: BaseChatModel, judge: Judge, about: str
+) -> Runnable[Any, Any]:
     """Return an agent that may search the documents, as often as it wants and in its own words."""
     from langchain.agents import create_agent
-    from langchain_core.tools import create_retriever_tool
+    from langchain_core.tools import StructuredTool
 
-    tool = create_retriever_tool(
-        retriever | take_sources,
-        "search_documents",
-        f"Search {about}. Give it what you want to know, in a few words.",
-        document_prompt=EXCERPT,
+    def search(query: str) -> tuple[str, list[Document]]:
+        found = take_sources(retriever.invoke(query))
+        if not judge(query, found):
+            return NO_ANSWER, []
+        return "\n\n".join(map(_quote, found)), found
+
+    tool = StructuredTool.from_function(
+        search,
+        name="search_documents",
+        description=f"Search {about}. Give it what you want to know, in a few words.",
         response_format="content_and_artifact",  # the artifact is the passages themselves
     )
     system = (
@@ -362,10 +409,12 @@ def ask(
     """
     print(f"\n{escape(question)}")
     found: list[Document] = []
+    answer = ""
     for part in stream:
         found += part.get("sources", [])
+        answer += part.get("answer", "")
         print(escape(part.get("answer", "")), end="", flush=True)
-    print()
+    print(" The nearest sections:" if answer == NO_ANSWER and found else "")
     sources = take_sources(found, len(found))
     for i, (source, cosine) in enumerate(
         zip(sources, compare(question, sources, embeddings), strict=True), 1
@@ -474,8 +523,9 @@ def run(args: argparse.Namespace) -> None:
         )
         if reranker:
             retriever = rerank(retriever, reranker)
-        chain = make_chain(retriever, answerer.chat, answerer.prompt, answerer.shown)
-        agent = make_agent(retriever, answerer.chat, str(what)) if args.agent else None
+        judge = make_judge(store, embeddings, args.min_score)
+        chain = make_chain(retriever, answerer.chat, judge, answerer.prompt, answerer.shown)
+        agent = make_agent(retriever, answerer.chat, judge, str(what)) if args.agent else None
         for question in questions_to_ask(args.question, args.docs):
             stream = (
                 stream_agent(agent, question) if agent else chain.stream({"question": question})

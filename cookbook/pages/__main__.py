@@ -100,6 +100,7 @@ def serve(args: Namespace) -> None:
             model=f"{model.path.name}{'' if model.is_trained else ', for a trial only'}",
             is_trained=model.is_trained,
             reranker=load_reranker(args),
+            min_score=args.min_score,
             answerer=choose_answerer(args),
             allowed_hosts=(args.host,),
             **({"max_pages": args.limit} if args.limit else {}),

@@ -36,6 +36,7 @@ from pages.index import Index
 from pages.jobs import Jobs
 from pages.search import Query, Search
 from PIL import Image
+from relevance import NO_ANSWER
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
@@ -77,13 +78,14 @@ def create_app(
     model: str,
     is_trained: bool,
     reranker: Reranker | None = None,
+    min_score: float | None = None,
     answerer: Answerer | None = None,
     allowed_hosts: tuple[str, ...] = (),
     max_pages: int = MAX_PAGES,
 ) -> Starlette:
     """Return the app; `model` is what it says of the model that runs."""
     jobs = Jobs(files, index, max_pages)
-    search = Search(files, index, is_trained=is_trained, reranker=reranker)
+    search = Search(files, index, is_trained=is_trained, reranker=reranker, min_score=min_score)
     pages = _Pages(files, jobs, search, answerer, model)
 
     @asynccontextmanager
@@ -149,6 +151,7 @@ class _Pages:
             answered_from=ANSWERED_FROM,
             can_answer=answerer is not None,
             ordinal=ordinal,
+            no_answer=NO_ANSWER,
         )
 
     def _render(self, request: Request, name: str, status: int = 200, **context: Any) -> Response:
@@ -190,6 +193,7 @@ class _Pages:
             page=page,
             query=_read_query(request),
             texts=(page.text[:start], page.text[start:end], page.text[end:]),
+            areas=file.find(page, page.text[start:end]),
             previous=numbers[at - 1] if at else None,
             next=numbers[at + 1] if at + 1 < len(numbers) else None,
         )
@@ -297,7 +301,7 @@ class _Pages:
 
     def _show_answer(self, request: Request, query: Query) -> Response:
         results = self._search.find(query)
-        if self._answerer is None or not results or not results.found:
+        if not (self._answerer and results and results.found and results.is_answered):
             raise HTTPException(400, "There is nothing to answer, or nobody who could.")
         pages = [found.page for found in results.found[:ANSWERED_FROM]]
         try:

@@ -26,6 +26,7 @@ from typing import IO
 
 from demo import show  # beside this folder
 
+from shared_engine import PageError
 from shared_engine.images import pages as reader
 
 THUMB = 480  # pixels of the longer side of the small picture in lists
@@ -98,6 +99,16 @@ class File:
         small.thumbnail((THUMB, THUMB))
         small.save(page.thumb, quality=80)
         return page
+
+    def find(self, page: Page, passage: str) -> list[reader.Area]:
+        """Return the areas of a passage in a page's picture; none where they cannot be found."""
+        if not passage:
+            return []
+        try:
+            with reader.open_pages(self.original) as pages:
+                return pages.find(page.number - 1, passage)
+        except PageError:
+            return []
 
 
 class Files:

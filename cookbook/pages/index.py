@@ -132,6 +132,13 @@ class Index:
         mean: list[float] = np.asarray(found).mean(axis=0).tolist()
         return mean
 
+    def measure(self, vectors: list[list[float]], kind: str) -> list[float]:
+        """Return the cosine of each vector and the page or passage that is nearest to it."""
+        found = self._collections[kind].query(
+            query_embeddings=vectors, n_results=1, include=["distances"]
+        )
+        return [1 - distance for (distance,) in found["distances"] or ()]
+
     def search(self, vector: list[float], kind: str, top: int) -> list[Hit]:
         """Return the pages nearest to a vector, best first."""
         asked = top * PER_PAGE if kind == "text" else top

@@ -6,6 +6,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlencode
@@ -17,6 +18,7 @@ from pages.files import File, Files, Page
 from pages.index import KINDS, Hit, Index
 from pages.keywords import Keywords
 from pages.passages import locate
+from relevance import ELSEWHERE, MIN_LOGIT, find_bound, has_all_words
 
 from shared_engine import EmbeddingInput, Reranker
 
@@ -107,7 +109,9 @@ class Results(NamedTuple):
     kinds: tuple[str, ...]
     """What can be searched so."""
     notices: tuple[str, ...] = ()
-    """Why something was not searched, or that nothing is near."""
+    """Why something was not searched."""
+    is_answered: bool = True
+    """Whether a page answers what was asked in words; else they are the nearest ones."""
     reranked: int = 0
     """How many pages the reranker scored; 0 without one."""
 
@@ -116,12 +120,19 @@ class Search:
     """Searches the pages of finished files."""
 
     def __init__(
-        self, files: Files, index: Index, *, is_trained: bool, reranker: Reranker | None = None
+        self,
+        files: Files,
+        index: Index,
+        *,
+        is_trained: bool,
+        reranker: Reranker | None = None,
+        min_score: float | None = None,
     ) -> None:
         self._files = files
         self._index = index
         self._is_trained = is_trained
         self._reranker = reranker
+        self._min_score = min_score
         self._keywords = Keywords(files)
         self._pictures: OrderedDict[str, Picture] = OrderedDict()
 
@@ -152,20 +163,38 @@ class Search:
         vector = self._embed(query, kind)
         if isinstance(vector, str):
             return Results([], kind, kinds, (vector,))
-        reranker = self._reranker if query.words else None
         found = self._list(self._index.search(vector, kind, CANDIDATES), query)
+        nearest = found[0].score if found else None
         notices = (notice,) if notice else ()
         if query.words and kind != "picture":
-            found, unknown = self._add_keywords(query.words, found)
-            if unknown:
-                notices = (f"Nothing is near by its words: no page has {unknown}.", *notices)
-        if reranker:
-            found = found[:CANDIDATES]
-            documents = [_document(each.page, kind, reranker) for each in found]
-            ranking = reranker.rank(query.words, documents, TOP)
-            best = [found[index] for index, _ in ranking]
-            return Results(best, kind, kinds, notices, len(found))
-        return Results(found[:TOP], kind, kinds, notices)
+            found = self._add_keywords(query.words, found)
+        if not query.words or not found:
+            return Results(found[:TOP], kind, kinds, notices)
+        if not self._reranker:
+            best = found[:TOP]
+            is_answered = self._is_near(nearest, kind) or has_all_words(
+                query.words, (each.page.text for each in best if kind != "picture")
+            )
+            return Results(best, kind, kinds, notices, is_answered)
+        found = found[:CANDIDATES]
+        documents = [_document(each.page, kind, self._reranker) for each in found]
+        ranking = self._reranker.rank(query.words, documents, TOP)
+        lowest = MIN_LOGIT if self._min_score is None else self._min_score
+        best = [found[index] for index, _ in ranking]
+        return Results(best, kind, kinds, notices, ranking[0][1] >= lowest, len(found))
+
+    def _is_near(self, score: float | None, kind: str) -> bool:
+        """Tell whether the page with this cosine answers what was asked in words."""
+        if score is None:
+            return False
+        lowest = self._min_score
+        if lowest is None:
+            lowest = find_bound(self._index.measure(self._elsewhere, kind))
+        return score >= lowest
+
+    @cached_property
+    def _elsewhere(self) -> list[list[float]]:
+        return [self._index.embed_words(question) for question in ELSEWHERE]
 
     def _list(self, hits: Sequence[Hit], query: Query) -> list[Found]:
         """Return the pages of hits but for the one that was started from."""
@@ -175,8 +204,8 @@ class Search:
             if (id_ := f"{hit.file}-{hit.number}") != query.like and (both := self.get_page(id_))
         ]
 
-    def _add_keywords(self, words: str, found: list[Found]) -> tuple[list[Found], str]:
-        """Return what vectors and BM25 find by reciprocal ranks, and words that no page has."""
+    def _add_keywords(self, words: str, found: list[Found]) -> list[Found]:
+        """Return what vectors and BM25 find, by reciprocal ranks."""
         hits = self._keywords.search(words, CANDIDATES)
         known = {each.page.id: each for each in found}
         for page in hits.pages:
@@ -189,8 +218,7 @@ class Search:
         )
         fused = [known.get(each.page_content) for each in ensemble.invoke(words)]
         ordered = [each for each in fused if each]  # without pages of a file deleted meanwhile
-        unknown = ", ".join(f"\u201c{word}\u201d" for word in hits.unknown)
-        return [each._replace(before=rank) for rank, each in enumerate(ordered, 1)], unknown
+        return [each._replace(before=rank) for rank, each in enumerate(ordered, 1)]
 
     def _choose(self, by: str) -> tuple[tuple[str, ...], str, str]:
         """Return what can be searched, the best of it, and why not the rest."""

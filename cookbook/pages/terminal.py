@@ -36,6 +36,7 @@ from demo import (
     show_found,
 )
 from PIL import Image
+from relevance import ELSEWHERE, MIN_LOGIT, NO_ANSWER, find_bound
 from tqdm import tqdm
 
 import langchain_nemoretriever
@@ -173,6 +174,8 @@ class Found(NamedTuple):
     seconds: tuple[float, float]
     notes: dict[str, str]
     """The rank of each page before the reranker, in words; empty without one."""
+    best: float
+    """Score of the first page: its logit after a reranker, else its cosine."""
 
 
 class Search:
@@ -250,6 +253,7 @@ class Search:
     ) -> Found:
         start = time.perf_counter()
         left = {document.metadata["name"]: document.metadata for document in langchain()}
+        first = next(iter(left.values()))
         between = time.perf_counter()
         right = {node.metadata["name"]: node.metadata for node in llamaindex()}
         end = time.perf_counter()
@@ -258,7 +262,15 @@ class Search:
             {name: known["cosine"] for name, known in right.items()},
             (between - start, end - between),
             {name: f"was {ordinal(known['rank'])}" for name, known in (right | left).items()},
+            first.get("relevance_score", first["cosine"]),
         )
+
+    def find_bound(self) -> float:
+        """Return the lowest score of a page that answers a question."""
+        if self._compressor:
+            return MIN_LOGIT
+        found = (self._store.similarity_search_with_score(each, k=1) for each in ELSEWHERE)
+        return find_bound([1 - distance for ((_, distance),) in found])
 
 
 def _note_documents(found: Iterable[tuple[Document, float]]) -> list[Document]:
@@ -288,7 +300,7 @@ def look_up(search: Search, pages: Sequence[Page]) -> None:
             page = pages[int((number + 0.5) * step)]
             alter(page.render(PIXELS_SENT)).convert("RGB").save(path, quality=40)
             found = search.by_picture(path)
-            show_found(f"{page.name}: {how}", *found)
+            show_found(f"{page.name}: {how}", *found[:4])
             both = {standing(page.name, scores): None for scores in found[:2]}
             print(" " * 24 + f"the right page: {' and '.join(both)}")
 
@@ -404,6 +416,10 @@ def run(args: Namespace) -> None:
         print("\nA text finds no page here, because the vision tower of this model is random.")
     elif not questions:
         print("\nmake pages ... ARGS='--question \"...\"' asks in words.")
+    lowest = args.min_score
     for question in questions:
         found = search.by_text(question)
-        show_found(question, *found)
+        show_found(question, *found[:4])
+        lowest = search.find_bound() if lowest is None else lowest
+        if found.best < lowest:
+            print(f"{NO_ANSWER} These are the nearest pages.")

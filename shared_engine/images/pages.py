@@ -43,6 +43,9 @@ _MAX_PARTS = 100
 _LINE = 1 / 40
 """Overlap of the pictures of parts, in lengths of A4: a line cut in one is whole in the next."""
 
+Area = tuple[float, float, float, float]
+"""Left, top, right and bottom of an area, in widths and heights of a picture."""
+
 _Box = tuple[float, float, float, float]
 _Content = tuple[Image.Image | None, str]
 
@@ -81,10 +84,15 @@ class Pages:
     """The pages of an open file. One thread at a time may read them."""
 
     def __init__(
-        self, name: str, places: Sequence[Place], read: Callable[[Place, Layer, int], _Content]
+        self,
+        name: str,
+        places: Sequence[Place],
+        read: Callable[[Place, Layer, int], _Content],
+        find: Callable[[Place, str], list[Area]] = lambda *_: [],
     ) -> None:
         self._name = name
         self._read = read
+        self._find = find
         self.places = places
         """Where each page is; known before a page is read."""
 
@@ -103,8 +111,30 @@ class Pages:
             PageError: the page is broken; other pages may be readable.
         """
         place = self.places[index]
-        try:
+        with self._translate(place):
             return Page(place, *self._read(place, layer, pixels))
+
+    def find(self, index: int, passage: str) -> list[Area]:
+        """Return the areas of a passage in the picture of a page.
+
+        Args:
+            index: position in `places`.
+            passage: part of the page's text.
+
+        Returns:
+            An area for each line; an empty list if the page shows no such text.
+
+        Raises:
+            PageError: the page is broken; other pages may be readable.
+        """
+        place = self.places[index]
+        with self._translate(place):
+            return self._find(place, passage)
+
+    @contextmanager
+    def _translate(self, place: Place) -> Iterator[None]:
+        try:
+            yield
         except Exception as exc:  # Pillow raises many types
             raise PageError(
                 f"{self._name}, {place}, cannot be read: {first_line(exc)}; it is broken, or only "
@@ -214,7 +244,8 @@ def _open_pdf(path: str | os.PathLike[str], name: str) -> Iterator[Pages]:
                 size = raw.FS_SIZEF()  # stays 0 x 0 for a broken page
                 raw.FPDF_GetPageSizeByIndexF(document, index, size)
                 sizes.append((size.width, size.height))
-        yield Pages(name, _find_places(sizes, _A4), partial(_read_pdf, document))
+        places = _find_places(sizes, _A4)
+        yield Pages(name, places, partial(_read_pdf, document), partial(_find_in_pdf, document))
     finally:
         with _pdfium:
             document.close()
@@ -264,6 +295,38 @@ def _read_text(page: Any, box: _Box) -> str:
         inside.append(_is_in(box, x.value, y.value))
     runs = (list(run) for _, run in groupby(range(len(inside)), inside.__getitem__))
     return "".join(text.get_text_range(run[0], len(run)) for run in runs if inside[run[0]])
+
+
+def _find_in_pdf(document: Any, place: Place, passage: str) -> list[Area]:
+    with _pdfium, closing(document[place.page - 1]) as page:
+        text = page.get_textpage()
+        letters = [chr(raw.FPDFText_GetUnicode(text, n)) for n in range(text.count_chars())]
+        visible = [n for n, letter in enumerate(letters) if _is_visible(letter)]
+        wanted = "".join(filter(_is_visible, passage))
+        start = "".join(letters[n] for n in visible).find(wanted)
+        if not wanted or start < 0:
+            return []
+        first, last = visible[start], visible[start + len(wanted) - 1]
+        width, height = size = page.get_size()
+        left, top, right, bottom = _find_box(size, place, _A4 * _LINE)
+        across, down = _FINE / (right - left), _FINE / (bottom - top)
+        canvas = (-left * across, -top * down, width * across, height * down)
+        to_picture = pypdfium2.PdfPosConv(page, (*map(round, canvas), 0)).to_bitmap
+        areas = []
+        for number in range(text.count_rects(first, last - first + 1)):
+            box = text.get_rect(number)
+            corners = zip(to_picture(*box[:2]), to_picture(*box[2:]), strict=True)
+            (left, right), (top, bottom) = map(sorted, corners)
+            areas.append((left / _FINE, top / _FINE, right / _FINE, bottom / _FINE))
+    return areas
+
+
+_FINE = 10_000
+"""Length of a picture where PDFium rounds positions to whole numbers."""
+
+
+def _is_visible(letter: str) -> bool:
+    return letter.isprintable() and not letter.isspace()
 
 
 def _is_in(box: _Box, x: float, y: float) -> bool:

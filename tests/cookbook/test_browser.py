@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +28,13 @@ from pages.app import MAX_PAGES, create_app
 from pages.files import Files
 from pages.index import Index
 from pages.jobs import Jobs
+from pages.search import Query, Search
 
 from cookbook.standin import build_multimodal
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine.server.run import build_server
 from tests.conftest import CHROMIUM, ROOT
+from tests.cookbook.questions import DEVELOPMENT, FROM_ELSEWHERE, HELD_OUT
 from tests.support import pdfs
 from tests.support.chat_server import serve_chat
 
@@ -332,11 +334,12 @@ def test_every_view_is_accessible_and_fits_the_screen(
     page.wait_for_selector("text=scan.pdf, page 1")
     page.wait_for_selector("text=bad.pdf is neither")
     (id_,) = (path.parent.name for path in (tmp_path / "web/files").glob("*/2.png"))
-    words = "/?q=UUID objects"
+    words, unanswered = "/?q=UUID objects", "/?q=recipe for onion soup"
     like = f"/?like={id_}-1"
     for path in (
         "/",
         words,
+        unanswered,
         like,
         f"/files/{id_}",
         f"/files/{id_}/1?q=UUID&passage=0-9",
@@ -440,6 +443,30 @@ def sentences(text: str) -> list[str]:
     return [
         part for part in parts if 40 <= len(part) <= 300 and part[0].isupper() and part[-1] == "."
     ]
+
+
+def test_questions_that_no_page_answers_are_refused(
+    library: tuple[Files, Index], record_property: Callable[[str, object], None]
+) -> None:
+    search = Search(*library, is_trained=False)
+
+    def count_answered(questions: Sequence[str]) -> float:
+        found = filter(None, (search.find(Query(question)) for question in questions))
+        return sum(each.is_answered for each in found) / len(questions)
+
+    names = {file.name for file in library[0]}
+    asked = [
+        question
+        for question, section in (*HELD_OUT, *DEVELOPMENT)
+        if section.partition("#")[0] in names
+    ]
+    assert len(asked) >= 8
+    answered, refused = count_answered(asked), 1 - count_answered(FROM_ELSEWHERE)
+    record_property("answered", answered)
+    record_property("refused, from elsewhere", refused)
+    print(f"{answered:.2f} of what the pages answer, {refused:.2f} of other questions refused")
+    assert answered >= 0.9
+    assert refused >= 0.8
 
 
 def test_a_rephotographed_page_finds_itself_first(

@@ -31,6 +31,7 @@ from pages.app import create_app
 from pages.files import Files
 from pages.index import KINDS, Index
 from PIL import Image
+from relevance import NO_ANSWER
 from starlette.testclient import TestClient
 
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
@@ -193,10 +194,11 @@ def test_pages_are_found_by_their_words_too_and_the_passage_is_marked(app: App) 
     (file,) = app.files
     html = app.look("/", q="where is a pear", kind="text")
     assert found_pages(html)[0] == (file.id, 11)
-    assert "Nothing is near" not in html
     (address,) = set(re.findall(rf'"(/files/{file.id}/11\?[^"]+)"', html))
     page = app.client.get(address.replace("&amp;", "&")).text
     assert re.search('<mark id="passage">[^<]*pear[^<]*</mark>', page)
+    assert page.count('<rect x="3.') == 2  # the lines on the picture
+    assert "<rect" not in app.look(f"/files/{file.id}/11")
     assert "Back to the results" in page
     assert '/?q=where+is+a+pear&amp;kind=text#results"' in page
     for passage in ("9999999-99999999", "4-2", "-1-2", "x", "\u0661-\u0662"):
@@ -205,12 +207,37 @@ def test_pages_are_found_by_their_words_too_and_the_passage_is_marked(app: App) 
         assert "is on this page" in reply.text
 
 
-def test_words_that_no_page_has_are_told(app: App) -> None:
-    app.send(("fruit.pdf", pdfs.write(*(leaf(f"The colour of fruit {n}") for n in range(9)))))
-    html = app.look("/", q="recipe for onion soup", kind="text")
-    assert "Nothing is near by its words: no page has \u201conion\u201d, " in html
-    assert "Nothing is near" not in app.look("/", q="colour of an onion", kind="text")
-    assert "Nothing is near" not in app.look("/", q="recipe for onion soup", kind="picture")
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_answer_is_told_and_the_nearest_pages_are_there(
+    start: Callable[..., Any], kind: str
+) -> None:
+    fruit = pdfs.write(*(leaf(f"The colour of fruit {n}") for n in range(3)))
+    with serve_chat() as chat:
+        answerer = Answerer(Server(chat.url, None, None))
+        with start(min_score=1.1, answerer=answerer) as app:
+            app.send(("fruit.pdf", fruit))
+            html = app.look("/", q="recipe for onion soup", kind=kind)
+            assert NO_ANSWER in html
+            assert len(found_pages(html)) == 3
+            assert "Answer from the first" not in html
+            asked = {"q": "recipe for onion soup", "kind": kind}
+            assert app.client.post("/answer", data=asked).status_code == 400
+            by_its_words = app.look("/", q="which colour?", kind=kind)
+            assert (NO_ANSWER in by_its_words) == (kind == "picture")
+            (file,) = app.files
+            assert NO_ANSWER not in app.look("/", like=f"{file.id}-1", kind=kind)
+        assert not chat.asked
+        with start(min_score=-1, answerer=answerer) as app:
+            assert NO_ANSWER not in app.look("/", q="recipe for onion soup", kind=kind)
+
+
+def test_the_bound_is_measured_with_questions_from_elsewhere(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app.send(("fruit.pdf", pdfs.write(*(leaf(f"The colour of fruit {n}") for n in range(3)))))
+    assert NO_ANSWER in app.look("/", q="recipe for onion soup", kind="text")
+    monkeypatch.setattr(pages.index.Index, "measure", lambda *_: [-1.0, -0.9])
+    assert NO_ANSWER not in app.look("/", q="recipe for onion soup", kind="text")
 
 
 def test_a_photographed_page_finds_itself(app: App, two_pages: bytes) -> None:
@@ -252,6 +279,8 @@ def test_a_reranker_orders_what_words_find_and_both_orders_are_shown(
     with start(reranker=reranker) as app:
         html = app.look("/", q="sound", kind=kind)
         assert "14 pages found, then reranked" in html
+        best = reranker.rank("sound", documents)[0][1]
+        assert (NO_ANSWER in html) == (best < 0)
         assert found_pages(html) == [(file.id, found[index].number) for index in order[:12]]
         ranks = re.findall(r"was (\d+)(?:st|nd|rd|th), cosine", html)
         assert [int(rank) - 1 for rank in ranks] == order[:12]

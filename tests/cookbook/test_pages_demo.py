@@ -15,6 +15,7 @@ import handbook
 import numpy as np
 import pytest
 import rag
+import relevance
 import sections
 from pages import access, app, files, passages, terminal
 from pages.__main__ import main
@@ -125,6 +126,11 @@ def test_both_frameworks_rerank_what_is_asked_in_words(
     assert [(left, name, rank) for left, _, name, rank in found] == wanted
     assert all(left == right for left, right, *_ in found)
 
+    for lowest, is_answered in (("-1000", True), ("1000", False)):
+        for more in ([], ["--rerank", str(reranker)]):
+            main([*arguments, *more, "--min-score", lowest])
+            assert (relevance.NO_ANSWER not in capsys.readouterr().out) == is_answered
+
     text = build_reranker(tmp_path / "text")
     with pytest.raises(SystemExit, match="takes texts only"):
         main([*arguments, "--rerank", str(text)])
@@ -150,7 +156,9 @@ def test_what_can_be_expected_to_fail_ends_in_a_sentence(
         run(*args)
 
 
-@pytest.mark.parametrize("module", [access, app, demo, files, passages, rag, sections, terminal])
+@pytest.mark.parametrize(
+    "module", [access, app, demo, files, passages, rag, relevance, sections, terminal]
+)
 def test_its_examples_hold(module: ModuleType) -> None:
     found = doctest.testmod(module)
     assert found.attempted

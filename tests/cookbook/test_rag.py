@@ -19,7 +19,7 @@ from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings, NeMoRetrieverRerank
 from tests.conftest import ROOT
-from tests.cookbook.questions import HELD_OUT
+from tests.cookbook.questions import FROM_ELSEWHERE, HELD_OUT, UNANSWERED
 from tests.support import pdfs
 from tests.support.rerankers import build_reranker
 
@@ -84,6 +84,11 @@ def make_retriever(rag: ModuleType, docs: Path, store: VectorStore, **options: A
     passages = rag.split(sections)
     store.add_documents(passages)
     return rag.make_retriever(sections, passages, store, **options)
+
+
+def answered(*_: object) -> bool:
+    """Judge that the sources answer the question."""
+    return True
 
 
 def places(found: list[Document]) -> set[tuple[str, str]]:
@@ -353,7 +358,7 @@ def test_a_reranker_orders_the_candidates_and_both_orders_are_printed(
     order = [i for i, _ in reranker.reranker.rank(question, [d.page_content for d in before])]
     assert order != list(range(40))
 
-    chain = rag.make_chain(rag.rerank(retriever, reranker), says("It is red."))
+    chain = rag.make_chain(rag.rerank(retriever, reranker), says("It is red."), answered)
     sources = chain.invoke({"question": question})["sources"]
     assert [source.page_content for source in sources] == [
         source.page_content for source in rag.take_sources(before[i] for i in order)
@@ -377,7 +382,8 @@ def test_the_prompt_has_the_question_and_every_excerpt_with_its_number_and_sourc
     rag: ModuleType, docs: Path, embeddings: NeMoRetrieverEmbeddings
 ) -> None:
     chat = says("Apples are red [1].")
-    chain = rag.make_chain(make_retriever(rag, docs, InMemoryVectorStore(embeddings)), chat)
+    retriever = make_retriever(rag, docs, InMemoryVectorStore(embeddings))
+    chain = rag.make_chain(retriever, chat, answered)
     parts = list(chain.stream({"question": "What colour do apples have?"}))
     assert [list(part) for part in parts[:1]] == [["sources"]]  # they are there before the answer
     assert "".join(part.get("answer", "") for part in parts) == "Apples are red [1]."
@@ -396,7 +402,7 @@ def test_a_small_model_is_shown_the_first_source_only_and_all_are_told(
 ) -> None:
     chat = says("Red.")
     retriever = make_retriever(rag, docs, InMemoryVectorStore(embeddings))
-    chain = rag.make_chain(retriever, chat, rag.PROMPT_SMALL, shown=1)
+    chain = rag.make_chain(retriever, chat, answered, rag.PROMPT_SMALL, shown=1)
     sources = chain.invoke({"question": "What colour do apples have?"})["sources"]
     assert len(sources) == 3
     ((human,),) = chat.asked
@@ -414,7 +420,7 @@ def test_the_agent_searches_with_the_tool_and_its_sources_are_kept(
         AIMessage("", tool_calls=[call]), AIMessage("Pears are green."), disable_streaming=True
     )
     retriever = make_retriever(rag, docs, InMemoryVectorStore(embeddings))
-    agent = rag.make_agent(retriever, chat, "a handbook of fruit")
+    agent = rag.make_agent(retriever, chat, answered, "a handbook of fruit")
     parts = list(rag.stream_agent(agent, "What colour are pears?"))
     assert "".join(part.get("answer", "") for part in parts) == "Pears are green."
     assert ("fruit.md", '"Pears"') in places([s for p in parts for s in p.get("sources", [])])
@@ -422,6 +428,62 @@ def test_the_agent_searches_with_the_tool_and_its_sources_are_kept(
     assert "a handbook of fruit" in tool.description
     answer = next(m for m in chat.asked[-1] if isinstance(m, ToolMessage))
     assert 'Pears are green.\n(fruit.md, "Pears")' in answer.text
+    assert "[1]" not in answer.text  # several searches would each have one
+
+
+def test_a_language_model_is_not_asked_where_no_source_answers(
+    rag: ModuleType,
+    docs: Path,
+    embeddings: NeMoRetrieverEmbeddings,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chat = says("It is red.")
+    retriever = make_retriever(rag, docs, InMemoryVectorStore(embeddings))
+    chain = rag.make_chain(retriever, chat, lambda *_: False)
+    question = "What is the capital of Peru?"
+    rag.ask(question, chain.stream({"question": question}), embeddings)
+    printed = capsys.readouterr().out
+    assert f"{question}\n{rag.NO_ANSWER} The nearest sections:\n  [1] " in printed
+    assert not chat.asked
+
+
+def test_an_agent_is_told_that_no_source_answers(
+    rag: ModuleType, docs: Path, embeddings: NeMoRetrieverEmbeddings
+) -> None:
+    call = ToolCall(name="search_documents", args={"query": "Peru"}, id="1")
+    chat = says(AIMessage("", tool_calls=[call]), AIMessage("No."), disable_streaming=True)
+    retriever = make_retriever(rag, docs, InMemoryVectorStore(embeddings))
+    agent = rag.make_agent(retriever, chat, lambda *_: False, "a handbook of fruit")
+    parts = list(rag.stream_agent(agent, "What is the capital of Peru?"))
+    assert [part["sources"] for part in parts if "sources" in part] == [[]]
+    assert rag.NO_ANSWER in [m.text for m in chat.asked[-1] if isinstance(m, ToolMessage)]
+
+
+def test_sources_are_judged_by_cosine_by_words_and_by_the_logit_of_a_reranker(
+    rag: ModuleType, docs: Path, embeddings: NeMoRetrieverEmbeddings
+) -> None:
+    store = InMemoryVectorStore(embeddings)
+    sources = rag.take_sources(make_retriever(rag, docs, store).invoke("pears"))
+    assert rag.make_judge(store, embeddings, -1)("Peru", sources)
+    assert not rag.make_judge(store, embeddings, 1.1)("Peru", sources)
+    assert rag.make_judge(store, embeddings, 1.1)("Which are the green pears?", sources)
+    assert not rag.make_judge(store, embeddings, -1)("Peru", [])
+
+    for logit, bound, is_answered in ((0.5, None, True), (-0.5, None, False), (-0.5, -1, True)):
+        source = Document("", metadata={"relevance_score": logit})
+        assert rag.make_judge(store, embeddings, bound)("pears", [source]) == is_answered
+
+
+def test_the_bound_is_measured_with_questions_from_elsewhere(
+    rag: ModuleType, docs: Path, embeddings: NeMoRetrieverEmbeddings
+) -> None:
+    """A random model finds each question as near as any other."""
+    store = InMemoryVectorStore(embeddings)
+    sources = make_retriever(rag, docs, store).invoke("pears")
+    judge = rag.make_judge(store, embeddings)
+    assert not any(judge(question, sources) for question in FROM_ELSEWHERE[:5])
+    (passage, *_) = sources
+    assert judge(passage.page_content, sources)
 
 
 def test_what_a_terminal_would_obey_is_shown_escaped(
@@ -502,7 +564,7 @@ def test_a_real_model_streams_an_answer(
     rag: ModuleType, standin: Path, docs: Path, embeddings: NeMoRetrieverEmbeddings, answerer: Any
 ) -> None:
     retriever = make_retriever(rag, docs, InMemoryVectorStore(embeddings))
-    chain = rag.make_chain(retriever, answerer.chat, answerer.prompt, answerer.shown)
+    chain = rag.make_chain(retriever, answerer.chat, answered, answerer.prompt, answerer.shown)
     parts = list(chain.stream({"question": "What colour do apples have?"}))
     answers = [part["answer"] for part in parts if part.get("answer")]
     assert len(answers) > 3
@@ -530,7 +592,7 @@ def test_the_script_reranks(run: Callable[..., str], reranker: NeMoRetrieverRera
 
 
 @pytest.mark.slow
-def test_held_out_questions_find_their_source(
+def test_held_out_questions_find_their_source_and_others_none(
     rag: ModuleType,
     standin: Path,
     tmp_path: Path,
@@ -544,12 +606,28 @@ def test_held_out_questions_find_their_source(
     store = InMemoryVectorStore(embeddings)
     store.add_documents(passages)
     retriever = rag.make_retriever(sections, passages, store, weight=rag.WEIGHT)
-    right_file = right_section = 0
+    judge = rag.make_judge(store, embeddings)
+
+    def find(question: str) -> list[Document]:
+        found: list[Document] = rag.take_sources(retriever.invoke(question))
+        return found
+
+    right_file = right_section = is_answered = 0
     for question, section in HELD_OUT:
-        found = [s.metadata["section"] for s in rag.take_sources(retriever.invoke(question))]
+        sources = find(question)
+        found = [source.metadata["section"] for source in sources]
         right_section += section in found
         right_file += section.split("#")[0] in {key.split("#")[0] for key in found}
+        is_answered += judge(question, sources)
     record_property("right file of three", right_file / len(HELD_OUT))
     record_property("right section of three", right_section / len(HELD_OUT))
+    record_property("answered", is_answered / len(HELD_OUT))
     assert right_file >= 0.8 * len(HELD_OUT)
     assert right_section >= 0.6 * len(HELD_OUT)
+    assert is_answered >= 0.9 * len(HELD_OUT)
+
+    refused = sum(not judge(question, find(question)) for question in FROM_ELSEWHERE)
+    record_property("refused, from elsewhere", refused / len(FROM_ELSEWHERE))
+    assert refused >= 0.8 * len(FROM_ELSEWHERE)
+    near = sum(not judge(question, find(question)) for question in UNANSWERED)
+    record_property("refused, of the same field", near / len(UNANSWERED))

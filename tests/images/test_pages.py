@@ -276,3 +276,50 @@ def test_its_examples_hold() -> None:
     found = doctest.testmod(pages)
     assert found.attempted
     assert not found.failed
+
+
+# Where a passage is
+
+
+def rub_out(opened: pages.Pages, index: int, passage: str) -> np.ndarray:
+    """Return the brightness of a page's picture after the areas of a passage are made white."""
+    picture = opened.read(index).picture
+    assert picture is not None
+    page = np.array(picture.convert("L"))
+    size = np.array([picture.width, picture.height] * 2)
+    for area in opened.find(index, passage):
+        left, top, right, bottom = (np.array(area) * size).astype(int)
+        page[top - 3 : bottom + 3, left - 3 : right + 3] = 255
+    return page
+
+
+def test_the_areas_of_a_passage_cover_it_and_nothing_else(save: Callable[..., Path]) -> None:
+    lines = ("A red apple", "falls on the", "green grass")
+    content = "".join(text(20, 20, 150 - 50 * row, line) for row, line in enumerate(lines))
+    turned = Leaf(content, more="/Rotate 90")
+    cropped = Leaf(content, more="/CropBox[10 30 300 200]")
+    long = Leaf("".join(text(40, 20, y, f"Line {y}") for y in range(50, 3000, 70)), "0 0 300 3000")
+    with open_pages(save(Leaf(content), turned, cropped, long, Leaf(""))) as opened:
+        assert len(opened) == 7
+        for index in range(6):
+            whole = opened.read(index, "text").text
+            end = whole.rindex("\n")
+            assert (rub_out(opened, index, "") < 128).any()
+            assert (rub_out(opened, index, whole[:end]) < 128).any()
+            rest = rub_out(opened, index, whole)
+            edge = 60 if index > 2 else 0  # a part shows lines that belong to its neighbours
+            assert not (rest[edge : len(rest) - edge] < 128).any()
+        assert opened.find(6, "apple") == opened.find(0, "pear") == opened.find(0, " \n") == []
+
+
+def test_a_word_that_a_hyphen_divides_is_found(save: Callable[..., Path]) -> None:
+    content = text(20, 20, 150, "the straw-") + text(20, 20, 120, "berry is red")
+    with open_pages(save(Leaf(content))) as opened:
+        assert opened.read(0, "text").text == "the strawberry is red"
+        assert not (rub_out(opened, 0, "the strawberry is red") < 128).any()
+
+
+def test_an_image_file_shows_no_passage(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "file", "PNG")
+    with open_pages(tmp_path / "file") as opened:
+        assert opened.find(0, "apple") == []
