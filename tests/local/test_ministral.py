@@ -35,14 +35,16 @@ from tests.support.checkpoints import (
 TEXTS = ["", "A text.", "The quick brown fox jumps over the lazy dog. " * 4, "many words " * 120]
 
 
-def build(folder: Path, rope: dict[str, Any] | None = None, **changes: Any) -> Path:
+def build(
+    folder: Path, rope: dict[str, Any] | None = None, layers: int = 3, **changes: Any
+) -> Path:
     """Write a checkpoint as transformers saves it, with the fields that NVIDIA's has besides."""
     torch.manual_seed(0)
     config = Ministral3Config(
         vocab_size=tokenizer().get_vocab_size(),
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=32,  # 3 x 32 is not the hidden size
@@ -202,7 +204,7 @@ def test_the_published_number_of_parameters_follows_from_the_row(name, parameter
 def test_a_long_text_takes_a_bounded_memory(tmp_path, python):
     """32,768 tokens, the model's limit: attention is not written out."""
     rope = {"original_max_position_embeddings": 16_384}
-    folder = build(tmp_path, rope, max_position_embeddings=32_768)
+    folder = build(tmp_path, rope, layers=1, max_position_embeddings=32_768)
     lines = [
         "import resource",
         "from shared_engine import Embedder, Options",
