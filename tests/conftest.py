@@ -26,8 +26,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "LANGSMITH_TRACING": "false",
     "OMP_NUM_THREADS": "1",  # tiny models: more threads only wait for each other
-    # Else a thread of Ray Data asks for metrics to the end and logs tracebacks, for which Python
-    # parses them: beside a test that parses, a SystemError before Python 3.11.8 (gh-106905).
+    # Else a thread of Ray Data asks for metrics to the end and logs tracebacks, which parses their
+    # lines: beside a test that parses, that is a SystemError before Python 3.11.8 (gh-106905).
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",  # else tokenizers prints a warning wherever a test forks
     "XDG_CACHE_HOME": str(ROOT / ".pytest_cache" / "user"),  # nobody's own caches are read
