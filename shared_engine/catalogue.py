@@ -249,20 +249,20 @@ def require_hosted(model: str | None, task: Task = "embed") -> str:
     spec = lookup(name)
     if spec is not None and spec.hosted.state == "ended":
         raise ModelRetiredError(
-            f"NVIDIA's catalogue ended {model} on {spec.hosted.since}; {explain_end(spec)}"
+            f"NVIDIA's catalogue ended {model} on {spec.hosted.since}; {explain_end(spec, task)}"
         )
     return name
 
 
-def explain_end(spec: ModelSpec | None) -> str:
+def explain_end(spec: ModelSpec | None, task: Task) -> str:
     """Return the advice of an error about a hosted model that ends.
 
     Args:
         spec: Its row; None if it has none.
+        task: What it computes.
     """
     successor = spec.hosted.successor if spec is not None else ""
-    task: Task = "embed" if spec is None else spec.task
-    newer = f"its successor is {successor}" if successor else _use_live(task)
+    newer = f"its successor is {successor}" if successor else _use_live(task, spec)
     if spec is None:
         place = "may still run at a self-hosted NIM (base_url=)"
     else:
@@ -278,6 +278,8 @@ _MIXING: Mapping[Task, str] = {
 }
 
 
-def _use_live(task: Task) -> str:
-    live = [spec.name for spec in CATALOGUE if spec.task == task and spec.hosted.state == "live"]
-    return f"use a live hosted model ({HOSTED_AS_OF}): {', '.join(live)}"
+def _use_live(task: Task, ended: ModelSpec | None = None) -> str:
+    rows = [spec for spec in CATALOGUE if spec.task == task and spec.hosted.state == "live"]
+    if live := ", ".join(spec.name for spec in rows if spec is not ended):
+        return f"use a live hosted model ({HOSTED_AS_OF}): {live}"
+    return f"no other hosted model is known ({HOSTED_AS_OF})"

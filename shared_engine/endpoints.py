@@ -21,7 +21,8 @@ MOST_HOSTED_CHARACTERS = 180_000
 
 _EXPECTED = "expected one address, the root of the server or its /v1: http://localhost:8000/v1"
 _BALANCE = "put replicas behind a load balancer: a Kubernetes Service, nginx, Envoy or Ray Serve"
-_PATHS = ("embeddings", "completions", "models", "ranking", "rankings", "rerank", "infer", "health")
+_ADDED = ("embeddings", "ranking", "rerank")
+_PATHS = (*_ADDED, "completions", "models", "rankings", "infer", "health")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"(?:[!-~](?:[ -~\t]*[!-~])?)?")
 
@@ -50,9 +51,8 @@ def normalize_url(url: object, source: str = "base_url=") -> str:
     except ValueError:  # for example an unbalanced bracket
         parts, host = urlsplit(""), None
     steps = [step for step in parts.path.split("/") if step]
-    if steps[-2:] == ["v1", "embeddings"]:
-        steps.pop()
-        warnings.warn(f"{source} ends in /embeddings, which each request adds", stacklevel=2)
+    if steps[-2:-1] == ["v1"] and steps[-1] in _ADDED:
+        warnings.warn(f"{source} ends in /{steps.pop()}, which each request adds", stacklevel=2)
     if fault := _find_fault(parts, steps):  # the URL may hold a secret: only its host is shown
         raise ConfigurationError(f"{source} with host {host!r} {fault}; {_EXPECTED}")
     appends = os.environ.get("NVIDIA_APPEND_API_VERSION", "true").strip().lower()

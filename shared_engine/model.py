@@ -82,9 +82,14 @@ class Model(Generic[OptionsT]):
     @property
     def model(self) -> str | None:
         """Name of the model. Loads nothing; None while only a server knows it."""
-        if self.options.model is None and select_backend(self.options).base_url is None:
+        if self.options.model is None and self.base_url is None:
             return self.options.local_model
         return self.options.model or self.load().model
+
+    @property
+    def base_url(self) -> str | None:
+        """Address of the server; None for a model in this process. Loads nothing."""
+        return select_backend(self.options).base_url
 
     @property
     def modalities(self) -> frozenset[Modality]:
@@ -110,7 +115,7 @@ class Model(Generic[OptionsT]):
         Raises:
             RemoteError: the server does not list them.
         """
-        if select_backend(self.options).base_url is None:
+        if self.base_url is None:
             task = self.options.task
             return [AvailableModel(spec.name) for spec in CATALOGUE if spec.task == task]
         return self.load().list_models()

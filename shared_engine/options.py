@@ -55,8 +55,7 @@ _NOT_PICKLED = SecretStr("")
 
 
 def _option(scope: Scope, **field: Any) -> Any:
-    # Frozen, because a loaded engine cannot change; use model_copy() for other values.
-    return Field(frozen=True, json_schema_extra={"scope": scope}, **field)
+    return Field(json_schema_extra={"scope": scope}, **field)
 
 
 def _secret(scope: Scope, **field: Any) -> Any:
@@ -229,7 +228,11 @@ class EngineOptions(BaseModel):
 
     if not TYPE_CHECKING:  # it would hide the options from type checkers
 
-        def __init__(self, /, **data: Any) -> None:
+        def __init__(self, model: str | Path | None = None, /, **data: Any) -> None:
+            if model is not None:
+                if "model" in data:
+                    raise TypeError("model is given twice: by position and as model=")
+                data["model"] = model
             try:
                 super().__init__(**data)
             except ValidationError as exc:
@@ -238,6 +241,14 @@ class EngineOptions(BaseModel):
                     if isinstance(error, ConfigurationError):
                         raise error from None
                 raise
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in self.names_of():  # a loaded engine cannot change
+                raise ConfigurationError(
+                    f"{name}= cannot change; copy the object with another value: "
+                    f"model_copy(update={{{name!r}: ...}})"
+                )
+            super().__setattr__(name, value)
 
     @model_validator(mode="wrap")
     @classmethod

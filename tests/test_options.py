@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
+import langchain_nemoretriever as langchain
+import llamaindex_nemoretriever as llamaindex
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-from shared_engine import Options
+from shared_engine import ConfigurationError, Options, RerankOptions
+
+KINDS = [
+    Options,
+    RerankOptions,
+    NeMoRetrieverEmbeddings,
+    NeMoRetrieverEmbedding,
+    langchain.NeMoRetrieverRerank,
+    llamaindex.NeMoRetrieverRerank,
+]
 
 
-@pytest.mark.parametrize("kind", [Options, NeMoRetrieverEmbeddings, NeMoRetrieverEmbedding])
-def test_options_are_frozen(kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_option_cannot_be_set_and_the_error_names_the_copy(kind: Any) -> None:
     made = kind(device="cpu")
-    for option in Options.model_fields:
-        with pytest.raises(ValidationError, match="frozen"):
+    for option in kind.names_of():
+        with pytest.raises(ConfigurationError, match=rf"model_copy\(update={{'{option}': "):
             setattr(made, option, getattr(made, option))
+    assert made.model_copy(update={"max_batch_size": 7}).max_batch_size == 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_is_the_only_argument_by_position(kind: Any, tmp_path: Path) -> None:
+    assert kind("a/model").model == "a/model"
+    assert kind(tmp_path, device="cpu").model == str(tmp_path)
+    assert kind(None).model is None
+    with pytest.raises(TypeError, match="model is given twice"):
+        kind("a/model", model="a/model")
+    with pytest.raises(TypeError, match="positional"):
+        kind("a/model", "cpu")
 
 
 def test_an_unknown_option_is_refused_with_the_nearest_one():

@@ -65,6 +65,14 @@ def test_an_address_in_the_environment_is_the_default():
     assert select_backend(Options(backend="nim")).base_url == ELSEWHERE
 
 
+def test_an_embedder_names_the_address_that_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Embedder(Options()).base_url == ELSEWHERE
+    assert Embedder(Options(backend="local")).base_url is None
+    monkeypatch.delenv("NVIDIA_BASE_URL")
+    assert Embedder(Options()).base_url is None
+    assert Embedder(Options(api_key="nvapi-1")).base_url == HOSTED
+
+
 @pytest.mark.parametrize("name", LOCAL)
 def test_an_option_for_this_process_is_never_overridden_by_the_environment(name):
     chosen = select_backend(Options(**{name: OTHER[name]}))

@@ -454,6 +454,12 @@ class SentenceTransformersConfig(_File):
     prompts: Prompts | None = None
 
 
+class TokenizerConfig(_File):
+    """tokenizer_config.json."""
+
+    fix_mistral_regex: bool | None = None
+
+
 class WeightIndex(_File):
     """model.safetensors.index.json: the file of each tensor."""
 

@@ -18,6 +18,7 @@ _SMALL_FILES = (
     "processor_config.json",
     "sentence_bert_config.json",
     "tokenizer.json",
+    "tokenizer_config.json",
 )
 """The files that are read in addition to the weights."""
 

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 
 from shared_engine._lazy import needs_extra
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.local.checkpoint import Checkpoint, resolve, weight_files
 from shared_engine.local.config import PIXTRAL_MEAN, PIXTRAL_STD
+from shared_engine.local.tokenizer import create_tokenizer
 from shared_engine.local.vision import PixtralVision
 from shared_engine.local.weights import common_name, is_unused
 from shared_engine.options import EngineOptions
@@ -55,7 +55,7 @@ class Reference:
         self._checkpoint = resolve(options)
         folder = self._checkpoint.folder
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = create_tokenizer(folder, (folder / "tokenizer.json").read_text("utf-8"))
         with needs_extra("local"):
             self._model = _create(config)
         # Raises for missing or unexpected tensors.

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from shared_engine.documents import Role
 from shared_engine.errors import CheckpointError, ImageTooLargeError, InputTooLongError
 from shared_engine.local.checkpoint import Checkpoint
-from shared_engine.local.config import refuse
+from shared_engine.local.config import TokenizerConfig, read, refuse
 from shared_engine.options import Truncate
 
 if TYPE_CHECKING:
@@ -36,6 +36,13 @@ _MAX_WORD = 128
 """Characters that are searched for white space next to a cut."""
 _SPACE = re.compile(r"\s")
 _GUARD = "\u200c"
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Pattern of Mistral's words. Source: `_patch_mistral_regex` in transformers'
+`tokenization_utils_tokenizers.py`."""
 
 
 @contextmanager
@@ -47,6 +54,20 @@ def _panics_as_errors() -> Iterator[None]:
         if type(exc).__name__ != "PanicException":
             raise
         raise RuntimeError(f"the tokenizers library panicked: {exc}") from None
+
+
+def create_tokenizer(folder: Path, content: str) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json.
+
+    Some conversions of Mistral's tokenizers split words as Llama's; if tokenizer_config.json sets
+    `fix_mistral_regex`, they are split as Mistral's, as in transformers.
+    """
+    made = Tokenizer.from_str(content)
+    if read(folder / "tokenizer_config.json", TokenizerConfig).fix_mistral_regex:
+        words = pre_tokenizers.Split(Regex(_TEKKEN_SPLIT), "isolated")
+        characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.pre_tokenizer = pre_tokenizers.Sequence([words, characters])
+    return made
 
 
 class TextTokenizer:
@@ -73,8 +94,10 @@ class TextTokenizer:
             if names and not self._guards_text:
                 content, names = _hide_tokens(content, names)
             with _panics_as_errors():
-                self._tokenizer = Tokenizer.from_str(content)
+                self._tokenizer = create_tokenizer(checkpoint.folder, content)
                 self._encode_prompts()
+        except CheckpointError:
+            raise
         except Exception as exc:  # the library raises a bare Exception
             raise CheckpointError(f"{path} cannot be read: {exc}") from exc
         if dropout := getattr(self._tokenizer.model, "dropout", None):

@@ -358,7 +358,12 @@ class NimBackend(Backend):
                 call.send_again(*batch.isolate(position))
             case Fail(refusal, fault):
                 error = protocol.build_error(
-                    response, refusal, batch.has_images, fault == "input", self._spec
+                    response,
+                    refusal,
+                    batch.has_images,
+                    fault == "input",
+                    spec=self._spec,
+                    task=self._options.task,
                 )
                 if fault == "server":
                     raise error
@@ -546,7 +551,7 @@ class NimBackend(Backend):
                 continue
             if isinstance(reply, protocol.Reply):
                 return form
-            error = protocol.build_error(response, reply, spec=self._spec)
+            error = protocol.build_error(response, reply, spec=self._spec, task="rerank")
             if reply.status in (401, 403, 407, 410, 429) or reply.status >= 500:
                 raise error
             if reply.status not in (404, 405):
@@ -559,7 +564,7 @@ class NimBackend(Backend):
 
     def _warn_if_deprecated(self) -> None:
         if self._spec is not None and self._spec.hosted.state == "deprecated":
-            since, newer = self._spec.hosted.since, explain_end(self._spec)
+            since, newer = self._spec.hosted.since, explain_end(self._spec, self._spec.task)
             _log.warning("hosted model %s is deprecated since %s; %s", self._name, since, newer)
 
     async def _list_models(self) -> list[AvailableModel]:

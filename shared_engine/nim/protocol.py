@@ -16,7 +16,7 @@ import orjson
 from numpy.typing import NDArray
 from pybase64 import b64decode
 
-from shared_engine.catalogue import ModelSpec, explain_end
+from shared_engine.catalogue import ModelSpec, Task, explain_end
 from shared_engine.errors import (
     AuthenticationError,
     ImageTooLargeError,
@@ -342,7 +342,9 @@ def build_error(
     reply: ErrorReply,
     has_image: bool = False,
     is_input_fault: bool = False,
+    *,
     spec: ModelSpec | None = None,
+    task: Task = "embed",
 ) -> NeMoRetrieverError:
     """Return the error of a reply that is not a success.
 
@@ -351,10 +353,11 @@ def build_error(
         has_image: Whether the request had images.
         is_input_fault: Whether its only input is at fault, so the message may quote that input.
         spec: The catalogue's row of the model, if it has one.
+        task: What the model computes.
     """
     if reply.status == 410:
-        detail = reply.detail.rstrip(".")
-        return ModelRetiredError(f"the server ended the model (410): {detail}; {explain_end(spec)}")
+        detail, instead = reply.detail.rstrip("."), explain_end(spec, task)
+        return ModelRetiredError(f"the server ended the model (410): {detail}; {instead}")
     if (lengths := reply.tokens_and_limit) is not None:
         tokens, limit = lengths
         return InputTooLongError(

@@ -14,15 +14,17 @@ import pytest
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import TextNode
 
-from langchain_nemoretriever import NeMoRetrieverEmbeddings
+import llamaindex_nemoretriever as llamaindex
+from langchain_nemoretriever import NeMoRetrieverEmbeddings, NeMoRetrieverRerank
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-from shared_engine import Embedder, ModelNotFoundError, Options
-from shared_engine.catalogue import DEFAULT_MODEL
+from shared_engine import Embedder, ModelNotFoundError, Options, Reranker, RerankOptions
+from shared_engine.catalogue import DEFAULT_MODEL, DEFAULT_MODELS
 from tests.support.faulty_nim import FaultyNim
 from tests.support.nim import vectors
 
 SERVED = [{"id": "team/embedder"}]
 KINDS = [Options, NeMoRetrieverEmbeddings, NeMoRetrieverEmbedding]
+RERANKERS = [RerankOptions, NeMoRetrieverRerank, llamaindex.NeMoRetrieverRerank]
 COPIES: dict[str, Callable[[Any], Any]] = {
     "pickle": lambda made: pickle.loads(pickle.dumps(made)),
     "deepcopy": copy.deepcopy,
@@ -66,6 +68,31 @@ def test_a_copy_of_a_model_with_a_name_keeps_it(kind: Any, copied: Callable[[Any
             embed(made)
 
 
+def rank(body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+    """Reply with the length of each passage as its score."""
+    scores = [{"index": i, "logit": len(each["text"])} for i, each in enumerate(body["passages"])]
+    return 200, {}, json.dumps({"rankings": scores}).encode()
+
+
+def score(made: Any) -> Any:
+    reranker = Reranker(made) if type(made) is RerankOptions else made.reranker
+    return reranker.score("a", ["b", "cc"]).tolist()
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("kind", RERANKERS)
+def test_a_copy_of_a_reranker_uses_the_only_model_of_a_server(
+    kind: Any, copied: Callable[[Any], Any]
+) -> None:
+    with FaultyNim(models=SERVED, answer=rank) as nim:
+        made = kind(base_url=nim.url)
+        assert score(copied(made)) == score(made) == score(copied(made)) == [1, 2]
+        assert {one.body["model"] for one in nim.seen if one.body} == {"team/embedder"}
+        made = copied(kind(base_url=nim.url, model=DEFAULT_MODELS["rerank"]))
+        with pytest.raises(ModelNotFoundError, match=f"not {DEFAULT_MODELS['rerank']}"):
+            score(made)
+
+
 def test_llamaindexs_own_copies_use_the_only_model_of_a_server() -> None:
     with FaultyNim(models=SERVED) as nim:
         made = NeMoRetrieverEmbedding(base_url=nim.url)
@@ -74,6 +101,13 @@ def test_llamaindexs_own_copies_use_the_only_model_of_a_server() -> None:
             NeMoRetrieverEmbedding.from_json(made.to_json()),
         ):
             assert copied.get_query_embedding("a") == made.get_query_embedding("a")
+    with FaultyNim(models=SERVED, answer=rank) as nim:
+        reranker = llamaindex.NeMoRetrieverRerank(base_url=nim.url)
+        for again in (
+            llamaindex.NeMoRetrieverRerank.from_dict(reranker.to_dict()),
+            llamaindex.NeMoRetrieverRerank.from_json(reranker.to_json()),
+        ):
+            assert score(again) == [1, 2]
 
 
 @pytest.mark.slow

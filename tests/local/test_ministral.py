@@ -5,6 +5,7 @@ The original length is 32, so that YaRN and the scale of queries act in short te
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from transformers import Ministral3Config, Ministral3Model
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import Ministral3Config, Ministral3Model, TokenizersBackend
 
 from shared_engine import CheckpointError, Embedder, Options
 from shared_engine.catalogue import lookup
+from shared_engine.cli.main import main
+from shared_engine.local.tokenizer import _TEKKEN_SPLIT
 from tests.support.checkpoints import (
     PROMPTS,
     YARN_ROPE,
@@ -32,14 +35,16 @@ from tests.support.checkpoints import (
 TEXTS = ["", "A text.", "The quick brown fox jumps over the lazy dog. " * 4, "many words " * 120]
 
 
-def build(folder: Path, rope: dict[str, Any] | None = None, **changes: Any) -> Path:
+def build(
+    folder: Path, rope: dict[str, Any] | None = None, layers: int = 3, **changes: Any
+) -> Path:
     """Write a checkpoint as transformers saves it, with the fields that NVIDIA's has besides."""
     torch.manual_seed(0)
     config = Ministral3Config(
         vocab_size=tokenizer().get_vocab_size(),
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=32,  # 3 x 32 is not the hidden size
@@ -121,6 +126,27 @@ def test_a_vector_does_not_depend_on_other_texts(tmp_path):
     np.testing.assert_allclose(together, np.concatenate([alone] * 5), atol=1e-5)
 
 
+def test_words_are_split_as_mistrals_where_the_tokenizers_config_says_so(tmp_path, capsys):
+    texts = ["eBay's pH of NaOH is 12345 mL", "Ein Text.", "東京 2026"]
+    made = tokenizer()
+    wrong = embed(build(tmp_path / "wrong"), texts)
+    flagged = build(tmp_path / "flagged")
+    write_tokenizer(flagged, made, 2048, fix_mistral_regex=True)
+    assert _TEKKEN_SPLIT in inspect.getsource(TokenizersBackend).replace('"\n', "")
+    characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(_TEKKEN_SPLIT), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, characters])
+    right = build(tmp_path / "right")
+    write_tokenizer(right, made, 2048)
+    np.testing.assert_array_equal(embed(flagged, texts), embed(right, texts))
+    assert np.abs(embed(flagged, texts) - wrong).max() > 0.01
+    assert main(["check", "--model", str(flagged), "--reference", "--device", "cpu"]) == 0
+    assert "interchangeable" in capsys.readouterr().out
+    write_tokenizer(flagged, tokenizer(), 2048, fix_mistral_regex="yes")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: fix_mistral_regex"):
+        embed(flagged, texts)
+
+
 def remove(name: str) -> Callable[[dict[str, Any]], None]:
     return lambda config: config.pop(name)
 
@@ -178,7 +204,7 @@ def test_the_published_number_of_parameters_follows_from_the_row(name, parameter
 def test_a_long_text_takes_a_bounded_memory(tmp_path, python):
     """32,768 tokens, the model's limit: attention is not written out."""
     rope = {"original_max_position_embeddings": 16_384}
-    folder = build(tmp_path, rope, max_position_embeddings=32_768)
+    folder = build(tmp_path, rope, layers=1, max_position_embeddings=32_768)
     lines = [
         "import resource",
         "from shared_engine import Embedder, Options",

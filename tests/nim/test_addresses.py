@@ -96,11 +96,12 @@ def test_the_root_and_v1_are_one_address(url: str, expected: str) -> None:
     assert Options(nvidia_base_url=url).base_url == expected
 
 
-@pytest.mark.parametrize("url", ["http://nim:8000/v1/embeddings", "http://nim:8000/v1/embeddings/"])
-def test_the_path_of_a_request_is_removed_with_a_warning(url: str) -> None:
+@pytest.mark.parametrize("end", ["", "/"])
+@pytest.mark.parametrize("path", ["embeddings", "ranking", "rerank"])
+def test_the_path_of_a_request_is_removed_with_a_warning(path: str, end: str) -> None:
     for name in ("base_url", "nvidia_base_url"):
-        with pytest.warns(UserWarning, match="ends in /embeddings"):
-            options = Options(**{name: url})
+        with pytest.warns(UserWarning, match=f"ends in /{path}, which"):
+            options = Options(**{name: f"http://nim:8000/v1/{path}{end}"})
         assert options.base_url == "http://nim:8000/v1"
         assert options.replace(timeout=1.0).base_url == "http://nim:8000/v1"
 

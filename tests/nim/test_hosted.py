@@ -12,14 +12,19 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from langchain_core.documents import Document
+from llama_index.core.schema import NodeWithScore, TextNode
 
-from langchain_nemoretriever import NeMoRetrieverEmbeddings
+import llamaindex_nemoretriever as llamaindex
+from langchain_nemoretriever import NeMoRetrieverEmbeddings, NeMoRetrieverRerank
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import (
     ConfigurationError,
     Embedder,
     ModelRetiredError,
     Options,
+    Reranker,
+    RerankOptions,
 )
 from shared_engine.cli.main import main
 from shared_engine.endpoints import HOSTED
@@ -29,6 +34,7 @@ from tests.support.nim import MODEL, Nim, vectors
 LIVE = "nvidia/nemotron-3-embed-1b"
 VL = "nvidia/llama-nemotron-embed-vl-1b-v2"
 UNKNOWN = "nvidia/nv-embedqa-e5-v5"
+RERANKER = "nvidia/llama-nemotron-rerank-vl-1b-v2"
 GONE = {
     "type": "about:blank",
     "title": "Gone",
@@ -125,6 +131,53 @@ def test_a_reply_410_explains_successor_and_alternatives(
         call(model=model, api_key="k", http_client_factory=nim.client)
     assert ("in this process" in str(caught.value)) is (model == VL)
     assert len(nim.requests) == 1, "it was sent again"
+
+
+RERANKS: dict[str, Callable[..., object]] = {
+    "rank": lambda **given: Reranker(RerankOptions(**given)).rank("q", ["a", "b"]),
+    "arank": lambda **given: asyncio.run(Reranker(RerankOptions(**given)).arank("q", ["a"])),
+    "langchain": lambda **given: NeMoRetrieverRerank(**given).compress_documents(
+        [Document("a")], "q"
+    ),
+    "llamaindex": lambda **given: llamaindex.NeMoRetrieverRerank(**given).postprocess_nodes(
+        [NodeWithScore(node=TextNode(text="a"))], query_str="q"
+    ),
+}
+reranks = pytest.mark.parametrize("call", RERANKS.values(), ids=RERANKS)
+
+
+@reranks
+@pytest.mark.parametrize(
+    ("model", "newer"),
+    [
+        (RERANKER, "no other hosted model is known"),
+        ("nvidia/llama-nemotron-rerank-1b-v2", f"use a live hosted model .*: {RERANKER}"),
+        ("nvidia/nv-rerankqa-mistral-4b-v3", f"use a live hosted model .*: {RERANKER}"),
+    ],
+)
+def test_a_reply_410_to_a_reranker_names_rerankers(
+    call: Callable[..., object], model: str, newer: str
+) -> None:
+    nim = Nim(gone)
+    said = rf"410\): Gone .*; {newer}[^:]*\. Scores of two models do not compare.*base_url="
+    with pytest.raises(ModelRetiredError, match=said):
+        call(model=model, api_key="k", http_client_factory=nim.client)
+    assert len(nim.requests) == 1, "it was sent again"
+
+
+@reranks
+def test_a_hosted_reranker_has_no_default(call: Callable[..., object]) -> None:
+    nim = Nim()
+    with pytest.raises(ConfigurationError, match=f"model= is missing.*: {RERANKER}$"):
+        call(api_key="k", http_client_factory=nim.client)
+    assert nim.requests == []
+
+
+def test_the_successor_itself_may_end() -> None:
+    nim = Nim(gone)
+    refused = pytest.raises(ModelRetiredError, match="no other hosted model is known")
+    with nim.embedder(base_url=HOSTED, api_key="k", model=LIVE) as embedder, refused:
+        embedder.embed(["a"])
 
 
 @pytest.mark.parametrize("role", ["query", "document"])
