@@ -19,9 +19,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared_engine.bulk.files import write_atomically, writing
+from shared_engine.bulk.files import make_folder, write_atomically, writing
 from shared_engine.bulk.tables import reading, require_columns, simplify
-from shared_engine.bulk.urls import is_url, locate
+from shared_engine.bulk.urls import is_url, locate, open_parquet
 
 REASON = "nemoretriever:reason"
 """Column of a converted text table: why a record cannot be read; null in all other rows."""
@@ -67,7 +67,7 @@ def convert(  # noqa: PLR0917
     if _read_facts(target) >= facts.items():
         return
     with writing(target):
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        make_folder(os.path.dirname(target))
         groups = _read_groups(path, title, columns, max(rows, 1024), delimiter)
         schema = next(groups)
         with (
@@ -93,7 +93,8 @@ def _read_groups(
 
 def _read_facts(path: str) -> Any:
     try:
-        found = pq.read_metadata(path).metadata or {}
+        with open_parquet(path) as file:
+            found = file.metadata.metadata or {}
     except (pa.ArrowException, OSError):
         return {}.items()
     return {key.decode(): found[key].decode() for key in found if b":" not in key}.items()

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -110,6 +109,7 @@ def embed_fragment(  # noqa: PLR0917
             if rows + len(failures) != fragment.rows:  # never a file with some of the rows
                 raise EngineClosedError(f"{fragment.title}: the run was stopped")
             _check_unchanged(fragment)
+            manifest.describe_engine(job, embedder)  # an object store keeps the last record
             seconds = time.monotonic() - start
             counts = {"rows": rows, "failed": len(failures), "tokens": own.usage}
             writer.add_key_value_metadata(
@@ -228,7 +228,7 @@ class _Failures:
         """Write the file of errors, or remove one of an earlier try."""
         path = os.path.join(self._job.out, "errors", f"{self._fragment.name}.parquet")
         if not self._rows:
-            Path(path).unlink(missing_ok=True)
+            files.remove(path)
             return
         fields = manifest.make_error_schema(schema)
         rows = sorted(self._rows, key=lambda row: row["index"])

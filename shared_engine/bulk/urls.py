@@ -1,4 +1,4 @@
-"""Tables by path or URL: s3://, gs://, hf:// and whatever else pyarrow and fsspec read."""
+"""Files by path or URL: s3://, gs://, hf:// and whatever else pyarrow and fsspec have."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from pyarrow import fs
 
 from shared_engine.errors import ConfigurationError, first_line
 
+OPTIONS_HINT = "options after ? are not read: set AWS_ENDPOINT_URL and the like"
+
 
 def is_url(path: str) -> bool:
-    """Return whether an input is a URL, and not a local path."""
+    """Return whether it is a URL, and not a local path."""
     return "://" in path
 
 
@@ -76,8 +78,7 @@ def list_remote(url: str) -> tuple[str, list[str]]:
         if not is_hidden and (is_match or folder == pattern):
             files.append(folder + name)
     if not files:
-        hint = " (options after ? are not read: set AWS_ENDPOINT_URL and the like)" * ("?" in url)
-        raise ConfigurationError(f"{url} does not exist{hint}")
+        raise ConfigurationError(f"{url} does not exist" + f" ({OPTIONS_HINT})" * ("?" in url))
     return folder, sorted(files)
 
 

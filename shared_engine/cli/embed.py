@@ -50,7 +50,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--out",
         required=True,
         metavar="FOLDER",
-        help="Local folder of the results: vectors/*.parquet and errors.parquet.",
+        help="Folder of the results, vectors/*.parquet and errors.parquet, or its URL, such as "
+        "s3://bucket/folder. An object store has no lock against runs of other machines: start one "
+        "at a time.",
     )
     verb.add_argument(
         "--role",
