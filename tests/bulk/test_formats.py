@@ -95,12 +95,14 @@ def test_a_compressed_file_that_is_cut_off_is_named(tmp_path, make_job):
         run(make_job(path, columns=(), strict=True))
 
 
-@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
 @pytest.mark.parametrize("suffix", TEXTS)
-def test_utf_16_is_named(suffix, codec, tmp_path, make_job):
+def test_utf_16_and_utf_32_are_named(suffix, codec, tmp_path, make_job):
     path = tmp_path / f"in{suffix}.gz"
     path.write_bytes(gzip.compress(TEXTS[suffix].lstrip("\ufeff").encode(codec)))
-    with pytest.raises(InputError, match="it is UTF-16; convert it first, as by iconv"):
+    with pytest.raises(
+        InputError, match=f"it is {codec[:6].upper()}; convert it first, as by iconv"
+    ):
         run(make_job(path, id_column=None, columns=(), strict=True))
 
 

@@ -285,7 +285,7 @@ def test_a_type_that_parquet_cannot_hold_costs_its_file_only(
     table = table.set_column(table.column_names.index(place), place, column)
     write(table, tmp_path / "in" / "b.feather")
     (lost,) = run(make_job(tmp_path / "in")).unread
-    assert "Parquet" in str(lost.error)
+    assert f"column '{place}' holds {column.type}, unknown to Parquet" in str(lost.error)
 
 
 @pytest.mark.parametrize("place", ["text", "lang"])
@@ -314,6 +314,38 @@ def test_views_within_maps_and_lists_and_json_stay(
     job = make_job(tmp_path / "in.feather", columns=("value",))
     assert run(job).is_complete
     assert pq.read_table(Path(job.out, "vectors"))["value"].to_pylist() == column.to_pylist()
+
+
+CATEGORIES = pa.DictionaryArray.from_arrays(
+    pa.array([1, 0, None], pa.uint32()), pa.array(["a", "é"], pa.string_view())
+)
+"""As Polars writes a Categorical or an Enum."""
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        CATEGORIES,
+        pa.ListArray.from_arrays(pa.array([0, 1, 1, 3]), CATEGORIES),
+        pa.StructArray.from_arrays([CATEGORIES], names=["of"]),
+    ],
+)
+def test_categories_of_views_stay(column: pa.Array, tmp_path: Path, make_job: Make) -> None:
+    write(passages(3).append_column("value", column), tmp_path / "in.feather")
+    job = make_job(tmp_path / "in.feather", columns=("value",))
+    assert run(job).is_complete
+    assert pq.read_table(Path(job.out, "vectors"))["value"].to_pylist() == column.to_pylist()
+
+
+def test_texts_and_ids_may_be_categories_of_views(tmp_path: Path, make_job: Make) -> None:
+    table = pa.table({"key": CATEGORIES, "text": CATEGORIES})
+    write(table, tmp_path / "in.feather")
+    job = make_job(tmp_path / "in.feather", columns=())
+    summary = run(job)
+    assert (summary.rows, summary.failed) == (2, 1)
+    assert pq.read_table(Path(job.out, "vectors"))["id"].to_pylist() == ["é", "a"]
+    batch = EmbedBatch(options=job.options, error_column="error")(table)
+    assert [error is None for error in batch["error"].to_pylist()] == [True, True, False]
 
 
 # Bytes that are no text
