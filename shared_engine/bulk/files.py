@@ -26,7 +26,8 @@ from shared_engine.errors import ConfigurationError, NeMoRetrieverError, OutputE
 _log = logging.getLogger("shared_engine")
 
 LOCK = "run.lock"
-_TEMPORARY = ".tmp"
+TEMPORARY = ".tmp"
+"""Suffix of temporary files and folders; their names begin with a dot."""
 _NO_SYNC = (errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL)
 """Errors of Windows for opening a folder, and of some file systems for syncing one; the list is
 that of PostgreSQL's `fsync_fname_ext`."""
@@ -110,7 +111,7 @@ def write_atomically(path: str, replaces: bool = True) -> Iterator[str]:
             fs.copy_files(upload, inner, fs.LocalFileSystem(), system)
         return
     folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}{_TEMPORARY}")
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -164,12 +165,6 @@ def remove(path: str) -> None:
         system.delete_dir(inner)
     elif kind is fs.FileType.File:
         system.delete_file(inner)
-
-
-def remove_temporary(folder: str) -> None:
-    """Remove the temporary files of processes that were killed; none may be writing now."""
-    for path in Path(folder).glob(f".*{_TEMPORARY}"):
-        path.unlink(missing_ok=True)
 
 
 def _sync_folder(path: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_engine.bulk.files import writing
+from shared_engine.bulk.files import TEMPORARY, writing
 from shared_engine.bulk.job import Fragment, Job
 from shared_engine.bulk.rows import read_ids
 from shared_engine.bulk.tables import Cursors, reading
@@ -44,7 +44,7 @@ def check_ids(job: Job, fragments: Sequence[Fragment], schema: Any) -> None:
     number_of_files = np.uint64(max(1, min(_MOST, -(-count // _AT_ONCE))))
     suspects: set[int] = set()
     above = tempfile.gettempdir() if is_url(job.out) else job.out
-    with writing(above), tempfile.TemporaryDirectory(dir=above, prefix=".ids-") as folder:
+    with writing(above), tempfile.TemporaryDirectory(TEMPORARY, ".ids-", above) as folder:
         for _, _, ids in _read_ids(job, fragments, schema):
             hashes = _hash(ids)
             where = hashes % number_of_files

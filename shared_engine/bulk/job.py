@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -157,10 +157,6 @@ class Fragment:
         if self.table:
             return "table"
         return "picture" if self.names or _find_kind(self.source) == "picture" else "pdf"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; `Fragment(**values)` makes an equal one."""
-        return asdict(self)
 
 
 class Unread(NamedTuple):

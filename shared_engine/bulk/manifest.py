@@ -107,10 +107,9 @@ def remove_leftovers(job: Job) -> None:
     if is_url(job.out):  # they are in a folder for such files
         return
     with files.writing(job.out):
-        for folder in ("", "vectors", "errors", TABLES):
-            files.remove_temporary(os.path.join(job.out, folder))
-        for path in Path(job.out).glob(".ids-*"):
-            files.remove(str(path))
+        for pattern in (".*", "vectors/.*", "errors/.*", f"{TABLES}/.*"):
+            for path in Path(job.out).glob(pattern + files.TEMPORARY):
+                files.remove(str(path))
 
 
 def remove_tables(job: Job) -> None:
