@@ -142,9 +142,12 @@ def make_folder(path: str) -> None:
 
 def list_names(folder: str) -> list[str]:
     """Return the names of the Parquet files in a folder, sorted; none if it is not there."""
-    system, inner = locate(folder)
-    found = system.get_file_info(fs.FileSelector(inner, allow_not_found=True))
-    names = (info.base_name for info in found if info.is_file)
+    if is_url(folder):
+        system, inner = locate(folder)
+        found = system.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+        names = [info.base_name for info in found if info.is_file]
+    else:  # pyarrow would ask for the size of each: slow on a network file system
+        names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(name for name in names if name.endswith(".parquet") and name[0] != ".")
 
 

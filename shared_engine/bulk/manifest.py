@@ -21,6 +21,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,8 @@ def remove_leftovers(job: Job) -> None:
 
 
 def remove_tables(job: Job) -> None:
-    """Remove the converted tables."""
-    with files.writing(job.out):
+    """Remove the converted tables; a file that another node still has open may stay, as on NFS."""
+    with suppress(OSError):
         files.remove(os.path.join(job.out, TABLES))
 
 
