@@ -17,7 +17,14 @@ from pyarrow.dataset import get_partition_keys, partitioning
 from pyarrow.fs import FileType
 
 from shared_engine.bulk import convert, tables
-from shared_engine.bulk.urls import OPTIONS_HINT, is_url, list_remote, locate, open_parquet
+from shared_engine.bulk.urls import (
+    OPTIONS_HINT,
+    find_path,
+    is_url,
+    list_remote,
+    locate,
+    open_parquet,
+)
 from shared_engine.documents import Role
 from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError, PageError
 from shared_engine.images import pages
@@ -47,7 +54,7 @@ class Job:
 
     inputs: tuple[str, ...]
     """Absolute paths of files and folders, patterns of these as `glob` takes them, or URLs of
-    tables."""
+    tables; a `file:///` URL becomes a path."""
     out: str
     """Absolute path of the folder of results, or the URL of one in an object store."""
     options: Options = field(default_factory=Options)
@@ -79,8 +86,10 @@ class Job:
     def __post_init__(self) -> None:
         if not self.inputs:
             raise ConfigurationError("no inputs; expected files or folders")
+        object.__setattr__(self, "inputs", tuple(map(find_path, self.inputs)))
+        object.__setattr__(self, "out", find_path(self.out))
         for path in (*self.inputs, self.out):
-            if not os.path.isabs(path) and not is_url(path):
+            if path.startswith("file:") or not (os.path.isabs(path) or is_url(path)):
                 raise ConfigurationError(f"{path}: expected an absolute path or a URL")
         if is_url(self.out) and "?" in self.out:
             raise ConfigurationError(f"{self.out}: {OPTIONS_HINT}")

@@ -7,6 +7,7 @@ import os
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
+from urllib.request import url2pathname
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,11 @@ OPTIONS_HINT = "options after ? are not read: set AWS_ENDPOINT_URL and the like"
 def is_url(path: str) -> bool:
     """Return whether it is a URL, and not a local path."""
     return "://" in path
+
+
+def find_path(url: str) -> str:
+    """Return the path of a `file:///` URL; a path and any other URL stay as they are."""
+    return url2pathname(url.removeprefix("file://")) if url.startswith("file:///") else url
 
 
 def locate(path: str) -> tuple[Any, str]:

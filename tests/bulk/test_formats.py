@@ -324,6 +324,7 @@ def test_tables_of_other_file_systems(url, titles, remote, make_job):
         (["no-such://bucket/in"], "no-such://bucket cannot be opened"),
         (["memory://bucket/pages"], "copy images and PDFs to a local folder first"),
         (["relative/path"], "expected an absolute path or a URL"),
+        (["file://host/path"], "file://host/path: expected an absolute path or a URL"),
     ],
 )
 def test_a_url_that_cannot_be_read_is_refused(inputs, said, remote, tmp_path, make_job):
@@ -342,6 +343,9 @@ def test_urls_of_local_files_are_paths(tmp_path, checkpoint):
     command = ["embed", f"{url}/an%20input.parquet", "--model", str(checkpoint), "--out"]
     assert main([*command, f"{url}/an%20output"]) == 0
     assert pq.read_table(tmp_path / "an output" / "vectors").num_rows == 3
+    job = Job((f"{url}/an%20input.parquet",), f"{url}/other", Options(model=str(checkpoint)))
+    assert (job.inputs, job.out) == ((f"{tmp_path}/an input.parquet",), f"{tmp_path}/other")
+    assert run(job).rows == 3
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.pdf", "a.tif", "a.png"])
