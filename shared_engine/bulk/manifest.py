@@ -81,7 +81,7 @@ def open_folder(job: Job) -> None:
             files.make_folder(os.path.join(job.out, folder))
     remove_leftovers(job)
     if _read_record(job, "job.json") is not None:
-        _agree(job, "job.json", {}, _describe_job(job))
+        _agree(job, "job.json", _describe_job(job))
 
 
 def record_schema(job: Job, schema: Any) -> Any:
@@ -89,9 +89,8 @@ def record_schema(job: Job, schema: Any) -> Any:
 
     `schema` has names and types of the id and the kept columns.
     """
-    settings = _describe_job(job)
     text = base64.b64encode(schema.serialize().to_pybytes()).decode()
-    _agree(job, "job.json", {**settings, "version": __version__, "schema": text}, settings)
+    _agree(job, "job.json", _describe_job(job), schema=text)
     return read_schema(job)
 
 
@@ -152,18 +151,19 @@ def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
         "embedding_type": options.embedding_type,
         "cache_key": cache_key,
     }
-    _agree(job, "engine.json", {**facts, "version": __version__}, facts)
+    _agree(job, "engine.json", facts)
     return {**facts, "version": __version__}
 
 
-def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]) -> None:
-    """Write a record if there is none yet, and compare with the record that is there."""
+def _agree(job: Job, name: str, settings: dict[str, Any], **more: str) -> None:
+    """Write a record of settings if there is none yet, and compare with the one that is there."""
     path = os.path.join(job.out, name)
     if (found := _read_record(job, name)) is None:
         with files.writing(path), files.write_atomically(path, replaces=False) as temporary:
+            record = {**settings, "version": __version__, **more}
             Path(temporary).write_text(json.dumps(record, indent=1), encoding="utf-8")
         found = _read_record(job, name) or {}
-    for key, value in compared.items():
+    for key, value in settings.items():
         if found.get(key) != value and not (key == "inputs" and job.trust_sizes):
             moved = ", or --trust-sizes if the data moved" * (key == "inputs")
             raise ConfigurationError(
