@@ -159,29 +159,36 @@ def read_texts(column: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str
     return texts, reasons
 
 
-def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.Array, dict[int, str]]:
-    """Return a column as another type, and the reasons of rows whose values that cannot hold.
+def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """Return a column as another type, and the reasons of rows with values that it cannot hold.
 
-    Lists, structs and maps become JSON where the type is a text.
+    Lists, structs and maps become JSON where the type is a text. Texts must be UTF-8.
     """
     try:
-        return cast(column, kind), {}
-    except pa.ArrowNotImplementedError:
-        if kind != pa.string():
-            raise
-        texts = [value if value is None else _to_json(value) for value in column.to_pylist()]
-        return pa.array(texts, kind), {}
-    except pa.ArrowInvalid:
+        return _cast_checked(column, kind), {}
+    except (pa.ArrowInvalid, UnicodeDecodeError):
         pass
     parts: list[pa.Array] = []
     reasons: dict[int, str] = {}
     for row in range(len(column)):
         try:
-            parts += cast(column.slice(row, 1), kind).chunks
-        except pa.ArrowInvalid as exc:
+            parts += _cast_checked(column.take([row]), kind).chunks  # a slice has all children
+        except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
             parts.append(pa.nulls(1, kind))
             reasons[row] = f"holds a value that is no {kind}: {exc}"
     return pa.chunked_array(parts), reasons
+
+
+def _cast_checked(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    try:
+        found = cast(column, kind)
+    except pa.ArrowNotImplementedError:
+        if kind != pa.string():
+            raise
+        texts = [value if value is None else _to_json(value) for value in column.to_pylist()]
+        found = pa.chunked_array([texts], kind)
+    found.validate(full=True)  # also the bytes of texts in lists and structs
+    return found
 
 
 def _to_json(value: object) -> str:
