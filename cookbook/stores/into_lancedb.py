@@ -15,12 +15,12 @@ import lancedb
 import numpy as np
 import pyarrow as pa
 
-from cookbook.stores.rows import BATCH, is_any, open_rows, read_vectors
+from cookbook.stores.rows import BATCH, open_rows, read_vectors
 
 
 def load(folder: Path, database: lancedb.DBConnection, name: str = "passages") -> lancedb.Table:
     """Put all rows of `folder/vectors` into a table, as Arrow from end to end, in their types."""
-    rows = open_rows(folder, is_held=is_any)
+    rows = open_rows(folder, is_held=is_held)
     kind = pa.list_(pa.float32(), rows.schema.field("vector").type.list_size)
     place = rows.schema.get_field_index("vector")
     schema = rows.schema.remove_metadata().set(place, pa.field("vector", kind))
@@ -38,6 +38,14 @@ def load(folder: Path, database: lancedb.DBConnection, name: str = "passages") -
     merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
     merge.execute(reader)
     return table
+
+
+def is_held(kind: pa.DataType) -> bool:
+    """Return whether LanceDB holds values of a type: it has no maps, list views, short decimals."""
+    refused = ("map", "list_view", "large_list_view", "decimal32", "decimal64")
+    if any(getattr(pa.types, f"is_{name}")(kind) for name in refused):
+        return False
+    return all(is_held(kind.field(number).type) for number in range(kind.num_fields))
 
 
 def search(

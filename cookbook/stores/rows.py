@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
+from math import isfinite
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -69,7 +70,7 @@ def read_vectors(rows: ds.Dataset, batch: pa.RecordBatch) -> NDArray[np.float32]
 def read_batches(rows: ds.Dataset) -> Iterator[tuple[NDArray[np.float32], list[dict[str, Any]]]]:
     """Yield vectors and the other columns of some rows, in values that JSON can hold.
 
-    Dates, times, decimals, UUIDs and uint64 become texts.
+    Dates, times, decimals, UUIDs and uint64 become texts; NaN and infinities become None.
     """
     schema = rows.schema.remove(rows.schema.get_field_index("vector"))
     for batch in rows.to_batches(batch_size=BATCH):
@@ -86,9 +87,11 @@ def read_batches(rows: ds.Dataset) -> Iterator[tuple[NDArray[np.float32], list[d
 def to_plain(value: Any) -> Any:
     """Return a value of Arrow as one that JSON can hold.
 
-    >>> to_plain([date(2024, 1, 1), Decimal("1.10"), {"a": time(9, 30)}, None])
+    >>> to_plain([date(2024, 1, 1), Decimal("1.10"), {"a": time(9, 30)}, float("nan")])
     ['2024-01-01', '1.10', {'a': '09:30:00'}, None]
     """
+    if isinstance(value, float) and not isfinite(value):
+        return None
     if isinstance(value, date | time):
         return value.isoformat()
     if isinstance(value, Decimal | UUID | timedelta):

@@ -19,9 +19,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared_engine.bulk.files import write_atomically, writing
-from shared_engine.bulk.tables import reading, require_columns, simplify
-from shared_engine.bulk.urls import is_url, locate
+from shared_engine.bulk.files import make_folder, write_atomically, writing
+from shared_engine.bulk.tables import cast, reading, require_columns, simplify
+from shared_engine.bulk.urls import is_url, locate, open_parquet
 
 REASON = "nemoretriever:reason"
 """Column of a converted text table: why a record cannot be read; null in all other rows."""
@@ -67,7 +67,7 @@ def convert(  # noqa: PLR0917
     if _read_facts(target) >= facts.items():
         return
     with writing(target):
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        make_folder(os.path.dirname(target))
         groups = _read_groups(path, title, columns, max(rows, 1024), delimiter)
         schema = next(groups)
         with (
@@ -93,7 +93,8 @@ def _read_groups(
 
 def _read_facts(path: str) -> Any:
     try:
-        found = pq.read_metadata(path).metadata or {}
+        with open_parquet(path) as file:
+            found = file.metadata.metadata or {}
     except (pa.ArrowException, OSError):
         return {}.items()
     return {key.decode(): found[key].decode() for key in found if b":" not in key}.items()
@@ -145,7 +146,8 @@ def _open_text(path: str, newline: str | None) -> TextIO:
     head = file.peek(4)[:4]
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
         file.close()
-        raise ValueError("it is UTF-16; convert it first, as by iconv -f UTF-16 -t UTF-8")
+        codec = "UTF-32" if b"\0\0" in head else "UTF-16"
+        raise ValueError(f"it is {codec}; convert it first, as by iconv -f {codec} -t UTF-8")
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
 
 
@@ -309,7 +311,8 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
             source.seek(0)
         require_columns(columns, found.names, path)
         schema = pa.schema([(name, simplify(found.field(name).type)) for name in columns])
-        pq.ParquetWriter(pa.BufferOutputStream(), schema).close()  # refuses types it cannot hold
+        for field in schema:
+            _require_parquet(field)
         yield schema
         options = pa.ipc.IpcReadOptions(included_fields=list(map(found.get_field_index, columns)))
         if is_file:
@@ -320,9 +323,16 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
         for batch in batches:
             for column in batch.columns:
                 _check_buffers(column)
-            table = pa.Table.from_batches([batch]).select(list(columns))
-            for first in range(0, table.num_rows, rows):
-                yield table.slice(first, rows).cast(schema)
+            for first in range(0, batch.num_rows, rows):
+                some = batch.slice(first, rows)
+                yield pa.table([cast(some[f.name], f.type) for f in schema], schema=schema)
+
+
+def _require_parquet(field: pa.Field) -> None:
+    try:
+        pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])).close()
+    except pa.ArrowNotImplementedError:
+        raise ValueError(f"column {field.name!r} holds {field.type}, unknown to Parquet") from None
 
 
 _BYTES = {

@@ -1,4 +1,7 @@
-"""Files written as a whole or not at all, in a folder that one run writes at a time."""
+"""Files written as a whole or not at all, in a folder that one run writes at a time.
+
+A folder is a path, or a URL of an object store, where an object appears when its upload ends.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,24 @@ import fcntl
 import logging
 import os
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 
-from shared_engine.errors import ConfigurationError, NeMoRetrieverError, OutputError
+from pyarrow import fs
+
+from shared_engine.bulk.urls import is_url, locate
+from shared_engine.errors import ConfigurationError, NeMoRetrieverError, OutputError, first_line
 
 _log = logging.getLogger("shared_engine")
 
 LOCK = "run.lock"
-_TEMPORARY = ".tmp"
+TEMPORARY = ".tmp"
+"""Suffix of temporary files and folders; their names begin with a dot."""
 _NO_SYNC = (errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL)
 """Errors of Windows for opening a folder, and of some file systems for syncing one; the list is
 that of PostgreSQL's `fsync_fname_ext`."""
@@ -35,8 +44,9 @@ def writing(path: str) -> Iterator[None]:
         yield
     except NeMoRetrieverError:  # some are OSErrors too
         raise
-    except OSError as exc:
-        reason = str(exc) if exc.errno is None else os.strerror(exc.errno)
+    except (OSError, NotImplementedError) as exc:  # the latter of a file system without writes
+        errno_ = getattr(exc, "errno", None)
+        reason = first_line(exc).rstrip(".") if errno_ is None else os.strerror(errno_)
         raise OutputError(
             f"{path} cannot be written: {reason}. "
             "Finished results are kept; run the same command again to continue"
@@ -50,15 +60,20 @@ def lock(folder: str) -> Iterator[None]:
     The lock is `flock` on the file LOCK, which names host, process and start time. The kernel
     releases it when the process ends, killed or not, so a file that a dead process left locks
     nothing. It holds between hosts on NFS, where Linux asks the server, but not on a mount with
-    `nolock` or `local_lock`. On a file system without locks, a warning is logged.
+    `nolock` or `local_lock`. On a file system without locks, a warning is logged. An object store
+    has no locks: there the file is in the user's cache, and keeps out runs of this machine only.
 
     Raises:
         ConfigurationError: another run holds the lock; names host, process and start time.
         OutputError: the folder or the file cannot be made.
     """
     path = os.path.join(folder, LOCK)
+    if is_url(folder):
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        name = sha256(folder.encode()).hexdigest()[:16]
+        path = os.path.join(cache, "nemoretriever", "locks", f"{name}.lock")
     with writing(path):
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         Path(path).touch()
     with open(path, "a+", encoding="utf-8") as file:
         try:
@@ -81,20 +96,29 @@ def lock(folder: str) -> Iterator[None]:
 
 @contextmanager
 def write_atomically(path: str, replaces: bool = True) -> Iterator[str]:
-    """Yield a temporary name in a file's folder; rename it to `path` when all is written.
+    """Yield the name of a local file; when all is written, it becomes the file `path`.
 
     Args:
-        path: the file.
-        replaces: whether to replace a file that another process wrote to `path`, or to keep it.
+        path: the file. In a folder, the local file is next to it and is renamed; to an object
+            store, it is uploaded.
+        replaces: whether to replace a file that another process wrote to `path`, or to keep it; an
+            object is replaced.
     """
-    temporary = name_temporary(path)
+    if is_url(path):
+        with tempfile.TemporaryDirectory(prefix="nemoretriever-") as folder:
+            yield (upload := os.path.join(folder, "upload"))
+            system, inner = locate(path)
+            fs.copy_files(upload, inner, fs.LocalFileSystem(), system)
+        return
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if replaces or not _link(temporary, path):
             os.replace(temporary, path)
-        _sync_folder(os.path.dirname(path))  # or a power failure may lose the name
+        _sync_folder(folder)  # or a power failure may lose the name
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -110,16 +134,40 @@ def _link(temporary: str, path: str) -> bool:
     return True
 
 
-def name_temporary(path: str) -> str:
-    """Return a new hidden temporary name in the folder of a path."""
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name}.{uuid.uuid4().hex}{_TEMPORARY}")
+def make_folder(path: str) -> None:
+    """Make a folder and those above it."""
+    system, inner = locate(path)
+    system.create_dir(inner, recursive=True)
 
 
-def remove_temporary(folder: str) -> None:
-    """Remove the temporary files of processes that were killed; none may be writing now."""
-    for path in Path(folder).glob(f".*{_TEMPORARY}"):
-        path.unlink(missing_ok=True)
+def list_names(folder: str) -> list[str]:
+    """Return the names of the Parquet files in a folder, sorted; none if it is not there."""
+    if is_url(folder):
+        system, inner = locate(folder)
+        found = system.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+        names = [info.base_name for info in found if info.is_file]
+    else:  # pyarrow would ask for the size of each: slow on a network file system
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if name.endswith(".parquet") and name[0] != ".")
+
+
+def read_bytes(path: str) -> bytes | None:
+    """Return the bytes of a file; None if it is not there."""
+    system, inner = locate(path)
+    if system.get_file_info(inner).type is fs.FileType.NotFound:
+        return None
+    with system.open_input_stream(inner) as file:
+        return bytes(file.read())
+
+
+def remove(path: str) -> None:
+    """Remove a file or a folder, if it is there."""
+    system, inner = locate(path)
+    kind = system.get_file_info(inner).type
+    if kind is fs.FileType.Directory:
+        system.delete_dir(inner)
+    elif kind is fs.FileType.File:
+        system.delete_file(inner)
 
 
 def _sync_folder(path: str) -> None:

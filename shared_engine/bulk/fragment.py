@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -86,38 +85,51 @@ def embed_fragment(  # noqa: PLR0917
     facts = manifest.describe_engine(job, embedder)
     _check_unchanged(fragment)
     size = find_window(job, fragment)
-    failures = _Failures(job, fragment)
+    failed: list[dict[str, Any]] = []
     rows = 0
     reported = (0, 0, 0)
 
     def report() -> None:
         nonlocal reported
-        now = (rows, len(failures), own.usage)
+        now = (rows, len(failed), own.usage)
         if on_rows is not None and now != reported:
             on_rows(*(new - old for new, old in zip(now, reported, strict=True)))
         reported = now
 
+    def fail(number: int, id_: Any, error: NeMoRetrieverError) -> None:
+        error = error.at(None) if isinstance(error, InputError) else error
+        if job.strict:
+            raise InputError(f"{fragment.title}, row {number}, id {id_!r}: {error}")
+        failed.append(manifest.make_error_row(fragment.title, number, id_, error))
+
+    def read() -> Iterator[Window]:
+        for window in read_windows(job, fragment, schema, size, cursors or Cursors()):
+            for number, id_, reason in window.refused:
+                fail(number, id_, InputError(reason))
+            yield window
+
     vectors_path = os.path.join(job.out, "vectors", f"{fragment.name}.parquet")
     with files.writing(vectors_path), files.write_atomically(vectors_path) as temporary:
         with open_writer(temporary, job, schema, own.dimensions, facts) as writer:
-            windows = failures.take(read_windows(job, fragment, schema, size, cursors or Cursors()))
-            for kept, found in embed_windows(own, job.role, windows, size, on_read, on_stream):
-                failures.add(kept, found)
+            for kept, found in embed_windows(own, job.role, read(), size, on_read, on_stream):
+                for row, error in sorted(found.errors.items()):
+                    fail(kept[0][row].as_py(), kept["id"][row].as_py(), error)
                 write_rows(writer, kept, found, job.options.embedding_type)
                 rows += len(found) - len(found.errors)
                 report()
             report()
-            if rows + len(failures) != fragment.rows:  # never a file with some of the rows
+            if rows + len(failed) != fragment.rows:  # never a file with some of the rows
                 raise EngineClosedError(f"{fragment.title}: the run was stopped")
             _check_unchanged(fragment)
+            manifest.describe_engine(job, embedder)  # an object store keeps the last record
             seconds = time.monotonic() - start
-            counts = {"rows": rows, "failed": len(failures), "tokens": own.usage}
+            counts = {"rows": rows, "failed": len(failed), "tokens": own.usage}
             writer.add_key_value_metadata(
                 {name: str(value) for name, value in {**counts, "seconds": seconds}.items()}
                 | {"source": fragment.title, "fingerprint": fragment.fingerprint}
             )
-        failures.write(schema)
-    return Done(fragment.name, rows, len(failures), own.usage, seconds)
+        _write_errors(job, fragment, schema, failed)
+    return Done(fragment.name, rows, len(failed), own.usage, seconds)
 
 
 def find_window(job: Job, fragment: Fragment) -> int:
@@ -195,45 +207,17 @@ def write_rows(writer: Any, kept: Any, rows: Rows, kind: EmbeddingType) -> None:
     writer.write_table(pa.table([*kept.columns[1:], column], schema=writer.schema))
 
 
-class _Failures:
-    """The rows of a fragment that have no vector."""
-
-    def __init__(self, job: Job, fragment: Fragment) -> None:
-        self._job, self._fragment = job, fragment
-        self._rows: list[dict[str, Any]] = []
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def take(self, windows: Iterable[Window]) -> Iterator[Window]:
-        """Yield windows, and add their refused rows."""
-        for window in windows:
-            for number, id_, reason in window.refused:
-                self._add(number, id_, InputError(reason))
-            yield window
-
-    def add(self, kept: Any, rows: Rows) -> None:
-        """Add the errors of embedded rows."""
-        for row, error in sorted(rows.errors.items()):
-            self._add(kept[0][row].as_py(), kept["id"][row].as_py(), error)
-
-    def _add(self, number: int, id_: Any, error: NeMoRetrieverError) -> None:
-        error = error.at(None) if isinstance(error, InputError) else error
-        title = self._fragment.title
-        if self._job.strict:
-            raise InputError(f"{title}, row {number}, id {id_!r}: {error}")
-        self._rows.append(manifest.make_error_row(title, number, id_, error))
-
-    def write(self, schema: Any) -> None:
-        """Write the file of errors, or remove one of an earlier try."""
-        path = os.path.join(self._job.out, "errors", f"{self._fragment.name}.parquet")
-        if not self._rows:
-            Path(path).unlink(missing_ok=True)
-            return
-        fields = manifest.make_error_schema(schema)
-        rows = sorted(self._rows, key=lambda row: row["index"])
-        with files.write_atomically(path) as temporary:
-            pq.write_table(pa.Table.from_pylist(rows, schema=fields), temporary)
+def _write_errors(job: Job, fragment: Fragment, schema: Any, rows: list[dict[str, Any]]) -> None:
+    """Write the file of errors, or remove one of an earlier try."""
+    path = os.path.join(job.out, "errors", f"{fragment.name}.parquet")
+    if not rows:
+        files.remove(path)
+        return
+    table = pa.Table.from_pylist(
+        sorted(rows, key=lambda row: row["index"]), schema=manifest.make_error_schema(schema)
+    )
+    with files.write_atomically(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def _check_unchanged(fragment: Fragment) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_engine.bulk.files import writing
+from shared_engine.bulk.files import TEMPORARY, writing
 from shared_engine.bulk.job import Fragment, Job
 from shared_engine.bulk.rows import read_ids
 from shared_engine.bulk.tables import Cursors, reading
+from shared_engine.bulk.urls import is_url
 from shared_engine.errors import ConfigurationError, InputError
 
 _AT_ONCE = 1 << 20
@@ -34,14 +35,16 @@ def check_ids(job: Job, fragments: Sequence[Fragment], schema: Any) -> None:
 
     Raises:
         ConfigurationError: two rows have the same id; names it and both rows.
-        OutputError: no space in the folder of results for the hashes, 8 bytes per row.
+        OutputError: no space for the hashes, 8 bytes per row: in the folder of results, or in that
+            for temporary files if the results are in an object store.
     """
     if job.id_column is None:
         return
     count = sum(fragment.rows for fragment in fragments)
     number_of_files = np.uint64(max(1, min(_MOST, -(-count // _AT_ONCE))))
     suspects: set[int] = set()
-    with writing(job.out), tempfile.TemporaryDirectory(dir=job.out, prefix=".ids-") as folder:
+    above = tempfile.gettempdir() if is_url(job.out) else job.out
+    with writing(above), tempfile.TemporaryDirectory(TEMPORARY, ".ids-", above) as folder:
         for _, _, ids in _read_ids(job, fragments, schema):
             hashes = _hash(ids)
             where = hashes % number_of_files

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,14 @@ from pyarrow.dataset import get_partition_keys, partitioning
 from pyarrow.fs import FileType
 
 from shared_engine.bulk import convert, tables
-from shared_engine.bulk.urls import is_url, list_remote, locate, open_parquet
+from shared_engine.bulk.urls import (
+    OPTIONS_HINT,
+    find_path,
+    is_url,
+    list_remote,
+    locate,
+    open_parquet,
+)
 from shared_engine.documents import Role
 from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError, PageError
 from shared_engine.images import pages
@@ -47,9 +54,9 @@ class Job:
 
     inputs: tuple[str, ...]
     """Absolute paths of files and folders, patterns of these as `glob` takes them, or URLs of
-    tables."""
+    tables; a `file:///` URL becomes a path."""
     out: str
-    """Absolute path of the folder of results."""
+    """Absolute path of the folder of results, or the URL of one in an object store."""
     options: Options = field(default_factory=Options)
     role: Role = "document"
     text_column: str | tuple[str, ...] | None = None
@@ -79,12 +86,13 @@ class Job:
     def __post_init__(self) -> None:
         if not self.inputs:
             raise ConfigurationError("no inputs; expected files or folders")
+        object.__setattr__(self, "inputs", tuple(map(find_path, self.inputs)))
+        object.__setattr__(self, "out", find_path(self.out))
         for path in (*self.inputs, self.out):
-            if not os.path.isabs(path) and (path == self.out or not is_url(path)):
-                raise ConfigurationError(
-                    f"{path}: expected an absolute path{' or a URL' * (path != self.out)}; results "
-                    "are written to a local or mounted folder"
-                )
+            if path.startswith("file:") or not (os.path.isabs(path) or is_url(path)):
+                raise ConfigurationError(f"{path}: expected an absolute path or a URL")
+        if is_url(self.out) and "?" in self.out:
+            raise ConfigurationError(f"{self.out}: {OPTIONS_HINT}")
         if "vector" in self.columns or ("id" in self.columns and self.id_column != "id"):
             raise ConfigurationError("columns: id and vector are made here; rename the columns")
         for name, kind in self.types.items():
@@ -113,6 +121,10 @@ class Job:
     def kept_columns(self) -> tuple[str, ...]:
         """Columns to keep apart from `id`, each once."""
         return tuple(dict.fromkeys(name for name in self.columns if name != "id"))
+
+    def has_written(self, path: str) -> bool:
+        """Return whether a file is in the folder of results."""
+        return path.startswith(os.path.join(self.out, ""))
 
     def find_columns(self, title: str) -> tuple[list[str], dict[str, str | None]]:
         """Return the columns to read of a table, each once, and the kept ones that its path gives.
@@ -154,10 +166,6 @@ class Fragment:
         if self.table:
             return "table"
         return "picture" if self.names or _find_kind(self.source) == "picture" else "pdf"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; `Fragment(**values)` makes an equal one."""
-        return asdict(self)
 
 
 class Unread(NamedTuple):
@@ -277,7 +285,7 @@ def find_sources(job: Job) -> list[Source]:
             if kind is None and path == given:
                 expected = ", ".join(sorted({*_TABLES, ".pdf", *pages.SUFFIXES}))
                 raise ConfigurationError(f"{given} cannot be read; expected {expected}")
-            if kind is None or path.startswith(job.out + os.sep):
+            if kind is None or job.has_written(path):
                 continue
             if os.fsencode(path).decode("utf-8", "replace") != path:
                 raise ConfigurationError(
@@ -308,9 +316,7 @@ def find_sources(job: Job) -> list[Source]:
 
 
 def _log_skipped(job: Job, files: list[str]) -> None:
-    skipped = [
-        each for each in files if _find_kind(each) is None and not each.startswith(job.out + os.sep)
-    ]
+    skipped = [each for each in files if _find_kind(each) is None and not job.has_written(each)]
     if skipped:
         first = skipped[0]
         _log.warning("%d files of other formats are skipped, the first: %s", len(skipped), first)

@@ -19,9 +19,9 @@ import base64
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from shared_engine import catalogue
 from shared_engine._version import __version__
 from shared_engine.bulk import files
 from shared_engine.bulk.job import TABLES, Fragment, Job, Unread
+from shared_engine.bulk.urls import is_url, open_parquet
 from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError, first_line
 
@@ -77,10 +78,10 @@ def open_folder(job: Job) -> None:
     """
     with files.writing(job.out):
         for folder in ("vectors", "errors"):
-            os.makedirs(os.path.join(job.out, folder), exist_ok=True)
+            files.make_folder(os.path.join(job.out, folder))
     remove_leftovers(job)
-    if os.path.exists(os.path.join(job.out, "job.json")):
-        _agree(job, "job.json", {}, _describe_job(job))
+    if _read_record(job, "job.json") is not None:
+        _agree(job, "job.json", _describe_job(job))
 
 
 def record_schema(job: Job, schema: Any) -> Any:
@@ -88,9 +89,8 @@ def record_schema(job: Job, schema: Any) -> Any:
 
     `schema` has names and types of the id and the kept columns.
     """
-    settings = _describe_job(job)
     text = base64.b64encode(schema.serialize().to_pybytes()).decode()
-    _agree(job, "job.json", {**settings, "version": __version__, "schema": text}, settings)
+    _agree(job, "job.json", _describe_job(job), schema=text)
     return read_schema(job)
 
 
@@ -104,17 +104,18 @@ def _describe_job(job: Job) -> dict[str, Any]:
 
 def remove_leftovers(job: Job) -> None:
     """Remove the temporary files of processes that were killed; none may be writing now."""
+    if is_url(job.out):  # they are in a folder for such files
+        return
     with files.writing(job.out):
-        for folder in ("", "vectors", "errors", TABLES):
-            files.remove_temporary(os.path.join(job.out, folder))
-        for path in Path(job.out).glob(".ids-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for pattern in (".*", "vectors/.*", "errors/.*", f"{TABLES}/.*"):
+            for path in Path(job.out).glob(pattern + files.TEMPORARY):
+                files.remove(str(path))
 
 
 def remove_tables(job: Job) -> None:
-    """Remove the converted tables."""
-    with files.writing(job.out):
-        shutil.rmtree(os.path.join(job.out, TABLES), ignore_errors=True)
+    """Remove the converted tables; a file that another node still has open may stay, as on NFS."""
+    with suppress(OSError):
+        files.remove(os.path.join(job.out, TABLES))
 
 
 def read_schema(job: Job) -> Any:
@@ -123,14 +124,13 @@ def read_schema(job: Job) -> Any:
     Raises:
         ConfigurationError: there is none.
     """
-    path = os.path.join(job.out, "job.json")
-    if not os.path.exists(path):
+    record = _read_record(job, "job.json")
+    if record is None:
         raise ConfigurationError(f"{job.out} has no job.json; call run.begin first")
-    text = _read_record(path).get("schema", "")
     try:
-        return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(text)))
+        return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(record.get("schema", ""))))
     except (pa.ArrowException, OSError, TypeError, ValueError) as exc:
-        raise _report_damage(path, exc) from exc
+        raise _report_damage(job, "job.json", exc) from exc
 
 
 def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
@@ -151,18 +151,19 @@ def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
         "embedding_type": options.embedding_type,
         "cache_key": cache_key,
     }
-    _agree(job, "engine.json", {**facts, "version": __version__}, facts)
+    _agree(job, "engine.json", facts)
     return {**facts, "version": __version__}
 
 
-def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]) -> None:
-    """Write a record if there is none yet, and compare with the record that is there."""
+def _agree(job: Job, name: str, settings: dict[str, Any], **more: str) -> None:
+    """Write a record of settings if there is none yet, and compare with the one that is there."""
     path = os.path.join(job.out, name)
-    if not os.path.exists(path):
+    if (found := _read_record(job, name)) is None:
         with files.writing(path), files.write_atomically(path, replaces=False) as temporary:
+            record = {**settings, "version": __version__, **more}
             Path(temporary).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    found = _read_record(path)
-    for key, value in compared.items():
+        found = _read_record(job, name) or {}
+    for key, value in settings.items():
         if found.get(key) != value and not (key == "inputs" and job.trust_sizes):
             moved = ", or --trust-sizes if the data moved" * (key == "inputs")
             raise ConfigurationError(
@@ -171,25 +172,29 @@ def _agree(job: Job, name: str, record: dict[str, Any], compared: dict[str, Any]
             )
 
 
-def _read_record(path: str) -> dict[str, Any]:
-    """Return a record that `_agree` wrote.
+def _read_record(job: Job, name: str) -> dict[str, Any] | None:
+    """Return a record that `_agree` wrote; None if there is none.
 
     Raises:
         ConfigurationError: the file is damaged.
     """
+    with files.writing(job.out):
+        content = files.read_bytes(os.path.join(job.out, name))
+    if content is None:
+        return None
     try:
-        found = orjson.loads(Path(path).read_bytes())
+        found = orjson.loads(content)
         if not isinstance(found, dict) or "version" not in found:
             raise ValueError("it is not a record of a job")
     except ValueError as exc:
-        raise _report_damage(path, exc) from exc
+        raise _report_damage(job, name, exc) from exc
     return found
 
 
-def _report_damage(path: str, error: Exception) -> ConfigurationError:
+def _report_damage(job: Job, name: str, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"{path} is damaged ({first_line(error)}); restore it, or remove it if this command and "
-        "its engine are those that began the folder"
+        f"{os.path.join(job.out, name)} is damaged ({first_line(error)}); restore it, or remove it "
+        "if this command and its engine are those that began the folder"
     )
 
 
@@ -202,7 +207,8 @@ def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
         ConfigurationError: a source changed or was removed; names it.
     """
     folder = os.path.join(job.out, "vectors")
-    found = {entry.name[: -len(".parquet")] for entry in os.scandir(folder) if entry.name[0] != "."}
+    with files.writing(job.out):
+        found = {name.removesuffix(".parquet") for name in files.list_names(folder)}
     if gone := found - {fragment.name for fragment in fragments}:
         raise ConfigurationError(
             f"{folder} holds {len(gone)} files of inputs that were removed or changed, the first: "
@@ -233,7 +239,8 @@ def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
 def _read_footer(job: Job, name: str) -> dict[str, str] | None:
     path = os.path.join(job.out, "vectors", f"{name}.parquet")
     try:
-        found = pq.read_metadata(path).metadata
+        with open_parquet(path) as file:
+            found = file.metadata.metadata
         footer = {key: found[key.encode()].decode() for key in (*_COUNTS, "seconds", "fingerprint")}
         if int(footer["failed"]):
             path = os.path.join(job.out, "errors", f"{name}.parquet")
@@ -245,8 +252,9 @@ def _read_footer(job: Job, name: str) -> dict[str, str] | None:
     return footer
 
 
-def _read_errors(path: str | Path) -> Any:
-    table = pq.read_table(path)
+def _read_errors(path: str) -> Any:
+    with open_parquet(path) as file:
+        table = file.read()
     return table.select(make_error_schema(pa.schema([("id", table["id"].type)])).names)
 
 
@@ -272,20 +280,18 @@ def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
     A file that cannot be read is a row without an index, a fragment one with that of its first row.
     """
     path = os.path.join(job.out, "errors.parquet")
-    vectors = Path(job.out, "vectors")
-    parts = [
-        part
-        for part in sorted(Path(job.out, "errors").glob("[!.]*.parquet"))
-        if (vectors / part.name).exists()  # or the fragment is not done
-    ]
+    vectors, errors = (os.path.join(job.out, folder) for folder in ("vectors", "errors"))
     with files.writing(path):
+        done = set(files.list_names(vectors))
+        parts = [f"{errors}/{name}" for name in files.list_names(errors) if name in done]
         if not parts and not unread:
-            Path(path).unlink(missing_ok=True)
+            files.remove(path)
             return 0
         rows = 0
         schema = make_error_schema(pa.schema([("id", pa.string())]))
         if parts:
-            schema = pq.read_schema(parts[0])
+            with open_parquet(parts[0]) as file:
+                schema = file.schema_arrow
         with (
             files.write_atomically(path) as temporary,
             pq.ParquetWriter(temporary, schema) as writer,

@@ -86,13 +86,12 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(  # noqa: PLR0917
+def plan(
     job: Job,
     embedder: Embedder,
     work: Work,
     seconds: float = 10.0,
     most: float = 1.0,
-    seed: int = 0,
 ) -> Plan:
     """Return an estimate of the cost of a job with this engine; nothing is written to its folder.
 
@@ -105,7 +104,6 @@ def plan(  # noqa: PLR0917
         work: Its unfinished work.
         seconds: how long to measure, about, once the model is loaded.
         most: the largest part of the missing rows that the measurement may embed.
-        seed: seed of the sample.
 
     Raises:
         NeMoRetrieverError: the engine fails.
@@ -118,7 +116,7 @@ def plan(  # noqa: PLR0917
     widths = tuple(sorted({*shorter, full, embedder.dimensions}))
     tokens = rate = kept_bytes = 0.0
     if missing:
-        sample = _draw(job, work, random.Random(seed))
+        sample = _draw(job, work, random.Random(0))
         tokens, rate = _measure(job, embedder, sample, seconds, int(missing * most))
         kept_bytes = _measure_kept(sample)
     return Plan(count, missing, tokens, rate, kept_bytes, widths, work.unread)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,8 +92,7 @@ def find_work(job: Job, folder: str | None = None, sources: Sequence[Source] | N
         ConfigurationError: a source changed; see also `list_inputs`.
     """
     fragments, schema, unread = list_inputs(job, folder, sources)
-    is_begun = os.path.isdir(os.path.join(job.out, "vectors"))
-    done = manifest.find_done(job, fragments) if is_begun else {}
+    done = manifest.find_done(job, fragments)
     missing = [each for each in fragments if each.name not in done]
     return Work(fragments, missing, done, schema, tuple(unread))
 

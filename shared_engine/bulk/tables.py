@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,33 +50,46 @@ _SAME_VALUES = {
 }  # fmt: skip
 
 
-def simplify(kind: pa.DataType) -> pa.DataType:  # noqa: PLR0911
+def simplify(kind: pa.DataType, is_flat: bool = True) -> pa.DataType:  # noqa: PLR0911
     """Return the type to keep values of a type as: without views, dictionaries, long offsets.
+
+    Args:
+        kind: the type.
+        is_flat: whether the values of dictionaries replace them.
 
     >>> simplify(pa.dictionary(pa.int8(), pa.large_string()))
     DataType(string)
     """
+
+    def inner(field: pa.Field) -> pa.Field:
+        return field.with_type(simplify(field.type, is_flat))
+
     if pa.types.is_dictionary(kind):
-        return simplify(kind.value_type)
+        values = simplify(kind.value_type, is_flat)
+        return values if is_flat else pa.dictionary(kind.index_type, values, kind.ordered)
     if kind in _SAME_VALUES:
         return _SAME_VALUES[kind]
     if isinstance(kind, pa.JsonType):
         return simplify(kind.storage_type)
     if pa.types.is_list(kind):
-        return pa.list_(_simplify_field(kind.value_field))
+        return pa.list_(inner(kind.value_field))
     if pa.types.is_fixed_size_list(kind):
-        return pa.list_(_simplify_field(kind.value_field), kind.list_size)
+        return pa.list_(inner(kind.value_field), kind.list_size)
     if pa.types.is_map(kind):
-        return pa.map_(_simplify_field(kind.key_field), _simplify_field(kind.item_field))
+        return pa.map_(inner(kind.key_field), inner(kind.item_field))
     if pa.types.is_large_list(kind):
-        return pa.large_list(_simplify_field(kind.value_field))
+        return pa.large_list(inner(kind.value_field))
     if pa.types.is_struct(kind):
-        return pa.struct([_simplify_field(field) for field in kind])
+        return pa.struct([inner(field) for field in kind])
     return kind
 
 
-def _simplify_field(field: pa.Field) -> pa.Field:
-    return field.with_type(simplify(field.type))
+def cast(values: Any, kind: pa.DataType) -> Any:
+    """Return an array or a chunked array as another type.
+
+    In two steps, as Arrow has no cast of a dictionary of views, which Polars writes.
+    """
+    return values.cast(simplify(values.type, is_flat=False)).cast(kind)
 
 
 def find_id_type(kind: pa.DataType, name: str, title: str) -> pa.DataType:
@@ -118,7 +132,7 @@ def require_texts(kind: pa.DataType, name: str, title: str) -> None:
         InputError: its type has no texts.
     """
     try:
-        pa.array([], kind).cast(pa.string())
+        cast(pa.nulls(0, kind), pa.string())
     except pa.ArrowNotImplementedError:
         raise InputError(f"{title}: column {name!r} holds {kind}; expected texts") from None
 
@@ -131,12 +145,12 @@ def read_texts(column: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str
     if _is_uuid(column.type):
         return [None if each is None else str(each) for each in column.to_pylist()], {}
     try:
-        return column.cast(pa.string()).to_pylist(), {}
+        return cast(column, pa.string()).to_pylist(), {}
     except (pa.ArrowInvalid, UnicodeDecodeError):
         pass
     texts: list[str | None] = []
     reasons: dict[int, str] = {}
-    for row, data in enumerate(column.cast(pa.binary()).to_pylist()):
+    for row, data in enumerate(cast(column, pa.binary()).to_pylist()):
         try:
             texts.append(None if data is None else data.decode())
         except UnicodeDecodeError as exc:
@@ -145,29 +159,36 @@ def read_texts(column: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str
     return texts, reasons
 
 
-def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.Array, dict[int, str]]:
-    """Return a column as another type, and the reasons of rows whose values that cannot hold.
+def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """Return a column as another type, and the reasons of rows with values that it cannot hold.
 
-    Lists, structs and maps become JSON where the type is a text.
+    Lists, structs and maps become JSON where the type is a text. Texts must be UTF-8.
     """
     try:
-        return column.cast(kind), {}
-    except pa.ArrowNotImplementedError:
-        if kind != pa.string():
-            raise
-        texts = [value if value is None else _to_json(value) for value in column.to_pylist()]
-        return pa.array(texts, kind), {}
-    except pa.ArrowInvalid:
+        return _cast_checked(column, kind), {}
+    except (pa.ArrowInvalid, UnicodeDecodeError):
         pass
     parts: list[pa.Array] = []
     reasons: dict[int, str] = {}
     for row in range(len(column)):
         try:
-            parts += column.slice(row, 1).cast(kind).chunks
-        except pa.ArrowInvalid as exc:
+            parts += _cast_checked(column.take([row]), kind).chunks  # a slice has all children
+        except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
             parts.append(pa.nulls(1, kind))
             reasons[row] = f"holds a value that is no {kind}: {exc}"
     return pa.chunked_array(parts), reasons
+
+
+def _cast_checked(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    try:
+        found = cast(column, kind)
+    except pa.ArrowNotImplementedError:
+        if kind != pa.string():
+            raise
+        texts = [value if value is None else _to_json(value) for value in column.to_pylist()]
+        found = pa.chunked_array([texts], kind)
+    found.validate(full=True)  # also the bytes of texts in lists and structs
+    return found
 
 
 def _to_json(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Tables by path or URL: s3://, gs://, hf:// and the other file systems of pyarrow and fsspec."""
+"""Files by path or URL: s3://, gs://, hf:// and the other file systems of pyarrow and fsspec."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
+from urllib.request import url2pathname
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,10 +15,17 @@ from pyarrow import fs
 
 from shared_engine.errors import ConfigurationError, first_line
 
+OPTIONS_HINT = "options after ? are not read: set AWS_ENDPOINT_URL and the like"
+
 
 def is_url(path: str) -> bool:
-    """Return whether an input is a URL, and not a local path."""
+    """Return whether it is a URL, and not a local path."""
     return "://" in path
+
+
+def find_path(url: str) -> str:
+    """Return the path of a `file:///` URL; a path and any other URL stay as they are."""
+    return url2pathname(url.removeprefix("file://")) if url.startswith("file:///") else url
 
 
 def locate(path: str) -> tuple[Any, str]:
@@ -76,8 +84,7 @@ def list_remote(url: str) -> tuple[str, list[str]]:
         if not is_hidden and (is_match or folder == pattern):
             files.append(folder + name)
     if not files:
-        hint = " (options after ? are not read: set AWS_ENDPOINT_URL and the like)" * ("?" in url)
-        raise ConfigurationError(f"{url} does not exist{hint}")
+        raise ConfigurationError(f"{url} does not exist" + f" ({OPTIONS_HINT})" * ("?" in url))
     return folder, sorted(files)
 
 

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 import tempfile
-from urllib.request import url2pathname
 
 from shared_engine._lazy import needs_extra
 from shared_engine.cli.options import (
@@ -55,7 +54,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--out",
         required=True,
         metavar="FOLDER",
-        help="Local folder of the results: vectors/*.parquet and errors.parquet.",
+        help="Folder of the results, vectors/*.parquet and errors.parquet, or its URL, such as "
+        "s3://bucket/folder. An object store has no lock against runs of other machines: start one "
+        "at a time.",
     )
     verb.add_argument(
         "--role",
@@ -160,9 +161,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _find_path(text: str) -> str:
-    """Return the absolute path of an argument; a URL of another host stays one."""
-    if text.startswith("file:///"):
-        return url2pathname(text.removeprefix("file://"))
+    """Return the absolute path of an argument; a URL stays one."""
     return text if "://" in text else os.path.abspath(text)
 
 

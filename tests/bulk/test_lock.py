@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -36,7 +37,7 @@ except ConfigurationError as exc:
 class Process:
     """Takes the lock of a folder when it is told to, and holds it until it is told again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", TAKE, str(folder)],
             cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -61,7 +62,7 @@ class Process:
 def start() -> Iterator:
     started = []
 
-    def begin(folder: Path) -> Process:
+    def begin(folder: Path | str) -> Process:
         started.append(Process(folder))
         return started[-1]
 
@@ -112,6 +113,17 @@ def test_a_run_on_a_cluster_and_one_here_keep_each_other_out(start, make_job):
         run_ray(job)
     with pytest.raises(ConfigurationError, match="is in use by process"):
         run(job)
+
+
+def test_runs_on_one_machine_keep_each_other_out_of_an_object_store(start, make_job):
+    job = replace(make_job(), out="memory://locked/out")
+    process = start(job.out)
+    process.go_on()
+    assert process.read() == "has it\n"
+    with pytest.raises(ConfigurationError, match=f"{job.out} is in use by process {process.id} on"):
+        run(job)
+    process.end(is_killed=True)
+    assert run(job).rows == 100
 
 
 def test_a_file_system_without_locks_gets_a_warning(make_job, monkeypatch, caplog):

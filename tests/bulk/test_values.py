@@ -285,7 +285,7 @@ def test_a_type_that_parquet_cannot_hold_costs_its_file_only(
     table = table.set_column(table.column_names.index(place), place, column)
     write(table, tmp_path / "in" / "b.feather")
     (lost,) = run(make_job(tmp_path / "in")).unread
-    assert "Parquet" in str(lost.error)
+    assert f"column '{place}' holds {column.type}, unknown to Parquet" in str(lost.error)
 
 
 @pytest.mark.parametrize("place", ["text", "lang"])
@@ -316,6 +316,38 @@ def test_views_within_maps_and_lists_and_json_stay(
     assert pq.read_table(Path(job.out, "vectors"))["value"].to_pylist() == column.to_pylist()
 
 
+CATEGORIES = pa.DictionaryArray.from_arrays(
+    pa.array([1, 0, None], pa.uint32()), pa.array(["a", "é"], pa.string_view())
+)
+"""As Polars writes a Categorical or an Enum."""
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        CATEGORIES,
+        pa.ListArray.from_arrays(pa.array([0, 1, 1, 3]), CATEGORIES),
+        pa.StructArray.from_arrays([CATEGORIES], names=["of"]),
+    ],
+)
+def test_categories_of_views_stay(column: pa.Array, tmp_path: Path, make_job: Make) -> None:
+    write(passages(3).append_column("value", column), tmp_path / "in.feather")
+    job = make_job(tmp_path / "in.feather", columns=("value",))
+    assert run(job).is_complete
+    assert pq.read_table(Path(job.out, "vectors"))["value"].to_pylist() == column.to_pylist()
+
+
+def test_texts_and_ids_may_be_categories_of_views(tmp_path: Path, make_job: Make) -> None:
+    table = pa.table({"key": CATEGORIES, "text": CATEGORIES})
+    write(table, tmp_path / "in.feather")
+    job = make_job(tmp_path / "in.feather", columns=())
+    summary = run(job)
+    assert (summary.rows, summary.failed) == (2, 1)
+    assert pq.read_table(Path(job.out, "vectors"))["id"].to_pylist() == ["é", "a"]
+    batch = EmbedBatch(options=job.options, error_column="error")(table)
+    assert [error is None for error in batch["error"].to_pylist()] == [True, True, False]
+
+
 # Bytes that are no text
 
 
@@ -334,6 +366,49 @@ def test_bytes_that_are_not_utf_8_are_a_bad_row(
     assert "not UTF-8" in errors[0]["reason"]
     batch = EmbedBatch(options=job.options, error_column="error")(table)
     assert [error is None for error in batch["error"].to_pylist()] == [True, False, False, True]
+
+
+BYTES = pa.Array.from_buffers(
+    pa.string(), 3, pa.array([b"a", b"caf\xe9", "é".encode()], pa.binary()).buffers()
+)
+"""Texts as a writer without checks leaves them; most readers refuse a file that holds these."""
+
+
+@pytest.mark.parametrize(
+    ("suffix", "column", "kept"),
+    [
+        (".parquet", BYTES, ["a", "é"]),
+        (".feather", BYTES, ["a", "é"]),
+        (".feather", pa.DictionaryArray.from_arrays([0, 1, 2], BYTES), ["a", "é"]),
+        (".parquet", pa.ListArray.from_arrays([0, 1, 2, 3], BYTES), [["a"], ["é"]]),
+        (".parquet", pa.StructArray.from_arrays([BYTES], names=["of"]), [{"of": "a"}, {"of": "é"}]),
+    ],
+)
+def test_a_kept_value_of_other_bytes_than_utf_8_costs_its_row(
+    suffix: str, column: pa.Array, kept: list[Any], tmp_path: Path, make_job: Make
+) -> None:
+    write(passages(3).append_column("value", column), tmp_path / f"in{suffix}")
+    job = make_job(tmp_path / f"in{suffix}", columns=("value",))
+    summary = run(job)
+    assert (summary.rows, summary.failed) == (2, 1)
+    assert pq.read_table(Path(job.out, "vectors"))["value"].to_pylist() == kept
+    (row,) = pq.read_table(Path(job.out, "errors.parquet")).to_pylist()
+    assert (row["index"], "column 'value' holds a value that is no" in row["reason"]) == (1, True)
+
+
+def test_other_bytes_cost_their_row_only_where_files_differ_in_type(
+    tmp_path: Path, make_job: Make
+) -> None:
+    (tmp_path / "in").mkdir()
+    column = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3]), BYTES)
+    write(passages(3).append_column("value", column), tmp_path / "in" / "a.parquet")
+    table = passages(4).slice(3).append_column("value", pa.array([7]))
+    write(table, tmp_path / "in" / "b.parquet")
+    job = make_job(tmp_path / "in", columns=("value",))
+    summary = run(job)
+    assert (summary.rows, summary.failed) == (3, 1)
+    values = pq.read_table(Path(job.out, "vectors"))["value"].to_pylist()
+    assert values == ['["a"]', '["é"]', "7"]
 
 
 def test_a_column_that_holds_no_texts_is_named_with_its_type(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import date, time, timedelta
 from decimal import Decimal
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -352,9 +353,15 @@ KEPT: dict[str, tuple[pa.DataType, list[Any], list[Any]]] = {
     "uuid": (pa.uuid(), [UUID(int=n) for n in range(N)], [str(UUID(int=n)) for n in range(N)]),
     "some": (pa.float64(), [None if n % 2 else n / 3 for n in range(N)],
              [None if n % 2 else n / 3 for n in range(N)]),
+    "odd": (pa.list_(pa.float64()), [[inf, n / 3] for n in range(N)],
+            [[None, n / 3] for n in range(N)]),
 }  # fmt: skip
 """Columns to keep: their types, their values, and these as JSON holds them."""
-TYPED = {"faiss": set(KEPT), "lancedb": set(KEPT), "pgvector": set(KEPT) - {"tags", "days", "of"}}
+TYPED = {
+    "faiss": set(KEPT),
+    "lancedb": set(KEPT),
+    "pgvector": set(KEPT) - {"tags", "days", "of", "odd"},
+}
 """Columns whose values come back as they were; in PostgreSQL lists and structs are JSON."""
 
 
@@ -409,6 +416,15 @@ def test_a_column_that_the_store_cannot_hold_is_named(open_store: Open, tmp_path
         run_the_command(nim, tmp_path / "out", table)
     with pytest.raises(ValueError, match="column 'scan' holds binary, which the store cannot hold"):
         open_store(tmp_path / "out", tmp_path / "store", None, None)
+
+
+def test_a_map_is_named_before_it_goes_to_lancedb(tmp_path: Path) -> None:
+    kind = pa.struct([("of", pa.map_(pa.string(), pa.int8()))])
+    table = pa.table({"id": [1], "text": ["a"], "scan": pa.array([{"of": [("x", 1)]}], kind)})
+    with FaultyNim() as nim:
+        run_the_command(nim, tmp_path / "out", table)
+    with pytest.raises(ValueError, match=r"column 'scan' holds struct<.*, which the store cannot"):
+        open_lancedb(tmp_path / "out", tmp_path / "store", None, None)
 
 
 @pytest.mark.parametrize("store", NAMES)
