@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def embed_fragment(  # noqa: PLR0917
         on_rows: called after each window with the rows embedded, rows failed and tokens it added.
         on_read: called once all rows are submitted. Begin the next fragment then, and the device
             does not wait for it.
-        cursors: holds the table open between fragments, which saves seeks in it. It may be used
+        cursors: holds the file open between fragments, which saves seeks in it. It may be used
             again after `on_read`.
         on_stream: called with the stream of the rows. Another thread ends the fragment by closing
             the stream; what it raises then is an EngineClosedError.
@@ -98,9 +98,12 @@ def embed_fragment(  # noqa: PLR0917
         reported = now
 
     vectors_path = os.path.join(job.out, "vectors", f"{fragment.name}.parquet")
-    with files.writing(vectors_path), files.write_atomically(vectors_path) as temporary:
+    with ExitStack() as stack:
+        cursors = cursors or stack.enter_context(closing(Cursors()))
+        stack.enter_context(files.writing(vectors_path))
+        temporary = stack.enter_context(files.write_atomically(vectors_path))
         with open_writer(temporary, job, schema, own.dimensions, facts) as writer:
-            windows = failures.take(read_windows(job, fragment, schema, size, cursors or Cursors()))
+            windows = failures.take(read_windows(job, fragment, schema, size, cursors))
             for kept, found in embed_windows(own, job.role, windows, size, on_read, on_stream):
                 failures.add(kept, found)
                 write_rows(writer, kept, found, job.options.embedding_type)

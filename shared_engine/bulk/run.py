@@ -213,6 +213,7 @@ class _Running:
     def _stop(self, failure: BaseException) -> None:
         """End the run: fragments that wait for vectors end now, and others at their next window."""
         self._failure = self._failure or failure
+        self._cursors.stop()
         with self._lock:
             streams = list(self._streams)
         for stream in streams:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from shared_engine.bulk.urls import open_parquet
 from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError
+from shared_engine.images.pages import Pages, open_pages
 
 _BUFFER = 1 << 20
 """Bytes of a column that are read ahead: a whole row group may not fit into memory."""
@@ -257,10 +258,13 @@ class Cursor:
 
 
 class Cursors:
-    """The cursor of the file that is read now: a run of fragments of one file shares it."""
+    """The file that is read now, a table or pages: a run of fragments of one file shares it."""
 
     def __init__(self) -> None:
         self._cursor: Cursor | None = None
+        self._pages: Pages | None = None
+        self._path = ""
+        self._is_stopped = False
 
     def open(self, path: str, columns: Sequence[str]) -> Cursor:
         """Return a cursor of a file, where it was left.
@@ -276,8 +280,28 @@ class Cursors:
             self._cursor = Cursor(path, columns)
         return self._cursor
 
+    def open_pages(self, path: str, title: str) -> Pages:
+        """Return the pages of a file.
+
+        Raises:
+            PageError: the file cannot be read.
+        """
+        if self._pages is None or self._path != path:
+            self.close()
+            self._pages, self._path = open_pages(path, title), path
+            if self._is_stopped:
+                self._pages.stop()
+        return self._pages
+
+    def stop(self) -> None:
+        """End the reads of pages, also in another thread; see `Pages.stop`."""
+        self._is_stopped = True
+        if (pages := self._pages) is not None:
+            pages.stop()
+
     def close(self) -> None:
         """Close the file that is open, if there is one."""
-        if self._cursor is not None:
-            self._cursor.close()
-            self._cursor = None
+        for each in (self._cursor, self._pages):
+            if each is not None:
+                each.close()
+        self._cursor = self._pages = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -152,19 +154,36 @@ def test_a_very_long_page_is_several_rows(run, tmp_path):
     assert table["page"].to_pylist() == [1, 1, 1, 2]
 
 
-def test_a_pdf_of_many_pages_is_opened_once_for_each_file_of_vectors(run, tmp_path, monkeypatch):
+def test_a_pdf_of_many_pages_is_opened_once(run, tmp_path, monkeypatch):
     opened = []
-    first = pages.pypdfium2.PdfDocument
 
-    def count(*given):
-        opened.append(given)
-        return first(*given)
+    class Counted(pages.Pages):
+        def __init__(self, *given):
+            opened.append(given)
+            super().__init__(*given)
 
     write_pdf(tmp_path / "a.pdf", [f"page number {n}" for n in range(100)])
-    monkeypatch.setattr(pages.pypdfium2, "PdfDocument", count)
-    summary, _, _ = run(tmp_path / "a.pdf", rows_per_file=50)
+    monkeypatch.setattr(pages, "Pages", Counted)
+    summary, _, _ = run(tmp_path / "a.pdf", rows_per_file=10, pdf="text")
     assert summary.rows == 100
-    assert len(opened) == 1 + 2  # to count the pages, and for each file
+    assert len(opened) == 1 + 1  # to count the pages, and to read them
+
+
+def test_an_interrupt_ends_the_reading_of_a_page_that_never_ends(run, tmp_path):
+    good = pdfs.Leaf("BT /F1 24 Tf 20 100 Td (good) Tj ET")
+    (tmp_path / "a.pdf").write_bytes(pdfs.write(*[good] * 5, *[pdfs.ENDLESS] * 3))
+
+    def interrupt():
+        reader = pdfs.find_reader(os.getpid())
+        os.kill(os.getpid(), signal.SIGINT)
+        return reader
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "a.pdf", pdf="text", rows_per_file=5)
+        assert not reader.result().is_running()
+    assert not list(tmp_path.glob("out/errors/a-*"))
 
 
 @pytest.mark.parametrize("way", ["bytes", "path", "url", "base64", "lines", "struct"])
