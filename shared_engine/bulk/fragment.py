@@ -17,7 +17,7 @@ from shared_engine.backend import Rows
 from shared_engine.bulk import files, manifest
 from shared_engine.bulk.job import Fragment, Job, take_fingerprint
 from shared_engine.bulk.manifest import Done
-from shared_engine.bulk.rows import Window, read_windows
+from shared_engine.bulk.rows import Window, find_columns, read_windows
 from shared_engine.bulk.tables import Cursors
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
@@ -34,7 +34,9 @@ from shared_engine.vectors import EmbeddingType, quantize
 WINDOW = 1_024
 """Texts that are read, embedded and written together; three such windows are in memory."""
 IMAGE_WINDOW = 16
-"""Rows with images of a window; their pixels may be 8 MB each."""
+"""The most rows with images of a window; their pixels may be 8 MB each."""
+_IMAGE_BYTES = 1 << 24
+"""The most bytes of the images of a table in a window; a larger image has its own window."""
 
 _OF_THE_ROW = (InputError, InvalidRequestError, PayloadTooLargeError)
 """Errors that a row causes each time; after any other, the run must be tried again."""
@@ -85,7 +87,6 @@ def embed_fragment(  # noqa: PLR0917
     schema = manifest.read_schema(job)
     facts = manifest.describe_engine(job, embedder)
     _check_unchanged(fragment)
-    size = find_window(job, fragment)
     failures = _Failures(job, fragment)
     rows = 0
     reported = (0, 0, 0)
@@ -100,6 +101,7 @@ def embed_fragment(  # noqa: PLR0917
     vectors_path = os.path.join(job.out, "vectors", f"{fragment.name}.parquet")
     with ExitStack() as stack:
         cursors = cursors or stack.enter_context(closing(Cursors()))
+        size = _limit_window(find_window(job, fragment), job, fragment, cursors)
         stack.enter_context(files.writing(vectors_path))
         temporary = stack.enter_context(files.write_atomically(vectors_path))
         with open_writer(temporary, job, schema, own.dimensions, facts) as writer:
@@ -124,11 +126,20 @@ def embed_fragment(  # noqa: PLR0917
 
 
 def find_window(job: Job, fragment: Fragment) -> int:
-    """Return how many rows of a fragment are embedded together."""
+    """Return how many rows of a fragment are embedded together, at most."""
     has_images = {
         "table": job.image_column is not None, "pdf": job.pdf != "text", "picture": True,
     }  # fmt: skip
     return IMAGE_WINDOW if has_images[fragment.kind] else WINDOW
+
+
+def _limit_window(size: int, job: Job, fragment: Fragment, cursors: Cursors) -> int:
+    """Return fewer rows where the images of a table are large."""
+    if job.image_column is None:
+        return size
+    cursor = cursors.open(fragment.table, find_columns(job, fragment))
+    row = cursor.measure_row(fragment.first, fragment.rows)
+    return max(1, min(size, _IMAGE_BYTES // max(1, row)))
 
 
 def embed_windows(  # noqa: PLR0917

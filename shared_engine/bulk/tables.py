@@ -216,19 +216,26 @@ class Cursor:
     def limit_seek(self, row: int, cost: int) -> int:
         """Return a row of the same row group that a seek reaches for about `cost` bytes at most."""
         number = self._find_group(row)
-        group = self._groups[number]
-        columns = (group.column(n) for n in range(group.num_columns))
-        size = sum(
-            column.total_compressed_size
-            for column in columns
-            if column.path_in_schema.partition(".")[0] in self.columns
-        )
+        size = sum(column.total_compressed_size for column in self._find_columns(number))
         start = self._starts[number]
         return start + int((row - start) * min(1.0, cost / max(1, size)))
+
+    def measure_row(self, first: int, rows: int) -> int:
+        """Return the bytes of a mean row, decompressed, in the largest row group of some rows."""
+        sizes: list[int] = [
+            sum(column.total_uncompressed_size for column in self._find_columns(number))
+            // max(1, self._groups[number].num_rows)
+            for number in range(self._find_group(first), self._find_group(first + rows - 1) + 1)
+        ]
+        return max(sizes)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _find_columns(self, group: int) -> Iterator[pq.ColumnChunkMetaData]:
+        columns = map(self._groups[group].column, range(self._groups[group].num_columns))
+        return (each for each in columns if each.path_in_schema.partition(".")[0] in self.columns)
 
     def _find_group(self, row: int) -> int:
         return bisect_right(self._starts, row) - 1

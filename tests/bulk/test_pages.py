@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from shared_engine.bulk import fragment
 from shared_engine.bulk.job import Job
-from shared_engine.bulk.run import run_local
+from shared_engine.bulk.run import begin, run_local
 from shared_engine.errors import ConfigurationError
 from shared_engine.images import pages
 from tests.support import pdfs
@@ -209,6 +210,30 @@ def test_a_column_of_images(way, run, tmp_path):
     sent = [item for body in run.nim.bodies for item in body["input"] if "data:image" in item]
     assert len(sent) == 5
     assert sum(item.startswith("a ") or " a" in item[:3] for item in sent) <= 1
+
+
+@pytest.mark.parametrize(("size", "windows"), [(10_000, [8]), (400_000, [2] * 4), (10**9, [8])])
+def test_large_images_of_a_table_are_read_a_few_at_a_time(
+    size, windows, run, tmp_path, monkeypatch
+):
+    """Row groups of 3 rows, and one that is empty; the size is that of a row, or of all."""
+    monkeypatch.setattr(fragment, "_IMAGE_BYTES", 1_000_000)
+    images = [picture(n) + bytes(min(size, 500_000)) for n in range(8)]
+    if size == 10**9:  # each row has the same, which Parquet holds once
+        images = [images[0]] * 8
+    table = pa.table({"image": images})
+    with pq.ParquetWriter(tmp_path / "in.parquet", table.schema) as writer:
+        writer.write_table(table.slice(0, 0))
+        writer.write_table(table, row_group_size=3 if size < 10**9 else 8)
+    found = []
+    with run.nim.embedder(model=VL) as embedder:
+        source = str(tmp_path / "in.parquet")
+        job = Job((source,), str(tmp_path / "out"), embedder.options, image_column="image")
+        with begin(job) as work:
+            fragment.embed_fragment(
+                job, embedder, *work.missing, on_rows=lambda rows, *_: found.append(rows)
+            )
+    assert found == windows
 
 
 @pytest.mark.parametrize(
