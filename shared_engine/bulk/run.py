@@ -204,6 +204,7 @@ class _Running:
                     if self._failure is not None:
                         break
                     pool.submit(self._embed, fragment)
+                pool.shutdown()
             except BaseException as exc:  # an interrupt
                 self._stop(exc)
                 raise

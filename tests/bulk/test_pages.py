@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -184,6 +185,7 @@ def test_an_interrupt_ends_the_reading_of_a_page_that_never_ends(run, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "a.pdf", pdf="text", rows_per_file=5)
         assert not reader.result().is_running()
+    assert not [each for each in threading.enumerate() if "fragment" in each.name]
     assert not list(tmp_path.glob("out/errors/a-*"))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,13 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from shared_engine import EngineClosedError, PageError
 from shared_engine.images import pages
 from shared_engine.images.pages import open_pages
-from tests.conftest import ROOT
 from tests.support import pdfs
 
 GOOD = pdfs.Leaf("BT /F1 12 Tf 20 150 Td (good) Tj ET")
@@ -128,21 +124,6 @@ def test_a_fork_has_readers_that_its_parent_does_not_use(save, python):
             text, second = read()
             os._exit(0 if text == "good" and second != first else 1)
     """).split() == ["done"]
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_reader_ends_with_its_process(save, how):
-    code = (
-        "import sys; from shared_engine.images.pages import open_pages\n"
-        "with open_pages(sys.argv[1]) as opened: opened.read(0)"
-    )
-    process = psutil.Popen(
-        [sys.executable, "-c", code, str(save(pdfs.ENDLESS))], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
-    child = pdfs.find_reader(process.pid)
-    process.send_signal(how)
-    assert process.wait(10) == -how
-    child.wait(10)
 
 
 def test_a_reader_that_cannot_start_says_so(save, monkeypatch, capfd):
