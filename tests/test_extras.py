@@ -11,6 +11,7 @@ LLAMAINDEX_RERANK = "from llamaindex_nemoretriever import NeMoRetrieverRerank"
 LOAD = "from shared_engine import Embedder, Options; Embedder(Options(model={checkpoint!r})).load()"
 SERVE = "from shared_engine.server import create_app"
 EMBED = 'from shared_engine.cli.main import main; main(["embed", "/input", "--out", "/output"])'
+PAGES = "from shared_engine.images.pages import open_pages; open_pages('a.pdf')"
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ EMBED = 'from shared_engine.cli.main import main; main(["embed", "/input", "--ou
         ("prometheus_client", SERVE, "server"),
         ("pyarrow", "from shared_engine.bulk import Job", "bulk"),
         ("pyarrow", EMBED, "bulk"),
-        ("pypdfium2", EMBED, "bulk"),
+        ("pypdfium2", PAGES, "bulk"),
         ("pyarrow", "from shared_engine.distributed import run_ray", "ray"),
         ("ir_measures", "from shared_engine.evaluate import evaluate", "evaluate"),
     ],

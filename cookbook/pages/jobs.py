@@ -14,7 +14,7 @@ from typing import IO, Literal
 from pages.files import File, Files, Page
 from pages.index import Index
 
-from shared_engine import NeMoRetrieverError, PageError
+from shared_engine import EngineClosedError, NeMoRetrieverError, PageError
 from shared_engine.images.pages import Pages, open_pages
 
 BATCH = 4  # pages between two steps of the progress bar
@@ -37,11 +37,18 @@ class Job:
     is_cancelled: bool = False
     started: float = 0.0
     """When its first page was begun, on the monotonic clock."""
+    source: Pages | None = None
+    """Its pages, once the file is open."""
 
     @property
     def is_active(self) -> bool:
         """Whether it is still to be done."""
         return self.state in ("waiting", "working")
+
+    def stop(self) -> None:
+        """End the reading of a page, which may take long."""
+        if self.source:
+            self.source.stop()
 
     @property
     def left(self) -> str:
@@ -53,7 +60,7 @@ class Job:
 
 
 class Jobs:
-    """All work on files; `close` lets the batch in hand end and leaves the rest for next time."""
+    """All work on files; `close` leaves what is not done for next time."""
 
     def __init__(self, files: Files, index: Index, max_pages: int) -> None:
         self._files = files
@@ -91,6 +98,7 @@ class Jobs:
         job = self._jobs.get(id_)
         if job and job.is_active:
             job.is_cancelled = True
+            job.stop()
             file, future = self._queued[id_]
             if future.cancel():  # it was not begun
                 self._discard(file)
@@ -108,8 +116,10 @@ class Jobs:
             self._jobs.pop(id_, None)
 
     def close(self) -> None:
-        """Stop after the batch in hand."""
+        """Stop after the batch in hand, or before it while its pages are read."""
         self._closing.set()
+        for job in self:
+            job.stop()
         self._worker.shutdown(cancel_futures=True)
 
     def _start(self, file: File, name: str, is_sent: bool = False) -> Job:
@@ -150,7 +160,7 @@ class Jobs:
         job.state, job.started = "working", time.monotonic()
         try:
             with open_pages(file.original, file.name, self._max_pages) as source:
-                job.total = len(source)
+                job.source, job.total = source, len(source)
                 is_complete = self._take_in(job, file, source)
         except PageError as exc:
             self._discard(file)
@@ -182,6 +192,8 @@ class Jobs:
             for number in range(first + 1, min(first + BATCH, len(source)) + 1):
                 try:
                     batch.append(file.save_page(number, source.read(number - 1)))
+                except EngineClosedError:
+                    return False
                 except PageError as exc:
                     notes.append(str(exc))
             if batch:

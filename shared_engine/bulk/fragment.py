@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ from shared_engine.backend import Rows
 from shared_engine.bulk import files, manifest
 from shared_engine.bulk.job import Fragment, Job, take_fingerprint
 from shared_engine.bulk.manifest import Done
-from shared_engine.bulk.rows import Window, read_windows
+from shared_engine.bulk.rows import Window, find_columns, read_windows
 from shared_engine.bulk.tables import Cursors
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
@@ -33,7 +33,9 @@ from shared_engine.vectors import EmbeddingType, quantize
 WINDOW = 1_024
 """Texts that are read, embedded and written together; three such windows are in memory."""
 IMAGE_WINDOW = 16
-"""Rows with images of a window; their pixels may be 8 MB each."""
+"""The most rows with images of a window; their pixels may be 8 MB each."""
+_IMAGE_BYTES = 1 << 24
+"""The most bytes of the images of a table in a window; a larger image has its own window."""
 
 _OF_THE_ROW = (InputError, InvalidRequestError, PayloadTooLargeError)
 """Errors that a row causes each time; after any other, the run must be tried again."""
@@ -66,7 +68,7 @@ def embed_fragment(  # noqa: PLR0917
         on_rows: called after each window with the rows embedded, rows failed and tokens it added.
         on_read: called once all rows are submitted. Begin the next fragment then, and the device
             does not wait for it.
-        cursors: holds the table open between fragments, which saves seeks in it. It may be used
+        cursors: holds the file open between fragments, which saves seeks in it. It may be used
             again after `on_read`.
         on_stream: called with the stream of the rows. Another thread ends the fragment by closing
             the stream; what it raises then is an EngineClosedError.
@@ -84,7 +86,6 @@ def embed_fragment(  # noqa: PLR0917
     schema = manifest.read_schema(job)
     facts = manifest.describe_engine(job, embedder)
     _check_unchanged(fragment)
-    size = find_window(job, fragment)
     failed: list[dict[str, Any]] = []
     rows = 0
     reported = (0, 0, 0)
@@ -102,16 +103,21 @@ def embed_fragment(  # noqa: PLR0917
             raise InputError(f"{fragment.title}, row {number}, id {id_!r}: {error}")
         failed.append(manifest.make_error_row(fragment.title, number, id_, error))
 
-    def read() -> Iterator[Window]:
-        for window in read_windows(job, fragment, schema, size, cursors or Cursors()):
+    def read(size: int, cursors: Cursors) -> Iterator[Window]:
+        for window in read_windows(job, fragment, schema, size, cursors):
             for number, id_, reason in window.refused:
                 fail(number, id_, InputError(reason))
             yield window
 
     vectors_path = os.path.join(job.out, "vectors", f"{fragment.name}.parquet")
-    with files.writing(vectors_path), files.write_atomically(vectors_path) as temporary:
+    with ExitStack() as stack:
+        cursors = cursors or stack.enter_context(closing(Cursors()))
+        size = _limit_window(find_window(job, fragment), job, fragment, cursors)
+        stack.enter_context(files.writing(vectors_path))
+        temporary = stack.enter_context(files.write_atomically(vectors_path))
         with open_writer(temporary, job, schema, own.dimensions, facts) as writer:
-            for kept, found in embed_windows(own, job.role, read(), size, on_read, on_stream):
+            windows = read(size, cursors)
+            for kept, found in embed_windows(own, job.role, windows, size, on_read, on_stream):
                 for row, error in sorted(found.errors.items()):
                     fail(kept[0][row].as_py(), kept["id"][row].as_py(), error)
                 write_rows(writer, kept, found, job.options.embedding_type)
@@ -133,11 +139,20 @@ def embed_fragment(  # noqa: PLR0917
 
 
 def find_window(job: Job, fragment: Fragment) -> int:
-    """Return how many rows of a fragment are embedded together."""
+    """Return how many rows of a fragment are embedded together, at most."""
     has_images = {
         "table": job.image_column is not None, "pdf": job.pdf != "text", "picture": True,
     }  # fmt: skip
     return IMAGE_WINDOW if has_images[fragment.kind] else WINDOW
+
+
+def _limit_window(size: int, job: Job, fragment: Fragment, cursors: Cursors) -> int:
+    """Return fewer rows where the images of a table are large."""
+    if job.image_column is None:
+        return size
+    cursor = cursors.open(fragment.table, find_columns(job, fragment))
+    row = cursor.measure_row(fragment.first, fragment.rows)
+    return max(1, min(size, _IMAGE_BYTES // max(1, row)))
 
 
 def embed_windows(  # noqa: PLR0917

@@ -14,7 +14,6 @@ from shared_engine.bulk.job import Fragment, Job
 from shared_engine.bulk.tables import Cursors, cast_rows, read_texts, reading, simplify
 from shared_engine.documents import EmbeddingInput, join_title
 from shared_engine.errors import PageError
-from shared_engine.images.pages import open_pages
 
 
 class Refused(NamedTuple):
@@ -47,13 +46,13 @@ def read_windows(
         fragment: The fragment.
         schema: names and types of the id and the kept columns.
         size: rows of a window.
-        cursors: holds the table open for the fragment that follows.
+        cursors: holds the file open for the fragment that follows.
 
     Raises:
         InputError: the source cannot be read.
     """
     if fragment.kind != "table":
-        pages = _read_pages(job, fragment)
+        pages = _read_pages(job, fragment, cursors)
         while some := list(islice(pages, size)):
             yield _from_pages(schema, some)
         return
@@ -159,7 +158,7 @@ class _Page(NamedTuple):
     """The input, or the reason why there is none."""
 
 
-def _read_pages(job: Job, fragment: Fragment) -> Iterator[_Page]:
+def _read_pages(job: Job, fragment: Fragment, cursors: Cursors) -> Iterator[_Page]:
     for number, name in enumerate(fragment.names, fragment.first):
         path = os.path.join(fragment.source, name)
         id_ = os.path.normpath(os.path.join(fragment.title, name))
@@ -167,19 +166,19 @@ def _read_pages(job: Job, fragment: Fragment) -> Iterator[_Page]:
     if fragment.names:
         return
     layer = job.pdf if fragment.kind == "pdf" else "picture"
-    with open_pages(fragment.source, fragment.title) as pages:
-        for number in range(fragment.first, fragment.first + fragment.rows):
-            place = pages.places[number]
-            part = f"&part={place.part}" if place.part else ""
-            document: EmbeddingInput | str = "has no text: its text layer is empty"
-            try:
-                _, picture, text = pages.read(number, layer)
-                if picture is not None or text:
-                    document = EmbeddingInput(text, picture)
-            except PageError as exc:
-                document = str(exc)
-            id_ = f"{fragment.title}#page={place.page}{part}"
-            yield _Page(number, id_, fragment.source, place.page, document)
+    pages = cursors.open_pages(fragment.source, fragment.title)
+    for number in range(fragment.first, fragment.first + fragment.rows):
+        place = pages.places[number]
+        part = f"&part={place.part}" if place.part else ""
+        document: EmbeddingInput | str = "has no text: its text layer is empty"
+        try:
+            _, picture, text = pages.read(number, layer)
+            if picture is not None or text:
+                document = EmbeddingInput(text, picture)
+        except PageError as exc:
+            document = str(exc)
+        id_ = f"{fragment.title}#page={place.page}{part}"
+        yield _Page(number, id_, fragment.source, place.page, document)
 
 
 def _from_pages(schema: Any, pages: Sequence[_Page]) -> Window:

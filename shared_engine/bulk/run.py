@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -195,13 +195,16 @@ class _Running:
     def do(self, fragments: Iterable[Fragment]) -> None:
         """Embed fragments; raise the error that ended one of them, unless it cannot be read."""
         threads = ThreadPoolExecutor(IN_FLIGHT, "nemoretriever-fragment")
+        running: set[Future[None]] = set()
         with closing(self._cursors), threads as pool:
             try:
                 for fragment in fragments:
                     self._turn.acquire()
                     if self._failure is not None:
                         break
-                    pool.submit(self._embed, fragment)
+                    running = {each for each in running if not each.done()}
+                    running.add(pool.submit(self._embed, fragment))
+                wait(running)  # an interrupted join of Python 3.11 takes its thread for ended
             except BaseException as exc:  # an interrupt
                 self._stop(exc)
                 raise
@@ -211,6 +214,7 @@ class _Running:
     def _stop(self, failure: BaseException) -> None:
         """End the run: fragments that wait for vectors end now, and others at their next window."""
         self._failure = self._failure or failure
+        self._cursors.stop()
         with self._lock:
             streams = list(self._streams)
         for stream in streams:

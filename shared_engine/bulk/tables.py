@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from shared_engine.bulk.urls import open_parquet
 from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError
+from shared_engine.images.pages import Pages, open_pages
 
 _BUFFER = 1 << 20
 """Bytes of a column that are read ahead: a whole row group may not fit into memory."""
@@ -236,19 +237,26 @@ class Cursor:
     def limit_seek(self, row: int, cost: int) -> int:
         """Return a row of the same row group that a seek reaches for about `cost` bytes at most."""
         number = self._find_group(row)
-        group = self._groups[number]
-        columns = (group.column(n) for n in range(group.num_columns))
-        size = sum(
-            column.total_compressed_size
-            for column in columns
-            if column.path_in_schema.partition(".")[0] in self.columns
-        )
+        size = sum(column.total_compressed_size for column in self._find_columns(number))
         start = self._starts[number]
         return start + int((row - start) * min(1.0, cost / max(1, size)))
+
+    def measure_row(self, first: int, rows: int) -> int:
+        """Return the bytes of a mean row, decompressed, in the largest row group of some rows."""
+        sizes: list[int] = [
+            sum(column.total_uncompressed_size for column in self._find_columns(number))
+            // max(1, self._groups[number].num_rows)
+            for number in range(self._find_group(first), self._find_group(first + rows - 1) + 1)
+        ]
+        return max(sizes)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _find_columns(self, group: int) -> Iterator[pq.ColumnChunkMetaData]:
+        columns = map(self._groups[group].column, range(self._groups[group].num_columns))
+        return (each for each in columns if each.path_in_schema.partition(".")[0] in self.columns)
 
     def _find_group(self, row: int) -> int:
         return bisect_right(self._starts, row) - 1
@@ -278,10 +286,13 @@ class Cursor:
 
 
 class Cursors:
-    """The cursor of the file that is read now: a run of fragments of one file shares it."""
+    """The file that is read now, a table or pages: a run of fragments of one file shares it."""
 
     def __init__(self) -> None:
         self._cursor: Cursor | None = None
+        self._pages: Pages | None = None
+        self._path = ""
+        self._is_stopped = False
 
     def open(self, path: str, columns: Sequence[str]) -> Cursor:
         """Return a cursor of a file, where it was left.
@@ -297,8 +308,28 @@ class Cursors:
             self._cursor = Cursor(path, columns)
         return self._cursor
 
+    def open_pages(self, path: str, title: str) -> Pages:
+        """Return the pages of a file.
+
+        Raises:
+            PageError: the file cannot be read.
+        """
+        if self._pages is None or self._path != path:
+            self.close()
+            self._pages, self._path = open_pages(path, title), path
+            if self._is_stopped:
+                self._pages.stop()
+        return self._pages
+
+    def stop(self) -> None:
+        """End the reads of pages, also in another thread; see `Pages.stop`."""
+        self._is_stopped = True
+        if (pages := self._pages) is not None:
+            pages.stop()
+
     def close(self) -> None:
         """Close the file that is open, if there is one."""
-        if self._cursor is not None:
-            self._cursor.close()
-            self._cursor = None
+        for each in (self._cursor, self._pages):
+            if each is not None:
+                each.close()
+        self._cursor = self._pages = None

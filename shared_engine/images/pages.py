@@ -1,29 +1,29 @@
-"""Read PDFs and image files as pages: the only module with PDFium."""
+"""Read PDFs and image files as pages, in a child process: it is ended where a page takes too much.
+
+open_pages ──► an idle child, or a new one: page_reader.py, with PDFium and Pillow
+Pages.read ──► a request to it ──► picture and text of the page, or the reason why not
+"""
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import math
+import atexit
+import json
 import os
-import re
+import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from functools import partial
-from itertools import groupby
-from typing import Any, BinaryIO, Literal, NamedTuple
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.util import find_spec
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
-import pypdfium2
 from PIL import Image
-from PIL.TiffImagePlugin import TiffImageFile
-from pypdfium2 import raw
 
-from shared_engine.errors import PageError, first_line
-from shared_engine.images.decode import OpenedImage, read_orientation
-from shared_engine.images.formats import FORMATS, find_pages
-from shared_engine.images.sources import require_regular
+from shared_engine._lazy import needs_extra
+from shared_engine.errors import EngineClosedError, EngineError, PageError
 
 Layer = Literal["picture", "text", "both"]
 """Part of a page to read: its picture, its text, or both."""
@@ -33,27 +33,20 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff",
 
 PIXELS = 1_754
 """Pixels of a page's longer side: A4 at 150 dpi, more than twelve tiles of a model show."""
-MAX_PIXELS = 80_000_000
-"""Limit of the pixels of a page of an image file."""
+SECONDS = 60.0
+"""Limit of the processor time to open a file or to read a page."""
+MEMORY = 2 << 30
+"""Limit of the bytes for that, on Linux only."""
+OUT_OF_MEMORY = 3
+"""Exit code of a child that has reached this limit."""
 
-_A4 = 842
-"""Points of A4's longer side."""
-_MAX_PARTS = 100
-"""A page of more parts is not cut: its size is an error in the file."""
-_LINE = 1 / 40
-"""Overlap of the pictures of parts, in lengths of A4: a line cut in one is whole in the next."""
+_MOST_ENDED = 5
+"""Pages of a file that may end a child; each can take the whole limit of time."""
+_MOST_IDLE = 4
+"""Children that wait for the next file; each has about 60 MB."""
 
 Area = tuple[float, float, float, float]
 """Left, top, right and bottom of an area, in widths and heights of a picture."""
-
-_Box = tuple[float, float, float, float]
-_Content = tuple[Image.Image | None, str]
-
-_pdfium = threading.RLock()
-"""PDFium is not thread-safe. Reentrant: a garbage collection may close a document anywhere."""
-
-# It recommends another build for forms with XFA. Their fields are drawn, or the file is refused.
-logging.getLogger("pypdfium2._helpers.document").addFilter(lambda it: "XFA" not in str(it.msg))
 
 
 class Place(NamedTuple):
@@ -83,18 +76,26 @@ class Page(NamedTuple):
 class Pages:
     """The pages of an open file. One thread at a time may read them."""
 
-    def __init__(
-        self,
-        name: str,
-        places: Sequence[Place],
-        read: Callable[[Place, Layer, int], _Content],
-        find: Callable[[Place, str], list[Area]] = lambda *_: [],
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], name: str, max_pages: int) -> None:
+        """Open a file; see `open_pages`."""
+        self._request = "open", os.path.abspath(os.fsdecode(path)), max_pages
         self._name = name
-        self._read = read
-        self._find = find
-        self.places = places
-        """Where each page is; known before a page is read."""
+        self._reader: _Reader | None = None
+        self._lock = threading.Lock()
+        self._is_stopped = False
+        self._ended = 0
+        try:
+            found = self._ask(name)
+            self.places = [Place(*each) for each in found["places"]]
+            """Where each page is; known before a page is read."""
+            if len(self) > max_pages:
+                raise PageError(
+                    f"{name} has over {max_pages:,} pages, the most for one file; split it and "
+                    "save the parts"
+                )
+        except BaseException:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         return len(self.places)
@@ -108,11 +109,14 @@ class Pages:
             pixels: size of the picture's longer side; image files are not enlarged.
 
         Raises:
-            PageError: the page is broken; other pages may be readable.
+            PageError: the page is broken, or takes too much time or memory; other pages may be
+                readable.
+            EngineClosedError: another thread called `stop`.
         """
-        place = self.places[index]
-        with self._translate(place):
-            return Page(place, *self._read(place, layer, pixels))
+        found = self._ask_page(index, "read", layer, pixels)
+        assert self._reader is not None
+        picture = self._reader.read_picture(found["size"]) if found["size"] else None
+        return Page(self.places[index], picture, found["text"])
 
     def find(self, index: int, passage: str) -> list[Area]:
         """Return the areas of a passage in the picture of a page.
@@ -125,28 +129,66 @@ class Pages:
             An area for each line; an empty list if the page shows no such text.
 
         Raises:
-            PageError: the page is broken; other pages may be readable.
+            PageError, EngineClosedError: as `read` raises them.
         """
-        place = self.places[index]
-        with self._translate(place):
-            return self._find(place, passage)
+        return [tuple(area) for area in self._ask_page(index, "find", passage)["areas"]]
 
-    @contextmanager
-    def _translate(self, place: Place) -> Iterator[None]:
-        try:
-            yield
-        except Exception as exc:  # Pillow raises many types
+    def _ask_page(self, index: int, verb: str, *args: Any) -> dict[str, Any]:
+        title = f"{self._name}, {self.places[index]},"
+        if self._ended == _MOST_ENDED:
             raise PageError(
-                f"{self._name}, {place}, cannot be read: {first_line(exc)}; it is broken, or only "
-                "part of a picture: open it in a viewer and save it again"
-            ) from exc
+                f"{title} was not read, because {_MOST_ENDED} pages of the file took too much time "
+                "or memory; remove those, and read the file again"
+            )
+        return self._ask(title, verb, index, *args)
+
+    def stop(self) -> None:
+        """End the read that another thread waits for; it and later ones raise EngineClosedError."""
+        self._is_stopped = True
+        with self._lock:
+            if self._reader is not None:
+                self._reader.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.release()
+
+    def _ask(self, title: str, *request: Any) -> dict[str, Any]:
+        """Return the reply to a request, or to that which opens the file."""
+        requests = [request] if request else []
+        found: dict[str, Any] = {}
+        try:
+            if self._reader is None:
+                self._reader = _take_reader()
+                requests.insert(0, self._request)
+            for each in requests:
+                if self._is_stopped:
+                    raise _EndedError("was not read")
+                found = self._reader.ask(*each)
+                if "error" in found:
+                    raise PageError(f"{title} {found['error']}")
+        except _EndedError as exc:
+            self.close()
+            if self._is_stopped:
+                raise EngineClosedError(f"{title} was not read: the work was stopped") from None
+            self._ended += 1
+            raise PageError(f"{title} {exc}") from None
+        return found
 
 
-@contextmanager
 def open_pages(
     path: str | os.PathLike[str], name: str | None = None, max_pages: int = sys.maxsize
-) -> Iterator[Pages]:
-    """Open a PDF or an image file, recognised by its first bytes, and yield its pages.
+) -> Pages:
+    """Open a PDF or an image file, recognised by its first bytes; closing it is left to the caller.
 
     A TIFF may have several pages, another image file has one. A very long page, such as a receipt,
     is cut into parts: one that is as long as two pages of A4, also of two that are as wide as it.
@@ -158,27 +200,10 @@ def open_pages(
 
     Raises:
         PageError: neither a PDF nor an image; empty, locked, broken or too long; a dynamic XFA
-            form, which PDFium cannot draw.
+            form, which PDFium cannot draw; it takes too much time or memory.
+        MissingExtraError: pypdfium2 is not installed.
     """
-    name = os.path.basename(path) if name is None else name
-    with ExitStack() as stack:
-        try:
-            require_regular(path)
-            file = stack.enter_context(open(path, "rb"))
-            head = file.read(1024)
-        except (OSError, ValueError) as exc:
-            reason = getattr(exc, "strerror", None) or exc
-            raise PageError(f"{name} cannot be read: {reason}") from exc
-        if not head:
-            raise PageError(f"{name} is empty; copy it again, or save it again")
-        opened = _open_pdf(path, name) if b"%PDF-" in head else _open_image(file, name, max_pages)
-        pages = stack.enter_context(opened)
-        if len(pages) > max_pages:
-            raise PageError(
-                f"{name} has over {max_pages:,} pages, the most for one file; split it and save "
-                "the parts"
-            )
-        yield pages
+    return Pages(path, os.path.basename(path) if name is None else name, max_pages)
 
 
 def walk(folder: str | os.PathLike[str], hidden: str = ".") -> Iterator[str]:
@@ -200,237 +225,136 @@ def walk(folder: str | os.PathLike[str], hidden: str = ".") -> Iterator[str]:
         yield from (os.path.join(where, name) for name in sorted(files) if name[0] not in hidden)
 
 
-def _find_places(sizes: Sequence[tuple[float, float]], a4: float) -> list[Place]:
-    """Return the places of pages of these sizes, in a unit in which A4 is `a4` long."""
-    places = []
-    for number, size in enumerate(sizes, 1):
-        parts = int(max(size) / max(a4, min(size) * math.sqrt(2)))
-        if 1 < parts <= _MAX_PARTS:
-            places += [Place(number, part, parts) for part in range(1, parts + 1)]
-        else:
-            places.append(Place(number))
-    return places
+class _EndedError(Exception):
+    """The child ended; the message is a predicate of the file or page that it read."""
 
 
-def _find_box(size: tuple[float, float], place: Place, overlap: float = 0) -> _Box:
-    """Return left, top, right and bottom of a part of a page; of a whole page, all of it."""
-    width, height = size
-    if not place.part:
-        return 0, 0, width, height
-    length = max(size) / place.parts
-    start = max(0, round(length * (place.part - 1)) - overlap)
-    end = round(length * place.part)
-    return (0, start, width, end) if height > width else (start, 0, end, height)
+class _Reader:
+    """A child process that reads a file at a time. It ends with this process, however that ends."""
+
+    def __init__(self) -> None:
+        with needs_extra("bulk"):
+            if find_spec("pypdfium2") is None:
+                raise ModuleNotFoundError(name="pypdfium2")
+        code = (
+            "import sys; sys.path[:] = sys.argv[4:]; from shared_engine.images import page_reader; "
+            "page_reader.serve(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))"
+        )
+        self._is_asked = False
+        self._pixels = _open_memory()
+        shared = self._pixels.fileno()
+        arguments = shared, SECONDS, MEMORY, *sys.path
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            pass_fds=(shared,),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            process_group=0,  # Ctrl-C is for this process, which ends the child
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
+        if not self._replies.readline():
+            raise EngineError(f"the process that reads pages did not start {_name(self._wait())}")
+
+    def ask(self, *request: Any) -> dict[str, Any]:
+        """Send a request and return the reply.
+
+        Raises:
+            _EndedError: the child ended.
+        """
+        self._is_asked = True
+        with suppress(BrokenPipeError):
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.flush()
+        line = self._replies.readline()
+        if not line.endswith(b"\n"):
+            raise _EndedError(_explain(self._wait()))
+        self._is_asked = False
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def read_picture(self, size: tuple[int, int]) -> Image.Image:
+        """Return the picture of the page that was asked for last."""
+        pixels = os.pread(self._pixels.fileno(), 3 * size[0] * size[1], 0)
+        return Image.frombytes("RGB", size, pixels)
+
+    def release(self) -> None:
+        """Close the file, and let the child wait for the next one."""
+        if self._is_asked or len(_idle[os.getpid()]) >= _MOST_IDLE:
+            self.end()
+            return
+        with suppress(BrokenPipeError):
+            self._requests.write(b'["close"]\n')
+            self._requests.flush()
+        _idle[os.getpid()].append(self)
+
+    def kill(self) -> None:
+        """Kill the child; safe in any thread."""
+        self._is_asked = True  # it is not used again
+        self._process.kill()
+
+    def end(self) -> int:
+        """Kill the child, unless it has ended, and return its exit code."""
+        self.kill()
+        code = self._process.wait()
+        with suppress(BrokenPipeError):
+            self._requests.close()
+        self._replies.close()
+        self._pixels.close()
+        return code
+
+    def _wait(self) -> int:
+        """Return the exit code of a child that has closed its pipe."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        return self.end()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the child can be asked."""
+        return self._process.poll() is None
 
 
-@contextmanager
-def _open_pdf(path: str | os.PathLike[str], name: str) -> Iterator[Pages]:
-    with _pdfium:
-        raw.FPDF_LoadMemDocument64(b"", 0, None)  # PDFium keeps its last error: now "format"
-        try:
-            document = pypdfium2.PdfDocument(path)
-        except pypdfium2.PdfiumError as exc:
-            raise PageError(f"{name} {_UNOPENED.get(exc.err_code, _BROKEN)}") from exc
-    try:
-        with _pdfium:
-            if document.get_formtype() == raw.FORMTYPE_XFA_FULL:
-                raise PageError(
-                    f"{name} is a dynamic XFA form, which only Adobe's programs can show; print it "
-                    "to a PDF there and save that"
-                )
-            document.init_forms()  # before the first page is loaded, or fields are not drawn
-            sizes = []
-            for index in range(len(document)):
-                size = raw.FS_SIZEF()  # stays 0 x 0 for a broken page
-                raw.FPDF_GetPageSizeByIndexF(document, index, size)
-                sizes.append((size.width, size.height))
-        places = _find_places(sizes, _A4)
-        yield Pages(name, places, partial(_read_pdf, document), partial(_find_in_pdf, document))
-    finally:
-        with _pdfium:
-            document.close()
+_idle: defaultdict[int, list[_Reader]] = defaultdict(list)
+"""Children that wait for a file, by their parent: those of a fork's parent are not its own."""
 
 
-_UNOPENED = {
-    raw.FPDF_ERR_PASSWORD: "is locked with a password; save it as a PDF without one",
-    raw.FPDF_ERR_SECURITY: "is encrypted in a way that cannot be read; save it unencrypted",
-}
-_BROKEN = (
-    "is a broken PDF, only part of one, or one without pages; copy it again or, if a PDF viewer "
-    "can open it, print it to a new PDF and save that"
-)
+def _open_memory() -> BinaryIO:
+    """Return a file for pixels, which cross a pipe in several times the time."""
+    if sys.platform == "linux":
+        return open(os.memfd_create("pages"), "rb", buffering=0)
+    return TemporaryFile(buffering=0)
 
 
-def _read_pdf(document: Any, place: Place, layer: Layer, pixels: int) -> _Content:
-    picture, text = None, ""
-    with _pdfium, closing(document[place.page - 1]) as page:
-        width, height = size = page.get_size()
-        if layer != "text":
-            left, top, right, bottom = _find_box(size, place, _A4 * _LINE)
-            scale = pixels / max(right - left, bottom - top, 1)
-            crop = (left, height - bottom, width - right, top)
-            picture = page.render(scale=scale, crop=crop).to_pil()
-        if layer != "picture":
-            left, top, right, bottom = map(math.ceil, _find_box(size, place))
-            canvas = (0, 0, math.ceil(width), math.ceil(height), 0)
-            to_page = pypdfium2.PdfPosConv(page, canvas).to_page
-            corners = zip(to_page(left, top), to_page(right, bottom), strict=True)
-            (left, right), (bottom, top) = map(sorted, corners)
-            box = (left, bottom, right, top)
-            text = "\n".join([_read_text(page, box), *_read_fields(page, box)])
-    return picture, _clean(text)
+def _take_reader() -> _Reader:
+    """Return an idle child, or a new one."""
+    with suppress(IndexError):
+        while True:
+            reader = _idle[os.getpid()].pop()
+            if reader.is_alive:
+                return reader
+            reader.end()
+    return _Reader()
 
 
-def _read_text(page: Any, box: _Box) -> str:
-    """Return the characters that begin in a box of a page, in the order of PDFium."""
-    text = page.get_textpage()
-    areas = map(text.get_rect, range(text.count_rects()))
-    if all(_is_in(box, *area[:2]) and _is_in(box, *area[2:]) for area in areas):
-        return str(text.get_text_range())
-    inside = []
-    x, y = ctypes.c_double(), ctypes.c_double()
-    for number in range(text.count_chars()):
-        if not raw.FPDFText_IsGenerated(text, number):  # a line end, at the character before it
-            raw.FPDFText_GetCharOrigin(text, number, x, y)
-        inside.append(_is_in(box, x.value, y.value))
-    runs = (list(run) for _, run in groupby(range(len(inside)), inside.__getitem__))
-    return "".join(text.get_text_range(run[0], len(run)) for run in runs if inside[run[0]])
+@atexit.register
+def _end_idle() -> None:
+    for reader in _idle.pop(os.getpid(), ()):
+        reader.end()
 
 
-def _find_in_pdf(document: Any, place: Place, passage: str) -> list[Area]:
-    with _pdfium, closing(document[place.page - 1]) as page:
-        text = page.get_textpage()
-        letters = [chr(raw.FPDFText_GetUnicode(text, n)) for n in range(text.count_chars())]
-        visible = [n for n, letter in enumerate(letters) if _is_visible(letter)]
-        wanted = "".join(filter(_is_visible, passage))
-        start = "".join(letters[n] for n in visible).find(wanted)
-        if not wanted or start < 0:
-            return []
-        first, last = visible[start], visible[start + len(wanted) - 1]
-        width, height = size = page.get_size()
-        left, top, right, bottom = _find_box(size, place, _A4 * _LINE)
-        across, down = _FINE / (right - left), _FINE / (bottom - top)
-        canvas = (-left * across, -top * down, width * across, height * down)
-        to_picture = pypdfium2.PdfPosConv(page, (*map(round, canvas), 0)).to_bitmap
-        areas = []
-        for number in range(text.count_rects(first, last - first + 1)):
-            box = text.get_rect(number)
-            corners = zip(to_picture(*box[:2]), to_picture(*box[2:]), strict=True)
-            (left, right), (top, bottom) = map(sorted, corners)
-            areas.append((left / _FINE, top / _FINE, right / _FINE, bottom / _FINE))
-    return areas
+def _explain(code: int) -> str:
+    """Return why a child ended while it read a page, and what to do."""
+    memory = f"needs more than {MEMORY / 2**30:g} GB of memory"
+    if code == -signal.SIGPROF:
+        reason = f"took more than {SECONDS:g} s of processor time, the limit"
+    elif code == OUT_OF_MEMORY:
+        reason = f"{memory}, the limit"
+    else:
+        reason = f"is broken, or {memory}: the process that read it ended {_name(code)}"
+    return f"{reason}; leave it out, or print it to a new PDF and try that"
 
 
-_FINE = 10_000
-"""Length of a picture where PDFium rounds positions to whole numbers."""
-
-
-def _is_visible(letter: str) -> bool:
-    return letter.isprintable() and not letter.isspace()
-
-
-def _is_in(box: _Box, x: float, y: float) -> bool:
-    left, bottom, right, top = box
-    return left <= x < right and bottom <= y < top
-
-
-def _read_fields(page: Any, box: _Box) -> Iterator[str]:
-    """Yield what is filled in within a box of a page: "name: value", or a note on the page."""
-    for number in range(raw.FPDFPage_GetAnnotCount(page)):
-        field = raw.FPDFPage_GetAnnot(page, number)
-        try:
-            corners = raw.FS_RECTF()
-            raw.FPDFAnnot_GetRect(field, corners)
-            middle = (corners.left + corners.right) / 2, (corners.top + corners.bottom) / 2
-            if _is_in(box, *middle) and not raw.FPDFAnnot_GetFlags(field) & _HIDDEN:
-                yield _read_field(page.formenv, field)
-        finally:
-            raw.FPDFPage_CloseAnnot(field)
-
-
-_HIDDEN = raw.FPDF_ANNOT_FLAG_HIDDEN | raw.FPDF_ANNOT_FLAG_NOVIEW
-
-
-def _read_field(form: Any, field: Any) -> str:
-    """Return the visible content of a field or a note; "" if it is empty or not a text."""
-    if raw.FPDFAnnot_GetSubtype(field) == raw.FPDF_ANNOT_FREETEXT:
-        return _read_string(raw.FPDFAnnot_GetStringValue, field, b"Contents")
-    if not form:
-        return ""
-    value = ""
-    kind = raw.FPDFAnnot_GetFormFieldType(form, field)
-    if kind in (raw.FPDF_FORMFIELD_CHECKBOX, raw.FPDF_FORMFIELD_RADIOBUTTON):
-        if raw.FPDFAnnot_IsChecked(form, field):
-            value = _read_string(raw.FPDFAnnot_GetFormFieldExportValue, form, field)
-    elif kind in (raw.FPDF_FORMFIELD_COMBOBOX, raw.FPDF_FORMFIELD_LISTBOX):
-        value = ", ".join(
-            _read_string(raw.FPDFAnnot_GetOptionLabel, form, field, option)
-            for option in range(raw.FPDFAnnot_GetOptionCount(form, field))
-            if raw.FPDFAnnot_IsOptionSelected(form, field, option)
-        ) or _read_string(raw.FPDFAnnot_GetFormFieldValue, form, field)
-    elif kind == raw.FPDF_FORMFIELD_TEXTFIELD:
-        flags = raw.FPDFAnnot_GetFormFieldFlags(form, field)
-        if not flags & raw.FPDF_FORMFLAG_TEXT_PASSWORD:
-            value = _read_string(raw.FPDFAnnot_GetFormFieldValue, form, field)
-    if not value.strip():
-        return ""
-    name = _read_string(raw.FPDFAnnot_GetFormFieldAlternateName, form, field)
-    name = name or _read_string(raw.FPDFAnnot_GetFormFieldName, form, field).rpartition(".")[2]
-    return f"{name}: {value}"
-
-
-def _read_string(read: Callable[..., int], *args: Any) -> str:
-    """Return a string of PDFium, which returns its size first."""
-    buffer = (ctypes.c_ushort * (read(*args, None, 0) // 2))()
-    read(*args, buffer, len(buffer) * 2)
-    text = bytes(buffer).decode("utf-16-le", "replace").rstrip("\0")
-    return "\n".join(text.splitlines())
-
-
-_HYPHEN = re.compile("[\x02\ufffe]\n?|\xad\n")
-"""A word continues in the next line; PDFium writes U+FFFE or U+0002 for hyphen and line end."""
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\uffff]")
-
-
-def _clean(text: str) -> str:
-    r"""Return a text with whole words and without control characters.
-
-    >>> _clean("a hy\ufffephen, a soft\xad\nhyphen\nand\x00 more\n\n")
-    'a hyphen, a softhyphen\nand more'
-    """
-    return _CONTROLS.sub("", _HYPHEN.sub("", text.replace("\r\n", "\n"))).strip()
-
-
-@contextmanager
-def _open_image(file: BinaryIO, name: str, max_pages: int) -> Iterator[Pages]:
-    try:
-        # Not by its path: Pillow would map it into memory, and read a turned TIFF wrongly.
-        picture = Image.open(file, formats=FORMATS)
-    except Exception as exc:  # Pillow raises many types
-        raise PageError(
-            f"{name} is neither a PDF nor a picture that can be read ({', '.join(FORMATS)}), or "
-            f"it is broken or too large ({first_line(exc)}); save it as a PDF or PNG"
-        ) from exc
-    with picture:
-        found = [(0, picture.size)]
-        if isinstance(picture, TiffImageFile):
-            most = min(2 * max_pages + 1, sys.maxsize)  # a copy for each page, and one too many
-            found = [(frame, picture.size) for frame in find_pages(picture, most)]
-        frames, sizes = zip(*found, strict=True)
-        yield Pages(name, _find_places(sizes, PIXELS), partial(_read_image, picture, frames))
-
-
-def _read_image(
-    picture: Image.Image, frames: Sequence[int], place: Place, layer: Layer, pixels: int
-) -> _Content:
-    if layer == "text":
-        return None, ""
-    picture.seek(frames[place.page - 1])
-    count = math.prod(picture.size)
-    if count > MAX_PIXELS:
-        raise ValueError(f"it has more than {MAX_PIXELS // 1_000_000} million pixels, the limit")
-    with OpenedImage(picture, None, read_orientation(picture), count).decode() as image:
-        left, top, right, bottom = map(int, _find_box(image.size, place, PIXELS * _LINE))
-        part = image.crop((left, top, right, bottom)).convert("RGB")
-    part.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
-    return part, ""
+def _name(code: int) -> str:
+    return f"({signal.Signals(-code).name})" if code < 0 else f"(exit code {code})"

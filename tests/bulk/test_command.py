@@ -16,6 +16,7 @@ from shared_engine.bulk.plan import plan
 from shared_engine.bulk.run import Summary, find_work, run_local
 from shared_engine.cli.main import main
 from tests.bulk.conftest import passages
+from tests.support import pdfs
 from tests.support.nim import Nim
 
 
@@ -52,6 +53,22 @@ def test_a_text_that_is_too_long_is_a_bad_row(command, tmp_path, capsys):
         ("InputTooLongError", 1),
         ("InputError", 2),
     ]
+
+
+def test_a_page_that_never_ends_is_a_bad_row(command, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    good = pdfs.Leaf("BT /F1 12 Tf 20 150 Td (good) Tj ET")
+    (folder / "a.pdf").write_bytes(pdfs.write(good, pdfs.ENDLESS, good))
+    (folder / "b.pdf").write_bytes(pdfs.write(good))
+    pdfs.limit_pages(monkeypatch, seconds=0.5)
+    assert main([command[0], str(folder), *command[2:], "--pdf", "text"]) == 1
+    assert "3 rows done, 1 failed" in capsys.readouterr().out
+    (error,) = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert (error["id"], error["kind"]) == ("a.pdf#page=2", "InputError")
+    assert error["reason"].startswith("a.pdf, page 2, took more than 0.5 s of processor time")
+    done = pq.read_table(tmp_path / "out" / "vectors", columns=["id"])["id"].to_pylist()
+    assert sorted(done) == ["a.pdf#page=1", "a.pdf#page=3", "b.pdf#page=1"]
 
 
 def test_other_options_make_no_sense_in_the_same_folder(command, capsys):

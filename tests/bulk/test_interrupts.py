@@ -23,6 +23,7 @@ from shared_engine.bulk.run import begin
 from shared_engine.errors import EngineClosedError
 from tests.bulk.conftest import passages
 from tests.conftest import ROOT
+from tests.support import pdfs
 from tests.support.nim import MODEL, answer, write_metadata, write_models
 from tests.support.servers import wait_for
 
@@ -79,11 +80,13 @@ def hanging() -> Iterator[Hanging]:
     server.server_close()
 
 
-def start(server: Hanging, tmp_path: Path) -> subprocess.Popen[str]:
+def start(
+    server: Hanging, tmp_path: Path, name: str = "in.parquet", *more: str
+) -> subprocess.Popen[str]:
     command = [
-        "embed", str(tmp_path / "in.parquet"), "--out", str(tmp_path / "out"),
+        "embed", str(tmp_path / name), "--out", str(tmp_path / "out"),
         "--rows-per-file", "5", "--base-url", f"http://127.0.0.1:{server.server_port}",
-        "--max-batch-size", "5",
+        "--max-batch-size", "5", *more,
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", "shared_engine.cli", *command],
@@ -114,6 +117,23 @@ def test_an_interrupt_ends_a_run_whose_server_hangs(hanging, tmp_path, is_upload
     assert kept < {path.name for path in tmp_path.glob("out/vectors/*")}
     assert f"{100 - 5 * len(kept)} rows done" in output
     assert pq.read_table(tmp_path / "out" / "vectors").num_rows == 100
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_a_run_ends_the_reading_of_a_page_that_never_ends(hanging, tmp_path, how):
+    (tmp_path / "in.pdf").write_bytes(pdfs.write(pdfs.ENDLESS))
+    process = start(hanging, tmp_path, "in.pdf", "--pdf", "text")
+    try:
+        reader = pdfs.find_reader(process.pid)
+        before = time.monotonic()
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[how]
+    reader.wait(10)
+    assert time.monotonic() - before < 10
+    assert "Traceback" not in errors
 
 
 def test_a_second_interrupt_ends_the_process_immediately():

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from shared_engine.bulk import fragment
 from shared_engine.bulk.job import Job
-from shared_engine.bulk.run import run_local
+from shared_engine.bulk.run import begin, run_local
 from shared_engine.errors import ConfigurationError
 from shared_engine.images import pages
 from tests.support import pdfs
@@ -152,19 +156,37 @@ def test_a_very_long_page_is_several_rows(run, tmp_path):
     assert table["page"].to_pylist() == [1, 1, 1, 2]
 
 
-def test_a_pdf_of_many_pages_is_opened_once_for_each_file_of_vectors(run, tmp_path, monkeypatch):
+def test_a_pdf_of_many_pages_is_opened_once(run, tmp_path, monkeypatch):
     opened = []
-    first = pages.pypdfium2.PdfDocument
 
-    def count(*given):
-        opened.append(given)
-        return first(*given)
+    class Counted(pages.Pages):
+        def __init__(self, *given):
+            opened.append(given)
+            super().__init__(*given)
 
     write_pdf(tmp_path / "a.pdf", [f"page number {n}" for n in range(100)])
-    monkeypatch.setattr(pages.pypdfium2, "PdfDocument", count)
-    summary, _, _ = run(tmp_path / "a.pdf", rows_per_file=50)
+    monkeypatch.setattr(pages, "Pages", Counted)
+    summary, _, _ = run(tmp_path / "a.pdf", rows_per_file=10, pdf="text")
     assert summary.rows == 100
-    assert len(opened) == 1 + 2  # to count the pages, and for each file
+    assert len(opened) == 1 + 1  # to count the pages, and to read them
+
+
+def test_an_interrupt_ends_the_reading_of_a_page_that_never_ends(run, tmp_path):
+    good = pdfs.Leaf("BT /F1 24 Tf 20 100 Td (good) Tj ET")
+    (tmp_path / "a.pdf").write_bytes(pdfs.write(*[good] * 5, *[pdfs.ENDLESS] * 3))
+
+    def interrupt():
+        reader = pdfs.find_reader(os.getpid())
+        os.kill(os.getpid(), signal.SIGINT)
+        return reader
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "a.pdf", pdf="text", rows_per_file=5)
+        assert not reader.result().is_running()
+    assert not [each for each in threading.enumerate() if "fragment" in each.name]
+    assert not list(tmp_path.glob("out/errors/a-*"))
 
 
 @pytest.mark.parametrize("way", ["bytes", "path", "url", "base64", "lines", "struct"])
@@ -190,6 +212,30 @@ def test_a_column_of_images(way, run, tmp_path):
     sent = [item for body in run.nim.bodies for item in body["input"] if "data:image" in item]
     assert len(sent) == 5
     assert sum(item.startswith("a ") or " a" in item[:3] for item in sent) <= 1
+
+
+@pytest.mark.parametrize(("size", "windows"), [(10_000, [8]), (400_000, [2] * 4), (10**9, [8])])
+def test_large_images_of_a_table_are_read_a_few_at_a_time(
+    size, windows, run, tmp_path, monkeypatch
+):
+    """Row groups of 3 rows, and one that is empty; the size is that of a row, or of all."""
+    monkeypatch.setattr(fragment, "_IMAGE_BYTES", 1_000_000)
+    images = [picture(n) + bytes(min(size, 500_000)) for n in range(8)]
+    if size == 10**9:  # each row has the same, which Parquet holds once
+        images = [images[0]] * 8
+    table = pa.table({"image": images})
+    with pq.ParquetWriter(tmp_path / "in.parquet", table.schema) as writer:
+        writer.write_table(table.slice(0, 0))
+        writer.write_table(table, row_group_size=3 if size < 10**9 else 8)
+    found = []
+    with run.nim.embedder(model=VL) as embedder:
+        source = str(tmp_path / "in.parquet")
+        job = Job((source,), str(tmp_path / "out"), embedder.options, image_column="image")
+        with begin(job) as work:
+            fragment.embed_fragment(
+                job, embedder, *work.missing, on_rows=lambda rows, *_: found.append(rows)
+            )
+    assert found == windows
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ The weights are random, so nothing is said of what words find; a page is still n
 from __future__ import annotations
 
 import io
+import os
 import re
 import socket
 import threading
@@ -407,6 +408,36 @@ def test_an_unusable_file_says_what_is_wrong_and_leaves_nothing(
     if name != "long.pdf":  # of a PDF to search with, the first page counts
         html = app.send((name, content), to="/pictures", field="picture")
         assert told in html
+
+
+def test_a_page_that_never_ends_is_left_out_and_told(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pdfs.limit_pages(monkeypatch, seconds=0.5)
+    html = app.send(("a.pdf", pdfs.write(leaf("good"), pdfs.ENDLESS, leaf("fine"))))
+    (file,) = app.files
+    assert sorted(file.pages) == [1, 3]
+    (note,) = file.notes
+    assert note.startswith("a.pdf, page 2, took more than 0.5 s of processor time, the limit")
+    assert note in html
+
+
+@pytest.mark.parametrize("way", ["cancel", "close"])
+def test_a_page_that_never_ends_is_given_up(app: App, way: str, tmp_path: Path) -> None:
+    sent = [("files", ("a.pdf", pdfs.write(pdfs.ENDLESS)))]
+    app.client.post("/files", files=sent)
+    reader = pdfs.find_reader(os.getpid())
+    (job,) = app.jobs
+    before = time.monotonic()
+    if way == "cancel":
+        app.client.post(f"/jobs/{job.id}/cancel")
+        app.wait()
+        assert not list(app.jobs)
+    else:
+        app.jobs.close()
+    assert not reader.is_running()
+    assert time.monotonic() - before < 20
+    assert len(list((tmp_path / "web/files").iterdir())) == (way == "close")
 
 
 @pytest.mark.parametrize(

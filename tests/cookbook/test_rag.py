@@ -123,7 +123,9 @@ def test_long_sections_become_passages_below_their_titles(rag: ModuleType) -> No
     assert all(len(passage.page_content) <= 200 + len("Book: Chapter\n") for passage in passages)
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_is_taken(rag: ModuleType, docs: Path) -> None:
+def test_what_cannot_be_read_is_named_and_the_rest_is_taken(
+    rag: ModuleType, docs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = pdfs.write(pdfs.Leaf("BT /F1 9 Tf 9 9 Td (words) Tj ET"), pdfs.Leaf(""))
     (docs / "a").mkdir()
     (docs / "a" / "page.pdf").write_bytes(
@@ -133,7 +135,9 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_taken(rag: ModuleType, doc
     (docs / ".git").mkdir()
     (docs / ".git" / "hidden.pdf").write_bytes(good)
     (docs / "broken.pdf").write_bytes(b"%PDF-1.4 nonsense")
+    (docs / "endless.pdf").write_bytes(pdfs.write(pdfs.ENDLESS))
     (docs / "latin.txt").write_bytes(b"\xe9t\xe9")
+    pdfs.limit_pages(monkeypatch, seconds=0.5)
     sections, left_out = rag.read(docs, docs)
     assert places(sections) == {
         ("fruit.md", '"Apples"'),
@@ -143,6 +147,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_taken(rag: ModuleType, doc
     }
     told = {
         "broken.pdf": "is a broken PDF",
+        "endless.pdf, page 1,": "took more than 0.5 s of processor time",
         "latin.txt:": "can't decode",
         "a/page.pdf, page 2,": "cannot be read",
         "a/xfa.pdf": "is a dynamic XFA form",

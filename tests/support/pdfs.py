@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pypdfium2
+import pytest
 from PIL import Image, ImageDraw
+
+from shared_engine.images import pages
 
 _LOCK = (
     b"/Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <%b> /U <%b> >> /ID [<00> <00>] /Size"
@@ -28,6 +33,15 @@ class Leaf(NamedTuple):
     """Entries of form fields, or of other annotations."""
     more: str = ""
     """More entries of the page."""
+    drawing: str = ""
+    """What to draw by "/X Do", also within itself."""
+    is_compressed: bool = False
+
+
+ENDLESS = Leaf("/X Do", drawing="0 0 9 9 re f /X Do /X Do /X Do")
+"""A page that draws a form three times in itself, which PDFium does until memory is full."""
+HUGE = Leaf("0 0 1 1 re f\n" * 2_000_000, is_compressed=True)
+"""A page of some 50 kB that takes over 500 MB of memory."""
 
 
 def write(*leaves: Leaf, form: str = "", more: str = "") -> bytes:
@@ -48,10 +62,13 @@ def write(*leaves: Leaf, form: str = "", more: str = "") -> bytes:
         fields += own
         number = len(bodies) + 1
         kids.append(f"{number} 0 R")
+        resources = f"/Resources<</Font{fonts}/XObject<</X {number + 2} 0 R>>>>"
+        entries = f"/Type/XObject/Subtype/Form/BBox[0 0 300 200]{resources}"
         bodies += [
-            f"<</Type/Page/Parent 2 0 R/MediaBox[{leaf.box}]/Resources<</Font{fonts}>>"
+            f"<</Type/Page/Parent 2 0 R/MediaBox[{leaf.box}]{resources}"
             f"/Contents {number + 1} 0 R/Annots[{' '.join(own)}]{leaf.more}>>",
-            f"<</Length {len(leaf.content)}>> stream\n{leaf.content}\nendstream",
+            _stream(leaf.content, is_compressed=leaf.is_compressed),
+            *([_stream(leaf.drawing, entries)] if leaf.drawing else []),
         ]
     if fields or form:
         more += (
@@ -62,6 +79,33 @@ def write(*leaves: Leaf, form: str = "", more: str = "") -> bytes:
     objects = [f"{number} 0 obj {body} endobj" for number, body in enumerate(bodies, 1)]
     trailer = "trailer <</Root 1 0 R>>\n%%EOF"
     return "\n".join(["%PDF-1.7", *objects, trailer]).encode("latin-1")
+
+
+def limit_pages(
+    monkeypatch: pytest.MonkeyPatch, seconds: float = 60, memory: int = 2 << 30
+) -> None:
+    """Set limits of the pages that a test reads, by readers that no other test uses."""
+    monkeypatch.setattr(pages, "SECONDS", seconds)
+    monkeypatch.setattr(pages, "MEMORY", memory)
+    monkeypatch.setattr(pages, "_MOST_IDLE", 0)
+    pages._end_idle()
+
+
+def find_reader(pid: int) -> psutil.Process:
+    """Return the process that reads ENDLESS for another one: it takes more and more memory."""
+    process, end = psutil.Process(pid), time.monotonic() + 60
+    while time.monotonic() < end:
+        for child in process.children():
+            if child.memory_info().rss > 150_000_000:
+                return child
+        time.sleep(0.01)
+    raise TimeoutError
+
+
+def _stream(content: str, entries: str = "", is_compressed: bool = False) -> str:
+    if is_compressed:
+        content, entries = zlib.compress(content.encode()).decode("latin-1"), "/Filter/FlateDecode"
+    return f"<</Length {len(content)}{entries}>> stream\n{content}\nendstream"
 
 
 def xfa(is_dynamic: bool) -> bytes:
@@ -89,11 +133,11 @@ def without_pages() -> bytes:
 
 def scan(*texts: str) -> bytes:
     """Return a PDF of pictures of texts."""
-    pages = [Image.new("RGB", (420, 594), "white") for _ in texts]
-    for row, (page, text) in enumerate(zip(pages, texts, strict=True)):
+    drawn = [Image.new("RGB", (420, 594), "white") for _ in texts]
+    for row, (page, text) in enumerate(zip(drawn, texts, strict=True)):
         ImageDraw.Draw(page).text((40, 60 + 90 * row), text, "black", font_size=30)
     out = io.BytesIO()
-    pages[0].save(out, "PDF", save_all=True, append_images=pages[1:])
+    drawn[0].save(out, "PDF", save_all=True, append_images=drawn[1:])
     return out.getvalue()
 
 
