@@ -38,3 +38,6 @@ class ServerLimits:
     )
     max_head_bytes: int = _limit(64 * 2**10, "Largest head of a request in bytes; beyond it 400.")
     max_connections: int = _limit(512, "Most open connections; beyond it 503.")
+    grace_seconds: float = _limit(
+        30.0, "Seconds for accepted requests to finish after SIGTERM or SIGINT; beyond it 503."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -53,6 +54,9 @@ class TrackRequests:
         token = request_id.set(found)
         try:
             await self._app({**scope, "state": state}, receive, send_with_id)
+        except asyncio.CancelledError:
+            status = 503  # the server stops, and answers so
+            raise
         finally:
             if self._access_log:
                 _write(scope, state, status, time.perf_counter() - started)
