@@ -226,9 +226,10 @@ class EngineOptions(BaseModel):
 
     if not TYPE_CHECKING:  # it would hide the options from type checkers
 
-        def __init__(self, /, **data: Any) -> None:
+        def __init__(self, model: str | Path | None = None, /, **data: Any) -> None:
+            given = {} if model is None else {"model": model}
             try:
-                super().__init__(**data)
+                super().__init__(**given, **data)
             except ValidationError as exc:
                 errors = [line.get("ctx", {}).get("error") for line in exc.errors()]
                 for error in errors:

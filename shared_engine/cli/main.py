@@ -17,6 +17,11 @@ from shared_engine.errors import ConfigurationError, MissingExtraError, NeMoRetr
 from shared_engine.logs import escape, log_to_stderr, mask_keys
 
 _EPILOG = """\
+examples:
+  nemoretriever serve nvidia/llama-nemotron-embed-1b-v2
+  nemoretriever check --base-url http://localhost:8000/v1
+  nemoretriever COMMAND --help
+
 exit codes:
   0  success
   1  the command ran and failed, at some inputs or at all of them

@@ -40,6 +40,7 @@ from shared_engine.catalogue import (
     explain_end,
     lookup,
     require_hosted,
+    suggest,
 )
 from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.endpoints import MOST_HOSTED_CHARACTERS, is_hosted
@@ -357,8 +358,15 @@ class NimBackend(Backend):
             case Isolate(position):
                 call.send_again(*batch.isolate(position))
             case Fail(refusal, fault):
+                is_unknown = refusal.status == 404 and self._spec is None
+                hint = suggest(model, self._options.task) if is_unknown else ""
                 error = protocol.build_error(
-                    response, refusal, batch.has_images, fault == "input", self._spec
+                    response,
+                    refusal,
+                    batch.has_images,
+                    fault == "input",
+                    spec=self._spec,
+                    hint=hint,
                 )
                 if fault == "server":
                     raise error

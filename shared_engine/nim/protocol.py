@@ -342,7 +342,9 @@ def build_error(
     reply: ErrorReply,
     has_image: bool = False,
     is_input_fault: bool = False,
+    *,
     spec: ModelSpec | None = None,
+    hint: str = "",
 ) -> NeMoRetrieverError:
     """Return the error of a reply that is not a success.
 
@@ -351,6 +353,7 @@ def build_error(
         has_image: Whether the request had images.
         is_input_fault: Whether its only input is at fault, so the message may quote that input.
         spec: The catalogue's row of the model, if it has one.
+        hint: The end of the message.
     """
     if reply.status == 410:
         detail = reply.detail.rstrip(".")
@@ -379,7 +382,7 @@ def build_error(
     elif 300 <= reply.status < 400:
         target = _find_target(response)
         kind, meaning = InvalidRequestError, f"the server redirects to {target}; use its base_url="
-    message = f"{meaning} ({reply.status}): {reply.detail}"
+    message = f"{meaning} ({reply.status}): {reply.detail}{hint}"
     if reply.request_id:
         message += f" [request {reply.request_id}]"
     out = kind(message, status=reply.status, detail=reply.detail, request_id=reply.request_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shared_engine.cli.main import main
+from shared_engine.cli.main import build_parser, main
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,20 @@ def test_invalid_usage_takes_one_line(arguments, message, capsys):
     assert message in printed
     assert printed.count("\n") == 1
     assert printed.endswith(" --help\n")
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["check"], ["embed"], ["evaluate"]])
+def test_help_has_examples_that_are_valid(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    examples = capsys.readouterr().out.partition("examples:\n")[2].partition("\n\n")[0]
+    for line in examples.splitlines():
+        program, *arguments = line.split()
+        assert program == "nemoretriever"
+        if "--help" not in arguments:
+            assert build_parser().parse_args(arguments).run
+    assert examples
 
 
 def test_a_misspelt_model_is_recognized(capsys, tmp_path):
