@@ -242,6 +242,7 @@ class _Server:
 
     async def answer(self, path: str, request: Request) -> Response:
         """Compute the inputs of a request."""
+        request.state.route = path
         request.state.is_of_nim_client = False
         try:
             if (endpoint := self._endpoints.get(path)) is None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shared_engine import spans
 from shared_engine.options import Options, RerankOptions
 from shared_engine.server.access import check_hosts
 from shared_engine.server.app import create_app
@@ -21,6 +22,7 @@ from shared_engine.server.connections import bound_connections
 from shared_engine.server.errors import refuse_for_now
 from shared_engine.server.limits import ServerLimits
 from shared_engine.server.responses import refuse
+from shared_engine.threads import run_off_loop
 
 _log = logging.getLogger("shared_engine")
 
@@ -119,6 +121,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
         if cancelled := set(self.server_state.tasks):
             await asyncio.wait(cancelled, timeout=1)
+        await run_off_loop(spans.flush, 2)
 
 
 class _AnswerCancelled:
