@@ -8,6 +8,7 @@ import warnings
 from urllib.parse import urlsplit, urlunsplit
 
 from shared_engine.errors import ConfigurationError
+from shared_engine.logs import mask_keys
 
 HOSTED = "https://integrate.api.nvidia.com/v1"
 """NVIDIA's catalogue of hosted models."""
@@ -58,12 +59,15 @@ def normalize_url(url: object, source: str = "base_url=") -> str:
         fault = "is not an http or https URL"
     elif "@" in parts.netloc:
         fault = "has a user name or password; use api_key= or default_headers="
+    elif mask_keys(url) != url:
+        fault = "has an API key; use api_key="
     elif parts.query or parts.fragment:
         fault = "has a query or fragment; use default_headers= for the needs of a gateway"
     elif "v1" in steps[:-1] or (steps and steps[-1] in _PATHS):
         fault = "has an inference path, which each request adds"
     if fault is not None:  # the URL may hold a secret, so the message shows only its host
-        raise ConfigurationError(f"{source} with host {host!r} {fault}; {_EXPECTED}")
+        shown = mask_keys(repr(host))
+        raise ConfigurationError(f"{source} with host {shown} {fault}; {_EXPECTED}")
     appends = os.environ.get("NVIDIA_APPEND_API_VERSION", "true").strip().lower()
     if steps[-1:] != ["v1"] and appends not in ("false", "0", "no"):
         steps.append("v1")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -40,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:  # the process is this command
         signal.signal(signal.SIGINT, _interrupt)
+        sys.excepthook = _print_traceback
     args = build_parser().parse_args(arguments)
     try:
         with log_to_stderr(args.log_level, args.log_format):
@@ -63,6 +66,11 @@ def _interrupt(*_: object) -> NoReturn:
     """Stop the command in order; a second interrupt ends the process immediately."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
     raise KeyboardInterrupt
+
+
+def _print_traceback(*error: Any) -> None:
+    """Print the traceback of an unexpected error, without API keys."""
+    sys.stderr.write(mask_keys("".join(traceback.format_exception(*error))))
 
 
 class _Parser(argparse.ArgumentParser):
