@@ -7,8 +7,8 @@ follow its semantic conventions for GenAI (embeddings) and HTTP; none holds an i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -17,7 +17,6 @@ from shared_engine._version import __version__
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 Kind = Literal["CLIENT", "INTERNAL", "SERVER"]
 _PORTS = {"http": 80, "https": 443}
@@ -35,13 +34,6 @@ def _create_tracer() -> Tracer:
     return trace.get_tracer("shared_engine", __version__)  # of the provider that is set by then
 
 
-@cache
-def _create_propagator() -> TraceContextTextMapPropagator:
-    from opentelemetry.trace.propagation import tracecontext
-
-    return tracecontext.TraceContextTextMapPropagator()  # no baggage, which may hold user data
-
-
 def start_span(
     tracer: Tracer,
     name: str,
@@ -55,31 +47,31 @@ def start_span(
         headers: Headers of a request, whose `traceparent` is the parent without a current span.
     """
     from opentelemetry import trace
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     parent = None
     if headers is not None and not trace.get_current_span().get_span_context().is_valid:
-        parent = _create_propagator().extract(headers)
+        parent = TraceContextTextMapPropagator().extract(headers)
     span = tracer.start_span(name, parent, trace.SpanKind[kind], _known(attributes))
     return span if span.get_span_context().is_valid else None
 
 
-@contextmanager
-def make_current(span: Span | None) -> Iterator[None]:
-    """Make a span, if there is one, the parent of spans that the block starts."""
+def make_current(span: Span | None) -> AbstractContextManager[object]:
+    """Make a span, if there is one, the parent of spans that the `with` block starts."""
     if span is None:
-        yield
-        return
+        return nullcontext()
     from opentelemetry import trace
 
-    with trace.use_span(span, record_exception=False, set_status_on_exception=False):
-        yield
+    return trace.use_span(span, record_exception=False, set_status_on_exception=False)
 
 
 def write_context(span: Span | None, headers: MutableMapping[str, str]) -> None:
-    """Write the `traceparent` of a span, if there is one, into the headers of a request."""
+    """Write `traceparent` into the headers of a request, but no baggage: it may hold user data."""
     if span is not None:
-        with make_current(span):
-            _create_propagator().inject(headers)
+        from opentelemetry.trace.propagation import set_span_in_context, tracecontext
+
+        context = set_span_in_context(span)
+        tracecontext.TraceContextTextMapPropagator().inject(headers, context)
 
 
 def end_span(
