@@ -137,6 +137,11 @@ class Backend(ABC):
         return None
 
     @property
+    def base_url(self) -> str | None:
+        """Address of the server; None in this process."""
+        return None
+
+    @property
     def modalities(self) -> frozenset[Modality]:
         """Kinds of input that it takes."""
         return frozenset({"text"})

@@ -8,6 +8,7 @@ import warnings
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from shared_engine.errors import ConfigurationError
+from shared_engine.logs import mask_keys
 
 HOSTED = "https://integrate.api.nvidia.com/v1"
 """NVIDIA's catalogue of hosted models."""
@@ -53,19 +54,22 @@ def normalize_url(url: object, source: str = "base_url=") -> str:
     steps = [step for step in parts.path.split("/") if step]
     if steps[-2:-1] == ["v1"] and steps[-1] in _ADDED:
         warnings.warn(f"{source} ends in /{steps.pop()}, which each request adds", stacklevel=2)
-    if fault := _find_fault(parts, steps):  # the URL may hold a secret: only its host is shown
-        raise ConfigurationError(f"{source} with host {host!r} {fault}; {_EXPECTED}")
+    if fault := _find_fault(url, parts, steps):  # the URL may hold a secret: only its host is shown
+        shown = mask_keys(repr(host))
+        raise ConfigurationError(f"{source} with host {shown} {fault}; {_EXPECTED}")
     appends = os.environ.get("NVIDIA_APPEND_API_VERSION", "true").strip().lower()
     if steps[-1:] != ["v1"] and appends not in ("false", "0", "no"):
         steps.append("v1")
     return urlunsplit((parts.scheme, parts.netloc, "/".join(["", *steps]), "", ""))
 
 
-def _find_fault(parts: SplitResult, steps: list[str]) -> str | None:
+def _find_fault(url: str, parts: SplitResult, steps: list[str]) -> str | None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return "is not an http or https URL"
     if "@" in parts.netloc:
         return "has a user name or password; use api_key= or default_headers="
+    if mask_keys(url) != url:
+        return "has an API key; use api_key="
     if parts.query or parts.fragment:
         return "has a query or fragment; use default_headers= for the needs of a gateway"
     if "v1" in steps[:-1] or (steps and steps[-1] in _PATHS):

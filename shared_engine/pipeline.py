@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from shared_engine import vectors
+from shared_engine import spans, vectors
 from shared_engine.backend import Backend, Flow, Request, Rows
 from shared_engine.documents import EmbeddingInput, Role, validate
 from shared_engine.errors import (
@@ -22,6 +22,7 @@ from shared_engine.usage import TokenCount, count_for
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from opentelemetry.trace import Tracer
     from tqdm import tqdm
 
 Documents = Iterable[str | EmbeddingInput]
@@ -83,6 +84,7 @@ class Pipeline(ABC, Generic[OptionsT]):
     ) -> Future[Rows]:
         """Submit documents that were validated; see `submit`."""
         backend = self.lease.acquire()
+        tokens = TokenCount()
         request = Request(
             documents,
             role,
@@ -90,10 +92,49 @@ class Pipeline(ABC, Generic[OptionsT]):
             dimensions=self._find_dimensions(backend),
             truncate=self.options.truncate,
             on_progress=on_progress,
-            on_usage=count_for(self._used),
+            on_usage=count_for(self._used, tokens),
             flow=flow,
         )
-        return backend.submit(request)
+        if (tracer := spans.find_tracer()) is None:
+            return backend.submit(request)
+        return self._submit_in_span(tracer, backend, request, tokens)
+
+    def _submit_in_span(
+        self, tracer: Tracer, backend: Backend, request: Request, tokens: TokenCount
+    ) -> Future[Rows]:
+        operation = "embeddings" if request.query is None else "rerank"
+        span = spans.start_span(
+            tracer,
+            f"{operation} {backend.model or ''}".rstrip(),
+            "INTERNAL" if backend.base_url is None else "CLIENT",
+            {
+                "gen_ai.operation.name": operation,
+                "gen_ai.provider.name": "nvidia",
+                "gen_ai.request.model": backend.model,
+                **spans.describe_server(backend.base_url),
+            },
+        )
+
+        def end(future: Future[Rows]) -> None:
+            error: BaseException | str | None = "cancelled"
+            facts: dict[str, Any] = {"gen_ai.request.model": backend.model}
+            if not future.cancelled() and (error := future.exception()) is None:
+                rows = future.result()
+                facts["gen_ai.usage.input_tokens"] = tokens.tokens or None
+                if request.query is None:
+                    facts["gen_ai.embeddings.dimension.count"] = rows.vectors.shape[1]
+                error = next(iter(rows.errors.values()), None)
+            spans.end_span(span, facts, error)
+
+        try:
+            with spans.make_current(span):
+                future = backend.submit(request)
+        except BaseException as exc:
+            spans.end_span(span, {}, exc)
+            raise
+        if span is not None:
+            future.add_done_callback(end)
+        return future
 
     def _find_dimensions(self, backend: Backend) -> int | None:
         return None

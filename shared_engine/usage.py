@@ -58,9 +58,9 @@ def track_usage() -> Iterator[TokenCount]:
         _counting.reset(token)
 
 
-def count_for(own: TokenCount) -> Callable[[int], None]:
+def count_for(*own: TokenCount) -> Callable[[int], None]:
     """Return a function that adds tokens to `own` and to every enclosing `track_usage` block."""
-    counts = (own, *_counting.get())
+    counts = (*own, *_counting.get())
 
     def add(tokens: int) -> None:
         for count in counts:

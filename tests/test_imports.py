@@ -21,7 +21,7 @@ OURS = {"langchain_nemoretriever", "llamaindex_nemoretriever", "shared_engine"}
 # The rules. An import counts wherever it stands: in a module, a function or TYPE_CHECKING.
 
 LAYERS = (
-    {"_version", "errors", "logs", "threads"},
+    {"_version", "errors", "logs", "spans", "threads"},
     {"_lazy"},
     {"images"},
     {"catalogue", "documents", "endpoints", "options", "usage", "vectors", "wire"},
@@ -80,6 +80,8 @@ ONLY = {
     # bytes of the wire
     "orjson": {"bulk", "evaluate", "nim", "server"},
     "pybase64": {"images", "nim"},
+    # spans, in a program that has imported it
+    "opentelemetry": {"pipeline", "spans"},
     # bars
     "tqdm": {"bulk", "embedder", "pipeline", "stream"},
     # frameworks
@@ -208,6 +210,7 @@ HEAVY = {
     "langchain_core",
     "llama_index",
     "numpy",
+    "opentelemetry",
     "safetensors",
     "tokenizers",
     "torch",

@@ -12,7 +12,7 @@ import langchain_nemoretriever as langchain
 import llamaindex_nemoretriever as llamaindex
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-from shared_engine import ConfigurationError, Options, RerankOptions
+from shared_engine import ConfigurationError, Embedder, Options, Reranker, RerankOptions
 
 KINDS = [
     Options,
@@ -51,3 +51,16 @@ def test_an_unknown_option_is_refused_with_the_nearest_one():
         Options(dimension=384)
     with pytest.raises(ValidationError, match="quantum"):
         Options(quantum=1)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(Embedder, Reranker, Options),
+        *(langchain.NeMoRetrieverEmbeddings, langchain.NeMoRetrieverRerank),
+        *(llamaindex.NeMoRetrieverEmbedding, llamaindex.NeMoRetrieverRerank),
+    ],
+)
+def test_the_name_of_the_model_needs_no_keyword(kind, tmp_path):
+    assert kind("nvidia/some").model == "nvidia/some"
+    assert kind(tmp_path).model == str(tmp_path)

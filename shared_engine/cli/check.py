@@ -86,7 +86,12 @@ _SAMPLES: dict[Role, list[str]] = {
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `check` to the command line."""
     verb = commands.add_parser(
-        "check", help="test a local model or a server, and compare their vectors or scores"
+        "check",
+        help="test a local model or a server, and compare their vectors or scores",
+        epilog="examples:\n"
+        "  nemoretriever check --model nvidia/llama-nemotron-embed-1b-v2\n"
+        "  nemoretriever check --model /folder --base-url http://localhost:8000/v1\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(verb, LOCAL)
     add_reranker(verb)

@@ -37,7 +37,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Embed the rows of tables (Parquet, Arrow, CSV, TSV, JSON Lines, lines of "
         ".txt; text also\nwith .gz, .zst or .bz2), folders of images, or the pages of PDF files. "
         "Running the same command\nagain resumes where it stopped.",
-        epilog="exit codes:\n"
+        epilog="examples:\n"
+        "  nemoretriever embed table.parquet --text-column body --out vectors\n"
+        "  nemoretriever embed scans --pdf both --out vectors --base-url http://localhost:8000/v1\n"
+        "\nexit codes:\n"
         "  0  all rows have a vector, or were reported as failed by an earlier run\n"
         "  1  rows or files failed in this run: see errors.parquet\n"
         "  2  invalid usage or configuration, such as a folder with the results of another job\n",

@@ -26,6 +26,11 @@ FOLDER has corpus.jsonl, queries.jsonl and qrels/*.tsv, as BEIR's data sets have
 {"_id": "d1", "title": "...", "text": "..."}, or has "image": "a path relative to the folder".
 Documents are embedded once, at full size, and the vectors are kept; all sizes and number types are
 computed from them. Second stages (--hybrid, --rescore, --rerank) are separate rows.
+
+examples:
+  nemoretriever evaluate data --dimensions 512 1024
+  nemoretriever evaluate data --base-url http://localhost:8000/v1 --hybrid
+  nemoretriever evaluate --mteb SciFact --against st:intfloat/e5-small-v2
 """
 
 

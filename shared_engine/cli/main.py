@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -17,6 +19,11 @@ from shared_engine.errors import ConfigurationError, MissingExtraError, NeMoRetr
 from shared_engine.logs import escape, log_to_stderr, mask_keys
 
 _EPILOG = """\
+examples:
+  nemoretriever serve nvidia/llama-nemotron-embed-1b-v2
+  nemoretriever check --base-url http://localhost:8000/v1
+  nemoretriever COMMAND --help
+
 exit codes:
   0  success
   1  the command ran and failed, at some inputs or at all of them
@@ -35,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:  # the process is this command
         signal.signal(signal.SIGINT, _interrupt)
+        sys.excepthook = _print_traceback
     args = build_parser().parse_args(arguments)
     try:
         with log_to_stderr(args.log_level, args.log_format):
@@ -59,6 +67,11 @@ def _interrupt(*_: object) -> NoReturn:
     """Stop the command in order; a second interrupt ends the process immediately."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
     raise KeyboardInterrupt
+
+
+def _print_traceback(*error: Any) -> None:
+    """Print the traceback of an unexpected error, without API keys."""
+    sys.stderr.write(mask_keys("".join(traceback.format_exception(*error))))
 
 
 class _Parser(argparse.ArgumentParser):

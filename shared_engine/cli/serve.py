@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from dataclasses import fields
 
 from shared_engine.cli.options import (
@@ -133,17 +134,23 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from shared_engine.server import serve
 
-    is_loaded = serve(
-        options,
-        rerank_options=rerank_options,
-        host=args.host,
-        port=args.port,
-        served_name=args.served_name,
-        rerank_served_name=args.rerank_served_name,
-        api_key=key,
-        limits=limits,
-        allowed_hosts=args.allowed_host,
-        default_input_type=args.default_input_type,
-        access_log=args.access_log,
-    )
+    # The server handles the signal, stops, and raises it again: so it ends the process, without
+    # waiting for a thread that computes.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        is_loaded = serve(
+            options,
+            rerank_options=rerank_options,
+            host=args.host,
+            port=args.port,
+            served_name=args.served_name,
+            rerank_served_name=args.rerank_served_name,
+            api_key=key,
+            limits=limits,
+            allowed_hosts=args.allowed_host,
+            default_input_type=args.default_input_type,
+            access_log=args.access_log,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     return 0 if is_loaded else 1  # the reason is logged

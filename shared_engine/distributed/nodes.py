@@ -72,7 +72,7 @@ def connect(address: str | None) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    except ConnectionError as exc:
+    except (ConnectionError, ValueError) as exc:  # ValueError: not an address
         raise ConfigurationError(f"there is no Ray cluster at {address}: {exc}") from exc
     finally:  # they are for the cluster only, not for later children of this process
         constants.ENABLE_RAY_CLUSTER = may_span_nodes

@@ -31,8 +31,6 @@ _log = logging.getLogger("shared_engine")
 READY = "/v1/health/ready"
 NAME = "nemoretriever"
 """Name of the application on the cluster."""
-DRAIN_SECONDS = 120.0
-"""Time for a stopping replica to finish its requests: the timeout of our client."""
 
 
 class Replicas(BaseModel):
@@ -100,7 +98,7 @@ def _describe(settings: Replicas, share: Share) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": share.cpus, "num_gpus": share.gpus},
         # The engine batches across requests, and the app itself refuses too many.
         "max_ongoing_requests": settings.limits.max_connections,
-        "graceful_shutdown_timeout_s": DRAIN_SECONDS,
+        "graceful_shutdown_timeout_s": settings.limits.grace_seconds,
         "graceful_shutdown_wait_loop_s": 0.5,
         "max_constructor_retry_count": 3,
     }
@@ -166,7 +164,7 @@ async def _is_ready(app: Any) -> bool:
 def serve_replicas(
     settings: Replicas, *, address: str | None = None, host: str = "127.0.0.1", port: int = 8000
 ) -> None:
-    """Serve on a cluster until a signal arrives, then finish the accepted requests.
+    """Serve on a cluster until a signal arrives, then finish accepted requests in the grace time.
 
     Raises:
         ConfigurationError: no cluster at the address, or it cannot hold the replicas.
@@ -189,6 +187,6 @@ def serve_replicas(
         except RuntimeError as exc:
             raise EngineError(f"the model cannot be served: {exc}") from exc
         finally:
-            serve.delete(NAME)  # waits for requests in flight; others' applications stay
-            for number, handler in before.items():
+            for number, handler in before.items():  # a second signal ends the wait
                 signal.signal(number, handler)
+            serve.delete(NAME)  # waits for requests in flight; others' applications stay

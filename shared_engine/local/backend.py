@@ -7,7 +7,7 @@
   uses all cores in one call; images have one thread per core.
 - The caller's thread tokenizes the texts of searches, so they do not wait for documents.
 - On a CPU, a step of documents takes seconds. It pauses several times in every layer, and waiting
-  searches run in these pauses. A step whose requests were all cancelled ends there.
+  searches run in these pauses. Any step whose requests were all cancelled ends there.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ class LocalBackend(Backend):
             return []
         try:
             ids, tiles = [each.ids for each in step], [each.tiles for each in step]
-            if encoder.runs_ahead or step[0].job.request.is_search:
+            if encoder.runs_ahead:
                 return [(step, encoder(ids, tiles))]
             return [(step, encoder(ids, tiles, partial(self._pause, encoder, step)))]
         except Exception as exc:
@@ -321,6 +321,8 @@ class LocalBackend(Backend):
         """
         if all(sequence.job.is_cancelled for sequence in step):
             raise EngineClosedError("the requests of this step were cancelled")
+        if step[0].job.request.is_search:
+            return
         lock_of(encoder.device).yield_device()
         for running in self._start(self._scheduler.take_queries(), encoder):
             self._collect(*running)

@@ -41,6 +41,7 @@ from shared_engine.catalogue import (
     explain_end,
     lookup,
     require_hosted,
+    suggest,
 )
 from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.endpoints import MOST_HOSTED_CHARACTERS, is_hosted
@@ -93,6 +94,8 @@ _log = logging.getLogger("shared_engine")
 class NimBackend(Backend):
     """An embedding model or reranker at a server, shared by any number of callers."""
 
+    base_url = ""
+
     def __init__(
         self, options: EngineOptions, base_url: str, api_key: SecretStr | None = None
     ) -> None:
@@ -102,7 +105,7 @@ class NimBackend(Backend):
             ConfigurationError: the key would travel unencrypted, or an option cannot work.
         """
         self._options = options
-        self._base_url = base_url
+        self.base_url = base_url
         self._name: str | None = None
         self._fixed_role: Role | None = None
         if options.model is not None:
@@ -153,7 +156,7 @@ class NimBackend(Backend):
     def description(self) -> str:
         """The name of the model, the address of the server and, once known, its form."""
         form = f" ({self._form.name})" if self._form and self._form.name else ""
-        return f"{self.model or 'the only model'} at {self._base_url}{form}"
+        return f"{self.model or 'the only model'} at {self.base_url}{form}"
 
     @property
     def score_kind(self) -> ScoreKind:
@@ -217,7 +220,7 @@ class NimBackend(Backend):
             RequestTimeoutError: it was not ready within `timeout` seconds.
             RemoteError: it has no such path, or refuses the request.
         """
-        if not is_hosted(self._base_url):
+        if not is_hosted(self.base_url):
             result_of(self._start(self._client.wait_until_ready(timeout)))
 
     def close(self, cancel: bool = False, wait: bool = True) -> None:
@@ -357,6 +360,8 @@ class NimBackend(Backend):
             case Isolate(position):
                 call.send_again(*batch.isolate(position))
             case Fail(refusal, fault):
+                is_unknown = refusal.status == 404 and self._spec is None
+                hint = suggest(model, self._options.task) if is_unknown else ""
                 error = protocol.build_error(
                     response,
                     refusal,
@@ -364,6 +369,7 @@ class NimBackend(Backend):
                     fault == "input",
                     spec=self._spec,
                     task=self._options.task,
+                    hint=hint,
                 )
                 if fault == "server":
                     raise error
@@ -391,7 +397,7 @@ class NimBackend(Backend):
         else:
             return
         raise ModelNotFoundError(
-            f"{self._base_url} replied with {change}: it serves another model now. Start it with "
+            f"{self.base_url} replied with {change}: it serves another model now. Start it with "
             "the first model again, or create a new object for the other one"
         )
 
@@ -451,7 +457,7 @@ class NimBackend(Backend):
         self, call: Dispatch, batch: RequestBatch, model: str, known: Known
     ) -> httpx.Response:
         return await self._client.post(
-            call.form.find_url(self._base_url, model),
+            call.form.find_url(self.base_url, model),
             call.form.build_body(call.request, model, batch.inputs, known),
             call.form.bound_reply(call.request, batch.inputs),
             urgent=call.request.is_search,
@@ -464,7 +470,7 @@ class NimBackend(Backend):
 
     async def _find_model(self) -> str:
         async with self._finding_model:
-            if self._served is None and is_hosted(self._base_url):
+            if self._served is None and is_hosted(self.base_url):
                 self._served = require_hosted(self._options.model, self._options.task)
                 self._warn_if_deprecated()
             elif self._served is None:
@@ -514,7 +520,7 @@ class NimBackend(Backend):
         if not have_same_text(query, document):
             return form
         if self._spec is None:
-            raise report_unknown_prefixes(model, self._base_url)
+            raise report_unknown_prefixes(model, self.base_url)
         return self._create_embeddings_form(self._spec.prefixes)
 
     async def _probe_role(self, form: Form, role: Role, model: str) -> NDArray[np.float32]:
@@ -534,7 +540,7 @@ class NimBackend(Backend):
                 self._leave_out(decision.without)
             else:
                 raise protocol.build_error(response, reply, spec=self._spec)
-        raise MalformedResponseError(f"{self._base_url} refuses each form of a request")
+        raise MalformedResponseError(f"{self.base_url} refuses each form of a request")
 
     async def _choose_rerank_form(self, model: str) -> Form:
         """Return the first form in which the server replies with a score."""
@@ -559,7 +565,7 @@ class NimBackend(Backend):
         if refused:  # its path exists, so the first request will have its error
             return refused[0][0]
         raise ModelNotFoundError(
-            f"{self._base_url} serves no reranker: it has neither /ranking nor /rerank"
+            f"{self.base_url} serves no reranker: it has neither /ranking nor /rerank"
         )
 
     def _warn_if_deprecated(self) -> None:
@@ -588,11 +594,11 @@ class NimBackend(Backend):
         if self._name is None and found is None and len(listed) == 1:
             (found,) = listed
             name, spec = found, lookup(found)
-            _log.info("model= is not given; using the only one of %s: %r", self._base_url, found)
+            _log.info("model= is not given; using the only one of %s: %r", self.base_url, found)
         if found is None and listed:
             some = ", ".join(protocol.make_printable(name[:100]) for name in list(listed)[:20])
             raise ModelNotFoundError(
-                f"{self._base_url} serves {some}, not {name}; use one of them as model="
+                f"{self.base_url} serves {some}, not {name}; use one of them as model="
             )
         self._name, self._spec = name, spec or lookup(listed.get(found or ""))
         return found or name

@@ -25,7 +25,7 @@ from shared_engine.errors import (
 )
 from shared_engine.nim import protocol, proxies
 from shared_engine.nim.reading import MOST_BYTES
-from shared_engine.nim.transport import Limited, Retrying, Sending, is_retried
+from shared_engine.nim.transport import Limited, Retrying, Sending, Traced, is_retried
 from shared_engine.options import EngineOptions
 
 KEEP_ALIVE = 30.0
@@ -65,7 +65,7 @@ class NimClient:
         )
         check_peer = _check_peer if is_checked and self._proxy is None else None
         self._limited = Limited(
-            Sending(self._client, options.timeout, check_peer), options.concurrency
+            Traced(Sending(self._client, options.timeout, check_peer)), options.concurrency
         )
         self._retrying = Retrying(self._limited, options.max_retries)
         sent = [*self._client.headers.items(), *self._headers.items()]

@@ -345,6 +345,7 @@ def build_error(
     *,
     spec: ModelSpec | None = None,
     task: Task = "embed",
+    hint: str = "",
 ) -> NeMoRetrieverError:
     """Return the error of a reply that is not a success.
 
@@ -354,6 +355,7 @@ def build_error(
         is_input_fault: Whether its only input is at fault, so the message may quote that input.
         spec: The catalogue's row of the model, if it has one.
         task: What the model computes.
+        hint: The end of the message.
     """
     if reply.status == 410:
         detail, instead = reply.detail.rstrip("."), explain_end(spec, task)
@@ -382,7 +384,7 @@ def build_error(
     elif 300 <= reply.status < 400:
         target = _find_target(response)
         kind, meaning = InvalidRequestError, f"the server redirects to {target}; use its base_url="
-    message = f"{meaning} ({reply.status}): {reply.detail}"
+    message = f"{meaning} ({reply.status}): {reply.detail}{hint}"
     if reply.request_id:
         message += f" [request {reply.request_id}]"
     out = kind(message, status=reply.status, detail=reply.detail, request_id=reply.request_id)

@@ -1,6 +1,6 @@
 """How requests to a NIM are sent: retried, and fewer at a time while the server is busy.
 
-    Retrying ─► Limited ─► Sending ─► httpx.AsyncClient
+    Retrying ─► Limited ─► Traced ─► Sending ─► httpx.AsyncClient
 
 Each is an httpx transport around the next, so the layers above know nothing of retries, and a
 request that waits for its next attempt does not count as in flight. All run in one event loop.
@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 
+from shared_engine import spans
 from shared_engine.nim.reading import read_reply
 
 FIRST_WAIT = 0.5
@@ -155,6 +156,36 @@ class Sending(httpx.AsyncBaseTransport):
                     await response.aclose()
 
 
+class Traced(httpx.AsyncBaseTransport):
+    """Makes a span of each attempt, and sends its `traceparent`."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
+        self._inner = inner
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send the request."""
+        if (tracer := spans.find_tracer()) is None:
+            return await self._inner.handle_async_request(request)
+        url = request.url.copy_with(username=None, password=None, query=None, fragment=None)
+        facts = {
+            "http.request.method": request.method,
+            "http.request.resend_count": request.extensions.get("attempt", 0),
+            "url.full": str(url),
+            **spans.describe_server(str(url)),
+        }
+        span = spans.start_span(tracer, request.method, "CLIENT", facts)
+        spans.write_context(span, request.headers)
+        try:
+            response = await self._inner.handle_async_request(request)
+        except BaseException as exc:
+            spans.end_span(span, {}, exc)
+            raise
+        status = response.status_code
+        error = str(status) if status >= 400 else None
+        spans.end_span(span, {"http.response.status_code": status}, error)
+        return response
+
+
 class _Connection:
     """The connection that a request is sent over, as httpcore reports it."""
 
@@ -257,6 +288,7 @@ class Retrying(httpx.AsyncBaseTransport):
         """Return the last reply, or raise the last error."""
         for attempt in count():
             outcome: httpx.Response | Exception
+            request.extensions["attempt"] = attempt
             try:
                 outcome = await self._inner.handle_async_request(request)
             except (httpx.TransportError, TimeoutError) as exc:

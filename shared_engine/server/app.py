@@ -9,7 +9,7 @@
       write ........ embeddings.py: lists of numbers or base64; ranking.py: sorted scores
 
 When a client disconnects, its work that has not started is cancelled. On shutdown, admitted
-requests are finished.
+requests are finished; after `grace_seconds` they are cancelled and get 503.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from shared_engine.server.protocol import decode_images, parse_request
 from shared_engine.server.ranking import RankingEndpoint, RerankEndpoint
 from shared_engine.server.responses import refuse, refuse_route, respond
 from shared_engine.server.tracking import TrackRequests
+from shared_engine.threads import run_off_loop
 from shared_engine.wire import ROLE
 
 _log = logging.getLogger("shared_engine")
@@ -90,6 +91,8 @@ _NEEDED = {
     RerankEndpoint.path: _RERANKER,
 }
 """The model that each path needs."""
+_CLOSE_SECONDS = 5.0
+"""Time for the models to stop. The loading of a large one cannot be interrupted."""
 _pool = ThreadPoolExecutor(2, "nemoretriever-large")
 """Two threads: they share a GIL, and glibc may retain 64 MB for each that used much memory."""
 
@@ -223,8 +226,8 @@ class _Server:
             yield
         finally:
             loading.cancel()
-            for served in self._models:
-                await asyncio.to_thread(served.model.close)
+            closing = [run_off_loop(served.model.close, cancel=True) for served in self._models]
+            await asyncio.wait(closing, timeout=_CLOSE_SECONDS)
 
     async def _start(self) -> None:
         for served in self._models:
@@ -239,6 +242,7 @@ class _Server:
 
     async def answer(self, path: str, request: Request) -> Response:
         """Compute the inputs of a request."""
+        request.state.route = path
         request.state.is_of_nim_client = False
         try:
             if (endpoint := self._endpoints.get(path)) is None:

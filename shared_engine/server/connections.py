@@ -51,6 +51,13 @@ class _BoundedProtocol(H11Protocol):
         self._stop_watching()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """Close the connection when no accepted request is on it; a half-sent one is none."""
+        if self.conn.their_state is h11.SEND_BODY:
+            self.transport.close()
+        else:
+            super().shutdown()
+
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection, after the client has read the rest of a response."""
         super().timeout_keep_alive_handler()

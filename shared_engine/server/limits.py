@@ -41,3 +41,6 @@ class ServerLimits:
         64 * 2**10, "Maximum bytes of request line and headers; more get 400."
     )
     max_connections: int = _limit(512, "Maximum open connections; more get 503.")
+    grace_seconds: float = _limit(
+        30.0, "Seconds for accepted requests to finish after SIGTERM or SIGINT; later ones get 503."
+    )

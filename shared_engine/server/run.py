@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import signal
+import socket
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, Literal
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shared_engine import spans
 from shared_engine.options import Options, RerankOptions
 from shared_engine.server.access import check_hosts
 from shared_engine.server.app import create_app
 from shared_engine.server.connections import bound_connections
+from shared_engine.server.errors import refuse_for_now
 from shared_engine.server.limits import ServerLimits
+from shared_engine.server.responses import refuse
+from shared_engine.threads import run_off_loop
 
 _log = logging.getLogger("shared_engine")
 
@@ -32,8 +41,9 @@ def serve(
     default_input_type: Literal["query", "passage"] | None = None,
     access_log: bool = False,
 ) -> bool:
-    """Serve models until a signal stops it; accepted requests are finished.
+    """Serve models until a signal stops it; accepted requests are finished in the grace time.
 
+    A second SIGINT ends the process immediately.
     The loggers `shared_engine` and `uvicorn` have the messages; the caller chooses their handlers.
 
     Args:
@@ -83,14 +93,48 @@ def build_server(
     """Return the uvicorn server of an app, with its connections within `limits`."""
     limits = limits or ServerLimits()
     config = uvicorn.Config(
-        app,
+        _AnswerCancelled(app),
         http=bound_connections(limits),
         h11_max_incomplete_event_size=limits.max_head_bytes,
         lifespan="on",
         ws="none",
         timeout_keep_alive=75,  # longer than in clients, so that they close first
+        timeout_graceful_shutdown=limits.grace_seconds,  # type: ignore[arg-type]  # may be a fraction
         server_header=False,
         access_log=False,  # uvicorn's has the query string, which may hold a key
         **settings,
     )
-    return uvicorn.Server(config)
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    """Ends after the grace time, and at a second SIGINT immediately."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop; a second SIGINT ends the process."""
+        if self.should_exit and sig == signal.SIGINT:
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for the requests, and cancel the rest of them after the grace time."""
+        await super().shutdown(sockets)
+        if cancelled := set(self.server_state.tasks):
+            await asyncio.wait(cancelled, timeout=1)
+        await run_off_loop(spans.flush, 2)
+
+
+class _AnswerCancelled:
+    """Answers 503 to a request that was cancelled after the grace time."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            response = refuse(refuse_for_now("the server is stopping"))
+            await response(scope, receive, send)

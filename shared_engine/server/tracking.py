@@ -1,7 +1,8 @@
-"""Request ids, and the access log."""
+"""Request ids, spans, and the access log."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -12,6 +13,7 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shared_engine import spans
 from shared_engine.logs import request_id
 from shared_engine.server.errors import shorten
 
@@ -37,7 +39,8 @@ class TrackRequests:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         found = given if _ID.fullmatch(given) else uuid4().hex
         state: dict[str, Any] = dict(scope.get("state") or {})
         status = 500
@@ -50,13 +53,31 @@ class TrackRequests:
                     MutableHeaders(scope=message)["x-request-id"] = found
             await send(message)
 
+        span = None
+        if (tracer := spans.find_tracer()) and not _PROBE.fullmatch(scope["path"]):
+            facts = {
+                "http.request.method": scope["method"],
+                "url.path": shorten(scope["path"]),
+                "url.scheme": scope["scheme"],
+            }
+            span = spans.start_span(tracer, scope["method"], "SERVER", facts, headers)
         token = request_id.set(found)
         try:
-            await self._app({**scope, "state": state}, receive, send_with_id)
+            with spans.make_current(span):
+                await self._app({**scope, "state": state}, receive, send_with_id)
+        except asyncio.CancelledError:
+            status = 503  # the server stops, and answers so
+            raise
         finally:
             if self._access_log:
                 _write(scope, state, status, time.perf_counter() - started)
             request_id.reset(token)
+            if span is not None:
+                route = state.get("route")
+                if route is not None:
+                    span.update_name(f"{scope['method']} {route}")
+                facts = {"http.route": route, "http.response.status_code": status}
+                spans.end_span(span, facts, str(status) if status >= 500 else None)
 
 
 def _write(scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:

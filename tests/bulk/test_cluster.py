@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shared_engine import Embedder, EngineError, Options
+from shared_engine import ConfigurationError, Embedder, EngineError, Options
 from shared_engine.bulk.batch import EmbedBatch
 from shared_engine.bulk.job import Job, list_fragments
 from shared_engine.cli.main import main
@@ -179,6 +179,12 @@ def test_a_node_that_dies_for_good_costs_no_more_than_what_it_had_in_hand(
 
 def end_process(*_: object, **__: object) -> NoReturn:
     os._exit(1)
+
+
+def test_an_address_of_another_kind_is_no_cluster():
+    refused = pytest.raises(ConfigurationError, match="there is no Ray cluster at an address")
+    with refused, connect("an address"):
+        pass
 
 
 def test_a_fragment_that_ends_every_worker_is_named(source: Path, tmp_path: Path) -> None:

@@ -360,6 +360,7 @@ class Paused(Faulty):
     """An encoder that is searched in every pause of a step of documents."""
 
     query = request(["a search"], "query")
+    is_paused = False
 
     def open(self, open_backend: Callable[..., LocalBackend], **options: Any) -> LocalBackend:
         self.answers: list[Future[Rows]] = []
@@ -368,12 +369,14 @@ class Paused(Faulty):
         return self.backend
 
     def __call__(self, sequences, tiles, on_pause=None):
-        if on_pause is None:
+        if self.is_paused:  # a search
             return super().__call__(sequences, tiles)
 
         def search_then_pause() -> None:
             answer = self.backend.submit(self.query)
+            self.is_paused = True
             on_pause()
+            self.is_paused = False
             self.answers.append(answer)
             self.is_answered.append(answer.done())
 
@@ -393,13 +396,16 @@ def test_a_query_runs_within_a_step_of_documents_and_changes_none(open_backend, 
     assert all(np.array_equal(vectors_of(answer), expected) for answer in paused.answers)
 
 
-def test_a_step_ends_in_its_next_pause_when_nobody_waits_for_it(open_backend, expected):
+@pytest.mark.parametrize("role", ["query", "document"])
+def test_a_step_ends_in_its_next_pause_when_nobody_waits_for_it(open_backend, role):
     class Cancelled(Paused):
         pauses = 0
+        is_submitted = threading.Event()
 
         def __call__(self, sequences, tiles, on_pause):
             def cancel_then_pause() -> None:
                 self.pauses += 1
+                assert self.is_submitted.wait(10)
                 self.future.cancel()
                 on_pause()
 
@@ -407,7 +413,8 @@ def test_a_step_ends_in_its_next_pause_when_nobody_waits_for_it(open_backend, ex
 
     cancelled = Cancelled(10**6, OUT_OF_MEMORY)
     backend = open_backend(cancelled.load)
-    cancelled.future = backend.submit(request(["word " * 500]))
+    cancelled.future = backend.submit(request(["word " * 500], role))
+    cancelled.is_submitted.set()
     backend.close()
     assert cancelled.future.cancelled()
     assert cancelled.pauses == 1

@@ -21,6 +21,7 @@ from llamaindex_nemoretriever import NeMoRetrieverEmbedding
 from shared_engine import (
     ConfigurationError,
     Embedder,
+    ModelNotFoundError,
     ModelRetiredError,
     Options,
     Reranker,
@@ -84,6 +85,15 @@ def test_a_model_that_has_ended_is_refused_before_a_request(
     assert "self-hosted NIM (base_url=)" in said
     assert ("checkpoint=" in said) is ("300m" in model), "no public weights"
     assert nim.requests == []
+
+
+def test_a_misspelt_model_is_recognized() -> None:
+    nim = Nim(lambda *_: httpx.Response(404, json={"detail": "Not Found"}))
+    for model, hint in (("nvidia/nemotron3-embed-1b", f"; did you mean '{LIVE}'?"), ("mine", "")):
+        embedder = nim.embedder(base_url=HOSTED, api_key="k", model=model)
+        with embedder, pytest.raises(ModelNotFoundError) as caught:
+            embedder.embed(["a"])
+        assert str(caught.value).endswith(f"Not Found{hint}")
 
 
 def test_a_role_in_the_name_changes_nothing() -> None:
