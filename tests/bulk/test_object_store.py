@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -183,11 +182,9 @@ def test_a_url_that_holds_no_results_is_refused(
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    # No dependency of ours: its botocore and our kubernetes need different versions of dateutil.
-    if not (program := shutil.which("moto_server")):
-        pytest.skip("needs a server with the API of S3: pipx install 'moto[server]'")
+    pytest.importorskip("moto")  # no dependency: botocore and kubernetes need different dateutils
     log = tmp_path_factory.mktemp("moto") / "log"
-    command = (program, "-H", "127.0.0.1", "-p", "0")
+    command = (sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0")
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         while not (urls := re.findall(r"on (http://[\w.:]+)", log.read_text())):
             assert process.poll() is None, log.read_text()
