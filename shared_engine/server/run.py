@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Literal
 
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared_engine import spans
 from shared_engine.options import Options, RerankOptions
@@ -131,10 +131,18 @@ class _AnswerCancelled:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, send_and_note)
         except asyncio.CancelledError:
             if scope["type"] != "http":
                 raise
-            response = refuse(refuse_for_now("the server is stopping"))
-            await response(scope, receive, send)
+            if not has_begun:
+                response = refuse(refuse_for_now("the server is stopping"))
+                await response(scope, receive, send)
