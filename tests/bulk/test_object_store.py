@@ -182,7 +182,7 @@ def test_a_url_that_holds_no_results_is_refused(
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("moto")  # no dependency: botocore and kubernetes need different dateutils
+    pytest.importorskip("moto")  # see the Makefile
     log = tmp_path_factory.mktemp("moto") / "log"
     command = (sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0")
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
