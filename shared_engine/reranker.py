@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared_engine.backend import Rows, ScoreKind
-from shared_engine.documents import validate_query
+from shared_engine.documents import validate, validate_query
 from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError
 from shared_engine.model import Model
 from shared_engine.options import RerankOptions
@@ -135,6 +135,8 @@ class Reranker(Model[RerankOptions]):
         """
         import numpy as np
 
+        # All are checked before any is computed.
+        documents = validate([document for _, document in pairs], "document", self.modalities)
         groups: dict[str, list[int]] = {}
         requests: list[tuple[list[int], Future[Rows]]] = []
         scores = np.empty((len(pairs), 1), np.float32)
@@ -145,12 +147,13 @@ class Reranker(Model[RerankOptions]):
                 rows = [row]
                 groups.setdefault(validate_query(query), []).append(row)
             for query, rows in groups.items():
-                requests.append((rows, self._submit(query, [pairs[row][1] for row in rows])))
+                group = [documents[row] for row in rows]
+                requests.append((rows, self._pipeline.submit_valid(group, query=query)))
             for rows, request in requests:
                 scored = result_of(request)
                 scores[rows] = scored.vectors
                 errors |= {rows[row]: error for row, error in scored.errors.items()}
-        except InputError as exc:  # of a query, or of a document by its position in `rows`
+        except InputError as exc:  # of a query, or of its only document
             raise exc.at(rows[exc.index or 0]) from exc.__cause__
         finally:
             for _, request in requests:

@@ -25,6 +25,7 @@ from shared_engine import (
     PartialResultError,
     UnsupportedModalityError,
 )
+from shared_engine.local.backend import LocalBackend
 from tests.support.adapters import (
     BASE64,
     CAPTIONS,
@@ -215,6 +216,17 @@ def test_errors_name_the_pair(make: Make, reranker: Path) -> None:
         with pytest.raises(InputTypeError) as refused:
             model.score([*good, pair])
         assert refused.value.index == 2
+
+
+def test_pairs_are_all_checked_before_any_is_submitted(
+    make: Make, reranker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[object] = []
+    monkeypatch.setattr(LocalBackend, "submit", lambda _, request: submitted.append(request))
+    wrong: list[Any] = [("one?", "one"), ("two?", None)]
+    with pytest.raises(InputTypeError, match="input 1"):
+        make(reranker).score(wrong)
+    assert not submitted
 
 
 def test_langchains_cross_encoder_reranker(make: Make, reranker: Path, scores: np.ndarray) -> None:
