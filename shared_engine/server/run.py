@@ -12,16 +12,14 @@ from types import FrameType
 from typing import Any, Literal
 
 import uvicorn
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from shared_engine import spans
 from shared_engine.options import Options, RerankOptions
 from shared_engine.server.access import check_hosts
 from shared_engine.server.app import create_app
 from shared_engine.server.connections import bound_connections
-from shared_engine.server.errors import refuse_for_now
 from shared_engine.server.limits import ServerLimits
-from shared_engine.server.responses import refuse
 from shared_engine.threads import run_off_loop
 
 _log = logging.getLogger("shared_engine")
@@ -93,7 +91,7 @@ def build_server(
     """Return the uvicorn server of an app, with its connections within `limits`."""
     limits = limits or ServerLimits()
     config = uvicorn.Config(
-        _AnswerCancelled(app),
+        app,
         http=bound_connections(limits),
         h11_max_incomplete_event_size=limits.max_head_bytes,
         lifespan="on",
@@ -122,27 +120,3 @@ class _Server(uvicorn.Server):
         if cancelled := set(self.server_state.tasks):
             await asyncio.wait(cancelled, timeout=1)
         await run_off_loop(spans.flush, 2)
-
-
-class _AnswerCancelled:
-    """Answers 503 to a request that was cancelled after the grace time."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        has_begun = False
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_note)
-        except asyncio.CancelledError:
-            if scope["type"] != "http":
-                raise
-            if not has_begun:
-                response = refuse(refuse_for_now("the server is stopping"))
-                await response(scope, receive, send)

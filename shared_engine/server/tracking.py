@@ -1,4 +1,4 @@
-"""Request ids, spans, and the access log."""
+"""Request ids, spans, the access log, and the answer to a request that is cancelled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared_engine import spans
 from shared_engine.logs import request_id
-from shared_engine.server.errors import shorten
+from shared_engine.server.errors import refuse_for_now, shorten
+from shared_engine.server.responses import refuse
 
 _log = logging.getLogger("shared_engine.access")
 _ID = re.compile(r"[!-~]{1,128}")
@@ -24,6 +25,8 @@ _PROBE = re.compile(r"/health|/v1/health/.*|(/v1)?/metrics")
 
 class TrackRequests:
     """Gives each request an id, returns it in `x-request-id`, and logs the request on demand.
+
+    A request that is still computed after the grace time of a stopping server gets 503.
 
     An id of the client is used if it has 1 to 128 printable ASCII characters, without spaces. The
     query string is not logged, because it may hold a key. Probes are logged at the level DEBUG.
@@ -43,12 +46,12 @@ class TrackRequests:
         given = headers.get("x-request-id", "")
         found = given if _ID.fullmatch(given) else uuid4().hex
         state: dict[str, Any] = dict(scope.get("state") or {})
-        status = 500
+        status, has_begun = 500, False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, has_begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, has_begun = message["status"], True
                 if getattr(scope["app"].state, "returns_request_id", True):
                     MutableHeaders(scope=message)["x-request-id"] = found
             await send(message)
@@ -65,9 +68,10 @@ class TrackRequests:
         try:
             with spans.make_current(span):
                 await self._app({**scope, "state": state}, receive, send_with_id)
-        except asyncio.CancelledError:
-            status = 503  # the server stops, and answers so
-            raise
+        except asyncio.CancelledError:  # after the grace time
+            if not has_begun:
+                stopping = refuse(refuse_for_now("the server is stopping"))
+                await stopping(scope, receive, send_with_id)
         finally:
             if self._access_log:
                 _write(scope, state, status, time.perf_counter() - started)

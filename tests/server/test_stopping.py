@@ -127,6 +127,7 @@ def test_accepted_requests_have_the_grace_time_and_others_none(
         assert not any(answer.done() for answer in answers)
         assert [answer.result().status_code for answer in answers] == [503, 503]
         assert answers[0].result().json()["message"] == "the server is stopping"
+        assert all(answer.result().headers["x-request-id"] for answer in answers)
         code, log = server.wait()
     assert time.monotonic() - before < 20
     assert code == -signal.SIGINT
