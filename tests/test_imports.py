@@ -21,7 +21,7 @@ OURS = {"langchain_nemoretriever", "llamaindex_nemoretriever", "shared_engine"}
 # The rules. An import counts wherever it stands: in a module, a function or TYPE_CHECKING.
 
 LAYERS = (
-    {"_version", "errors", "logs", "spans", "threads"},
+    {"_cache", "_version", "errors", "logs", "spans", "threads"},
     {"_lazy"},
     {"images"},
     {"catalogue", "documents", "endpoints", "options", "usage", "vectors", "wire"},

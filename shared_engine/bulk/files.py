@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from shared_engine._cache import find_cache
 from shared_engine.bulk.urls import is_url, locate
 from shared_engine.errors import ConfigurationError, NeMoRetrieverError, OutputError, first_line
 
@@ -69,9 +70,8 @@ def lock(folder: str) -> Iterator[None]:
     """
     path = os.path.join(folder, LOCK)
     if is_url(folder):
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         name = sha256(folder.encode()).hexdigest()[:16]
-        path = os.path.join(cache, "nemoretriever", "locks", f"{name}.lock")
+        path = str(find_cache("locks") / f"{name}.lock")
     with writing(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         Path(path).touch()

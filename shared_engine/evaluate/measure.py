@@ -16,11 +16,12 @@ import numpy as np
 from ir_measures import RR, R, nDCG
 from numpy.typing import NDArray
 
+from shared_engine._cache import find_cache
 from shared_engine._version import __version__
 from shared_engine.documents import Role
 from shared_engine.errors import ConfigurationError, UnsupportedDimensionsError
 from shared_engine.evaluate.data import Qrels, RetrievalData, read_folder
-from shared_engine.evaluate.models import EngineReranker, Model, embed, find_cache
+from shared_engine.evaluate.models import EngineReranker, Model, embed
 from shared_engine.evaluate.search import Ranking, fuse, rescore, search, search_bm25
 from shared_engine.vectors import EmbeddingType
 
@@ -156,7 +157,7 @@ def evaluate(
         vectors = {}
         for role, collection in data.by_role.items():
             progress(f"{model.name}: {len(collection):,} vectors of {collection.path.name}")
-            vectors[role] = embed(model, collection, role, cache or find_cache())
+            vectors[role] = embed(model, collection, role, cache or find_cache("evaluate"))
         for size, kind in product(offered, embedding_types):
             found = measured.search(vectors, size, kind)
             measured.add(found, (model.name, size, kind))

@@ -249,12 +249,6 @@ def _read_name(name: str, like: Options) -> dict[str, Any]:
     return shared | ({"base_url": name} if is_remote else {"model": name, "backend": "local"})
 
 
-def find_cache() -> Path:
-    """Return the user's cache folder for vectors."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "nemoretriever" / "evaluate"
-
-
 def embed(model: Model, collection: Collection, role: Role, cache: Path) -> NDArray[np.float32]:
     """Return the full vectors (n, d) of a collection as a memory map of a file in `cache`.
 
