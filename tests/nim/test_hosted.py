@@ -175,6 +175,15 @@ def test_a_reply_410_to_a_reranker_names_rerankers(
     assert len(nim.requests) == 1, "it was sent again"
 
 
+def test_a_reply_410_to_the_first_request_of_a_reranker_names_rerankers() -> None:
+    reply = (410, {"Content-Type": "application/problem+json"}, json.dumps(GONE).encode())
+    name = "nvidia/nv-rerankqa-mistral-4b-v3"
+    with FaultyNim(models=[{"id": name}], answer=lambda _: reply) as nim:
+        reranker = Reranker(RerankOptions(model=name, base_url=nim.url))
+        with pytest.raises(ModelRetiredError, match=f"use a live hosted model .*: {RERANKER}"):
+            reranker.score("q", ["a"])
+
+
 @reranks
 def test_a_hosted_reranker_has_no_default(call: Callable[..., object]) -> None:
     nim = Nim()
