@@ -33,7 +33,8 @@ def load(folder: Path, client: ClientAPI, name: str = "passages") -> Collection:
             ids=[str(row["id"]) for row in kept],
             embeddings=vectors,
             documents=[row.pop("text") for row in kept],
-            metadatas=[{k: _flatten(v) for k, v in row.items() if v is not None} for row in kept],
+            # A null removes the value of an earlier load.
+            metadatas=[{name: _flatten(value) for name, value in row.items()} for row in kept],
         )
     return collection
 

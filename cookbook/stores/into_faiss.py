@@ -32,14 +32,23 @@ def load(folder: Path, path: Path) -> None:
 def open_search(
     folder: Path, path: Path
 ) -> Callable[[np.ndarray, int], list[tuple[str, dict[str, Any], float]]]:
-    """Return a function that gives texts, metadata and cosines of the nearest rows."""
+    """Return a function that gives texts, metadata and cosines of the nearest rows.
+
+    Raises:
+        ValueError: the folder does not have as many rows as the index.
+    """
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
     rows = open_rows(folder, is_held=is_any)
+    if index.ntotal != (count := rows.count_rows()):
+        raise ValueError(
+            f"{path} holds {index.ntotal} rows, but {folder} has {count}; load the folder again"
+        )
     columns = [name for name in rows.schema.names if name != "vector"]
 
     def search(vector: np.ndarray, k: int) -> list[tuple[str, dict[str, Any], float]]:
-        scores, found = index.search(vector.reshape(1, -1), k)
+        scores, found = index.search(vector.reshape(1, -1), min(k, index.ntotal))
         kept = rows.take(found[0], columns=columns).to_pylist()
-        return [(row.pop("text"), row, float(x)) for row, x in zip(kept, scores[0], strict=True)]
+        each = zip(kept, scores[0], strict=True)
+        return [(row.pop("text") or "", row, float(cosine)) for row, cosine in each]
 
     return search

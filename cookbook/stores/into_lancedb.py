@@ -41,11 +41,15 @@ def load(folder: Path, database: lancedb.DBConnection, name: str = "passages") -
 
 
 def is_held(kind: pa.DataType) -> bool:
-    """Return whether LanceDB holds values of a type: it has no maps, list views, short decimals."""
+    """Return whether LanceDB holds values of a type.
+
+    It has no maps, list views, short decimals, and no fields of structs that are always null.
+    """
     refused = ("map", "list_view", "large_list_view", "decimal32", "decimal64")
     if any(getattr(pa.types, f"is_{name}")(kind) for name in refused):
         return False
-    return all(is_held(kind.field(number).type) for number in range(kind.num_fields))
+    fields = [kind.field(number).type for number in range(kind.num_fields)]
+    return all(map(is_held, fields)) and not (pa.types.is_struct(kind) and pa.null() in fields)
 
 
 def search(
@@ -55,4 +59,4 @@ def search(
     columns = [name for name in table.schema.names if name != "vector"]
     query = table.search(vector, vector_column_name="vector").metric("cosine").limit(k)
     found = query.select([*columns, "_distance"]).to_list()
-    return [(row.pop("text"), row, 1 - row.pop("_distance")) for row in found]
+    return [(row.pop("text") or "", row, 1 - row.pop("_distance")) for row in found]

@@ -22,7 +22,7 @@ def load(folder: Path, client: MilvusClient, name: str = "passages") -> None:
     if not client.has_collection(name):
         size = rows.schema.field("vector").type.list_size
         schema = client.create_schema(enable_dynamic_field=True)  # for all kept columns
-        schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=512)
+        schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=65_535)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=size)
         index = client.prepare_index_params()
         index.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
@@ -37,5 +37,7 @@ def search(
 ) -> list[tuple[str, dict[str, Any], float]]:
     """Return texts, metadata and cosines of the nearest rows."""
     (found,) = client.search(name, [vector], limit=k, output_fields=["*"])
-    rows = [(dict(hit["entity"]), hit) for hit in found]
-    return [(row.pop("text"), {**row, "id": hit["id"]}, hit["distance"]) for row, hit in rows]
+    rows = [({**hit["entity"], "id": hit["id"]}, hit["distance"]) for hit in found]
+    for row, _ in rows:
+        row.pop("vector", None)
+    return [(row.pop("text"), row, cosine) for row, cosine in rows]

@@ -149,6 +149,8 @@ def _copy(rows: ds.Dataset, connection: psycopg.Connection, types: dict[str, str
 def _read(batch: pa.RecordBatch, name: str) -> list[Any]:
     """Return the values of a column; those of nanoseconds must be whole microseconds."""
     column, is_kind = batch[name], pa.types
+    if name == "text" and is_kind.is_string(column.type):
+        column = column.fill_null("")  # LangChain's store must have a text
     kind = column.type
     if is_kind.is_nested(kind):
         return [to_plain(value) for value in column.to_pylist()]

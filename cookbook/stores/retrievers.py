@@ -23,12 +23,15 @@ Search = Callable[[np.ndarray, int], list[tuple[str, dict[str, Any], float]]]
 def for_langchain(
     search: Search, embeddings: NeMoRetrieverEmbeddings, k: int = 4
 ) -> Runnable[str, list[Document]]:
-    """Return what a chain takes for a retriever: a question in, documents out."""
+    """Return what a chain takes for a retriever: a question in, documents out.
+
+    The score is in the metadata, unless the files have a column `score`.
+    """
 
     def retrieve(question: str) -> list[Document]:
         (vector,) = embeddings.embedder.embed([question], "query")
         found = search(vector, k)
-        return [Document(text, metadata=data | {"score": score}) for text, data, score in found]
+        return [Document(text, metadata={"score": score} | data) for text, data, score in found]
 
     return RunnableLambda(retrieve)
 

@@ -28,10 +28,15 @@ def open_rows(folder: Path, is_held: Callable[[pa.DataType], object] | None = No
         is_held: whether the store holds values of a type; by default those that JSON can hold.
 
     Raises:
-        ValueError: the vectors are packed bits; there is no column `text`; the store cannot hold a
-            column.
+        ValueError: there are no files; the vectors are packed bits; there is no column `text`; the
+            store cannot hold a column.
     """
-    rows = ds.dataset(sorted((folder / "vectors").glob("*.parquet")))
+    files = sorted((folder / "vectors").glob("*.parquet"))
+    if not files:
+        raise ValueError(
+            f"{folder} has no files vectors/*.parquet; expected the --out of `nemoretriever embed`"
+        )
+    rows = ds.dataset(files)
     kind = find_kind(rows)
     if kind not in ("float", "int8", "uint8"):
         raise ValueError(
@@ -70,7 +75,8 @@ def read_vectors(rows: ds.Dataset, batch: pa.RecordBatch) -> NDArray[np.float32]
 def read_batches(rows: ds.Dataset) -> Iterator[tuple[NDArray[np.float32], list[dict[str, Any]]]]:
     """Yield vectors and the other columns of some rows, in values that JSON can hold.
 
-    Dates, times, decimals, UUIDs and uint64 become texts; NaN and infinities become None.
+    Dates, times, decimals, UUIDs and uint64 become texts; NaN and infinities become None, and a
+    null text becomes "".
     """
     schema = rows.schema.remove(rows.schema.get_field_index("vector"))
     for batch in rows.to_batches(batch_size=BATCH):
@@ -81,6 +87,8 @@ def read_batches(rows: ds.Dataset) -> Iterator[tuple[NDArray[np.float32], list[d
             for field in schema
         ]
         kept = [dict(zip(schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+        for row in kept:
+            row["text"] = row["text"] or ""  # of an image alone, or a title without a text
         yield read_vectors(rows, batch), kept
 
 

@@ -427,6 +427,74 @@ def test_a_map_is_named_before_it_goes_to_lancedb(tmp_path: Path) -> None:
         open_lancedb(tmp_path / "out", tmp_path / "store", None, None)
 
 
+def test_a_field_that_is_always_null_is_named_before_it_goes_to_lancedb(tmp_path: Path) -> None:
+    kind = pa.struct([("a", pa.null()), ("b", pa.int8())])
+    of = pa.array([{"b": 1}, None], kind)
+    table = pa.table({"id": [1, 2], "text": ["a", "b"], "of": of, "none": pa.nulls(2)})
+    with FaultyNim() as nim:
+        run_the_command(nim, tmp_path / "out", table)
+    with pytest.raises(
+        ValueError, match=r"column 'of' holds struct<a: null.*, which the store cann"
+    ):
+        open_lancedb(tmp_path / "out", tmp_path / "store", None, None)
+
+
+@pytest.mark.parametrize("store", NAMES)
+def test_a_row_without_a_text_is_found_with_its_columns_and_no_vector(
+    store: str, open_store: Open, tmp_path: Path
+) -> None:
+    """Of two rows, which are fewer than are asked for."""
+    name = "a path of many folders/" * 30
+    table = pa.table({
+        "id": [name, "b"], "title": ["Paris", "Rome"], "text": [None, "a city"], "score": [4.5, 2.0]
+    })  # fmt: skip
+    with FaultyNim() as nim:
+        run_the_command(nim, tmp_path / "out", table, "--text-column", "title,text")
+        options = {"model": "nvidia/m", "base_url": nim.url}
+        models = NeMoRetrieverEmbeddings(**options), NeMoRetrieverEmbedding(**options)
+        recipe = open_store(tmp_path / "out", tmp_path / "store", *models)
+        for found in (recipe.ask_langchain("where?"), recipe.ask_llamaindex("where?")):
+            assert {text for text, _ in found} == {"", "a city"}
+            for text, data in found:
+                kept = data.get("metadata", data)
+                assert kept["score"] == (2.0 if text else 4.5)
+                assert "vector" not in kept
+        ids = [data.get("id") for text, data in recipe.ask_langchain("where?") if not text]
+        assert ids == [name]
+
+
+def test_a_null_replaces_a_value_in_chroma(tmp_path: Path) -> None:
+    import chromadb
+
+    from cookbook.stores import into_chroma
+
+    client = chromadb.PersistentClient(path=str(tmp_path / "store"))
+    with FaultyNim() as nim:
+        for number, tags in enumerate((["x", "y"], [None, "z"])):
+            table = pa.table({"id": [1, 2], "text": ["a", "b"], "tag": pa.array(tags, pa.string())})
+            run_the_command(nim, tmp_path / str(number), table)
+            collection = into_chroma.load(tmp_path / str(number), client)
+    assert collection.get()["metadatas"] == [{"id": 1}, {"id": 2, "tag": "z"}]
+
+
+def test_an_index_of_other_rows_is_refused(tmp_path: Path) -> None:
+    from cookbook.stores import into_faiss
+
+    write_as_the_command_does(tmp_path / "out", pa.array(range(N)))
+    into_faiss.load(tmp_path / "out", tmp_path / "store")
+    (tmp_path / "out" / "vectors" / "part-2.parquet").unlink()
+    with pytest.raises(ValueError, match=r"store holds 100 rows, but .* has 80; load the folder"):
+        into_faiss.open_search(tmp_path / "out", tmp_path / "store")
+
+
+@pytest.mark.parametrize("store", NAMES)
+def test_a_folder_without_files_is_named(store: str, open_store: Open, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"out has no files vectors/\*\.parquet; expected the --out"
+    ):
+        open_store(tmp_path / "out", tmp_path / "store", None, None)
+
+
 @pytest.mark.parametrize("store", NAMES)
 def test_a_folder_without_texts_is_named(open_store: Open, tmp_path: Path) -> None:
     with FaultyNim() as nim:
