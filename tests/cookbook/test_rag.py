@@ -148,7 +148,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_taken(
     told = {
         "broken.pdf": "is a broken PDF",
         "endless.pdf, page 1,": "took more than 0.5 s of processor time",
-        "latin.txt:": "can't decode",
+        "latin.txt:": "not UTF-8 at byte 0; save it as UTF-8",
         "a/page.pdf, page 2,": "cannot be read",
         "a/xfa.pdf": "is a dynamic XFA form",
     }
@@ -219,28 +219,52 @@ def test_word_is_read_by_its_headings_and_what_is_none_is_named(
     assert left_out == ["b.docx: broken, locked, or no Word document (File is not a zip file)"]
 
 
-def test_csv_is_read_by_its_rows(rag: ModuleType, tmp_path: Path) -> None:
-    long = "x" * 200_000
+def test_a_heading_that_does_not_end_is_cut_above_its_text(rag: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("markdownify")
+    text = "All the rest of the page. " * 20
     found, left_out = read_files(
         rag,
         tmp_path,
-        a_csv="\ufeffname;price\nApple;3\n\nPear;\n",
-        b_csv=f"name,text\nQuince,{long}\n",
+        a_html=f"<?xml version='1.0'?><html><body><h1>Fruit<p>{text}",
+        b_html="<div>" * 2_000 + "deep",
     )
-    assert found == {
+    ((title, _), content), *more = found.items()
+    assert not more
+    assert len(title) == 120
+    assert content == f"Fruit {text.strip()}"
+    assert left_out == ["b.html: its elements are nested too deeply"]
+
+
+def test_csv_is_read_by_its_rows(rag: ModuleType, tmp_path: Path) -> None:
+    long = "x" * 200_000
+    plain = "".join(f"{n},plain\n" for n in range(1000))
+    found, left_out = read_files(
+        rag,
+        tmp_path,
+        a_csv="\ufeffname;price\nApple;3\n\n;\nPear;\n",
+        b_csv=f"name,text\nQuince,{long}\n",
+        c_csv='name, note,note,\nFig, "a, b",second,third,more\n',
+        d_csv=f'number,text\n{plain}last,"says ""yes, sir"""\n',
+    )
+    assert {key: text for key, text in found.items() if "d: " not in key[0]} == {
         ("a: Apple", "row 1"): "name: Apple\nprice: 3",
         ("a: Pear", "row 2"): "name: Pear",
+        ("c: Fig", "row 1"): "name: Fig\nnote: a, b\nnote: second\nthird\nmore",
     }
-    assert left_out == ["b.csv: field larger than field limit (131072)"]
+    assert found["d: last", "row 1001"] == 'number: last\ntext: says "yes, sir"'
+    assert left_out == [
+        "b.csv: row 1 and all after it: field larger than field limit (131072)",
+    ]
 
 
 def test_underlined_and_numbered_headings_begin_sections(rag: ModuleType, tmp_path: Path) -> None:
     markdown = (
-        "---\ntitle: x\n---\nFruit\n=====\n\nAll.\n\nRed apples\n---\n\n```\nCode\n---\n```\n"
+        "---\ntitle: x\n---\nFruit\n=====\n\nAll.\n\n\x0cRed apples\n---\n\n```\nCode\n---\n```\n"
     )
     text = "1 Fruit\n\nAll.\n\n1.1 Apples\n\nRed.\n\n1. wash\n\n2. eat\n\nChapter II: Pears\n\nGo."
     found, _ = read_files(rag, tmp_path, a_md=markdown, b_txt=text)
     assert list(found) == [
+        ("a", "the whole"),
         ("Fruit", '"Fruit"'),
         ("Fruit: Red apples", '"Red apples"'),
         ("1 Fruit", '"1 Fruit"'),
@@ -249,6 +273,36 @@ def test_underlined_and_numbered_headings_begin_sections(rag: ModuleType, tmp_pa
     ]
     assert "1. wash" in found["1 Fruit: 1.1 Apples", '"1.1 Apples"']
     assert "Code\n---" in found["Fruit: Red apples", '"Red apples"']
+    assert found["a", "the whole"] == "title: x"
+
+
+def test_no_line_of_markdown_is_lost(rag: ModuleType, tmp_path: Path) -> None:
+    """A rule is no front matter, a comment in code no heading, and a heading alone is text."""
+    text = (
+        "---\n\nIn Bonn.\n\n---\n\n# Install\n\n    # as root\n    if x:\n        go\n\n"
+        "## Call 555-1234\n\n## Last\n\n### Open\n\nAt nine.\n"
+    )
+    found, _ = read_files(rag, tmp_path, a_md=text)
+    assert found == {
+        ("a", "the whole"): "In Bonn.",
+        ("Install", '"Install"'): "    # as root\n    if x:\n        go",
+        ("Install: Call 555-1234", '"Call 555-1234"'): "Call 555-1234",
+        ("Install: Last: Open", '"Open"'): "At nine.",
+    }
+
+
+def test_files_that_are_none_or_have_a_broken_name_are_named(rag: ModuleType, docs: Path) -> None:
+    (docs / "gone.md").symlink_to("nowhere")
+    (docs / "loop").symlink_to(".")
+    (docs / "caf\udce9.md").write_text("x")
+    (docs / "scan.pdf").write_bytes(pdfs.write(pdfs.Leaf(""), pdfs.Leaf("")))
+    sections, left_out = rag.read(docs, docs)
+    assert len(sections) == 3
+    assert left_out == [
+        "caf\udce9.md: its name is not UTF-8; rename it",
+        "gone.md: no regular file, or a link to none",
+        "scan.pdf: page 1 and 1 more have no text",
+    ]
 
 
 def test_files_without_a_reader_or_without_text_are_named(rag: ModuleType, docs: Path) -> None:
