@@ -159,18 +159,19 @@ def _read_html(path: Path, _: str) -> Iterator[Document]:
     return _split_html(path.read_bytes(), path.stem)
 
 
-def _read_word(path: Path, _: str) -> Iterator[Document]:
+def _read_word(path: Path, source: str) -> Iterator[Document | str]:
     import mammoth
 
     try:
         with path.open("rb") as file:
-            html = mammoth.convert_to_html(file).value
+            read = mammoth.convert_to_html(file)
     except OSError:
         raise
     except Exception as exc:  # of zipfile, of XML
         reason = first_line(exc)
         raise ValueError(f"broken, locked, or no Word document ({reason})") from exc
-    return _split_html(html.encode(), path.stem)
+    yield from _split_html(read.value.encode(), path.stem)
+    yield from (f"{source}: {told.message}" for told in read.messages if "ignored" in told.message)
 
 
 def _split_html(html: bytes, name: str) -> Iterator[Document]:

@@ -195,6 +195,7 @@ def test_word_is_read_by_its_headings_and_what_is_none_is_named(
         f'<w:p><w:pPr><w:pStyle w:val="{style}"/></w:pPr><w:r><w:t>{text}</w:t></w:r></w:p>'
         for style, text in [("Heading1", "Fruit"), ("Heading2", "Apples"), ("", "They are red.")]
     )
+    body += '<w:p><w:fldSimple w:instr="SEQ"><w:r><w:t>1</w:t></w:r></w:fldSimple></w:p>'
     styles = "".join(
         f'<w:style w:type="paragraph" w:styleId="Heading{n}">'
         f'<w:name w:val="heading {n}"/></w:style>'
@@ -216,7 +217,10 @@ def test_word_is_read_by_its_headings_and_what_is_none_is_named(
             file.writestr(name, text)
     found, left_out = read_files(rag, tmp_path, a_docx=packed.getvalue(), b_docx=b"PK no")
     assert found == {("Fruit: Apples", '"Apples"'): "They are red."}
-    assert left_out == ["b.docx: broken, locked, or no Word document (File is not a zip file)"]
+    assert left_out == [
+        "a.docx: An unrecognised element was ignored: w:fldSimple",
+        "b.docx: broken, locked, or no Word document (File is not a zip file)",
+    ]
 
 
 def test_a_heading_that_does_not_end_is_cut_above_its_text(rag: ModuleType, tmp_path: Path) -> None:
