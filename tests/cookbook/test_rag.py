@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -389,6 +390,20 @@ def test_only_what_changed_is_embedded_and_what_is_gone_is_removed(  # noqa: PLR
         store.client.close()
 
 
+def test_a_store_that_lost_its_vectors_is_filled_again(
+    rag: ModuleType, docs: Path, tmp_path: Path, embeddings: NeMoRetrieverEmbeddings
+) -> None:
+    passages = rag.split(rag.read(docs, docs)[0])
+    for name in ("before", "after"):  # Chroma keeps what it has opened at a path
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "after":
+            shutil.copy(tmp_path / "before" / "records.sqlite", folder)
+        store = rag.STORES["chroma"](folder / "vectors", "test", embeddings)
+        assert rag.bring_up_to_date(passages, store, folder, "test")["num_added"] == 3
+        assert len(store.similarity_search("anything", k=9)) == 3
+
+
 @pytest.mark.parametrize("parent", [False, True])
 def test_retrievers_find_passages_or_whole_sections(
     rag: ModuleType, docs: Path, embeddings: NeMoRetrieverEmbeddings, parent: bool
@@ -577,6 +592,14 @@ def test_a_language_model_that_cannot_be_reached_is_an_error(
         pytest.fail("it must not open")
 
 
+def test_where_the_small_model_does_not_run_a_server_is_asked_for(
+    rag: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(ConnectionError, match="--llm-url"), rag.open_llm(None, None):
+        pytest.fail("it must not open")
+
+
 @pytest.fixture
 def run(
     rag: ModuleType,
@@ -645,6 +668,17 @@ def test_the_script_answers_with_sources_and_embeds_nothing_twice(run: Callable[
     second = run("--question", "How long may a text be?", "--parent")
     assert " 0 embedded," in second
     assert "] long-texts.md, " in second
+
+
+@pytest.mark.slow
+def test_a_broken_store_is_named_with_what_to_do(
+    run: Callable[..., str], docs: Path, tmp_path: Path
+) -> None:
+    run("--docs", str(docs))
+    (records,) = (tmp_path / "store").rglob("records.sqlite")
+    records.write_bytes(b"junk" * 500)
+    with pytest.raises(SystemExit, match=rf"not a database.*Delete {records.parent}; the next run"):
+        run("--docs", str(docs))
 
 
 @pytest.mark.slow
