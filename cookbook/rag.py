@@ -423,10 +423,13 @@ def ask(
     print(f"\n{escape(question)}")
     found: list[Document] = []
     answer = ""
-    for part in stream:
-        found += part.get("sources", [])
-        answer += part.get("answer", "")
-        print(escape(part.get("answer", "")), end="", flush=True)
+    try:
+        for part in stream:
+            found += part.get("sources", [])
+            answer += part.get("answer", "")
+            print(escape(part.get("answer", "")), end="", flush=True)
+    except ConnectionError as exc:  # the sources are found, and the next question may be answered
+        print(escape(f"No answer: {exc}."), end="")
     print(" The nearest sections:" if answer == NO_ANSWER and found else "")
     sources = take_sources(found, len(found))
     for i, (source, cosine) in enumerate(

@@ -335,6 +335,24 @@ def test_a_source_can_be_opened(
         assert f"      {docs.resolve().as_uri()}/{address}\n" in printed
 
 
+def test_sources_are_shown_where_the_language_model_fails(
+    rag: ModuleType,
+    docs: Path,
+    embeddings: NeMoRetrieverEmbeddings,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As for a section that is longer than its context."""
+    sections, _ = rag.read(docs, docs)
+
+    def stream() -> Iterator[dict[str, Any]]:
+        yield {"sources": sections}
+        raise ConnectionError("the prompt is too long")
+
+    rag.ask("what?", stream(), embeddings)
+    printed = capsys.readouterr().out
+    assert "No answer: the prompt is too long.\n  [1] " in printed
+
+
 @pytest.mark.parametrize("content", [{}, {"broken.pdf": b"%PDF"}, {"a.png": b"x"}, {"a.md": b" "}])
 def test_a_folder_without_text_is_an_error_that_says_why(
     rag: ModuleType, tmp_path: Path, content: dict[str, bytes]
@@ -586,7 +604,7 @@ def test_a_language_model_that_cannot_be_reached_is_an_error(
     rag: ModuleType, name: str | None
 ) -> None:
     with (
-        pytest.raises(ConnectionError, match="no language model answers at http:"),
+        pytest.raises(ConnectionError, match="the language model at http:"),
         rag.open_llm("http://127.0.0.1:9/v1", name),
     ):
         pytest.fail("it must not open")
@@ -624,7 +642,7 @@ def run(
     ("args", "message"),
     [
         (["--docs", "missing"], "missing is no folder"),
-        (["--llm-url", "http://127.0.0.1:9/v1"], "no language model answers"),
+        (["--llm-url", "http://127.0.0.1:9/v1"], "gave no answer"),
         (["--weight", "2"], "is from 0 to 1"),
     ],
 )
