@@ -144,5 +144,5 @@ def _translate(server: Server) -> Iterator[None]:
         key = server.key.get_secret_value() if server.key else ""
         for secret in list_secrets([("authorization", f"Bearer {key}")] if key else []):
             reason = reason.replace(secret, "***")
-        message = f"no language model answers at {server.url}: {reason}"
+        message = f"the language model at {server.url} gave no answer: {reason}"
         raise ConnectionError(message) from None

@@ -57,6 +57,8 @@ from relevance import ELSEWHERE, MIN_LOGIT, NO_ANSWER, find_bound, has_all_words
 from tqdm import tqdm
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings, NeMoRetrieverRerank
+from shared_engine import NeMoRetrieverError
+from shared_engine.errors import first_line
 
 if TYPE_CHECKING:
     from langchain_core.indexing.api import IndexingResult
@@ -160,6 +162,10 @@ def bring_up_to_date(
     try:
         records = SQLRecordManager(namespace, engine=engine)
         records.create_schema()
+        known = records.list_keys()
+        if known and len(store.get_by_ids(known)) < len(known):  # the store was deleted or cut
+            store.delete(known)
+            records.delete_keys(known)
         return index(
             tqdm(passages, desc="Indexing", unit=" passages", leave=False),
             records,
@@ -389,7 +395,14 @@ def open_llm(url: str | None, name: str | None) -> Iterator[Answerer]:
         if server:
             where = f"at {server.url}"
         else:
-            server = chat.Server(stack.enter_context(llm.serve()), llm.NAME, None)
+            try:
+                url = stack.enter_context(llm.serve())
+            except (ImportError, OSError, RuntimeError, ValueError) as exc:
+                raise ConnectionError(
+                    f"the language model of this demo does not run here ({exc}); name a server "
+                    "with --llm-url, or a model of NVIDIA's catalogue with --llm"
+                ) from exc
+            server = chat.Server(url, llm.NAME, None)
             prompt, shown = PROMPT_SMALL, 1
             where = f"in this process, shown the first source (an agent: all).\n{llm.CAVEAT}"
         model = chat.connect(server, ANSWER_TOKENS)
@@ -410,10 +423,13 @@ def ask(
     print(f"\n{escape(question)}")
     found: list[Document] = []
     answer = ""
-    for part in stream:
-        found += part.get("sources", [])
-        answer += part.get("answer", "")
-        print(escape(part.get("answer", "")), end="", flush=True)
+    try:
+        for part in stream:
+            found += part.get("sources", [])
+            answer += part.get("answer", "")
+            print(escape(part.get("answer", "")), end="", flush=True)
+    except ConnectionError as exc:  # the sources are found, and the next question may be answered
+        print(escape(f"No answer: {exc}."), end="")
     print(" The nearest sections:" if answer == NO_ANSWER and found else "")
     sources = take_sources(found, len(found))
     for i, (source, cosine) in enumerate(
@@ -510,8 +526,16 @@ def run(args: argparse.Namespace) -> None:
         )
         folder.mkdir(parents=True, exist_ok=True)
         name = "rag-" + hashlib.sha256(str(what).encode()).hexdigest()[:12]
-        store = STORES[args.vector_store](folder, name, embeddings)
-        done = bring_up_to_date(passages, store, folder, name)
+        try:
+            store = STORES[args.vector_store](folder, name, embeddings)
+            done = bring_up_to_date(passages, store, folder, name)
+        except (NeMoRetrieverError, OSError):
+            raise
+        except Exception as exc:  # of Chroma, of Qdrant, of SQLAlchemy
+            sys.exit(
+                f"\nThe store does not work ({escape(first_line(exc))}). Delete {folder}; the next "
+                "run embeds the documents again."
+            )
         show(
             "Index",
             f"{done['num_added']} embedded, {done['num_skipped']} unchanged, "

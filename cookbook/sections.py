@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from langchain_core.documents import Document
@@ -34,22 +36,31 @@ def read(folder: Path) -> tuple[list[Document], list[str]]:
     left_out = []
     others: dict[str, list[str]] = defaultdict(list)
     for path in map(Path, walk(folder)):
-        if not path.is_file():
-            continue
         source = path.relative_to(folder).as_posix()
+        try:
+            source.encode()
+        except UnicodeEncodeError:
+            left_out.append(f"{source}: its name is not UTF-8; rename it")
+            continue
+        if not path.is_file():
+            left_out.append(f"{source}: no regular file, or a link to none")
+            continue
         read = _READERS.get(path.suffix.lower())
         if read is None:
             others[path.suffix.lower()].append(source)
             continue
-        found = _try(read, path, source)
-        for number, section in enumerate(found):
+        blank = []
+        for number, section in enumerate(_try(read, path, source)):
             if isinstance(section, str):
                 left_out.append(section)
             elif section.page_content.strip():
                 section.metadata |= {"source": source, "section": f"{source}#{number}"}
                 sections.append(section)
             else:
-                left_out.append(f"{source}: {section.metadata['place']} has no text")
+                blank.append(section.metadata["place"])
+        if blank:
+            has = f"and {len(blank) - 1} more have" if blank[1:] else "has"
+            left_out.append(f"{source}: {blank[0]} {has} no text")
     for suffix, names in others.items():
         more = f" and {len(names) - 1} more of {suffix or 'no suffix'}" if names[1:] else ""
         left_out.append(f"{names[0]}{more}: not one of {', '.join(_READERS)}")
@@ -64,7 +75,9 @@ def _try(read: _Reader, path: Path, source: str) -> list[Document | str]:
     try:
         return list(read(path, source)) or [f"{source} has no text"]
     except ImportError as exc:
-        return [f"{source}: needs {exc.name}: pip install {exc.name}"]
+        return [f"{source}: needs {exc.name}: pip install '.[demo]'"]
+    except RecursionError:
+        return [f"{source}: its elements are nested too deeply"]
     except PageError as exc:
         return [str(exc)]
     except (OSError, ValueError) as exc:
@@ -72,48 +85,53 @@ def _try(read: _Reader, path: Path, source: str) -> list[Document | str]:
 
 
 def _read_markdown(path: Path, _: str) -> Iterator[Document]:
-    return _split_markdown(path.read_text(encoding="utf-8-sig"), path.stem)
+    return _split_markdown(_decode(path), path.stem)
 
 
 def _read_text(path: Path, _: str) -> Iterator[Document]:
-    return _split_markdown(_mark_chapters(path.read_text(encoding="utf-8-sig")), path.stem)
+    return _split_markdown(_mark_chapters(_decode(path)), path.stem)
+
+
+def _decode(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise ValueError(f"not UTF-8 at byte {exc.start}; save it as UTF-8") from exc
 
 
 def _split_markdown(text: str, name: str) -> Iterator[Document]:
-    """Yield the sections between headings; a text without any is one section."""
-    from langchain_text_splitters import MarkdownHeaderTextSplitter
+    """Yield the sections between headings; a text without any is one section.
 
-    levels = ["#", "##", "###"]
-    splitter = MarkdownHeaderTextSplitter([(level, level) for level in levels])
-    for section in splitter.split_text(_unify_headings(text)):
-        titles = [section.metadata[level] for level in levels if level in section.metadata]
-        place = f'"{titles[-1]}"' if titles else "the whole"
-        yield Document(
-            section.page_content, metadata={"title": ": ".join(titles) or name, "place": place}
-        )
-
-
-def _unify_headings(text: str) -> str:
-    r"""Return Markdown whose headings all begin with #, none is underlined.
-
-    >>> _unify_headings("Fruit\n=====\nAll.\n\nRed\nApples\n---\n\n    Code\n    ----\n")
-    '# Fruit\nAll.\n\n## Red Apples\n\n    Code\n    ----'
+    A heading without text is text itself, unless it is the title of sections below it.
     """
     from markdown_it import MarkdownIt
 
-    matter = _FRONT_MATTER.match(text)
-    text = text[matter.end() :] if matter else text
-    lines = text.splitlines()
-    for token in reversed(MarkdownIt().parse(text)):
-        if token.type == "heading_open" and token.markup in ("=", "-") and token.map:
-            start, end = token.map
-            heading = " ".join(line.strip() for line in lines[start : end - 1])
-            lines[start:end] = [f"{'#' if token.markup == '=' else '##'} {heading}"]
-    return "\n".join(lines)
+    lines = _FRONT_MATTER.sub(r"\1\n", text).splitlines()
+    found = [(0, "", 0, 0)]  # depth, heading, its first line and the one after it
+    for token, inline in pairwise(MarkdownIt().parse("\n".join(lines))):
+        if token.tag in ("h1", "h2", "h3") and token.nesting == 1 and not token.level and token.map:
+            found.append((int(token.tag[1]), " ".join(inline.content.split()), *token.map))
+    found.append((0, "", len(lines), len(lines)))
+    above: dict[int, str] = {}
+    for (depth, heading, _, start), (next_depth, _, end, _) in pairwise(found):
+        title = heading[:_TITLE]
+        above = {level: other for level, other in above.items() if level < depth}
+        if title:
+            above[depth] = title
+        body = "\n".join(lines[start:end]).strip("\n")
+        if heading != title or (next_depth <= depth and not body.strip()):
+            body = f"{heading}\n{body}".strip()
+        if body.strip():
+            place = f'"{title}"' if title else "the whole"
+            yield Document(
+                body, metadata={"title": ": ".join(above.values()) or name, "place": place}
+            )
 
 
-_FRONT_MATTER = re.compile(r"---\n.*?\n---\n", re.DOTALL)
-"""What Markdown for websites begins with, not a heading."""
+_TITLE = 120
+"""Characters of a heading that stand above its text; an HTML page may lack the end of one."""
+_FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---(?:\n|\Z)", re.DOTALL)
+"""What Markdown for websites begins with: text, but not a heading."""
 _CHAPTER = re.compile(
     r"(?i:chapter|part|section|appendix) (?:\d+|[IVXLC]+|[A-Z])\b.{0,70}"
     r"|(\d+(?:\.\d+)*) +([^\W\d_]).{0,70}(?<![.;,:])"
@@ -141,29 +159,33 @@ def _read_html(path: Path, _: str) -> Iterator[Document]:
     return _split_html(path.read_bytes(), path.stem)
 
 
-def _read_word(path: Path, _: str) -> Iterator[Document]:
+def _read_word(path: Path, source: str) -> Iterator[Document | str]:
     import mammoth
 
     try:
         with path.open("rb") as file:
-            html = mammoth.convert_to_html(file).value
+            read = mammoth.convert_to_html(file)
     except OSError:
         raise
     except Exception as exc:  # of zipfile, of XML
         reason = first_line(exc)
         raise ValueError(f"broken, locked, or no Word document ({reason})") from exc
-    return _split_html(html.encode(), path.stem)
+    yield from _split_html(read.value.encode(), path.stem)
+    yield from (f"{source}: {told.message}" for told in read.messages if "ignored" in told.message)
 
 
 def _split_html(html: bytes, name: str) -> Iterator[Document]:
     """Yield the sections between headings, tables and lists as Markdown."""
     from bs4 import BeautifulSoup
+    from bs4.element import PreformattedString
     from markdownify import MarkdownConverter
 
     soup = BeautifulSoup(html, "html.parser")  # which finds the encoding, too
     title = soup.title.get_text(" ", strip=True) if soup.title else ""
     for tag in soup.find_all(["head", "script", "style", "template", "nav"]):
         tag.decompose()
+    for declaration in soup.find_all(string=lambda text: isinstance(text, PreformattedString)):
+        declaration.extract()
     converter = MarkdownConverter(
         heading_style="ATX", strip=["a", "img"], escape_asterisks=False, escape_underscores=False
     )
@@ -171,22 +193,22 @@ def _split_html(html: bytes, name: str) -> Iterator[Document]:
 
 
 def _read_table(path: Path, source: str) -> Iterator[Document | str]:
-    """Yield each row as lines of "column: value"."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            dialect: type[csv.Dialect] = csv.Sniffer().sniff(file.read(4096), ",;\t|")
-        except csv.Error:  # one column
-            dialect = csv.excel
-        file.seek(0)
-        try:
-            for number, row in enumerate(csv.DictReader(file, dialect=dialect, restkey="more"), 1):
-                cells = {name: value for name, value in row.items() if value}
-                text = "\n".join(f"{name}: {value}" for name, value in cells.items())
-                first = textwrap.shorten(str(next(iter(cells.values()), "")), 60)
-                title = f"{path.stem}: {first}" if first else path.stem
-                yield Document(text, metadata={"title": title, "place": f"row {number}"})
-        except csv.Error as exc:
-            yield f"{source}: {exc}"
+    """Yield each row that has a value as lines of "column: value"."""
+    header, _, _ = (text := _decode(path)).partition("\n")
+    delimiter = max(",;\t|", key=header.count)
+    rows = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    number = 0
+    try:
+        names = next(rows, [])
+        for number, row in enumerate(filter(any, rows), 1):
+            cells = [
+                (name, value) for name, value in zip_longest(names, row, fillvalue="") if value
+            ]
+            text = "\n".join(f"{name}: {value}" if name else value for name, value in cells)
+            title = f"{path.stem}: {textwrap.shorten(cells[0][1], 60)}"
+            yield Document(text, metadata={"title": title, "place": f"row {number}"})
+    except csv.Error as exc:
+        yield f"{source}: row {number + 1} and all after it: {exc}"
 
 
 def _read_pdf(path: Path, source: str) -> Iterator[Document | str]:

@@ -145,6 +145,8 @@ def send_first(args: Namespace, folder: Path, jobs: Jobs) -> None:
 
     started = folder / "started"
     paths = list(find_files(args.pdf)) if args.pdf else []
+    if args.pdf and not paths:
+        raise FileNotFoundError(f"{args.pdf} has no PDF or picture in it")
     if not args.pdf and not started.exists():
         paths = handbook.write(args.store / "handbook")
     for path in paths:

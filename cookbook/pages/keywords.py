@@ -8,7 +8,7 @@ from typing import NamedTuple
 import bm25s
 import numpy as np
 from pages.files import Files, Page
-from pages.passages import choose_excerpt, drop_furniture
+from pages.passages import choose_excerpt, drop_contents
 
 
 class KeywordHits(NamedTuple):
@@ -52,7 +52,7 @@ class Keywords:
         if ids == self._indexed:
             return
         pages = [page for file in files for page in file.pages.values()]
-        texts = [drop_furniture(page.text) for page in pages]
+        texts = [drop_contents(page.text) for page in pages]
         tokens = bm25s.tokenize(texts, return_ids=False, show_progress=False)
         self._bm25 = None
         if any(tokens):

@@ -6,30 +6,36 @@ import re
 
 _LEADER = re.compile(r"^.*?(?:\.\s?){4,}\s*(\S+)$")
 """A line with dots that lead to its last word."""
-_NO_WORDS = re.compile(r"[\W\d_]*|[ivxlcdm]+", re.IGNORECASE)
+_NO_WORDS = re.compile(r"[\W\d_]*|[ivxl]+", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _CONTENTS = 3  # lines with rising page numbers make a table of contents
 
 
-def drop_furniture(text: str) -> str:
-    r"""Return a text without its table of contents and lines without words, as page numbers are.
+def drop_contents(text: str) -> str:
+    r"""Return a text without its table of contents, whose entries name other pages.
 
-    The entries of a table of contents name other pages; the lines of a price list stay.
+    The lines of a price list stay.
 
-    >>> drop_furniture("iv\nTea . . . . . 1\nMilk . . . . . 1\nSugar . . . . . 7\nAll of it.\n.")
-    'All of it.'
-    >>> drop_furniture("Tea . . . . . 4\nMilk . . . . . 1\nSugar . . . . . 7").count("\n")
+    >>> drop_contents("iv\nTea . . . . . 1\nMilk . . . . . 1\nSugar . . . . . 7\nAll of it.\n.")
+    'iv\nAll of it.\n.'
+    >>> drop_contents("Tea . . . . . 4\nMilk . . . . . 1\nSugar . . . . . 7").count("\n")
     2
     """
     lines = text.splitlines()
     leads = [found for line in lines if (found := _LEADER.match(line))]
     numbers = [int(lead[1]) for lead in leads if lead[1].isdecimal()]
     is_contents = len(numbers) >= _CONTENTS and numbers == sorted(numbers)
-    return "\n".join(
-        line
-        for line in lines
-        if not (_NO_WORDS.fullmatch(line) or (is_contents and _LEADER.match(line)))
-    )
+    return "\n".join(line for line in lines if not (is_contents and _LEADER.match(line)))
+
+
+def drop_furniture(text: str) -> str:
+    r"""Return a text without its table of contents and lines without words, as page numbers are.
+
+    >>> drop_furniture("iv\nMild\nAll of it.\n.\n12")
+    'Mild\nAll of it.'
+    """
+    lines = drop_contents(text).splitlines()
+    return "\n".join(line for line in lines if not _NO_WORDS.fullmatch(line))
 
 
 def is_passage(text: str) -> bool:
@@ -58,6 +64,6 @@ def choose_excerpt(text: str, words: set[str]) -> str:
     >>> choose_excerpt("Contents\nA red apple\nfalls down.\nThe end", {"apple", "falls"})
     'A red apple falls down.'
     """
-    lines = drop_furniture(text).splitlines()
+    lines = drop_contents(text).splitlines()
     pairs = [" ".join(lines[at : at + 2]) for at in range(max(1, len(lines) - 1))]
-    return max(pairs, key=lambda pair: len(words & set(_WORD.findall(pair.lower()))))
+    return max(pairs, key=lambda pair: len(words & set(re.findall(r"\w\w+", pair.lower()))))

@@ -56,7 +56,7 @@ DEFAULT = Default(
     "nvidia/llama-nemotron-embed-vl-1b-v2",
     standin.build_multimodal,
     "It is small and its vision tower is random: it finds a page by a picture of that page, "
-    "and cannot be asked about pages in words. Judge no model by it.",
+    "and in words only by its text layer, in the browser. Judge no model by it.",
     "pages",
 )
 QUESTIONS = (

@@ -11,6 +11,7 @@ import re
 import socket
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,11 +27,12 @@ import pages.jobs
 import pytest
 import uvicorn
 from chat import Server
-from pages.__main__ import find_files
+from pages.__main__ import find_files, send_first
 from pages.answer import Answerer
 from pages.app import create_app
 from pages.files import Files
 from pages.index import KINDS, Index
+from pages.keywords import Keywords
 from PIL import Image
 from relevance import NO_ANSWER
 from starlette.testclient import TestClient
@@ -206,6 +208,13 @@ def test_pages_are_found_by_their_words_too_and_the_passage_is_marked(app: App) 
         reply = app.client.get(f"/files/{file.id}/11", params={"passage": passage})
         assert reply.status_code == 200
         assert "is on this page" in reply.text
+
+
+def test_a_number_alone_on_its_line_is_found(app: App) -> None:
+    app.send(("a.pdf", pdfs.write(leaf("Letter", "Greetings"), leaf("Invoice", "2024-0815", "17"))))
+    hits = Keywords(app.files).search("2024-0815", 9)
+    assert [page.number for page in hits.pages] == [2]
+    assert hits.excerpt(hits.pages[0]) == "Invoice 2024-0815"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -499,6 +508,14 @@ def test_hidden_files_of_a_folder_are_not_sent(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.touch()
     assert [path.name for path in find_files(tmp_path)] == ["d.tif", "c.PDF"]
+
+
+def test_a_folder_without_pages_is_an_error(app: App, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.docx").write_bytes(b"PK")
+    args = Namespace(pdf=tmp_path / "docs", store=tmp_path)
+    with pytest.raises(FileNotFoundError, match="docs has no PDF or picture in it"):
+        send_first(args, tmp_path, app.jobs)
 
 
 def test_only_pages_without_a_text_are_named(app: App, two_pages: bytes, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -148,7 +149,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_taken(
     told = {
         "broken.pdf": "is a broken PDF",
         "endless.pdf, page 1,": "took more than 0.5 s of processor time",
-        "latin.txt:": "can't decode",
+        "latin.txt:": "not UTF-8 at byte 0; save it as UTF-8",
         "a/page.pdf, page 2,": "cannot be read",
         "a/xfa.pdf": "is a dynamic XFA form",
     }
@@ -195,6 +196,7 @@ def test_word_is_read_by_its_headings_and_what_is_none_is_named(
         f'<w:p><w:pPr><w:pStyle w:val="{style}"/></w:pPr><w:r><w:t>{text}</w:t></w:r></w:p>'
         for style, text in [("Heading1", "Fruit"), ("Heading2", "Apples"), ("", "They are red.")]
     )
+    body += '<w:p><w:fldSimple w:instr="SEQ"><w:r><w:t>1</w:t></w:r></w:fldSimple></w:p>'
     styles = "".join(
         f'<w:style w:type="paragraph" w:styleId="Heading{n}">'
         f'<w:name w:val="heading {n}"/></w:style>'
@@ -216,31 +218,58 @@ def test_word_is_read_by_its_headings_and_what_is_none_is_named(
             file.writestr(name, text)
     found, left_out = read_files(rag, tmp_path, a_docx=packed.getvalue(), b_docx=b"PK no")
     assert found == {("Fruit: Apples", '"Apples"'): "They are red."}
-    assert left_out == ["b.docx: broken, locked, or no Word document (File is not a zip file)"]
+    assert left_out == [
+        "a.docx: An unrecognised element was ignored: w:fldSimple",
+        "b.docx: broken, locked, or no Word document (File is not a zip file)",
+    ]
+
+
+def test_a_heading_that_does_not_end_is_cut_above_its_text(rag: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("markdownify")
+    text = "All the rest of the page. " * 20
+    found, left_out = read_files(
+        rag,
+        tmp_path,
+        a_html=f"<?xml version='1.0'?><html><body><h1>Fruit<p>{text}",
+        b_html="<div>" * 2_000 + "deep",
+    )
+    ((title, _), content), *more = found.items()
+    assert not more
+    assert len(title) == 120
+    assert content == f"Fruit {text.strip()}"
+    assert left_out == ["b.html: its elements are nested too deeply"]
 
 
 def test_csv_is_read_by_its_rows(rag: ModuleType, tmp_path: Path) -> None:
     long = "x" * 200_000
+    plain = "".join(f"{n},plain\n" for n in range(1000))
     found, left_out = read_files(
         rag,
         tmp_path,
-        a_csv="\ufeffname;price\nApple;3\n\nPear;\n",
+        a_csv="\ufeffname;price\nApple;3\n\n;\nPear;\n",
         b_csv=f"name,text\nQuince,{long}\n",
+        c_csv='name, note,note,\nFig, "a, b",second,third,more\n',
+        d_csv=f'number,text\n{plain}last,"says ""yes, sir"""\n',
     )
-    assert found == {
+    assert {key: text for key, text in found.items() if "d: " not in key[0]} == {
         ("a: Apple", "row 1"): "name: Apple\nprice: 3",
         ("a: Pear", "row 2"): "name: Pear",
+        ("c: Fig", "row 1"): "name: Fig\nnote: a, b\nnote: second\nthird\nmore",
     }
-    assert left_out == ["b.csv: field larger than field limit (131072)"]
+    assert found["d: last", "row 1001"] == 'number: last\ntext: says "yes, sir"'
+    assert left_out == [
+        "b.csv: row 1 and all after it: field larger than field limit (131072)",
+    ]
 
 
 def test_underlined_and_numbered_headings_begin_sections(rag: ModuleType, tmp_path: Path) -> None:
     markdown = (
-        "---\ntitle: x\n---\nFruit\n=====\n\nAll.\n\nRed apples\n---\n\n```\nCode\n---\n```\n"
+        "---\ntitle: x\n---\nFruit\n=====\n\nAll.\n\n\x0cRed apples\n---\n\n```\nCode\n---\n```\n"
     )
     text = "1 Fruit\n\nAll.\n\n1.1 Apples\n\nRed.\n\n1. wash\n\n2. eat\n\nChapter II: Pears\n\nGo."
     found, _ = read_files(rag, tmp_path, a_md=markdown, b_txt=text)
     assert list(found) == [
+        ("a", "the whole"),
         ("Fruit", '"Fruit"'),
         ("Fruit: Red apples", '"Red apples"'),
         ("1 Fruit", '"1 Fruit"'),
@@ -249,6 +278,36 @@ def test_underlined_and_numbered_headings_begin_sections(rag: ModuleType, tmp_pa
     ]
     assert "1. wash" in found["1 Fruit: 1.1 Apples", '"1.1 Apples"']
     assert "Code\n---" in found["Fruit: Red apples", '"Red apples"']
+    assert found["a", "the whole"] == "title: x"
+
+
+def test_no_line_of_markdown_is_lost(rag: ModuleType, tmp_path: Path) -> None:
+    """A rule is no front matter, a comment in code no heading, and a heading alone is text."""
+    text = (
+        "---\n\nIn Bonn.\n\n---\n\n# Install\n\n    # as root\n    if x:\n        go\n\n"
+        "## Call 555-1234\n\n## Last\n\n### Open\n\nAt nine.\n"
+    )
+    found, _ = read_files(rag, tmp_path, a_md=text)
+    assert found == {
+        ("a", "the whole"): "In Bonn.",
+        ("Install", '"Install"'): "    # as root\n    if x:\n        go",
+        ("Install: Call 555-1234", '"Call 555-1234"'): "Call 555-1234",
+        ("Install: Last: Open", '"Open"'): "At nine.",
+    }
+
+
+def test_files_that_are_none_or_have_a_broken_name_are_named(rag: ModuleType, docs: Path) -> None:
+    (docs / "gone.md").symlink_to("nowhere")
+    (docs / "loop").symlink_to(".")
+    (docs / "caf\udce9.md").write_text("x")
+    (docs / "scan.pdf").write_bytes(pdfs.write(pdfs.Leaf(""), pdfs.Leaf("")))
+    sections, left_out = rag.read(docs, docs)
+    assert len(sections) == 3
+    assert left_out == [
+        "caf\udce9.md: its name is not UTF-8; rename it",
+        "gone.md: no regular file, or a link to none",
+        "scan.pdf: page 1 and 1 more have no text",
+    ]
 
 
 def test_files_without_a_reader_or_without_text_are_named(rag: ModuleType, docs: Path) -> None:
@@ -274,6 +333,24 @@ def test_a_source_can_be_opened(
     printed = capsys.readouterr().out
     for address in ("a%20b.pdf#page=1", "notes.txt", "fruit.md"):
         assert f"      {docs.resolve().as_uri()}/{address}\n" in printed
+
+
+def test_sources_are_shown_where_the_language_model_fails(
+    rag: ModuleType,
+    docs: Path,
+    embeddings: NeMoRetrieverEmbeddings,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As for a section that is longer than its context."""
+    sections, _ = rag.read(docs, docs)
+
+    def stream() -> Iterator[dict[str, Any]]:
+        yield {"sources": sections}
+        raise ConnectionError("the prompt is too long")
+
+    rag.ask("what?", stream(), embeddings)
+    printed = capsys.readouterr().out
+    assert "No answer: the prompt is too long.\n  [1] " in printed
 
 
 @pytest.mark.parametrize("content", [{}, {"broken.pdf": b"%PDF"}, {"a.png": b"x"}, {"a.md": b" "}])
@@ -329,6 +406,20 @@ def test_only_what_changed_is_embedded_and_what_is_gone_is_removed(  # noqa: PLR
     assert {d.page_content for d in found} == {"Fruit: Apples\nApples are red.", texts[0]}
     if kind == "qdrant":
         store.client.close()
+
+
+def test_a_store_that_lost_its_vectors_is_filled_again(
+    rag: ModuleType, docs: Path, tmp_path: Path, embeddings: NeMoRetrieverEmbeddings
+) -> None:
+    passages = rag.split(rag.read(docs, docs)[0])
+    for name in ("before", "after"):  # Chroma keeps what it has opened at a path
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "after":
+            shutil.copy(tmp_path / "before" / "records.sqlite", folder)
+        store = rag.STORES["chroma"](folder / "vectors", "test", embeddings)
+        assert rag.bring_up_to_date(passages, store, folder, "test")["num_added"] == 3
+        assert len(store.similarity_search("anything", k=9)) == 3
 
 
 @pytest.mark.parametrize("parent", [False, True])
@@ -513,9 +604,17 @@ def test_a_language_model_that_cannot_be_reached_is_an_error(
     rag: ModuleType, name: str | None
 ) -> None:
     with (
-        pytest.raises(ConnectionError, match="no language model answers at http:"),
+        pytest.raises(ConnectionError, match="the language model at http:"),
         rag.open_llm("http://127.0.0.1:9/v1", name),
     ):
+        pytest.fail("it must not open")
+
+
+def test_where_the_small_model_does_not_run_a_server_is_asked_for(
+    rag: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(ConnectionError, match="--llm-url"), rag.open_llm(None, None):
         pytest.fail("it must not open")
 
 
@@ -543,7 +642,7 @@ def run(
     ("args", "message"),
     [
         (["--docs", "missing"], "missing is no folder"),
-        (["--llm-url", "http://127.0.0.1:9/v1"], "no language model answers"),
+        (["--llm-url", "http://127.0.0.1:9/v1"], "gave no answer"),
         (["--weight", "2"], "is from 0 to 1"),
     ],
 )
@@ -587,6 +686,17 @@ def test_the_script_answers_with_sources_and_embeds_nothing_twice(run: Callable[
     second = run("--question", "How long may a text be?", "--parent")
     assert " 0 embedded," in second
     assert "] long-texts.md, " in second
+
+
+@pytest.mark.slow
+def test_a_broken_store_is_named_with_what_to_do(
+    run: Callable[..., str], docs: Path, tmp_path: Path
+) -> None:
+    run("--docs", str(docs))
+    (records,) = (tmp_path / "store").rglob("records.sqlite")
+    records.write_bytes(b"junk" * 500)
+    with pytest.raises(SystemExit, match=rf"not a database.*Delete {records.parent}; the next run"):
+        run("--docs", str(docs))
 
 
 @pytest.mark.slow
