@@ -7,11 +7,10 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -252,8 +251,8 @@ def _read_name(name: str, like: Options) -> dict[str, Any]:
 def embed(model: Model, collection: Collection, role: Role, cache: Path) -> NDArray[np.float32]:
     """Return the full vectors (n, d) of a collection as a memory map of a file in `cache`.
 
-    A file that a killed run left, or that is damaged, is completed: the rows from the first that is
-    missing or damaged are embedded.
+    The rows of the file from the first that is missing or damaged are embedded. Two processes that
+    do so concurrently write the same vectors to the same places.
 
     Raises:
         InputError: a document cannot be embedded; the message has its file and id.
@@ -261,26 +260,30 @@ def embed(model: Model, collection: Collection, role: Role, cache: Path) -> NDAr
     """
     key = f"{model.cache_key(role)} {collection.digest}"
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    part = path.with_suffix(".part")
-    if path.exists() and not _is_whole(path, (len(collection), model.dimensions)):
-        _log.warning("%s is damaged; its vectors are embedded again", path)
-        path.replace(part)
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with part.open("r+b" if part.exists() else "w+b") as file:
-            _complete(file, model, collection, role)
-        with suppress(FileNotFoundError):  # another process was faster
-            part.replace(path)
+    shape = (len(collection), model.dimensions)
+    cache.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with path.open("r+b") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)  # the same again if it is there
+        begin, bytes_per_row = file.tell(), shape[1] * 4
+        written = min(len(collection), (file.seek(0, os.SEEK_END) - begin) // bytes_per_row)
+        start = done = _count_good(np.memmap(file, "<f4", "r", begin, (written, shape[1])))
+        if 0 < start < len(collection):
+            _log.warning("%s: the vectors from row %d on are embedded", path, start)
+        file.seek(begin + start * bytes_per_row)
+        for rows in model.stream(islice(collection.inputs.values(), start, None), role):
+            for row, error in rows.errors.items():
+                if not isinstance(error, InputError):
+                    raise error
+                name = collection.ids[done + row]
+                raise InputError(f"{collection.path}, {name!r}: {error.args[0]}") from error
+            file.write(rows.vectors.astype("<f4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # after a power cut a hole would count as vectors
+            done += len(rows)
     found: NDArray[np.float32] = np.load(path, mmap_mode="r")
     return found
-
-
-def _is_whole(path: Path, shape: tuple[int, int]) -> bool:
-    try:
-        found = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return False
-    return bool(found.shape == shape and found.dtype == "<f4" and _count_good(found) == len(found))
 
 
 def _count_good(vectors: NDArray[np.float32]) -> int:
@@ -288,32 +291,3 @@ def _count_good(vectors: NDArray[np.float32]) -> int:
     squares = np.einsum("ij,ij->i", vectors, vectors)
     bad = np.flatnonzero(~(np.abs(squares - 1) < 0.01))
     return int(bad[0]) if len(bad) else len(vectors)
-
-
-def _complete(file: BinaryIO, model: Model, collection: Collection, role: Role) -> None:
-    """Write the missing rows of a file.
-
-    Two processes that do so concurrently write the same bytes to the same places.
-    """
-    shape = (len(collection), model.dimensions)
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)  # the same again if it is there
-    begin, bytes_per_row = file.tell(), shape[1] * 4
-    start = max(0, file.seek(0, os.SEEK_END) - begin) // bytes_per_row
-    if start := min(start, len(collection)):
-        written = np.memmap(file, "<f4", "r", begin, (start, shape[1]))
-        start = _count_good(written)
-    done = start
-    file.truncate(file.seek(begin + done * bytes_per_row))
-    windows = model.stream(islice(collection.inputs.values(), start, None), role)
-    while done < len(collection):
-        rows = next(windows)
-        for row, error in rows.errors.items():
-            if not isinstance(error, InputError):
-                raise error
-            name = collection.ids[start + rows.offset + row]
-            raise InputError(f"{collection.path}, {name!r}: {error.args[0]}") from error
-        file.write(rows.vectors.astype("<f4").tobytes())
-        file.flush()
-        os.fsync(file.fileno())  # after a power cut a hole would count as vectors
-        done += len(rows)
