@@ -78,7 +78,7 @@ ONLY = {
     "mteb": {"evaluate"},
     "sentence_transformers": {"evaluate"},
     # bytes of the wire
-    "orjson": {"bulk", "evaluate", "nim", "server"},
+    "orjson": {"bulk", "nim", "server"},
     "pybase64": {"images", "nim"},
     # spans, in a program that has imported it
     "opentelemetry": {"pipeline", "spans"},
