@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from shared_engine.errors import (
     ConfigurationError,
     InputError,
     MissingExtraError,
-    NeMoRetrieverError,
     PartialResultError,
     UnsupportedDimensionsError,
 )
@@ -37,12 +36,13 @@ WINDOW = 256
 """Documents between two writes; a crash loses these and those on the device."""
 _log = logging.getLogger("shared_engine")
 _PROBE = ["how do I return a damaged product?"]
+_EngineT = TypeVar("_EngineT", bound=Embedder | Reranker)
 
 
-class _Engine:
+class _Engine(Generic[_EngineT]):
     """A model of this package, in this process or at a server."""
 
-    def __init__(self, engine: Embedder | Reranker) -> None:
+    def __init__(self, engine: _EngineT) -> None:
         self._engine = engine
         options, model = engine.options, engine.model or "NIM"
         self.name = Path(model).name if Path(model).is_dir() else model
@@ -51,38 +51,35 @@ class _Engine:
             self.name = f"{prefix}{options.base_url}"
 
     @property
-    def revision(self) -> str | None:
-        """Revision of the weights: the given one, or that of the catalogue."""
-        options = self._engine.options
-        spec = None if options.checkpoint or options.base_url else lookup(self._engine.model)
-        return options.revision or (spec.revision if spec else None)
-
-    @property
-    def description(self) -> str:
-        """Description of the engine; loads the model."""
-        return self._engine.description
-
-    @property
     def modalities(self) -> frozenset[Modality]:
         """Kinds of input that it accepts; loads the model."""
         return self._engine.modalities
 
+    def describe(self) -> dict[str, Any]:
+        """Return facts for a report; loads the model."""
+        options = self._engine.options
+        spec = None if options.checkpoint or options.base_url else lookup(self._engine.model)
+        return {
+            "model": self.name,
+            "revision": options.revision or (spec.revision if spec else None),
+            "description": self._engine.description,
+        }
 
-class EngineModel(_Engine):
+
+class EngineModel(_Engine[Embedder]):
     """An embedding model of this package."""
 
     def __init__(self, options: Options) -> None:
-        self._embedder = Embedder(options.replace(dimensions=None, embedding_type="float"))
-        super().__init__(self._embedder)
+        super().__init__(Embedder(options.replace(dimensions=None, embedding_type="float")))
 
     def cache_key(self, role: Role) -> str:
         """Return the key of the vectors; servers of one model have one each, to compare them."""
-        return f"{self._embedder.options.base_url or ''}{self._embedder.cache_key(role)}"
+        return f"{self._engine.options.base_url or ''}{self._engine.cache_key(role)}"
 
     @property
     def dimensions(self) -> int:
         """Length of a full vector."""
-        return self._embedder.dimensions
+        return self._engine.dimensions
 
     def check_dimensions(self, dimensions: int) -> None:
         """Check that the first values of a full vector are the vector of this length.
@@ -91,8 +88,8 @@ class EngineModel(_Engine):
             UnsupportedDimensionsError: the model does not offer it.
             ConfigurationError: a server returns other vectors for it.
         """
-        short = self._embedder.with_options(dimensions=dimensions).embed(_PROBE, "query")
-        cut = unit(self._embedder.embed(_PROBE, "query"), dimensions)
+        short = self._engine.with_options(dimensions=dimensions).embed(_PROBE, "query")
+        cut = unit(self._engine.embed(_PROBE, "query"), dimensions)
         if np.abs(short - cut).max() > 0.01:
             raise ConfigurationError(
                 f"{self.name}: the vectors with dimensions={dimensions} are not the first values "
@@ -101,25 +98,22 @@ class EngineModel(_Engine):
 
     def stream(self, documents: Iterator[EmbeddingInput], role: Role) -> Iterator[Rows]:
         """Yield full vectors of unit length in windows of WINDOW rows, in order."""
-        return self._embedder.stream(documents, role, batch_size=WINDOW, errors="return")
+        return self._engine.stream(documents, role, batch_size=WINDOW, errors="return")
 
 
-class EngineReranker(_Engine):
+class EngineReranker(_Engine[Reranker]):
     """A reranker of this package."""
 
     def __init__(self, options: RerankOptions) -> None:
-        self._reranker = Reranker(options)
-        super().__init__(self._reranker)
+        super().__init__(Reranker(options))
 
     def rerank(
         self, data: RetrievalData, found: Sequence[Sequence[str]], candidates: int
     ) -> tuple[list[list[str]], float]:
-        """Order the first documents of each query by their scores; the others follow them.
+        """Order the first `candidates` of each query by their scores; the others follow them.
 
         Args:
-            data: The queries and documents.
             found: Ids for each query, best first.
-            candidates: How many of them are scored.
 
         Returns:
             The ids for each query, and the median of the seconds for one query.
@@ -138,13 +132,10 @@ class EngineReranker(_Engine):
 
     def _score(self, data: RetrievalData, query: str, names: Sequence[str]) -> NDArray[np.float32]:
         documents = [data.corpus.inputs[name] for name in names]
-        error: NeMoRetrieverError
         try:
-            return self._reranker.score(data.queries.inputs[query].text or "", documents)
-        except PartialResultError as exc:
-            error = next(iter(exc.errors.values()))
-        except InputError as exc:
-            error = exc
+            return self._engine.score(data.queries.inputs[query].text or "", documents)
+        except (InputError, PartialResultError) as exc:
+            error = exc if isinstance(exc, InputError) else next(iter(exc.errors.values()))
         if not isinstance(error, InputError):
             raise error
         path, name = data.queries.path, query
@@ -173,15 +164,14 @@ class SentenceTransformersModel:
         except (OSError, ValueError) as exc:
             raise ConfigurationError(f"st:{name} cannot be loaded: {exc}") from exc
         self.name = f"st:{Path(name).name}" if Path(name).is_dir() else f"st:{name}"
-        card = getattr(self._model, "model_card_data", None)
-        self.revision: str | None = getattr(card, "base_model_revision", None)
-        self.description = f"sentence-transformers {version('sentence-transformers')}"
+        self.dimensions = int(self._model.encode_query(_PROBE, show_progress_bar=False).shape[1])
+        self._library = f"sentence-transformers {version('sentence-transformers')}"
         self._digest = self._digest_model()
 
-    @property
-    def dimensions(self) -> int:
-        """Length of a full vector."""
-        return int(self._model.encode_query(_PROBE, show_progress_bar=False).shape[1])
+    def describe(self) -> dict[str, Any]:
+        """Return facts for a report."""
+        revision = self._model.model_card_data.base_model_revision
+        return {"model": self.name, "revision": revision, "description": self._library}
 
     def cache_key(self, role: Role) -> str:
         """Return a digest of weights, vocabulary, modules and prompts, with the role."""
@@ -208,7 +198,7 @@ class SentenceTransformersModel:
         model = self._model
         digest = hashlib.sha256()
         vocabulary = sorted(model.tokenizer.get_vocab().items())
-        for part in (self.description, model, model.prompts, vocabulary):
+        for part in (self._library, model, model.prompts, vocabulary):
             digest.update(repr(part).encode())
         for name, tensor in model.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -240,7 +230,6 @@ def find_reranker(name: str, like: Options) -> EngineReranker:
 
 
 def _read_name(name: str, like: Options) -> dict[str, Any]:
-    """Return the options of a named model of this package."""
     is_remote = name.startswith(("http://", "https://"))
     given = set(like.list_given("nim" if is_remote else "local")) - {"checkpoint", "revision"}
     given |= like.model_fields_set & {"truncate", "api_key"}

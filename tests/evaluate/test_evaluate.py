@@ -20,7 +20,7 @@ from shared_engine.errors import ConfigurationError, MissingExtraError
 from shared_engine.evaluate import EngineModel, evaluate, find_model
 from shared_engine.evaluate import models as models_module
 from shared_engine.evaluate.data import RetrievalData, read_folder
-from shared_engine.evaluate.measure import MEASURES, Figure, count_bytes, measure
+from shared_engine.evaluate.measure import MEASURES, Figure, measure
 from shared_engine.evaluate.models import embed
 from shared_engine.evaluate.search import Ranking, decode, search, search_bm25, shorten
 from tests.support.beir import convert_xquad, write_beir
@@ -78,12 +78,6 @@ def test_shortened_vectors_are_those_of_the_options(options, size, kind):
         np.testing.assert_allclose(given, wanted, rtol=0, atol=2e-7)
     else:
         np.testing.assert_array_equal(given, wanted)
-
-
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("size", [3, 32, 50])
-def test_bytes_of_a_vector_are_counted(random, size, kind):
-    assert shorten(unit_rows(random, 2, 50), size, kind)[0].nbytes == count_bytes(size, kind)
 
 
 # Search: by hand in numpy.
