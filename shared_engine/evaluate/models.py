@@ -44,11 +44,10 @@ class _Engine(Generic[_EngineT]):
 
     def __init__(self, engine: _EngineT) -> None:
         self._engine = engine
-        options, model = engine.options, engine.model or "NIM"
-        self.name = Path(model).name if Path(model).is_dir() else model
-        if options.base_url:
-            prefix = f"{self.name} at " if options.model else ""
-            self.name = f"{prefix}{options.base_url}"
+        model = Path(engine.options.local_model)
+        self.name = model.absolute().name if model.is_dir() else str(model)
+        if engine.base_url:
+            self.name = " at ".join(filter(None, (engine.options.model, engine.base_url)))
 
     @property
     def modalities(self) -> frozenset[Modality]:
@@ -58,7 +57,7 @@ class _Engine(Generic[_EngineT]):
     def describe(self) -> dict[str, Any]:
         """Return facts for a report; loads the model."""
         options = self._engine.options
-        spec = None if options.checkpoint or options.base_url else lookup(self._engine.model)
+        spec = None if options.checkpoint or self._engine.base_url else lookup(options.local_model)
         return {
             "model": self.name,
             "revision": options.revision or (spec.revision if spec else None),
@@ -74,7 +73,7 @@ class EngineModel(_Engine[Embedder]):
 
     def cache_key(self, role: Role) -> str:
         """Return the key of the vectors; servers of one model have one each, to compare them."""
-        return f"{self._engine.options.base_url or ''}{self._engine.cache_key(role)}"
+        return f"{self._engine.base_url or ''}{self._engine.cache_key(role)}"
 
     @property
     def dimensions(self) -> int:

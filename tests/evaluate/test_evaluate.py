@@ -25,7 +25,7 @@ from shared_engine.evaluate.models import embed
 from shared_engine.evaluate.search import Ranking, decode, search, search_bm25, shorten
 from tests.support.beir import convert_xquad, write_beir
 from tests.support.checkpoints import tokenizer
-from tests.support.nim import Nim, answer, vector
+from tests.support.nim import MODEL, Nim, answer, vector
 from tests.support.vl_checkpoints import build_vl_checkpoint, page
 
 WORDS = [
@@ -507,10 +507,15 @@ def test_other_models_are_found_by_what_is_named(options, checkpoint):
     assert here.cache_key("query") == EngineModel(options).cache_key("query")
 
 
-def test_two_servers_of_one_model_do_not_share_vectors():
-    nim = Nim()
-    options = [nim.embedder(base_url=url).options for url in ("http://nim:1", "http://nim:2")]
-    assert len({EngineModel(each).cache_key("query") for each in options}) == 2
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_two_servers_of_one_model_do_not_share_vectors(by_variable, monkeypatch):
+    nim, keys = Nim(), set()
+    for url in ("http://nim:1/v1", "http://nim:2/v1"):
+        monkeypatch.setenv("NVIDIA_BASE_URL", url)
+        model = EngineModel(nim.embedder(base_url=None if by_variable else url).options)
+        assert model.name == f"{MODEL} at {url}"
+        keys.add(model.cache_key("query"))
+    assert len(keys) == 2
 
 
 def test_a_model_of_sentence_transformers_is_compared(folder, options, tmp_path):
