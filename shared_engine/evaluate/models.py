@@ -225,7 +225,9 @@ def find_model(name: str, like: Options) -> Model:
 
 def find_reranker(name: str, like: Options) -> EngineReranker:
     """Return a reranker by its name, folder or URL, with options as `find_model` shares them."""
-    return EngineReranker(RerankOptions(**_read_name(name, like)))
+    shared = _read_name(name, like)
+    shared.pop("prefixes", None)  # a reranker has none
+    return EngineReranker(RerankOptions(**shared))
 
 
 def _read_name(name: str, like: Options) -> dict[str, Any]:

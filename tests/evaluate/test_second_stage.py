@@ -278,7 +278,7 @@ def test_a_hybrid_row_needs_words(tmp_path: Path, options: Options) -> None:
 
 
 def test_a_reranker_shares_the_options_of_the_first_model(options: Options) -> None:
-    there = find_reranker("http://nim:8000/v1", options.replace(timeout=3.0))
+    there = find_reranker("http://nim:8000/v1", options.replace(timeout=3.0, prefixes="server"))
     assert there.name == "http://nim:8000/v1"
     assert there._engine.options == RerankOptions(
         base_url="http://nim:8000/v1", truncate="END", timeout=3.0
