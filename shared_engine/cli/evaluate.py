@@ -30,8 +30,14 @@ computed from them. Second stages (--hybrid, --rescore, --rerank) are separate r
 examples:
   nemoretriever evaluate data --dimensions 512 1024
   nemoretriever evaluate data --base-url http://localhost:8000/v1 --hybrid
-  nemoretriever evaluate --mteb SciFact --against st:intfloat/e5-small-v2
+  nemoretriever evaluate data --against st:intfloat/e5-small-v2
+  nemoretriever evaluate --mteb SciFact
 """
+_NEED_FOLDER = (
+    *("against", "split", "no-bm25", "rerank", "hybrid", "rescore", "ignore-identical-ids"),
+    *("cache", "plot"),
+)
+"""Options that `--mteb` does not have."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -185,10 +191,11 @@ def _check_usage(args: argparse.Namespace) -> None:
             )
     if args.plot and args.plot.suffix.lower() not in (".svg", ".png"):
         raise ConfigurationError(f"--plot {args.plot}: expected a name with suffix .svg or .png")
-    if args.mteb and (args.rerank or args.hybrid or args.rescore):
-        raise ConfigurationError("--rerank, --hybrid and --rescore need FOLDER, not --mteb")
-    if not args.mteb and (args.folder is None or args.data is not None):
+    if bool(args.mteb) == bool(args.folder) or (args.data and args.folder):
         raise ConfigurationError("expected FOLDER, or --mteb TASK with an optional --data")
+    given = [f"--{name}" for name in _NEED_FOLDER if getattr(args, name.replace("-", "_"))]
+    if args.mteb and given:
+        raise ConfigurationError(f"{given[0]} needs FOLDER, not --mteb")
 
 
 def _run_tasks(args: argparse.Namespace, options: Options) -> int:
