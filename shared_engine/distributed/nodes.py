@@ -104,8 +104,11 @@ def find_share(
     """Return the number of actors with an engine, and the resources of each; see `divide`.
 
     Raises:
-        ConfigurationError: the nodes cannot hold so many of such shares.
+        ConfigurationError: a number is not positive, or the nodes cannot hold so many such shares.
     """
+    for name, value in (("workers", count), ("cpus", cpus)):
+        if value is not None and value <= 0:
+            raise ConfigurationError(f"{name}={value}: must be greater than 0")
     nodes = [
         Share(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
         for node in import_ray().nodes()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from shared_engine.distributed.nodes import Share, divide
+from shared_engine import ConfigurationError, Options
+from shared_engine.distributed.nodes import Share, divide, find_share
 
 CPUS = [Share(8.0, 0.0), Share(4.0, 0.0)]
 GPUS = [Share(16.0, 2.0), Share(8.0, 1.0), Share(4.0, 0.0)]
@@ -40,3 +43,9 @@ def test_an_engine_on_cores_has_as_many_as_all_can_have(count: int, expected: fl
 
 def test_an_engine_on_a_gpu_has_one_core() -> None:
     assert divide(GPUS, 2, None, None) == (2, Share(1.0, 1.0))
+
+
+@pytest.mark.parametrize("given", [{"count": 0}, {"count": -1}, {"cpus": 0}, {"cpus": -0.5}])
+def test_a_number_that_is_not_positive_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="must be greater than 0"):
+        find_share(Options(backend="local"), **given)
