@@ -56,8 +56,8 @@ ONLY = {
     "torch": {"local"},
     "transformers": {"local"},
     "triton": {"local"},
-    # a NIM; `check` asks a server about itself with a client that is not ours
-    "httpx": {"nim", "images", "cli"},
+    # a NIM; `check` asks a server about itself, and a replica its app, with clients not ours
+    "httpx": {"nim", "images", "cli", "distributed"},
     # images; to fetch one, a connection must be checked below httpx
     "httpcore": {"images"},
     "PIL": {"images"},
