@@ -56,8 +56,8 @@ ONLY = {
     "torch": {"local"},
     "transformers": {"local"},
     "triton": {"local"},
-    # a NIM; `check` asks a server about itself with a client that is not ours
-    "httpx": {"nim", "images", "cli"},
+    # a NIM; `check` asks a server about itself, and a replica its app, with clients not ours
+    "httpx": {"nim", "images", "cli", "distributed"},
     # images; to fetch one, a connection must be checked below httpx
     "httpcore": {"images"},
     "PIL": {"images"},
@@ -78,7 +78,7 @@ ONLY = {
     "mteb": {"evaluate"},
     "sentence_transformers": {"evaluate"},
     # bytes of the wire
-    "orjson": {"bulk", "evaluate", "nim", "server"},
+    "orjson": {"bulk", "nim", "server"},
     "pybase64": {"images", "nim"},
     # spans, in a program that has imported it
     "opentelemetry": {"pipeline", "spans"},

@@ -8,11 +8,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
-
-from pydantic import SecretStr
+import timeit
+from collections.abc import Mapping
+from importlib.metadata import distributions
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from shared_engine import images
 from shared_engine._version import __version__
@@ -28,7 +27,7 @@ from shared_engine.cli.options import (
     read_options,
     read_reranker,
 )
-from shared_engine.documents import EmbeddingInput, Role
+from shared_engine.documents import EmbeddingInput
 from shared_engine.embedder import Embedder
 from shared_engine.endpoints import is_hosted, normalize_url, read_key
 from shared_engine.errors import ConfigurationError, NeMoRetrieverError
@@ -57,8 +56,6 @@ Values: TypeAlias = "dict[str, NDArray[np.float32]]"
 """The vectors (n, d) or scores (n,) of the samples: of "query" (vectors only), "document" and, if
 the model takes images, "image"."""
 
-Compute: TypeAlias = "Callable[[str, list[EmbeddingInput]], NDArray[np.float32]]"
-
 
 class Measured(NamedTuple):
     """The samples, computed by an engine."""
@@ -67,7 +64,7 @@ class Measured(NamedTuple):
     values: Values
 
 
-_SAMPLES: dict[Role, list[str]] = {
+_SAMPLES = {
     "query": [
         "how do I return a damaged product?",
         "Was kostet der Versand?",
@@ -115,71 +112,59 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the local model, the server, or both."""
+    """Print what runs locally and what a server returns, and compare the vectors or scores."""
     base_url = args.base_url or os.environ.get("NVIDIA_BASE_URL")
+    base_url = base_url and normalize_url(base_url)
+    api_key = read_key(args.api_key_env)
     local: Options | RerankOptions | None = read_reranker(args)
-    if local and (args.model or args.checkpoint or args.revision):
+    has_embedder = args.model or args.checkpoint or args.revision
+    if local and has_embedder:
         raise ConfigurationError(
             "--rerank-model: expected no option of an embedding model with it; check one at a time"
         )
-    if not local and (not base_url or args.model or args.checkpoint or args.reference):
+    if not local and (has_embedder or args.reference or not base_url):
         local = read_options(args, LOCAL, backend="local")
-    same = check(
-        local,
-        base_url,
-        served_name=args.served_name,
-        api_key=read_key(args.api_key_env),
-        prefixes=args.prefixes or "auto",
-        reference=args.reference,
-    )
-    return 0 if same else 1
-
-
-def check(
-    local: Options | RerankOptions | None,
-    base_url: str | None,
-    *,
-    served_name: str | None = None,
-    api_key: str | None = None,
-    prefixes: Literal["auto", "server"] | dict[Role, str] = "auto",
-    reference: bool = False,
-) -> bool:
-    """Print what runs locally and what a server returns, and compare the vectors or scores.
-
-    Args:
-        local: Options of the local model; None checks only the embeddings of the server.
-        base_url: Address of the server; None checks only the local model.
-        served_name: Name of the model on the server.
-        api_key: Key for the server.
-        prefixes: Prefixes of texts at the server; see `Options.prefixes`.
-        reference: Compare the local model with transformers' own classes, too.
-
-    Returns:
-        Whether everything works and all vectors or scores are interchangeable.
-
-    Raises:
-        ConfigurationError: the hosted catalogue no longer runs the model, or no model is named.
-    """
-    base_url = base_url and normalize_url(base_url)
+    task = local.task if local else "embed"
+    name = args.served_name or (local.model if local else None)
     if base_url and is_hosted(base_url):
-        require_hosted(
-            served_name or (local.model if local else None), local.task if local else "embed"
-        )
-    print(f"nemoretriever {__version__}, Python {platform.python_version()}, {_torch_version()}")
-    expected = None if local is None else _measure("local", local)
+        require_hosted(name, task)
+    torch = next((f"torch {each.version}" for each in distributions(name="torch")), "no torch")
+    print(f"nemoretriever {__version__}, Python {platform.python_version()}, {torch}")
+    expected = _measure("local", local) if local else None
     works = local is None or expected is not None
     if base_url:
         _probe(base_url)
-        remote = _select_remote(local, base_url, served_name, api_key, prefixes)
+        shared: dict[str, Any] = {"base_url": base_url, "api_key": api_key, "max_retries": 1}
+        remote: Options | RerankOptions = (
+            RerankOptions(**shared)
+            if task == "rerank"
+            else Options(**shared, prefixes=args.prefixes or "auto")
+        )
+        if not args.served_name and not lookup(name):
+            name = _find_only_model(remote) or name
+        if name:
+            remote = remote.replace(model=name)
         # A server may serve only the text part of a model, under another name.
-        is_known = remote.model is None or lookup(remote.model) is not None
+        is_known = name is None or lookup(name) is not None
         found = _measure("server", remote, "image" in expected.values if expected else is_known)
         works = works and found is not None
         if expected and found:
             works = _compare(expected, "server", found)
-    if reference and local is not None and expected:
-        works = _compare(expected, "transformers", _compute_reference(local, expected)) and works
-    return works
+    if args.reference and local and expected:
+        from shared_engine.local.reference import Reference  # imports torch
+
+        values = _compute_samples(Reference(local), task, "image" in expected.values)
+        works = _compare(expected, "transformers", Measured(expected.kind, values)) and works
+    return 0 if works else 1
+
+
+def _find_only_model(remote: Options | RerankOptions) -> str | None:
+    """Return the name of the only model of a server; None if it has several, as a catalogue has."""
+    with contextlib.suppress(NeMoRetrieverError), _open(remote) as model:
+        listed = model.list_models()
+        if len(listed) == 1:
+            return listed[0].id
+    return None
 
 
 def _measure(
@@ -189,15 +174,13 @@ def _measure(
     started = time.perf_counter()
     try:
         with _open(options) as model:
-            samples = _list_samples(options.task, has_images and "image" in model.modalities)
-            compute = _choose_method(model)
-            found = {name: compute(name, documents) for name, documents in samples.items()}
+            has_images = has_images and "image" in model.modalities
+            values = _compute_samples(model, options.task, has_images)
             first = time.perf_counter() - started
-            seconds = [_time_text(compute) for _ in range(9)]
+            short = [EmbeddingInput(_SAMPLES["query"][0])]
+            seconds = timeit.repeat(lambda: _compute(model, "query", short), number=1, repeat=9)
             kind = model.score_kind if isinstance(model, Reranker) else "vector"
-            width = (
-                "" if found["document"].ndim == 1 else f"{found['document'].shape[1]} values per "
-            )
+            width = f"{values['document'].shape[1]} values per " if kind == "vector" else ""
             print(f"{place}: {model.description}")
             print(
                 f"{'':{len(place)}}  {width}{kind}; ready after {first:.1f} s; a short text takes "
@@ -206,70 +189,47 @@ def _measure(
     except NeMoRetrieverError as exc:
         print(f"{place}: does not work: {type(exc).__name__}: {exc}")
         return None
-    return Measured(kind, found)
+    return Measured(kind, values)
 
 
 def _open(options: Options | RerankOptions) -> Embedder | Reranker:
     return Embedder(options) if isinstance(options, Options) else Reranker(options)
 
 
-def _list_samples(task: Task, has_images: bool) -> dict[str, list[EmbeddingInput]]:
-    samples: dict[str, list[EmbeddingInput]] = {
-        name: [EmbeddingInput(text) for text in texts] for name, texts in _SAMPLES.items()
-    }
+def _compute_samples(
+    model: Embedder | Reranker | Reference, task: Task, has_images: bool
+) -> Values:
+    samples = {name: [EmbeddingInput(text) for text in texts] for name, texts in _SAMPLES.items()}
     if task == "rerank":
-        del samples["query"]  # `_choose_method` has one
+        del samples["query"]  # `_compute` has one
     if has_images:
         disc = images.draw_sample()
         pair = EmbeddingInput("A disc that fades to its rim.", disc)
         samples["image"] = [EmbeddingInput(image=disc), pair]
-    return samples
+    return {name: _compute(model, name, documents) for name, documents in samples.items()}
 
 
-def _choose_method(model: Embedder | Reranker | Reference) -> Compute:
-    """Return a function of a sample's name and documents: their vectors, or scores for a query."""
+def _compute(
+    model: Embedder | Reranker | Reference, name: str, documents: list[EmbeddingInput]
+) -> NDArray[np.float32]:
+    """Return the vectors of a sample, or the scores of its documents for a query."""
     if isinstance(model, Reranker) or (not isinstance(model, Embedder) and model.is_reranker):
-        return lambda _, documents: model.score(_SAMPLES["query"][0], documents)
-    return lambda name, documents: model.embed(
-        documents, "query" if name == "query" else "document"
-    )
-
-
-def _time_text(compute: Compute) -> float:
-    started = time.perf_counter()
-    compute("query", [EmbeddingInput(_SAMPLES["query"][0])])
-    return time.perf_counter() - started
-
-
-def _compute_reference(options: Options | RerankOptions, expected: Measured) -> Measured:
-    """Compute the samples with transformers' classes.
-
-    Raises:
-        MissingExtraError: transformers is not installed.
-    """
-    from shared_engine.local.reference import Reference  # imports torch
-
-    compute = _choose_method(Reference(options))
-    samples = _list_samples(options.task, "image" in expected.values)
-    return Measured(expected.kind, {name: compute(name, each) for name, each in samples.items()})
+        return model.score(_SAMPLES["query"][0], documents)
+    return model.embed(documents, "query" if name == "query" else "document")
 
 
 def _compare(local: Measured, other_name: str, other: Measured) -> bool:
     """Print how close two sets of values are; return whether they are interchangeable."""
-    pair = f"local and {other_name}"
-    for name, mine in local.values.items():
-        if (theirs := other.values.get(name)) is None:
-            print(f"{pair}: not interchangeable: only the local model takes images")
-            return False
-        if mine.shape != theirs.shape:
-            sizes = f"{mine.shape[1]} and {theirs.shape[1]}"
-            print(f"{pair}: not interchangeable: {sizes} values per vector")
-            return False
-    if local.kind != "vector":
-        same, reason = _compare_scores(local, other)
-    else:
+    mine, theirs = local.values["document"], other.values["document"]
+    if local.values.keys() - other.values.keys():
+        same, reason = False, ": only the local model takes images"
+    elif mine.shape != theirs.shape:
+        same, reason = False, f": {mine.shape[1]} and {theirs.shape[1]} values per vector"
+    elif local.kind == "vector":
         same, reason = _compare_vectors(local.values, other.values, other_name)
-    print(f"{pair}: {'' if same else 'not '}interchangeable{reason}")
+    else:
+        same, reason = _compare_scores(local, other)
+    print(f"local and {other_name}: {'' if same else 'not '}interchangeable{reason}")
     return same
 
 
@@ -314,24 +274,17 @@ def _compare_vectors(local: Values, other: Values, other_name: str) -> tuple[boo
     return smallest >= MIN_COSINE, reason
 
 
-def _share_of_ordered_pairs(mine: Values, theirs: Values) -> float:
-    """Return the share of the pairs of documents in the same order for a query, over all queries.
-
-    Args:
-        mine: Vectors of an engine.
-        theirs: Vectors of another engine for the same samples.
-    """
+def _share_of_ordered_pairs(*engines: Values) -> float:
+    """Return the share of the pairs of documents that two engines order equally for a query."""
     import numpy as np
 
-    def compare(values: Values) -> NDArray[np.bool_]:
-        """Return, for each query, which documents have a larger score than which."""
-        documents = np.concatenate([values[name] for name in mine if name != "query"])
+    is_larger = []
+    for values in engines:
+        documents = np.concatenate([rows for name, rows in values.items() if name != "query"])
         scores = values["query"] @ documents.T  # (queries, documents)
         first, second = np.triu_indices(len(documents), k=1)
-        is_larger: NDArray[np.bool_] = scores[:, first] > scores[:, second]
-        return is_larger
-
-    return float((compare(mine) == compare(theirs)).mean())
+        is_larger.append(scores[:, first] > scores[:, second])
+    return float((is_larger[0] == is_larger[1]).mean())
 
 
 def _probe(base_url: str) -> None:
@@ -347,32 +300,3 @@ def _probe(base_url: str) -> None:
             print(f"{base_url}/{path}: {type(exc).__name__}: {exc}")
             return
         print(f"{base_url}/{path}: {response.status_code} {' '.join(start.split())[:300]}")
-
-
-def _select_remote(
-    local: Options | RerankOptions | None,
-    base_url: str,
-    served_name: str | None,
-    api_key: str | None,
-    prefixes: Literal["auto", "server"] | dict[Role, str],
-) -> Options | RerankOptions:
-    """Return the options for the server; without `served_name`, they name its only model."""
-    key = SecretStr(api_key) if api_key else None
-    options: Options | RerankOptions
-    if isinstance(local, RerankOptions):
-        options = RerankOptions(base_url=base_url, api_key=key, max_retries=1)
-    else:
-        options = Options(base_url=base_url, api_key=key, max_retries=1, prefixes=prefixes)
-    name = served_name or (local.model if local else None)
-    if not served_name and not (name and lookup(name)):
-        with contextlib.suppress(NeMoRetrieverError), _open(options) as model:
-            listed = model.list_models()
-            name = listed[0].id if len(listed) == 1 else name  # a catalogue lists many
-    return options.replace(model=name) if name else options
-
-
-def _torch_version() -> str:
-    try:
-        return f"torch {version('torch')}"
-    except PackageNotFoundError:
-        return "no torch"

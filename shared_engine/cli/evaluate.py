@@ -30,8 +30,14 @@ computed from them. Second stages (--hybrid, --rescore, --rerank) are separate r
 examples:
   nemoretriever evaluate data --dimensions 512 1024
   nemoretriever evaluate data --base-url http://localhost:8000/v1 --hybrid
-  nemoretriever evaluate --mteb SciFact --against st:intfloat/e5-small-v2
+  nemoretriever evaluate data --against st:intfloat/e5-small-v2
+  nemoretriever evaluate --mteb SciFact
 """
+_NEED_FOLDER = (
+    *("against", "split", "no-bm25", "rerank", "hybrid", "rescore", "ignore-identical-ids"),
+    *("cache", "plot"),
+)
+"""Options that `--mteb` does not have."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -148,13 +154,13 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate on a folder, or run tasks of MTEB."""
     _check_usage(args)
     options = read_options(args, (*LOCAL, *REMOTE, "truncate"), api_key=read_key(args.api_key_env))
-    if args.mteb:
-        return _run_tasks(args, options)
-    from shared_engine.evaluate import EngineModel, evaluate, find_model, find_reranker
-    from shared_engine.evaluate.report import check_plot, draw_plot, write_json, write_table
+    return _run_tasks(args, options) if args.mteb else _evaluate(args, options)
 
-    if args.plot is not None:
-        check_plot(args.plot)
+
+def _evaluate(args: argparse.Namespace, options: Options) -> int:
+    from shared_engine.evaluate import EngineModel, evaluate, find_model, find_reranker
+    from shared_engine.evaluate.report import draw_plot, write_table
+
     report = evaluate(
         args.folder,
         [EngineModel(options), *(find_model(name, options) for name in args.against)],
@@ -171,8 +177,7 @@ def run(args: argparse.Namespace) -> int:
         progress=lambda line: print(line, file=sys.stderr),
     )
     print(write_table(report))
-    if args.json is not None:
-        write_json(report, args.json)
+    _write_json(report.to_dict(), args.json)
     if args.plot is not None:
         draw_plot(report, args.plot)
     return 0
@@ -184,10 +189,13 @@ def _check_usage(args: argparse.Namespace) -> None:
             raise ConfigurationError(
                 f"{path} cannot be written: expected a file in an existing folder"
             )
-    if args.mteb and (args.rerank or args.hybrid or args.rescore):
-        raise ConfigurationError("--rerank, --hybrid and --rescore need FOLDER, not --mteb")
-    if not args.mteb and (args.folder is None or args.data is not None):
+    if args.plot and args.plot.suffix.lower() not in (".svg", ".png"):
+        raise ConfigurationError(f"--plot {args.plot}: expected a name with suffix .svg or .png")
+    if bool(args.mteb) == bool(args.folder) or (args.data and args.folder):
         raise ConfigurationError("expected FOLDER, or --mteb TASK with an optional --data")
+    given = [f"--{name}" for name in _NEED_FOLDER if getattr(args, name.replace("-", "_"))]
+    if args.mteb and given:
+        raise ConfigurationError(f"{given[0]} needs FOLDER, not --mteb")
 
 
 def _run_tasks(args: argparse.Namespace, options: Options) -> int:
@@ -198,6 +206,10 @@ def _run_tasks(args: argparse.Namespace, options: Options) -> int:
     )
     rows = run_tasks(args.mteb, options, args.data)
     print(write_tasks(rows))
-    if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    _write_json(rows, args.json)
     return 0
+
+
+def _write_json(content: object, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

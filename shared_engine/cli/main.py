@@ -53,12 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         print_error(f"{option}{reason}")
         return 2
-    except NeMoRetrieverError as exc:
+    except (NeMoRetrieverError, OSError) as exc:  # a full disk, a folder without write permission
         print_error(exc)
         return 2 if isinstance(exc, (ConfigurationError, MissingExtraError)) else 1
-    except OSError as exc:  # a full disk, a folder without write permission
-        print_error(exc)
-        return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
 
@@ -79,18 +76,14 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            self._refuse_misspelt(unknown)
-        return found, unknown
-
-    def _refuse_misspelt(self, unknown: list[str]) -> None:
-        from difflib import get_close_matches  # imported only for a wrong option
-
-        options = [option for action in self._actions for option in action.option_strings]
         for word in unknown:
+            from difflib import get_close_matches  # imported only for a wrong option
+
+            options = [option for action in self._actions for option in action.option_strings]
             name = word.partition("=")[0]
             if similar := name.startswith("--") and get_close_matches(name, options, n=1):
                 self.error(f"unknown option {name}; did you mean {similar[0]}?")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {mask_keys(escape(message))}; see {self.prog} --help\n")

@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 from collections.abc import Iterable
-from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from shared_engine.errors import ConfigurationError
@@ -62,7 +61,7 @@ def _argument(annotation: Any) -> dict[str, Any]:
     """
     if get_origin(annotation) is Literal:
         return {"choices": get_args(annotation)}
-    kinds = {annotation, *get_args(annotation)} - {NoneType}
+    kinds = {annotation, *get_args(annotation)}
     if any(get_origin(kind) is dict for kind in kinds):
         return {"type": _parse_json, "metavar": "JSON"}
     for kind, metavar in ((int, "N"), (float, "SECONDS")):
@@ -106,7 +105,7 @@ def read_reranker(args: argparse.Namespace) -> RerankOptions | None:
             raise ConfigurationError("--rerank-checkpoint: expected --rerank-model with it")
         return None
     given = {"model": args.rerank_model, "checkpoint": args.rerank_checkpoint}
-    return RerankOptions(**given, **_find_given(args, SHARED), backend="local")
+    return RerankOptions(**given, **find_given(args, SHARED), backend="local")
 
 
 def add_key(parser: argparse.ArgumentParser, default: str = "NVIDIA_API_KEY") -> None:
@@ -143,9 +142,10 @@ def add_logging(parser: argparse.ArgumentParser, level: str) -> None:
 
 def read_options(args: argparse.Namespace, names: Iterable[str], **more: Any) -> Options:
     """Return the options of these names that were given, with `more` added."""
-    return Options(**_find_given(args, names), **more)
+    return Options(**find_given(args, names), **more)
 
 
-def _find_given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+def find_given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Return the arguments of these names that were given."""
     values = {name: getattr(args, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}

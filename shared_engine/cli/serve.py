@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 from dataclasses import fields
+from typing import Any
 
 from shared_engine.cli.options import (
     LOCAL,
@@ -13,12 +14,22 @@ from shared_engine.cli.options import (
     add_options,
     add_reranker,
     add_served_name,
+    find_given,
     read_options,
     read_reranker,
 )
 from shared_engine.endpoints import read_key
 from shared_engine.errors import ConfigurationError
 from shared_engine.server.limits import ServerLimits
+
+_LIMITS = fields(ServerLimits)
+_OF_REPLICAS = {
+    "replicas": (int, "Replicas behind one address, with Ray Serve. Default: one, without Ray."),
+    "max_replicas": (int, "Maximum for autoscaling, from --replicas. Default: no autoscaling."),
+    "cpus_per_replica": (float, "CPUs per replica. Default: divided evenly."),
+    "gpus_per_replica": (float, "GPUs per replica, or a part of one. Default: 1 if available."),
+}
+"""Fields of `Replicas` that are arguments of the same name, with their type and help."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -61,7 +72,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="Role of texts whose request has none, for clients that cannot send input_type. "
         "Default: none; such a request is an error.",
     )
-    for limit in fields(ServerLimits):
+    for limit in _LIMITS:
         verb.add_argument(
             "--" + limit.name.replace("_", "-"),
             type=type(limit.default),
@@ -75,17 +86,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="Log each request with its id, status, seconds, inputs and tokens; health probes only "
         "at --log-level debug. Not for replicas: Ray Serve has an access log.",
     )
-    for name, kind, text in (
-        (
-            "replicas",
-            int,
-            "Replicas behind one address, with Ray Serve. Default: one, without Ray.",
-        ),
-        ("max-replicas", int, "Maximum for autoscaling, from --replicas. Default: no autoscaling."),
-        ("cpus-per-replica", float, "CPUs per replica. Default: divided evenly."),
-        ("gpus-per-replica", float, "GPUs per replica, or a part of one. Default: 1 if available."),
-    ):
-        verb.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    for name, (kind, text) in _OF_REPLICAS.items():
+        verb.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
     verb.add_argument(
         "--ray",
         metavar="ADDRESS",
@@ -104,11 +106,17 @@ def run(args: argparse.Namespace) -> int:
     rerank_options = read_reranker(args)
     has_embedder = rerank_options is None or args.model or args.checkpoint or args.revision
     options = read_options(args, LOCAL, backend="local") if has_embedder else None
-    limits = ServerLimits(
-        **{limit.name: getattr(args, limit.name) for limit in fields(ServerLimits)}
-    )
     key = read_key(args.api_key_env)  # for replicas, checked here rather than by each of them
-    if args.replicas or args.max_replicas:
+    served: dict[str, Any] = {
+        "rerank_options": rerank_options,
+        "served_name": args.served_name,
+        "rerank_served_name": args.rerank_served_name,
+        "allowed_hosts": tuple(args.allowed_host),
+        "limits": ServerLimits(**{each.name: getattr(args, each.name) for each in _LIMITS}),
+        "default_input_type": args.default_input_type,
+    }
+    replicas = find_given(args, _OF_REPLICAS)
+    if replicas or args.ray is not None:
         if args.access_log:
             raise ConfigurationError(
                 "--access-log is for one process, and Ray Serve logs the requests of replicas in "
@@ -116,20 +124,7 @@ def run(args: argparse.Namespace) -> int:
             )
         from shared_engine.distributed.serving import Replicas, serve_replicas
 
-        settings = Replicas(
-            options=options,
-            rerank_options=rerank_options,
-            served_name=args.served_name,
-            rerank_served_name=args.rerank_served_name,
-            allowed_hosts=tuple(args.allowed_host),
-            limits=limits,
-            default_input_type=args.default_input_type,
-            api_key_env=args.api_key_env,
-            replicas=args.replicas or 1,
-            max_replicas=args.max_replicas,
-            cpus_per_replica=args.cpus_per_replica,
-            gpus_per_replica=args.gpus_per_replica,
-        )
+        settings = Replicas(options=options, api_key_env=args.api_key_env, **served, **replicas)
         serve_replicas(settings, address=args.ray, host=args.host, port=args.port)
         return 0
     from shared_engine.server import serve
@@ -140,16 +135,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         is_loaded = serve(
             options,
-            rerank_options=rerank_options,
             host=args.host,
             port=args.port,
-            served_name=args.served_name,
-            rerank_served_name=args.rerank_served_name,
             api_key=key,
-            limits=limits,
-            allowed_hosts=args.allowed_host,
-            default_input_type=args.default_input_type,
             access_log=args.access_log,
+            **served,
         )
     finally:
         signal.signal(signal.SIGINT, before)

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -36,9 +36,6 @@ _TRIES = 3
 the fragment may be the reason, for example by its memory."""
 
 _log = logging.getLogger("shared_engine")
-
-Outcome = Done | NeMoRetrieverError
-"""The outcome of a fragment."""
 
 
 def run_ray(
@@ -92,12 +89,8 @@ def run_ray(
 
 
 def embed_fragments(
-    job: Job,
-    fragments: Sequence[Fragment],
-    workers: int,
-    share: Share,
-    embed: Callable[..., Done] = embed_fragment,
-) -> Generator[tuple[Fragment, Outcome], None, None]:
+    job: Job, fragments: Sequence[Fragment], workers: int, share: Share
+) -> Generator[tuple[Fragment, Done | NeMoRetrieverError], None, None]:
     """Yield fragments with their outcomes, as they end; closing the iterator ends the actors.
 
     Args:
@@ -105,7 +98,6 @@ def embed_fragments(
         fragments: The fragments, in the order in which to read them.
         workers: number of actors.
         share: Resources of each actor.
-        embed: Embeds a fragment, as `embed_fragment` does.
 
     Raises:
         EngineError: workers cannot start, or the same fragments ended them several times.
@@ -117,13 +109,13 @@ def embed_fragments(
     workers = min(workers, len(fragments))
     waiting = set(range(len(fragments)))
     starts = [number * len(fragments) // workers for number in range(workers)]
-    tries: Counter[int] = Counter()
-    deaths_at_start = 0
+    tries: Counter[int | None] = Counter()
+    """How often a fragment was lost with its actor; None: how many actors died at their start."""
     calls: dict[Any, tuple[Any, int | None]] = {}
     """Calls in flight, with actor and number of the fragment; None while the actor starts."""
 
     def start() -> None:
-        actor = actors.remote(job, embed)
+        actor = actors.remote(job)
         calls[actor.start.remote()] = (actor, None)
 
     def submit(actor: Any, number: int | None) -> int | None:
@@ -148,18 +140,23 @@ def embed_fragments(
                 numbers = {number, *(calls.pop(ref)[1] for ref in in_hand)}
                 lost = {number for number in numbers if number is not None}
                 waiting |= lost
-                tries.update(lost)
-                deaths_at_start += not lost
-                _check_deaths(
-                    exc, deaths_at_start, [fragments[n] for n in lost if tries[n] == _TRIES]
-                )
+                tries.update(lost or [None])
+                if tries[None] == _TRIES:
+                    raise EngineError(f"{_TRIES} workers died at their start: {exc}") from exc
+                if exhausted := [fragments[n] for n in lost if tries[n] == _TRIES]:
+                    titles = sorted({fragment.title for fragment in exhausted})
+                    raise EngineError(
+                        f"{len(exhausted)} fragments ended with their workers {_TRIES} times, "
+                        f"those of {', '.join(titles[:3])} among them: do the workers have enough "
+                        "memory?"
+                    ) from exc
                 _log.warning(
                     "%d fragments ended with their workers, and are begun again", len(lost)
                 )
                 start()
                 continue
             if number is None:
-                deaths_at_start = 0
+                del tries[None]
                 following = starts.pop(0) if starts else None
                 for _ in range(AT_ONCE):
                     following = submit(actor, following)
@@ -171,24 +168,11 @@ def embed_fragments(
             ray.kill(actor)
 
 
-def _check_deaths(cause: Exception, at_start: int, fragments: list[Fragment]) -> None:
-    """Give up if workers die at their start, or fragments were tried often enough."""
-    if at_start == _TRIES:
-        raise EngineError(f"{_TRIES} workers died at their start: {cause}") from cause
-    if fragments:
-        titles = sorted({fragment.title for fragment in fragments})
-        raise EngineError(
-            f"{len(fragments)} fragments ended with their workers {_TRIES} times, those of "
-            f"{', '.join(titles[:3])} among them: do the workers have enough memory?"
-        ) from cause
-
-
 class Worker:
     """The engine of one actor; it loads at the first fragment."""
 
-    def __init__(self, job: Job, embed: Callable[..., Done]) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
-        self._embed_fragment = embed
         self._embedder = Embedder(job.options)
         self._reading = threading.Lock()
         self._cursors = Cursors()
@@ -196,12 +180,12 @@ class Worker:
     def start(self) -> None:
         """Return: the actor has started."""
 
-    def embed(self, fragment: Fragment) -> Outcome:
+    def embed(self, fragment: Fragment) -> Done | NeMoRetrieverError:
         """Embed a fragment; return its error instead of raising it."""
         with ExitStack() as turn:
             turn.enter_context(self._reading)
             try:
-                return self._embed_fragment(
+                return embed_fragment(
                     self._job, self._embedder, fragment, on_read=turn.close, cursors=self._cursors
                 )
             except NeMoRetrieverError as exc:

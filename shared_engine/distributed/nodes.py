@@ -8,10 +8,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared_engine._lazy import needs_extra
 from shared_engine.errors import ConfigurationError
@@ -59,8 +58,8 @@ def connect(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     is_new = address == "local"
     settings = _SETTINGS | (_LOOPBACK if is_new else {})
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update({name: value for name, value in settings.items() if before[name] is None})
+    added = settings.keys() - os.environ.keys()
+    os.environ.update({name: settings[name] for name in added})
     # Ray read the environment when it was imported; the variable reaches only its other processes.
     constants: Any = importlib.import_module("ray._private.ray_constants")
     may_span_nodes = constants.ENABLE_RAY_CLUSTER
@@ -76,22 +75,16 @@ def connect(address: str | None) -> Iterator[None]:
         raise ConfigurationError(f"there is no Ray cluster at {address}: {exc}") from exc
     finally:  # they are for the cluster only, not for later children of this process
         constants.ENABLE_RAY_CLUSTER = may_span_nodes
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
+        for name in added:
+            del os.environ[name]
     try:
         yield
     finally:
         ray.shutdown()
 
 
-Node = tuple[float, float]
-"""Cores and GPUs of a node."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of a node that one actor has."""
+class Share(NamedTuple):
+    """Cores and GPUs of a node, or the part of them that one actor has."""
 
     cpus: float
     gpus: float
@@ -108,29 +101,28 @@ def find_share(
     cpus: float | None = None,
     gpus: float | None = None,
 ) -> tuple[int, Share]:
-    """Return the number of actors with an engine, and the resources of each.
-
-    Args:
-        options: of the engine.
-        count: number of actors; see `choose_count` for the default.
-        cpus: cores of each; see `choose_cpus`.
-        gpus: GPUs of each; see `choose_gpus`.
+    """Return the number of actors with an engine, and the resources of each; see `divide`.
 
     Raises:
-        ConfigurationError: the nodes cannot hold so many of such shares.
+        ConfigurationError: a number is not positive, or the nodes cannot hold so many such shares.
     """
-    nodes = _read_nodes()
+    for name, value in (("workers", count), ("cpus", cpus)):
+        if value is not None and value <= 0:
+            raise ConfigurationError(f"{name}={value}: must be greater than 0")
+    nodes = [
+        Share(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in import_ray().nodes()
+        if node["Alive"]
+    ]
     is_local = select_backend(options).base_url is None
-    if gpus is None:
-        gpus = choose_gpus(nodes, is_local and options.device != "cpu")
-    if count is None:
-        count = choose_count(nodes, Share(cpus or 1, gpus))
-    if cpus is None:
-        cpus = choose_cpus(nodes, count, gpus, is_local)
-    share = Share(cpus, gpus)
+    if gpus is None and not (is_local and options.device != "cpu"):
+        gpus = 0.0
+    if cpus is None and not is_local:
+        cpus = 1.0
+    count, share = divide(nodes, count, cpus, gpus)
     fitting = _count(nodes, share)
     if fitting < count:
-        there = ", ".join(str(Share(*node)) for node in nodes) or "none"
+        there = ", ".join(map(str, nodes)) or "none"
         raise ConfigurationError(
             f"{count} workers of {share} each do not fit: the cluster holds {fitting}; its "
             f"nodes have: {there}"
@@ -139,43 +131,33 @@ def find_share(
     return count, share
 
 
-def choose_gpus(nodes: list[Node], may_use: bool) -> float:
-    """Return one GPU per actor if its engine may use it and a node has one, else none."""
-    return 1.0 if may_use and any(node[1] for node in nodes) else 0.0
+def divide(
+    nodes: Sequence[Share], count: int | None, cpus: float | None, gpus: float | None
+) -> tuple[int, Share]:
+    """Return the number of actors and the share of each, with defaults for what is None.
 
-
-def choose_count(nodes: list[Node], share: Share) -> int:
-    """Return an actor per GPU; without GPUs, one on each node that can hold it; at least 1."""
-    if share.gpus:
-        return max(1, _count(nodes, share))
-    return max(1, sum(_count([node], share) > 0 for node in nodes))
-
-
-def choose_cpus(nodes: list[Node], count: int, gpus: float, is_local: bool) -> float:
-    """Return one core for a client of a NIM or an engine on a GPU, else as many as all can have.
-
-    Ray limits the threads of an actor to its number of cores.
+    - `gpus`: 1 if a node has one, else 0.
+    - `count`: an actor per GPU; without GPUs, one on each node that can hold it; at least 1.
+    - `cpus`: 1 with a GPU, else as many as all actors can have, as Ray limits the threads of an
+      actor to its number of cores.
     """
-    if gpus or not is_local:
-        return 1.0
-    most = int(max((node[0] for node in nodes), default=0))
-    fitting = (cpus for cpus in range(most, 1, -1) if _count(nodes, Share(cpus, gpus)) >= count)
-    return float(next(fitting, 1))
+    if gpus is None:
+        gpus = 1.0 if any(node.gpus for node in nodes) else 0.0
+    if count is None:
+        share = Share(cpus or 1.0, gpus)
+        held = [_count([node], share) for node in nodes]
+        count = max(1, sum(held) if gpus else sum(each > 0 for each in held))
+    if cpus is None:
+        most = 1 if gpus else int(max((node.cpus for node in nodes), default=0))
+        choices = (float(cores) for cores in range(most, 1, -1))
+        fitting = (each for each in choices if _count(nodes, Share(each, gpus)) >= count)
+        cpus = next(fitting, 1.0)
+    return count, Share(cpus, gpus)
 
 
-def _read_nodes() -> list[Node]:
-    """Return the cores and GPUs of each node."""
-    return [
-        (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-        for node in import_ray().nodes()
-        if node["Alive"]
-    ]
-
-
-def _count(nodes: list[Node], share: Share) -> int:
+def _count(nodes: Sequence[Share], share: Share) -> int:
     """Return how many shares the nodes hold; a share does not span two nodes."""
-    parts = (share.cpus, share.gpus)
     return sum(
-        min(int(has / part + 1e-9) for has, part in zip(node, parts, strict=True) if part)
+        min(int(has / part + 1e-9) for has, part in zip(node, share, strict=True) if part)
         for node in nodes
     )

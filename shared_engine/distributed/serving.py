@@ -18,9 +18,10 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import httpx
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from shared_engine.distributed.nodes import Share, connect, find_share, import_ray
+from shared_engine.distributed.nodes import connect, find_share, import_ray
 from shared_engine.endpoints import read_key
 from shared_engine.errors import ConfigurationError, EngineError
 from shared_engine.options import Options, RerankOptions
@@ -28,7 +29,6 @@ from shared_engine.server.limits import ServerLimits
 
 _log = logging.getLogger("shared_engine")
 
-READY = "/v1/health/ready"
 NAME = "nemoretriever"
 """Name of the application on the cluster."""
 
@@ -69,10 +69,20 @@ def build(settings: Replicas | Mapping[str, Any]) -> Any:
         MissingExtraError: Ray is not installed.
     """
     settings = Replicas.model_validate(settings)
-    if settings.max_replicas is not None and settings.max_replicas < settings.replicas:
-        raise ConfigurationError(
-            f"max_replicas={settings.max_replicas}: must be at least replicas={settings.replicas}"
-        )
+    count: dict[str, Any] = {"num_replicas": settings.replicas}
+    if settings.max_replicas is not None:
+        if settings.max_replicas < settings.replicas:
+            raise ConfigurationError(
+                f"max_replicas={settings.max_replicas}: must be at least "
+                f"replicas={settings.replicas}"
+            )
+        count = {
+            "autoscaling_config": {
+                "min_replicas": settings.replicas,
+                "max_replicas": settings.max_replicas,
+                "target_ongoing_requests": settings.target_ongoing_requests,
+            }
+        }
     _, share = find_share(
         settings.options or settings.rerank_options or Options(),
         settings.replicas,
@@ -80,28 +90,18 @@ def build(settings: Replicas | Mapping[str, Any]) -> Any:
         gpus=settings.gpus_per_replica,
     )
     serve = import_ray("serve")
-    replica = serve.ingress(lambda: _create_app(settings))(_Replica)
-    return serve.deployment(replica, name=NAME, **_describe(settings, share)).bind()
-
-
-def _describe(settings: Replicas, share: Share) -> dict[str, Any]:
-    numbers: dict[str, Any] = {"num_replicas": settings.replicas}
-    if settings.max_replicas is not None:
-        numbers = {
-            "autoscaling_config": {
-                "min_replicas": settings.replicas,
-                "max_replicas": settings.max_replicas,
-                "target_ongoing_requests": settings.target_ongoing_requests,
-            }
-        }
-    return numbers | {
-        "ray_actor_options": {"num_cpus": share.cpus, "num_gpus": share.gpus},
+    deployment = serve.deployment(
+        serve.ingress(lambda: _create_app(settings))(_Replica),
+        name=NAME,
+        ray_actor_options={"num_cpus": share.cpus, "num_gpus": share.gpus},
         # The engine batches across requests, and the app itself refuses too many.
-        "max_ongoing_requests": settings.limits.max_connections,
-        "graceful_shutdown_timeout_s": settings.limits.grace_seconds,
-        "graceful_shutdown_wait_loop_s": 0.5,
-        "max_constructor_retry_count": 3,
-    }
+        max_ongoing_requests=settings.limits.max_connections,
+        graceful_shutdown_timeout_s=settings.limits.grace_seconds,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_constructor_retry_count=3,
+        **count,
+    )
+    return deployment.bind()
 
 
 def _create_app(settings: Replicas) -> Any:
@@ -133,32 +133,13 @@ class _Replica:
 
     async def check_health(self) -> None:
         """Wait until the model is loaded at the first call, so that no request arrives earlier."""
-        while not await _is_ready(self.app):
-            if self._has_been_ready or self.app.state.failures:
-                raise EngineError(f"no request can be answered: {self.app.state.failures}")
-            await asyncio.sleep(0.1)
+        transport = httpx.ASGITransport(self.app)
+        async with httpx.AsyncClient(transport=transport, trust_env=False) as client:
+            while not (await client.get("http://localhost/v1/health/ready")).is_success:
+                if self._has_been_ready or self.app.state.failures:
+                    raise EngineError(f"no request can be answered: {self.app.state.failures}")
+                await asyncio.sleep(0.1)
         self._has_been_ready = True
-
-
-async def _is_ready(app: Any) -> bool:
-    """Send a readiness probe to an ASGI app."""
-    sent: list[dict[str, Any]] = []
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    scope: dict[str, Any] = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "GET",
-    }
-    scope |= {"scheme": "http", "path": READY, "raw_path": READY.encode(), "query_string": b""}
-    await app(scope | {"headers": [(b"host", b"localhost")], "root_path": ""}, receive, send)
-    return bool(sent and sent[0]["status"] == 200)
 
 
 def serve_replicas(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import ir_measures
 import numpy as np
@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from shared_engine._cache import find_cache
 from shared_engine._version import __version__
-from shared_engine.documents import Role
 from shared_engine.errors import ConfigurationError, UnsupportedDimensionsError
 from shared_engine.evaluate.data import Qrels, RetrievalData, read_folder
 from shared_engine.evaluate.models import EngineReranker, Model, embed
 from shared_engine.evaluate.search import Ranking, fuse, rescore, search, search_bm25
-from shared_engine.vectors import EmbeddingType
+from shared_engine.vectors import EmbeddingType, quantize
 
 MEASURES = {
     "Recall@1": R @ 1,
@@ -86,13 +85,14 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for JSON, with versions and the date."""
-        names = ("numpy", "ir-measures", "bm25s")
         return asdict(self) | {
             "interval": {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED},
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {"nemoretriever-embeddings": __version__}
-            | {"python": platform.python_version()}
-            | {name: version(name) for name in names},
+            "versions": {
+                "nemoretriever-embeddings": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("numpy", "ir-measures", "bm25s")},
+            },
         }
 
 
@@ -139,53 +139,45 @@ def evaluate(
         InputError: a line of the folder is invalid or cannot be embedded; the message has the line.
     """
     sizes = sorted(set(dimensions), reverse=True)
-    if sizes and sizes[-1] < 1:
-        raise ConfigurationError(f"dimensions={sizes[-1]}: must be at least 1")
-    if candidates < 1:
-        raise ConfigurationError(f"candidates={candidates}: must be at least 1")
+    for name, value in (("dimensions", min(sizes, default=1)), ("candidates", candidates)):
+        if value < 1:
+            raise ConfigurationError(f"{name}={value}: must be at least 1")
     data = read_folder(folder, split)
     measured = _Measured(data, max(DEPTH, candidates), ignore_identical_ids)
     # loads them, so that an invalid one is refused before anything is embedded
     rerankers = [each for each in rerankers if measured.accepts(each)]
-    first: list[list[str]] = []
     used = []
     for model in models:
-        is_first = model is models[0]
-        if not is_first and not measured.accepts(model):
+        if measured.rows and not measured.accepts(model):
             continue
-        offered = list(_find_sizes(model, sizes, None if is_first else measured.left_out))
-        vectors = {}
+        offered = measured.find_sizes(model, sizes)
+        vectors = []  # of queries, then of documents
         for role, collection in data.by_role.items():
             progress(f"{model.name}: {len(collection):,} vectors of {collection.path.name}")
-            vectors[role] = embed(model, collection, role, cache or find_cache("evaluate"))
+            vectors.append(embed(model, collection, role, cache or find_cache("evaluate")))
         for size, kind in product(offered, embedding_types):
-            found = measured.search(vectors, size, kind)
-            measured.add(found, (model.name, size, kind))
-            first = first or found
+            measured.add(measured.search(vectors, size, kind), model.name, size, kind)
         for size in offered if rescored else ():
             bits = measured.search(vectors, size, "binary")
-            found = rescore(
-                bits, vectors["query"], vectors["document"], data.corpus.ids, candidates
-            )
-            measured.add(found, (model.name, size, "binary"), f"full vectors ({candidates})")
-        used.append(_describe(model))
-    row = measured.rows[0]
+            found = rescore(bits, vectors[0], vectors[1], data.corpus.ids, candidates)
+            stage = f"full vectors ({candidates})"
+            measured.add(found, model.name, size, "binary", second_stage=stage)
+        keys = {role: model.cache_key(role) for role in data.by_role}
+        used.append(model.describe() | {"cache_key": keys})
+    first, row = measured.first, measured.rows[0]
     searched = row.model, row.dimensions, row.embedding_type
     words = measured.search_bm25() if bm25 or hybrid else None
     if words and bm25:
-        measured.add(words, ("BM25", None, None))
+        measured.add(words, "BM25")
     if words and hybrid:
-        measured.add(list(map(fuse, first, words)), searched, "BM25")
+        measured.add(list(map(fuse, first, words)), *searched, second_stage="BM25")
     for reranker in rerankers:
         progress(f"{reranker.name}: {candidates} candidates for each of {len(first):,} queries")
         found, seconds = reranker.rerank(data, first, candidates)
-        measured.add(found, searched, f"{reranker.name} ({candidates})", seconds)
-        used.append(_describe(reranker))
+        stage = f"{reranker.name} ({candidates})"
+        measured.add(found, *searched, second_stage=stage, seconds=seconds)
+        used.append(reranker.describe())
     return Report(data.facts, used, measured.rows, measured.left_out)
-
-
-_SearchSpec = tuple[str, int | None, EmbeddingType | None]
-"""Model, dimensions and number type of a search."""
 
 
 class _Measured:
@@ -197,26 +189,43 @@ class _Measured:
         self._data = data
         self._ranking = Ranking(data.corpus.ids, depth + ignore_identical_ids)
         self._ignores_identical_ids = ignore_identical_ids
+        self.first: list[list[str]] = []  # ids by query of the first row
         self._baseline: NDArray[np.float64] = np.zeros(0)  # (q, measures) of the first row
 
     def accepts(self, model: Model | EngineReranker) -> bool:
         """Return whether a model accepts the documents; if not, note it as left out."""
-        accepts = "image" in model.modalities or not self._data.corpus.has_images
-        if not accepts:
-            self.left_out.append(f"{model.name}: does not accept images")
-        return accepts
+        if "image" in model.modalities or not self._data.corpus.has_images:
+            return True
+        self.left_out.append(f"{model.name}: does not accept images")
+        return False
+
+    def find_sizes(self, model: Model, sizes: Iterable[int]) -> list[int]:
+        """Return the full size and the others that a model offers; note the rest as left out.
+
+        Raises:
+            UnsupportedDimensionsError: the first model does not offer one.
+        """
+        offered = [model.dimensions]
+        for size in sizes:
+            try:
+                model.check_dimensions(size)
+            except UnsupportedDimensionsError as exc:
+                if not self.rows:
+                    raise
+                self.left_out.append(f"{model.name}: {exc}")
+            else:
+                offered.append(size)
+        return list(dict.fromkeys(offered))
 
     def search(
-        self, vectors: Mapping[Role, NDArray[np.float32]], size: int, kind: EmbeddingType
+        self, vectors: Sequence[NDArray[np.float32]], size: int, kind: EmbeddingType
     ) -> list[list[str]]:
         """Return the ids of each query's documents, best first."""
-        queries, corpus = vectors["query"], vectors["document"]
-        return self._drop_identical(search(queries, corpus, self._ranking, size, kind))
+        return self._drop_identical(search(vectors[0], vectors[1], self._ranking, size, kind))
 
     def search_bm25(self) -> list[list[str]] | None:
         """Return the results of BM25; note an omission if the corpus has no words."""
-        data = self._data
-        found = search_bm25(data.corpus.texts, data.queries.texts, self._ranking)
+        found = search_bm25(self._data.corpus.texts, self._data.queries.texts, self._ranking)
         if found is None:
             self.left_out.append("BM25: the corpus has no words")
             return None
@@ -231,63 +240,33 @@ class _Measured:
     def add(
         self,
         found: list[list[str]],
-        spec: _SearchSpec,
+        model: str,
+        size: int | None = None,
+        kind: EmbeddingType | None = None,
+        *,
         second_stage: str = "",
         seconds: float | None = None,
     ) -> None:
         """Add a row; the others are compared with the first one."""
         values = measure(found, self._data.qrels)
         if not self.rows:
-            self._baseline = values
+            self.first, self._baseline = found, values
+        width = None
+        if size is not None and kind is not None:
+            width = quantize(np.zeros((1, size), np.float32), kind).nbytes
         figures, differences = summarize(values), summarize(values - self._baseline)
-        width = count_bytes(*spec[1:])
-        self.rows.append(Row(*spec, width, second_stage, figures, differences, seconds))
-
-
-def _find_sizes(model: Model, sizes: list[int], left_out: list[str] | None) -> Iterator[int]:
-    """Yield the full size and the other sizes that a model offers.
-
-    Args:
-        left_out: Takes a reason for each size that is not offered; None raises it.
-    """
-    yield model.dimensions
-    for size in sizes:
-        try:
-            model.check_dimensions(size)
-        except UnsupportedDimensionsError as exc:
-            if left_out is None:
-                raise
-            left_out.append(f"{model.name}: {exc}")
-        else:
-            if size != model.dimensions:
-                yield size
-
-
-def _describe(model: Model | EngineReranker) -> dict[str, Any]:
-    facts = {"model": model.name, "revision": model.revision, "description": model.description}
-    if isinstance(model, EngineReranker):  # it has no vectors to cache
-        return facts
-    return facts | {"cache_key": {role: model.cache_key(role) for role in get_args(Role)}}
+        self.rows.append(Row(model, size, kind, width, second_stage, figures, differences, seconds))
 
 
 def measure(found: Sequence[Sequence[str]], qrels: Qrels) -> NDArray[np.float64]:
-    """Return the measures of each query (q, measures).
-
-    Args:
-        found: Ids of documents, best first, for each query of `qrels`.
-        qrels: The judgements.
-    """
+    """Return the measures (q, measures) of the documents of each query of `qrels`, best first."""
     run: dict[str, dict[str, float]] = {}
     for query, names in zip(qrels, found, strict=True):
         # places as scores: trec_eval would sort equal scores
         run[query] = {name: -place for place, name in enumerate(names[:DEPTH])}
-    places = {query: place for place, query in enumerate(qrels)}
-    columns = {measure: column for column, measure in enumerate(MEASURES.values())}
-    values = np.full((len(qrels), len(columns)), np.nan)
-    for metric in ir_measures.iter_calc(list(columns), qrels, run):
-        values[places[metric.query_id], columns[metric.measure]] = metric.value
-    assert not np.isnan(values).any()
-    return values
+    measures = list(MEASURES.values())
+    values = {(m.query_id, m.measure): m.value for m in ir_measures.iter_calc(measures, qrels, run)}
+    return np.array([[values[query, measure] for measure in measures] for query in qrels])
 
 
 def summarize(values: NDArray[np.float64]) -> dict[str, Figure]:
@@ -302,16 +281,3 @@ def summarize(values: NDArray[np.float64]) -> dict[str, Figure]:
     bounds = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     columns = zip(values.mean(axis=0).tolist(), *bounds.tolist(), strict=True)
     return {name: Figure(*column) for name, column in zip(MEASURES, columns, strict=True)}
-
-
-def count_bytes(dimensions: int | None, embedding_type: EmbeddingType | None) -> int | None:
-    """Return the bytes of one vector; None without vectors.
-
-    >>> count_bytes(2048, "float"), count_bytes(2048, "int8"), count_bytes(2048, "binary")
-    (8192, 2048, 256)
-    """
-    if dimensions is None:
-        return None
-    if embedding_type == "float":
-        return 4 * dimensions
-    return dimensions if embedding_type in ("int8", "uint8") else -(-dimensions // 8)

@@ -7,11 +7,10 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,6 @@ from shared_engine.errors import (
     ConfigurationError,
     InputError,
     MissingExtraError,
-    NeMoRetrieverError,
     PartialResultError,
     UnsupportedDimensionsError,
 )
@@ -38,52 +36,49 @@ WINDOW = 256
 """Documents between two writes; a crash loses these and those on the device."""
 _log = logging.getLogger("shared_engine")
 _PROBE = ["how do I return a damaged product?"]
+_EngineT = TypeVar("_EngineT", bound=Embedder | Reranker)
 
 
-class _Engine:
+class _Engine(Generic[_EngineT]):
     """A model of this package, in this process or at a server."""
 
-    def __init__(self, engine: Embedder | Reranker) -> None:
+    def __init__(self, engine: _EngineT) -> None:
         self._engine = engine
-        options, model = engine.options, engine.model or "NIM"
-        self.name = Path(model).name if Path(model).is_dir() else model
-        if options.base_url:
-            prefix = f"{self.name} at " if options.model else ""
-            self.name = f"{prefix}{options.base_url}"
-
-    @property
-    def revision(self) -> str | None:
-        """Revision of the weights: the given one, or that of the catalogue."""
-        options = self._engine.options
-        spec = None if options.checkpoint or options.base_url else lookup(self._engine.model)
-        return options.revision or (spec.revision if spec else None)
-
-    @property
-    def description(self) -> str:
-        """Description of the engine; loads the model."""
-        return self._engine.description
+        model = Path(engine.options.local_model)
+        self.name = model.absolute().name if model.is_dir() else str(model)
+        if engine.base_url:
+            self.name = " at ".join(filter(None, (engine.options.model, engine.base_url)))
 
     @property
     def modalities(self) -> frozenset[Modality]:
         """Kinds of input that it accepts; loads the model."""
         return self._engine.modalities
 
+    def describe(self) -> dict[str, Any]:
+        """Return facts for a report; loads the model."""
+        options = self._engine.options
+        spec = None if options.checkpoint or self._engine.base_url else lookup(options.local_model)
+        return {
+            "model": self.name,
+            "revision": options.revision or (spec.revision if spec else None),
+            "description": self._engine.description,
+        }
 
-class EngineModel(_Engine):
+
+class EngineModel(_Engine[Embedder]):
     """An embedding model of this package."""
 
     def __init__(self, options: Options) -> None:
-        self._embedder = Embedder(options.replace(dimensions=None, embedding_type="float"))
-        super().__init__(self._embedder)
+        super().__init__(Embedder(options.replace(dimensions=None, embedding_type="float")))
 
     def cache_key(self, role: Role) -> str:
         """Return the key of the vectors; servers of one model have one each, to compare them."""
-        return f"{self._embedder.options.base_url or ''}{self._embedder.cache_key(role)}"
+        return f"{self._engine.base_url or ''}{self._engine.cache_key(role)}"
 
     @property
     def dimensions(self) -> int:
         """Length of a full vector."""
-        return self._embedder.dimensions
+        return self._engine.dimensions
 
     def check_dimensions(self, dimensions: int) -> None:
         """Check that the first values of a full vector are the vector of this length.
@@ -92,8 +87,8 @@ class EngineModel(_Engine):
             UnsupportedDimensionsError: the model does not offer it.
             ConfigurationError: a server returns other vectors for it.
         """
-        short = self._embedder.with_options(dimensions=dimensions).embed(_PROBE, "query")
-        cut = unit(self._embedder.embed(_PROBE, "query"), dimensions)
+        short = self._engine.with_options(dimensions=dimensions).embed(_PROBE, "query")
+        cut = unit(self._engine.embed(_PROBE, "query"), dimensions)
         if np.abs(short - cut).max() > 0.01:
             raise ConfigurationError(
                 f"{self.name}: the vectors with dimensions={dimensions} are not the first values "
@@ -102,25 +97,22 @@ class EngineModel(_Engine):
 
     def stream(self, documents: Iterator[EmbeddingInput], role: Role) -> Iterator[Rows]:
         """Yield full vectors of unit length in windows of WINDOW rows, in order."""
-        return self._embedder.stream(documents, role, batch_size=WINDOW, errors="return")
+        return self._engine.stream(documents, role, batch_size=WINDOW, errors="return")
 
 
-class EngineReranker(_Engine):
+class EngineReranker(_Engine[Reranker]):
     """A reranker of this package."""
 
     def __init__(self, options: RerankOptions) -> None:
-        self._reranker = Reranker(options)
-        super().__init__(self._reranker)
+        super().__init__(Reranker(options))
 
     def rerank(
         self, data: RetrievalData, found: Sequence[Sequence[str]], candidates: int
     ) -> tuple[list[list[str]], float]:
-        """Order the first documents of each query by their scores; the others follow them.
+        """Order the first `candidates` of each query by their scores; the others follow them.
 
         Args:
-            data: The queries and documents.
             found: Ids for each query, best first.
-            candidates: How many of them are scored.
 
         Returns:
             The ids for each query, and the median of the seconds for one query.
@@ -139,13 +131,10 @@ class EngineReranker(_Engine):
 
     def _score(self, data: RetrievalData, query: str, names: Sequence[str]) -> NDArray[np.float32]:
         documents = [data.corpus.inputs[name] for name in names]
-        error: NeMoRetrieverError
         try:
-            return self._reranker.score(data.queries.inputs[query].text or "", documents)
-        except PartialResultError as exc:
-            error = next(iter(exc.errors.values()))
-        except InputError as exc:
-            error = exc
+            return self._engine.score(data.queries.inputs[query].text or "", documents)
+        except (InputError, PartialResultError) as exc:
+            error = exc if isinstance(exc, InputError) else next(iter(exc.errors.values()))
         if not isinstance(error, InputError):
             raise error
         path, name = data.queries.path, query
@@ -174,15 +163,14 @@ class SentenceTransformersModel:
         except (OSError, ValueError) as exc:
             raise ConfigurationError(f"st:{name} cannot be loaded: {exc}") from exc
         self.name = f"st:{Path(name).name}" if Path(name).is_dir() else f"st:{name}"
-        card = getattr(self._model, "model_card_data", None)
-        self.revision: str | None = getattr(card, "base_model_revision", None)
-        self.description = f"sentence-transformers {version('sentence-transformers')}"
+        self.dimensions = int(self._model.encode_query(_PROBE, show_progress_bar=False).shape[1])
+        self._library = f"sentence-transformers {version('sentence-transformers')}"
         self._digest = self._digest_model()
 
-    @property
-    def dimensions(self) -> int:
-        """Length of a full vector."""
-        return int(self._model.encode_query(_PROBE, show_progress_bar=False).shape[1])
+    def describe(self) -> dict[str, Any]:
+        """Return facts for a report."""
+        revision = self._model.model_card_data.base_model_revision
+        return {"model": self.name, "revision": revision, "description": self._library}
 
     def cache_key(self, role: Role) -> str:
         """Return a digest of weights, vocabulary, modules and prompts, with the role."""
@@ -209,7 +197,7 @@ class SentenceTransformersModel:
         model = self._model
         digest = hashlib.sha256()
         vocabulary = sorted(model.tokenizer.get_vocab().items())
-        for part in (self.description, model, model.prompts, vocabulary):
+        for part in (self._library, model, model.prompts, vocabulary):
             digest.update(repr(part).encode())
         for name, tensor in model.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -237,11 +225,12 @@ def find_model(name: str, like: Options) -> Model:
 
 def find_reranker(name: str, like: Options) -> EngineReranker:
     """Return a reranker by its name, folder or URL, with options as `find_model` shares them."""
-    return EngineReranker(RerankOptions(**_read_name(name, like)))
+    shared = _read_name(name, like)
+    shared.pop("prefixes", None)  # a reranker has none
+    return EngineReranker(RerankOptions(**shared))
 
 
 def _read_name(name: str, like: Options) -> dict[str, Any]:
-    """Return the options of a named model of this package."""
     is_remote = name.startswith(("http://", "https://"))
     given = set(like.list_given("nim" if is_remote else "local")) - {"checkpoint", "revision"}
     given |= like.model_fields_set & {"truncate", "api_key"}
@@ -252,8 +241,8 @@ def _read_name(name: str, like: Options) -> dict[str, Any]:
 def embed(model: Model, collection: Collection, role: Role, cache: Path) -> NDArray[np.float32]:
     """Return the full vectors (n, d) of a collection as a memory map of a file in `cache`.
 
-    A file that a killed run left, or that is damaged, is completed: the rows from the first that is
-    missing or damaged are embedded.
+    The rows of the file from the first that is missing or damaged are embedded. Two processes that
+    do so concurrently write the same vectors to the same places.
 
     Raises:
         InputError: a document cannot be embedded; the message has its file and id.
@@ -261,26 +250,30 @@ def embed(model: Model, collection: Collection, role: Role, cache: Path) -> NDAr
     """
     key = f"{model.cache_key(role)} {collection.digest}"
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    part = path.with_suffix(".part")
-    if path.exists() and not _is_whole(path, (len(collection), model.dimensions)):
-        _log.warning("%s is damaged; its vectors are embedded again", path)
-        path.replace(part)
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with part.open("r+b" if part.exists() else "w+b") as file:
-            _complete(file, model, collection, role)
-        with suppress(FileNotFoundError):  # another process was faster
-            part.replace(path)
+    shape = (len(collection), model.dimensions)
+    cache.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with path.open("r+b") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)  # the same again if it is there
+        begin, bytes_per_row = file.tell(), shape[1] * 4
+        written = min(len(collection), (file.seek(0, os.SEEK_END) - begin) // bytes_per_row)
+        start = done = _count_good(np.memmap(file, "<f4", "r", begin, (written, shape[1])))
+        if 0 < start < len(collection):
+            _log.warning("%s: the vectors from row %d on are embedded", path, start)
+        file.seek(begin + start * bytes_per_row)
+        for rows in model.stream(islice(collection.inputs.values(), start, None), role):
+            for row, error in rows.errors.items():
+                if not isinstance(error, InputError):
+                    raise error
+                name = collection.ids[done + row]
+                raise InputError(f"{collection.path}, {name!r}: {error.args[0]}") from error
+            file.write(rows.vectors.astype("<f4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # after a power cut a hole would count as vectors
+            done += len(rows)
     found: NDArray[np.float32] = np.load(path, mmap_mode="r")
     return found
-
-
-def _is_whole(path: Path, shape: tuple[int, int]) -> bool:
-    try:
-        found = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return False
-    return bool(found.shape == shape and found.dtype == "<f4" and _count_good(found) == len(found))
 
 
 def _count_good(vectors: NDArray[np.float32]) -> int:
@@ -288,32 +281,3 @@ def _count_good(vectors: NDArray[np.float32]) -> int:
     squares = np.einsum("ij,ij->i", vectors, vectors)
     bad = np.flatnonzero(~(np.abs(squares - 1) < 0.01))
     return int(bad[0]) if len(bad) else len(vectors)
-
-
-def _complete(file: BinaryIO, model: Model, collection: Collection, role: Role) -> None:
-    """Write the missing rows of a file.
-
-    Two processes that do so concurrently write the same bytes to the same places.
-    """
-    shape = (len(collection), model.dimensions)
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)  # the same again if it is there
-    begin, bytes_per_row = file.tell(), shape[1] * 4
-    start = max(0, file.seek(0, os.SEEK_END) - begin) // bytes_per_row
-    if start := min(start, len(collection)):
-        written = np.memmap(file, "<f4", "r", begin, (start, shape[1]))
-        start = _count_good(written)
-    done = start
-    file.truncate(file.seek(begin + done * bytes_per_row))
-    windows = model.stream(islice(collection.inputs.values(), start, None), role)
-    while done < len(collection):
-        rows = next(windows)
-        for row, error in rows.errors.items():
-            if not isinstance(error, InputError):
-                raise error
-            name = collection.ids[start + rows.offset + row]
-            raise InputError(f"{collection.path}, {name!r}: {error.args[0]}") from error
-        file.write(rows.vectors.astype("<f4").tobytes())
-        file.flush()
-        os.fsync(file.fileno())  # after a power cut a hole would count as vectors
-        done += len(rows)

@@ -172,10 +172,9 @@ def write_tasks(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _find_tasks(name: str) -> list[AbsTaskRetrieval]:
+def _find_tasks(name: str) -> Iterator[AbsTaskRetrieval]:
     row = CARDS.get(name)
     subsets = list(row.subsets) if row and row.subsets else None
-    found = []
     for task_name in row.tasks if row else (name,):
         try:
             task = mteb.get_task(task_name, hf_subsets=subsets)
@@ -185,8 +184,7 @@ def _find_tasks(name: str) -> list[AbsTaskRetrieval]:
             raise ConfigurationError(
                 f"--mteb {task_name}: expected a retrieval task, not {task.metadata.type}"
             )
-        found.append(task)
-    return found
+        yield task
 
 
 def _use_folder(task: AbsTaskRetrieval, folder: Path) -> AbsTaskRetrieval:
@@ -202,22 +200,21 @@ def _use_folder(task: AbsTaskRetrieval, folder: Path) -> AbsTaskRetrieval:
     split = task.eval_splits[0]
 
     def load_data(self: Any, **_: Any) -> None:
-        self.dataset = {name: {split: _read_split(path)} for name, path in folders.items()}
+        self.dataset = {}
+        for name, path in folders.items():
+            data = read_folder(path)
+            found = {
+                "corpus": _make_dataset(data.corpus),
+                "queries": _make_dataset(data.queries),
+                "relevant_docs": data.qrels,
+                "top_ranked": None,
+            }
+            self.dataset[name] = {split: found}
         self.data_loaded = True
 
     local: AbsTaskRetrieval = type(type(task).__name__, (type(task),), {"load_data": load_data})()
     local.hf_subsets = list(folders)
     return local.filter_eval_splits([split])
-
-
-def _read_split(folder: Path) -> dict[str, Any]:
-    data = read_folder(folder)
-    return {
-        "corpus": _make_dataset(data.corpus),
-        "queries": _make_dataset(data.queries),
-        "relevant_docs": data.qrels,
-        "top_ranked": None,
-    }
 
 
 def _make_dataset(collection: Collection) -> Dataset:

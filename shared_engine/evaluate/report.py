@@ -1,20 +1,18 @@
-"""Write a report as a table, a chart or JSON."""
+"""Write a report as a table or a chart."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from shared_engine._lazy import needs_extra
-from shared_engine.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from shared_engine.evaluate.measure import Report, Row
 
 SHOWN = "nDCG@10"
 """The measure with its interval in the table and on the chart's vertical axis."""
+_DIFFERENCE = "against the first"
 
 
 def write_table(report: Report) -> str:
@@ -24,66 +22,40 @@ def write_table(report: Report) -> str:
     lines = [f"{data['folder']} ({data['split']}): {size}"]
     if counts := data["irregularities"]:
         lines.append("; ".join(f"{name}: {count:,}" for name, count in counts.items()))
-    measures = report.rows[0].figures
-    head = [
-        "model",
-        "dimensions",
-        "type",
-        "bytes",
-        *measures,
-        f"{SHOWN}, 95 %",
-        "against the first",
-        "s/query",
-    ]
-    cells = [head, ["---", *["---:"] * (len(head) - 1)], *map(_cells, report.rows)]
-    cells[2][-2] = ""  # the first row against itself
-    columns = [column for column in zip(*cells, strict=True) if any(column[2:])]
+    rows = list(map(_cells, report.rows))
+    rows[0][_DIFFERENCE] = ""  # the first row against itself
+    shown = [name for name in rows[0] if any(row[name] for row in rows)]
+    columns = [[name, "---:", *(row[name] for row in rows)] for name in shown]
+    columns[0][1] = "---"
     widths = [max(map(len, column)) for column in columns]
     lines.append("")
-    for row in zip(*columns, strict=True):
-        padded = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+    for cells in zip(*columns, strict=True):
+        padded = [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]
         lines.append(f"| {' | '.join(padded)} |")
     lines += ["", *(f"Left out: {reason}" for reason in report.left_out)]
     return "\n".join(lines).rstrip()
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row) -> dict[str, str]:
     shown, difference = row.figures[SHOWN], row.differences[SHOWN]
-    return [
-        row.label,
-        "" if row.dimensions is None else f"{row.dimensions}",
-        row.embedding_type or "",
-        "" if row.bytes_per_vector is None else f"{row.bytes_per_vector:,}",
-        *(f"{figure.value:.3f}" for figure in row.figures.values()),
-        f"{shown.low:.3f} to {shown.high:.3f}",
-        f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})",
-        "" if row.seconds_per_query is None else f"{row.seconds_per_query:.3f}",
-    ]
-
-
-def write_json(report: Report, path: Path) -> None:
-    """Write a report to a file."""
-    path.write_bytes(orjson.dumps(report.to_dict(), option=orjson.OPT_INDENT_2) + b"\n")
-
-
-def check_plot(path: Path) -> None:
-    """Check that a chart can be drawn to a file, before anything is computed.
-
-    Raises:
-        ConfigurationError: its suffix is neither .svg nor .png.
-        MissingExtraError: matplotlib is not installed.
-    """
-    if path.suffix.lower() not in (".svg", ".png"):
-        raise ConfigurationError(f"--plot {path}: expected a name with suffix .svg or .png")
-    with needs_extra("evaluate"):
-        import matplotlib  # noqa: F401
+    return {
+        "model": row.label,
+        "dimensions": "" if row.dimensions is None else f"{row.dimensions}",
+        "type": row.embedding_type or "",
+        "bytes": "" if row.bytes_per_vector is None else f"{row.bytes_per_vector:,}",
+        **{name: f"{figure.value:.3f}" for name, figure in row.figures.items()},
+        f"{SHOWN}, 95 %": f"{shown.low:.3f} to {shown.high:.3f}",
+        _DIFFERENCE: f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})",
+        "s/query": "" if row.seconds_per_query is None else f"{row.seconds_per_query:.3f}",
+    }
 
 
 def draw_plot(report: Report, path: Path) -> None:
     """Draw quality by bytes per vector: a line for each model, stage and type, and for BM25."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import FuncFormatter
+    with needs_extra("evaluate"):
+        import matplotlib as mpl
+        from matplotlib.figure import Figure as Canvas
+        from matplotlib.ticker import FuncFormatter
 
     lines: dict[str, list[Row]] = {}
     for row in report.rows:

@@ -12,6 +12,7 @@ Every number type is searched by inner products of float32 vectors, in blocks, w
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ SCORES_PER_BLOCK = 4_194_304
 """Bound on the scores in memory; their sort keys take ten times the bytes."""
 RRF_K = 60
 """The constant of reciprocal rank fusion (Cormack et al., 2009)."""
-_LOW = 0xFFFFFFFF
 
 
 class Ranking:
@@ -42,20 +42,20 @@ class Ranking:
         self._places = np.array([places[name] for name in ids], np.int64)
 
     def merge(
-        self, keys: NDArray[np.int64] | None, scores: NDArray[np.float32], start: int = 0
+        self, keys: NDArray[np.int64], scores: NDArray[np.float32], start: int = 0
     ) -> NDArray[np.int64]:
         """Return the best keys (q, k) among earlier ones and scores (q, b) from row `start`."""
         bits = (scores + np.float32(0)).view(np.int32)  # the sum turns -0.0 into 0.0
         ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)  # as the floats
         new = ordered << 32 | self._places[start : start + scores.shape[1]]
-        merged = new if keys is None else np.concatenate([keys, new], axis=1)
+        merged = np.concatenate([keys, new], axis=1)
         if merged.shape[1] <= self._k:
             return merged
         return np.partition(merged, -self._k, axis=1)[:, -self._k :]
 
     def find_ids(self, keys: NDArray[np.int64]) -> list[list[str]]:
         """Return the ids of the documents of each query, best first."""
-        places = (np.sort(keys, axis=1)[:, ::-1] & _LOW).tolist()
+        places = (np.sort(keys, axis=1)[:, ::-1] & 0xFFFFFFFF).tolist()
         return [[self._sorted[place] for place in row] for row in places]
 
 
@@ -103,11 +103,10 @@ def search(
     def convert(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         return decode(shorten(vectors, dimensions, embedding_type), dimensions, embedding_type)
 
-    converted, keys = convert(queries), None
+    converted, keys = convert(queries), np.empty((len(queries), 0), np.int64)
     step = max(1, min(ROWS_PER_BLOCK, SCORES_PER_BLOCK // len(queries)))
     for start in range(0, len(corpus), step):
         keys = ranking.merge(keys, converted @ convert(corpus[start : start + step]).T, start)
-    assert keys is not None  # a corpus has documents
     return ranking.find_ids(keys)
 
 
@@ -120,20 +119,17 @@ def search_bm25(
     without stop words, as a list of them is for one language.
     """
     import bm25s
-    from bm25s.tokenization import Tokenizer
 
-    tokenizer = Tokenizer(stopwords=None)
-    tokens = list(tokenizer.streaming_tokenize(texts, allow_empty=False))
-    vocabulary = tokenizer.get_vocab_dict()
-    if not any(tokens):
+    tokenize = partial(bm25s.tokenize, stopwords=None, show_progress=False)
+    tokens = tokenize(texts)
+    if not tokens.vocab:
         return None
     index = bm25s.BM25()
-    index.index((tokens, vocabulary), show_progress=False)
-    found = []
-    for words in tokenizer.streaming_tokenize(queries, update_vocab=False, allow_empty=False):
-        known = [word for word in words if word < len(vocabulary)]
-        scores = np.asarray(index.get_scores_from_ids(known), np.float32)
-        (ids,) = ranking.find_ids(ranking.merge(None, scores[None]))
+    index.index(tokens, show_progress=False)
+    none, found = np.empty((1, 0), np.int64), []
+    for words in tokenize(queries, return_ids=False):
+        scores = index.get_scores_from_ids(index.get_tokens_ids(words)).astype(np.float32)
+        (ids,) = ranking.find_ids(ranking.merge(none, scores[None]))
         found.append(ids[: np.count_nonzero(scores > 0)])
     return found
 
@@ -152,12 +148,7 @@ def fuse(*rankings: Sequence[str]) -> list[str]:
 
 
 def reorder(names: Sequence[str], scores: NDArray[np.float32]) -> list[str]:
-    """Return ids by descending score; equal scores keep their order, ids without one come last.
-
-    Args:
-        names: Ids, best first.
-        scores: Scores (k,) of the first k of them.
-    """
+    """Return ids by scores (k,) of the first k; equal ones keep their order, the rest follows."""
     order = np.argsort(-scores, kind="stable").tolist()
     return [*(names[place] for place in order), *names[len(scores) :]]
 
@@ -169,14 +160,13 @@ def rescore(
     ids: Sequence[str],
     candidates: int,
 ) -> list[list[str]]:
-    """Return the documents of each query with the first ones ordered by their full vectors.
+    """Return the documents of each query with the first `candidates` ordered by full vectors.
 
     Args:
         found: Ids for each query, best first.
         queries: Full vectors (q, d).
         corpus: Full vectors (n, d); only those of the candidates are read.
         ids: The ids of the corpus, in order.
-        candidates: How many of the ids are ordered anew.
     """
     rows = {name: row for row, name in enumerate(ids)}
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ import pytest
 
 from shared_engine import ConfigurationError, Embedder, EngineError, Options
 from shared_engine.bulk.batch import EmbedBatch
-from shared_engine.bulk.job import Job, list_fragments
+from shared_engine.bulk.job import Fragment, Job, list_fragments
 from shared_engine.cli.main import main
 from shared_engine.distributed.bulk import embed_fragments
 from shared_engine.distributed.nodes import Share, connect
@@ -177,8 +178,11 @@ def test_a_node_that_dies_for_good_costs_no_more_than_what_it_had_in_hand(
     assert_same(out, tmp_path / "here")
 
 
-def end_process(*_: object, **__: object) -> NoReturn:
-    os._exit(1)
+class DeadlyFragment(Fragment):
+    """Ends the process that receives it."""
+
+    def __reduce__(self) -> tuple[Callable[[int], NoReturn], tuple[int]]:
+        return os._exit, (1,)
 
 
 def test_an_address_of_another_kind_is_no_cluster():
@@ -189,11 +193,13 @@ def test_an_address_of_another_kind_is_no_cluster():
 
 def test_a_fragment_that_ends_every_worker_is_named(source: Path, tmp_path: Path) -> None:
     job = Job((str(source),), str(tmp_path / "out"), rows_per_file=ROWS)
+    (fragment,) = list_fragments(job)
+    deadly = DeadlyFragment(**dataclasses.asdict(fragment))
     with (
         connect("local"),
         pytest.raises(EngineError, match=r"1 fragments ended .* 3 times, those of in\.jsonl among"),
     ):
-        list(embed_fragments(job, list_fragments(job), 1, Share(1, 0), end_process))
+        list(embed_fragments(job, [deadly], 1, Share(1, 0)))
 
 
 def test_a_new_cluster_listens_on_loopback_only_and_follows_no_file(

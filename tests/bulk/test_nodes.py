@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from shared_engine.distributed.nodes import Node, Share, choose_count, choose_cpus, choose_gpus
+from shared_engine import ConfigurationError, Options
+from shared_engine.distributed.nodes import Share, divide, find_share
 
-CPUS: list[Node] = [(8.0, 0.0), (4.0, 0.0)]
-GPUS: list[Node] = [(16.0, 2.0), (8.0, 1.0), (4.0, 0.0)]
+CPUS = [Share(8.0, 0.0), Share(4.0, 0.0)]
+GPUS = [Share(16.0, 2.0), Share(8.0, 1.0), Share(4.0, 0.0)]
 
 
-@pytest.mark.parametrize(
-    ("nodes", "may_use", "expected"), [(CPUS, True, 0.0), (GPUS, True, 1.0), (GPUS, False, 0.0)]
-)
-def test_an_engine_has_a_gpu_if_it_may_use_one(
-    nodes: list[Node], may_use: bool, expected: float
-) -> None:
-    assert choose_gpus(nodes, may_use) == expected
+@pytest.mark.parametrize(("nodes", "expected"), [(CPUS, 0.0), (GPUS, 1.0)])
+def test_an_engine_has_a_gpu_if_a_node_has_one(nodes: list[Share], expected: float) -> None:
+    assert divide(nodes, None, None, None)[1].gpus == expected
 
 
 @pytest.mark.parametrize(
     ("nodes", "share", "expected"),
     [
-        (GPUS, Share(1, 1), 3),  # one per GPU
-        (GPUS, Share(1, 0.5), 6),
-        (GPUS, Share(9, 1), 1),  # a share does not span two nodes
-        (CPUS, Share(1, 0), 2),  # one per node
-        (CPUS, Share(6, 0), 1),
-        (CPUS, Share(99, 0), 1),  # which find_share then refuses
+        (GPUS, (1, 1), 3),  # one per GPU
+        (GPUS, (1, 0.5), 6),
+        (GPUS, (9, 1), 1),  # a share does not span two nodes
+        (GPUS, (1, 0), 3),
+        (CPUS, (1, 0), 2),  # one per node
+        (CPUS, (6, 0), 1),
+        (CPUS, (99, 0), 1),  # which find_share then refuses
     ],
 )
 def test_workers_are_one_per_gpu_or_one_per_node(
-    nodes: list[Node], share: Share, expected: int
+    nodes: list[Share], share: tuple[float, float], expected: int
 ) -> None:
-    assert choose_count(nodes, share) == expected
+    assert divide(nodes, None, *share) == (expected, Share(*share))
 
 
-@pytest.mark.parametrize(
-    ("count", "gpus", "is_local", "expected"),
-    [(1, 0.0, True, 8.0), (2, 0.0, True, 4.0), (3, 0.0, True, 4.0), (4, 0.0, True, 2.0),
-     (99, 0.0, True, 1.0), (2, 0.0, False, 1.0), (2, 1.0, True, 1.0)],
-)  # fmt: skip
-def test_an_engine_on_cores_has_as_many_as_all_can_have(
-    count: int, gpus: float, is_local: bool, expected: float
-) -> None:
-    assert choose_cpus(CPUS, count, gpus, is_local) == expected
+@pytest.mark.parametrize(("count", "expected"), [(1, 8.0), (2, 4.0), (3, 4.0), (4, 2.0), (99, 1.0)])
+def test_an_engine_on_cores_has_as_many_as_all_can_have(count: int, expected: float) -> None:
+    assert divide(CPUS, count, None, None) == (count, Share(expected, 0.0))
+
+
+def test_an_engine_on_a_gpu_has_one_core() -> None:
+    assert divide(GPUS, 2, None, None) == (2, Share(1.0, 1.0))
+
+
+@pytest.mark.parametrize("given", [{"count": 0}, {"count": -1}, {"cpus": 0}, {"cpus": -0.5}])
+def test_a_number_that_is_not_positive_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="must be greater than 0"):
+        find_share(Options(backend="local"), **given)

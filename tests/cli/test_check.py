@@ -184,3 +184,8 @@ def test_probabilities_of_a_server_are_compared(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "document: largest difference of a probability" in printed
     assert "local and server: interchangeable" in printed
+
+
+def test_a_revision_is_that_of_a_local_model(capsys):
+    assert main(["check", "--base-url", "http://127.0.0.1:9", "--revision", "none"]) == 1
+    assert "\nlocal: does not work" in capsys.readouterr().out

@@ -278,13 +278,13 @@ def test_a_hybrid_row_needs_words(tmp_path: Path, options: Options) -> None:
 
 
 def test_a_reranker_shares_the_options_of_the_first_model(options: Options) -> None:
-    there = find_reranker("http://nim:8000/v1", options.replace(timeout=3.0))
+    there = find_reranker("http://nim:8000/v1", options.replace(timeout=3.0, prefixes="server"))
     assert there.name == "http://nim:8000/v1"
-    assert there._reranker.options == RerankOptions(
+    assert there._engine.options == RerankOptions(
         base_url="http://nim:8000/v1", truncate="END", timeout=3.0
     )
     here = find_reranker("folder", options)
-    assert here._reranker.options == RerankOptions(
+    assert here._engine.options == RerankOptions(
         model="folder", backend="local", device="cpu", truncate="END"
     )
 
@@ -317,9 +317,13 @@ def test_the_command_prints_writes_and_draws_every_stage(
     assert all(f"{label} " in chart for label in labels)
 
 
-@pytest.mark.parametrize("wrong", [["--candidates", "0"], ["--mteb", "NQ", "--hybrid"]])
-def test_the_command_refuses_what_cannot_be(
-    folder: Path, checkpoint: Path, capsys: Any, wrong: list[str]
-) -> None:
-    assert run(folder, "--model", checkpoint, "--device", "cpu", *wrong) == 2
-    assert "nemoretriever: " in capsys.readouterr().err
+def test_the_command_refuses_what_cannot_be(folder: Path, checkpoint: Path, capsys: Any) -> None:
+    for wrong, message in (
+        ([folder, "--candidates", 0], "candidates=0: must be at least 1"),
+        ([folder, "--mteb", "NQ"], "expected FOLDER, or --mteb TASK"),
+        (["--mteb", "NQ", "--hybrid"], "--hybrid needs FOLDER, not --mteb"),
+        (["--mteb", "NQ", "--against", "st:any"], "--against needs FOLDER, not --mteb"),
+        (["--mteb", "NQ", "--no-bm25"], "--no-bm25 needs FOLDER, not --mteb"),
+    ):
+        assert run(*wrong, "--model", checkpoint, "--device", "cpu") == 2
+        assert message in capsys.readouterr().err

@@ -158,6 +158,12 @@ def test_no_error_shows_a_key(
     assert "secret" not in printed.out + printed.err
 
 
-def test_replicas_refuse_an_access_log(capsys) -> None:
-    assert main(["serve", NAME, "--replicas", "2", "--access-log"]) == 2
+@pytest.mark.parametrize("option", ["--replicas", "--cpus-per-replica", "--ray"])
+def test_replicas_refuse_an_access_log(option, capsys) -> None:
+    assert main(["serve", NAME, option, "2", "--access-log"]) == 2
     assert "remove it" in capsys.readouterr().err
+
+
+def test_no_replicas_are_refused(capsys) -> None:
+    assert main(["serve", NAME, "--replicas", "0"]) == 2
+    assert "--replicas: must be greater than 0" in capsys.readouterr().err
