@@ -527,7 +527,7 @@ class NimBackend(Backend):
         """Return the vector of a text in a role, without `input_type` if the server refuses it."""
         call = Dispatch(Request([EmbeddingInput("?")], role), self._encode)
         call.form = form
-        batch = RequestBatch((0,), (form.probes["text"],), "text")
+        batch = RequestBatch((0,), (form.build_probe("text"),), "text")
         for _ in range(MOST_SENDS):
             known = self._get_known(call, batch)
             response = await self._post(call, batch, model, known)
@@ -549,7 +549,7 @@ class NimBackend(Backend):
         for kind in RERANK_FORMS:
             call = Dispatch(request, self._encode, 1)
             call.form = form = kind()
-            batch = RequestBatch((0,), (form.probes["text"],), "text")
+            batch = RequestBatch((0,), (form.build_probe("text"),), "text")
             response = await self._post(call, batch, model, self._get_known(call, batch))
             try:
                 reply = await self._read(response, call, 1)

@@ -231,7 +231,7 @@ class Dispatch:
     ) -> bool:
         """Return whether the server accepts a valid input of a modality; send it only once."""
         if modality not in self._probes:
-            batch = RequestBatch((-1,), (self.form.probes[modality],), modality)
+            batch = RequestBatch((-1,), (self.form.build_probe(modality),), modality)
             self._probes[modality] = asyncio.ensure_future(send(batch))
         return await asyncio.shield(self._probes[modality])
 
