@@ -41,7 +41,6 @@ from shared_engine.catalogue import (
     explain_end,
     lookup,
     require_hosted,
-    suggest,
 )
 from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.endpoints import MOST_HOSTED_CHARACTERS, is_hosted
@@ -58,7 +57,6 @@ from shared_engine.nim import protocol
 from shared_engine.nim.batches import BatchLimits, Dispatch, RequestBatch
 from shared_engine.nim.client import NimClient
 from shared_engine.nim.decisions import (
-    Deliver,
     Fail,
     Feature,
     Isolate,
@@ -132,7 +130,7 @@ class NimBackend(Backend):
         self._width: int | None = None
         self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "nemoretriever-images")
         self._succeeded = 0.0  # time.monotonic() of the last valid reply
-        self._finding_model, self._finding_form = asyncio.Lock(), asyncio.Lock()
+        self._connecting = asyncio.Lock()
         self._lock = threading.RLock()  # reentrant, as a finalizer may call close() anywhere
         self._closed = False
         self._calls: set[Future[Any]] = set()
@@ -341,16 +339,15 @@ class NimBackend(Backend):
         known = self._get_known(call, batch)
         response = await self._post(call, batch, model, known)
         reply = await self._read(response, call, len(batch.rows))
-        known = replace(known, is_accepted=call.is_accepted(batch.modality))
+        if isinstance(reply, protocol.Reply):
+            return self._deliver(call, batch, reply)
         decision = decide(reply, batch, known)
         if isinstance(decision, Probe):
-            is_accepted = await call.probe(
+            is_accepted = await call.is_accepted(
                 batch.modality, lambda probe: self._probe(call, probe, model)
             )
             decision = decide(reply, batch, replace(known, is_accepted=is_accepted))
         match decision:
-            case Deliver(valid):
-                self._deliver(call, batch, valid)
             case Resend(feature):
                 self._leave_out(feature)
                 call.send_again(batch)
@@ -359,17 +356,15 @@ class NimBackend(Backend):
                 call.send_again(*batch.split())
             case Isolate(position):
                 call.send_again(*batch.isolate(position))
-            case Fail(refusal, fault):
-                is_unknown = refusal.status == 404 and self._spec is None
-                hint = suggest(model, self._options.task) if is_unknown else ""
+            case Fail(fault):
                 error = protocol.build_error(
                     response,
-                    refusal,
+                    reply,
                     batch.has_images,
                     fault == "input",
                     spec=self._spec,
                     task=self._options.task,
-                    hint=hint,
+                    model=model,
                 )
                 if fault == "server":
                     raise error
@@ -464,35 +459,31 @@ class NimBackend(Backend):
         )
 
     async def _connect(self) -> tuple[str, Form]:
-        """Return the server's name of the model, and the form of its requests."""
-        model = await self._find_model()
-        return model, await self._find_form(model)
-
-    async def _find_model(self) -> str:
-        async with self._finding_model:
-            if self._served is None and is_hosted(self.base_url):
-                self._served = require_hosted(self._options.model, self._options.task)
-                self._warn_if_deprecated()
-            elif self._served is None:
-                listed = protocol.list_models(await self._client.get("/models"))
-                self._served = self._match_served_model(listed)
-        return self._served
-
-    async def _find_form(self, model: str) -> Form:
-        """Return the form of the server's requests.
+        """Return the server's name of the model, and the form of its requests.
 
         Raises:
-            ModelNotFoundError: it has none of the paths.
+            ModelNotFoundError: the server has other models only, or no path of a reranker.
             ConfigurationError: it ignores roles, and the prefixes of its model are unknown.
             RemoteError: it fails, or refuses the key.
         """
-        async with self._finding_form:
+        async with self._connecting:
+            if self._served is None:
+                self._served = await self._find_model()
             if self._form is None:
                 is_embedding = self._options.task == "embed"
                 choose = self._choose_embeddings_form if is_embedding else self._choose_rerank_form
-                self._form = await choose(model)
+                self._form = await choose(self._served)
                 _log.info("%s", self.description)
-        return self._form
+        return self._served, self._form
+
+    async def _find_model(self) -> str:
+        if not is_hosted(self.base_url):
+            listed = protocol.list_models(await self._client.get("/models"))
+            return self._match_served_model(listed)
+        if self._spec is not None and self._spec.hosted.state == "deprecated":
+            since, newer = self._spec.hosted.since, explain_end(self._spec, self._spec.task)
+            _log.warning("hosted model %s is deprecated since %s; %s", self._name, since, newer)
+        return require_hosted(self._options.model, self._options.task)
 
     def _create_embeddings_form(self, prefixes: Mapping[Role, str] | None = None) -> EmbeddingsForm:
         width = self._spec.hidden_size if self._spec else MOST_VALUES
@@ -567,11 +558,6 @@ class NimBackend(Backend):
         raise ModelNotFoundError(
             f"{self.base_url} serves no reranker: it has neither /ranking nor /rerank"
         )
-
-    def _warn_if_deprecated(self) -> None:
-        if self._spec is not None and self._spec.hosted.state == "deprecated":
-            since, newer = self._spec.hosted.since, explain_end(self._spec, self._spec.task)
-            _log.warning("hosted model %s is deprecated since %s; %s", self._name, since, newer)
 
     async def _list_models(self) -> list[AvailableModel]:
         response = await self._client.get("/models")

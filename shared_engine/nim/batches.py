@@ -220,16 +220,12 @@ class Dispatch:
         self._errors.update(dict.fromkeys(batch.rows, error))
         self._release(batch)
 
-    def is_accepted(self, modality: Modality) -> bool | None:
-        """Whether the server accepts inputs of a modality; None if only a probe can show."""
-        if modality in self._accepted:
-            return True
-        return False if len(self.request.documents) == 1 else None
-
-    async def probe(
+    async def is_accepted(
         self, modality: Modality, send: Callable[[RequestBatch], Awaitable[bool]]
     ) -> bool:
-        """Return whether the server accepts a valid input of a modality; send it only once."""
+        """Return whether the server accepts a modality; a probe is sent at most once."""
+        if modality in self._accepted or len(self.request.documents) == 1:
+            return modality in self._accepted
         if modality not in self._probes:
             batch = RequestBatch((-1,), (self.form.build_probe(modality),), modality)
             self._probes[modality] = asyncio.ensure_future(send(batch))

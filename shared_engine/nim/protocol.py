@@ -16,7 +16,7 @@ import orjson
 from numpy.typing import NDArray
 from pybase64 import b64decode
 
-from shared_engine.catalogue import ModelSpec, Task, explain_end
+from shared_engine.catalogue import ModelSpec, Task, explain_end, suggest
 from shared_engine.errors import (
     AuthenticationError,
     ImageTooLargeError,
@@ -345,7 +345,7 @@ def build_error(
     *,
     spec: ModelSpec | None = None,
     task: Task = "embed",
-    hint: str = "",
+    model: str = "",
 ) -> NeMoRetrieverError:
     """Return the error of a reply that is not a success.
 
@@ -355,7 +355,7 @@ def build_error(
         is_input_fault: Whether its only input is at fault, so the message may quote that input.
         spec: The catalogue's row of the model, if it has one.
         task: What the model computes.
-        hint: The end of the message.
+        model: The name that was sent; a similar one is suggested if it is unknown.
     """
     if reply.status == 410:
         detail, instead = reply.detail.rstrip("."), explain_end(spec, task)
@@ -384,7 +384,9 @@ def build_error(
     elif 300 <= reply.status < 400:
         target = _find_target(response)
         kind, meaning = InvalidRequestError, f"the server redirects to {target}; use its base_url="
-    message = f"{meaning} ({reply.status}): {reply.detail}{hint}"
+    message = f"{meaning} ({reply.status}): {reply.detail}"
+    if model and spec is None and reply.status == 404:
+        message += suggest(model, task)
     if reply.request_id:
         message += f" [request {reply.request_id}]"
     out = kind(message, status=reply.status, detail=reply.detail, request_id=reply.request_id)
