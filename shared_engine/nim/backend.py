@@ -29,7 +29,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import SecretStr
@@ -336,9 +335,8 @@ class NimBackend(Backend):
 
     async def _send_batch(self, call: Dispatch, batch: RequestBatch, model: str) -> None:
         """Send a batch once, and carry out the decision on its reply."""
-        known = self._get_known(call, batch)
-        response = await self._post(call, batch, model, known)
-        reply = await self._read(response, call, len(batch.rows))
+        known = self._get_known(call.request, batch)
+        reply = await self._post(call.form, call.request, batch, model, known)
         if isinstance(reply, protocol.Reply):
             return self._deliver(call, batch, reply)
         decision = decide(reply, batch, known)
@@ -358,7 +356,6 @@ class NimBackend(Backend):
                 call.send_again(*batch.isolate(position))
             case Fail(fault):
                 error = protocol.build_error(
-                    response,
                     reply,
                     batch.has_images,
                     fault == "input",
@@ -409,21 +406,12 @@ class NimBackend(Backend):
 
     async def _probe(self, call: Dispatch, batch: RequestBatch, model: str) -> bool:
         """Return whether the server accepts a valid input, sent as other batches are."""
+        known = self._get_known(call.request, batch)
         try:
-            response = await self._post(call, batch, model, self._get_known(call, batch))
+            reply = await self._post(call.form, call.request, batch, model, known)
         except NeMoRetrieverError:
             return True  # no refusal of the input
-        return not self._client.read_error(response).is_ambiguous
-
-    async def _read(
-        self, response: httpx.Response, call: Dispatch, n: int
-    ) -> protocol.Reply | protocol.ErrorReply:
-        if not response.is_success:
-            return self._client.read_error(response)
-        arguments = (response.content, call.request, n, self._client.mask)
-        if len(response.content) < _LARGE_REPLY:
-            return call.form.parse_reply(*arguments)
-        return await asyncio.to_thread(call.form.parse_reply, *arguments)
+        return isinstance(reply, protocol.Reply) or not reply.is_ambiguous
 
     def _shrink(self, batch: RequestBatch, by_count: bool) -> None:
         if by_count:
@@ -432,7 +420,7 @@ class NimBackend(Backend):
             self._limits.shrink_below(batch.size)
         _log.info("%d inputs of %d bytes are too large a request", len(batch.rows), batch.size)
 
-    def _get_known(self, call: Dispatch, batch: RequestBatch) -> Known:
+    def _get_known(self, request: Request, batch: RequestBatch) -> Known:
         """Return how a batch is sent now.
 
         Texts have a `modality` too, as a multimodal NIM may take some of them for images. A
@@ -440,7 +428,7 @@ class NimBackend(Backend):
         """
         is_text_model = self._spec is not None and not self._spec.is_multimodal
         has_modality = batch.has_images or not (is_text_model or "modality" in self._lacks)
-        truncate = call.request.truncate
+        truncate = request.truncate
         has_truncate = truncate != "NONE" or "truncate" not in self._lacks
         return Known(
             "float" if "base64" in self._lacks else "base64",
@@ -449,14 +437,20 @@ class NimBackend(Backend):
         )
 
     async def _post(
-        self, call: Dispatch, batch: RequestBatch, model: str, known: Known
-    ) -> httpx.Response:
-        return await self._client.post(
-            call.form.find_url(self.base_url, model),
-            call.form.build_body(call.request, model, batch.inputs, known),
-            call.form.bound_reply(call.request, batch.inputs),
-            urgent=call.request.is_search,
+        self, form: Form, request: Request, batch: RequestBatch, model: str, known: Known
+    ) -> protocol.Reply | protocol.ErrorReply:
+        response = await self._client.post(
+            form.find_url(self.base_url, model),
+            form.build_body(request, model, batch.inputs, known),
+            form.bound_reply(request, batch.inputs),
+            urgent=request.is_search,
         )
+        if not response.is_success:
+            return self._client.read_error(response)
+        arguments = (response.content, request, len(batch.rows), self._client.mask)
+        if len(response.content) < _LARGE_REPLY:
+            return form.parse_reply(*arguments)
+        return await asyncio.to_thread(form.parse_reply, *arguments)
 
     async def _connect(self) -> tuple[str, Form]:
         """Return the server's name of the model, and the form of its requests.
@@ -516,21 +510,19 @@ class NimBackend(Backend):
 
     async def _probe_role(self, form: Form, role: Role, model: str) -> NDArray[np.float32]:
         """Return the vector of a text in a role, without `input_type` if the server refuses it."""
-        call = Dispatch(Request([EmbeddingInput("?")], role), self._encode)
-        call.form = form
+        request = Request([EmbeddingInput("?")], role)
         batch = RequestBatch((0,), (form.build_probe("text"),), "text")
         for _ in range(MOST_SENDS):
-            known = self._get_known(call, batch)
-            response = await self._post(call, batch, model, known)
-            reply = await self._read(response, call, 1)
+            known = self._get_known(request, batch)
+            reply = await self._post(form, request, batch, model, known)
             if isinstance(reply, protocol.Reply):
                 return reply.vectors
             if reply.is_about("input_type"):
-                call.form = self._create_embeddings_form({"query": "", "document": ""})
+                form = self._create_embeddings_form({"query": "", "document": ""})
             elif isinstance(decision := decide(reply, batch, known), Resend):
                 self._leave_out(decision.without)
             else:
-                raise protocol.build_error(response, reply, spec=self._spec)
+                raise protocol.build_error(reply, spec=self._spec)
         raise MalformedResponseError(f"{self.base_url} refuses each form of a request")
 
     async def _choose_rerank_form(self, model: str) -> Form:
@@ -538,17 +530,16 @@ class NimBackend(Backend):
         request = Request([EmbeddingInput("?")], "query", query="?")
         refused: list[tuple[Form, NeMoRetrieverError]] = []
         for kind in RERANK_FORMS:
-            call = Dispatch(request, self._encode, 1)
-            call.form = form = kind()
+            form = kind()
             batch = RequestBatch((0,), (form.build_probe("text"),), "text")
-            response = await self._post(call, batch, model, self._get_known(call, batch))
+            known = self._get_known(request, batch)
             try:
-                reply = await self._read(response, call, 1)
+                reply = await self._post(form, request, batch, model, known)
             except MalformedResponseError:  # a web page, for example
                 continue
             if isinstance(reply, protocol.Reply):
                 return form
-            error = protocol.build_error(response, reply, spec=self._spec, task="rerank")
+            error = protocol.build_error(reply, spec=self._spec, task="rerank")
             if reply.status in (401, 403, 407, 410, 429) or reply.status >= 500:
                 raise error
             if reply.status not in (404, 405):
@@ -562,7 +553,7 @@ class NimBackend(Backend):
     async def _list_models(self) -> list[AvailableModel]:
         response = await self._client.get("/models")
         if not response.is_success:
-            raise protocol.build_error(response, self._client.read_error(response))
+            raise protocol.build_error(self._client.read_error(response))
         return [AvailableModel(*item) for item in protocol.list_models(response).items()]
 
     def _match_served_model(self, listed: dict[str, str | None]) -> str:

@@ -146,7 +146,7 @@ class NimClient:
                             continue
                         last = f"status {response.status_code}"
                         if not is_retried(response.status_code):
-                            raise protocol.build_error(response, self.read_error(response))
+                            raise protocol.build_error(self.read_error(response))
                     await asyncio.sleep(min(1.0, seconds / 20))
         except TimeoutError:
             raise RequestTimeoutError(

@@ -195,6 +195,7 @@ class ErrorReply(NamedTuple):
     """The path to the field at fault, if the server names it: ("body", "dimensions")."""
     request_id: str | None = None
     """The server's id of the request."""
+    headers: Mapping[str, str] = {}
 
     @property
     def field(self) -> object:
@@ -284,7 +285,7 @@ def read_error(response: httpx.Response, mask: Mask = str) -> ErrorReply:
         message = _shorten(mask(response.content.decode(errors="replace")))
     ids = (response.headers.get(name) for name in ("nvcf-reqid", "x-request-id"))
     request_id = next((_shorten(mask(value))[:100] for value in ids if value), None)
-    return ErrorReply(response.status_code, message, location, request_id)
+    return ErrorReply(response.status_code, message, location, request_id, response.headers)
 
 
 def _find_message(content: object, mask: Mask) -> tuple[str, tuple[object, ...]]:
@@ -338,7 +339,6 @@ _BY_STATUS: Mapping[int, tuple[type[RemoteError], str]] = {
 
 
 def build_error(
-    response: httpx.Response,
     reply: ErrorReply,
     has_image: bool = False,
     is_input_fault: bool = False,
@@ -350,7 +350,6 @@ def build_error(
     """Return the error of a reply that is not a success.
 
     Args:
-        reply: The result of `read_error` for the response.
         has_image: Whether the request had images.
         is_input_fault: Whether its only input is at fault, so the message may quote that input.
         spec: The catalogue's row of the model, if it has one.
@@ -382,7 +381,7 @@ def build_error(
     elif reply.is_too_large:
         kind, meaning = _BY_STATUS[413]
     elif 300 <= reply.status < 400:
-        target = _find_target(response)
+        target = _find_target(reply.headers)
         kind, meaning = InvalidRequestError, f"the server redirects to {target}; use its base_url="
     message = f"{meaning} ({reply.status}): {reply.detail}"
     if model and spec is None and reply.status == 404:
@@ -391,13 +390,13 @@ def build_error(
         message += f" [request {reply.request_id}]"
     out = kind(message, status=reply.status, detail=reply.detail, request_id=reply.request_id)
     if isinstance(out, RateLimitError):
-        out.retry_after = read_retry_after(response.headers)
+        out.retry_after = read_retry_after(reply.headers)
     return out
 
 
-def _find_target(response: httpx.Response) -> str:
+def _find_target(headers: Mapping[str, str]) -> str:
     try:
-        url = httpx.URL(response.headers["location"])
+        url = httpx.URL(headers["location"])
     except (KeyError, httpx.InvalidURL):
         return "an invalid address"
     return f"{url.scheme}://{url.netloc.decode()}" if url.host else "another path"
