@@ -207,8 +207,6 @@ class NimClient:
         except httpx.TransportError as exc:
             reason = self.mask(str(exc))[:300] or type(exc).__name__
             error = ConnectionFailedError(f"no connection to {server}: {reason}")
-        except httpx.RequestError as exc:
-            error = MalformedResponseError(f"the reply cannot be read: {type(exc).__name__}")
         raise error  # outside of `except`, as httpx's errors hold the request and so the key
 
 

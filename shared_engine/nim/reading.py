@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import httpx
 
 from shared_engine.errors import MalformedResponseError
 
 MOST_BYTES = "most_bytes"
-"""Request extension: the most bytes of a successful reply, before and after decompression."""
+"""Request extension: the most bytes of a successful reply."""
 MOST_IN_ERROR = 256 * 1024
 """Bytes kept of an error, in addition to the parts of the request that it may quote."""
 _QUOTED = 4
@@ -17,53 +15,34 @@ _QUOTED = 4
 
 
 async def read_reply(response: httpx.Response, request: httpx.Request) -> httpx.Response:
-    """Return a response with its content read and decompressed.
+    """Return a response with its content read.
 
-    Of an error only the beginning is kept, as its status decides.
+    Of an error only the beginning is kept, and nothing if it is compressed, as its status decides.
 
     Raises:
-        MalformedResponseError: a successful reply is longer than MOST_BYTES of the request.
-        httpx.DecodingError: a successful reply cannot be decompressed.
+        MalformedResponseError: a successful reply is compressed, although every request refuses
+            that, or longer than MOST_BYTES of the request.
         httpx.TransportError: the connection broke.
     """
     most = MOST_IN_ERROR + _QUOTED * len(request.content)
     if response.is_success:
         most = request.extensions[MOST_BYTES]
-    if isinstance(response.stream, httpx.AsyncByteStream):
-        response.stream = _BoundedStream(response.stream, most)
+    encoding = response.headers.pop("content-encoding", "identity")
+    is_compressed = encoding.lower() != "identity"
+    if is_compressed and response.is_success:
+        raise MalformedResponseError(
+            f"the reply has Content-Encoding {encoding[:100]!r}, and the request has "
+            "Accept-Encoding identity; switch compression off at the server"
+        )
     parts: list[bytes] = []
     size = 0
-    try:
+    if not is_compressed:
         async for part in response.aiter_bytes():
             parts.append(part)
             size += len(part)
-            _check_size(size, most)
-    except (MalformedResponseError, httpx.DecodingError):
-        if response.is_success:
-            raise
-    headers = [pair for pair in response.headers.raw if pair[0].lower() != b"content-encoding"]
-    content = b"".join(parts)[:most]
-    return httpx.Response(response.status_code, headers=headers, content=content)
-
-
-class _BoundedStream(httpx.AsyncByteStream):
-    """A stream with a bound on its bytes, as compressed bytes may decompress to none."""
-
-    def __init__(self, stream: httpx.AsyncByteStream, most: int) -> None:
-        self._stream = stream
-        self._most = most
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        size = 0
-        async for part in self._stream:
-            size += len(part)
-            _check_size(size, self._most)
-            yield part
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-
-def _check_size(size: int, most: int) -> None:
-    if size > most:
+            if size > most:
+                break
+    if size > most and response.is_success:
         raise MalformedResponseError(f"the reply has more than {most} bytes, the most it may need")
+    content = b"".join(parts)[:most]
+    return httpx.Response(response.status_code, headers=response.headers, content=content)
