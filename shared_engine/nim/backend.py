@@ -296,7 +296,7 @@ class NimBackend(Backend):
         model, call.form = await self._connect()
         has_images = any(document.image is not None for document in call.request.documents)
         batches = n if has_images else -(-n // self._limits.inputs)
-        in_flight = self._client.most_in_flight
+        in_flight = self._options.concurrency
         workers = min(2 * in_flight, batches)  # twice, as some wait for their next attempt
         if workers == 1 or in_flight == 1:
             return await self._send_batches(call, model)
