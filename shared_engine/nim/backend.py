@@ -72,7 +72,7 @@ from shared_engine.nim.forms import (
     Known,
     RankingForm,
 )
-from shared_engine.nim.roles import have_same_scale, have_same_text, report_unknown_prefixes
+from shared_engine.nim.roles import have_same_scale, have_same_text
 from shared_engine.options import EngineOptions, Options
 from shared_engine.threads import result_of
 from shared_engine.wire import split_role_suffix
@@ -190,33 +190,18 @@ class NimBackend(Backend):
         return self._start(self._embed(request))
 
     def probe_width(self) -> int:
-        """Return the length of a full vector; embeds a text if no vector has arrived yet.
-
-        Raises:
-            RemoteError: the server did not reply with a vector.
-            EngineClosedError: `close` was called.
-        """
+        """See `Backend.probe_width`: embeds a text if no vector has arrived yet."""
         if self._width is None:
             request = Request([EmbeddingInput("?")], self._fixed_role or "query")
             self._width = int(result_of(self.submit(request)).unwrap().shape[1])
         return self._width
 
     def list_models(self) -> list[AvailableModel]:
-        """Return the models of the server.
-
-        Raises:
-            RemoteError: the server does not list them.
-            EngineClosedError: `close` was called.
-        """
+        """See `Backend.list_models`."""
         return result_of(self._start(self._list_models()))
 
     def wait_until_ready(self, timeout: float) -> None:
-        """Return when the server is ready, which NVIDIA's catalogue always is.
-
-        Raises:
-            RequestTimeoutError: it was not ready within `timeout` seconds.
-            RemoteError: it has no such path, or refuses the request.
-        """
+        """See `Backend.wait_until_ready`: NVIDIA's catalogue always is."""
         if not is_hosted(self.base_url):
             result_of(self._start(self._client.wait_until_ready(timeout)))
 
@@ -350,7 +335,7 @@ class NimBackend(Backend):
                 self._leave_out(feature)
                 call.send_again(batch)
             case Split(by_count):
-                self._shrink(batch, by_count)
+                self._limits.shrink_below(batch, by_count)
                 call.send_again(*batch.split())
             case Isolate(position):
                 call.send_again(*batch.isolate(position))
@@ -412,13 +397,6 @@ class NimBackend(Backend):
         except NeMoRetrieverError:
             return True  # no refusal of the input
         return isinstance(reply, protocol.Reply) or not reply.is_ambiguous
-
-    def _shrink(self, batch: RequestBatch, by_count: bool) -> None:
-        if by_count:
-            self._limits.inputs = min(self._limits.inputs, len(batch.rows) // 2)
-        else:
-            self._limits.shrink_below(batch.size)
-        _log.info("%d inputs of %d bytes are too large a request", len(batch.rows), batch.size)
 
     def _get_known(self, request: Request, batch: RequestBatch) -> Known:
         """Return how a batch is sent now.
@@ -505,7 +483,12 @@ class NimBackend(Backend):
         if not have_same_text(query, document):
             return form
         if self._spec is None:
-            raise report_unknown_prefixes(model, self.base_url)
+            raise ConfigurationError(
+                f"{self.base_url} ignores input_type, so a query and a document of one text have "
+                f"the same vector, and the prefixes of {model} are unknown; pass those of its "
+                'model card, such as prefixes={"query": "query: ", "document": "passage: "}, or '
+                "empty ones for a model without roles"
+            )
         return self._create_embeddings_form(self._spec.prefixes)
 
     async def _probe_role(self, form: Form, role: Role, model: str) -> NDArray[np.float32]:
@@ -557,14 +540,7 @@ class NimBackend(Backend):
         return [AvailableModel(*item) for item in protocol.list_models(response).items()]
 
     def _match_served_model(self, listed: dict[str, str | None]) -> str:
-        """Return the server's name of the model, which is the only one if none was given.
-
-        Args:
-            listed: Names of the server's models, each with its root; may be empty.
-
-        Raises:
-            ModelNotFoundError: the server has other models only.
-        """
+        """Return the server's name of the model, which is the only one if none was given."""
         name = self._name or DEFAULT_MODELS[self._options.task]
         spec = lookup(name)
         found = _find_listed((name, *spec.names) if spec else (name,), listed)

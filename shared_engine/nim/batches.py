@@ -7,6 +7,7 @@ a few before their batch is built, and they are dropped when the batch is answer
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ MOST_HELD = 128 * 2**20
 """Bytes of a call's unanswered batches above which no further batch is built."""
 _OF_ONE_INPUT = (InvalidRequestError, PayloadTooLargeError)
 """Errors of a request with one input that belong to the input: another might be accepted."""
+_log = logging.getLogger("shared_engine")
 Encode = Callable[[Form, EmbeddingInput], "asyncio.Future[bytes]"]
 
 
@@ -45,9 +47,13 @@ class BatchLimits:
     accepted_size: int = 0
     """Bytes of the largest batch that the server accepted."""
 
-    def shrink_below(self, size: int) -> None:
-        """Reduce the limit after a batch of `size` bytes was refused, maybe for one large input."""
-        self.size = min(self.size, max(size // 2, self.accepted_size))
+    def shrink_below(self, batch: RequestBatch, by_count: bool) -> None:
+        """Reduce a limit after a batch was refused by its count or, maybe for one input, bytes."""
+        if by_count:
+            self.inputs = min(self.inputs, len(batch.rows) // 2)
+        else:
+            self.size = min(self.size, max(batch.size // 2, self.accepted_size))
+        _log.info("%d inputs of %d bytes are too large a request", len(batch.rows), batch.size)
 
 
 @dataclass(frozen=True)
