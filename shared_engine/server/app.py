@@ -38,9 +38,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shared_engine._version import __version__
+from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError, NeMoRetrieverError
 from shared_engine.logs import request_id
 from shared_engine.options import Options, RerankOptions
+from shared_engine.reranker import Reranker
 from shared_engine.server.access import control_access
 from shared_engine.server.admission import Admission
 from shared_engine.server.embeddings import EmbeddingsEndpoint
@@ -48,7 +50,7 @@ from shared_engine.server.endpoint import Endpoint, Work
 from shared_engine.server.errors import HTTPRefusal, refuse_for, refuse_model, refuse_size
 from shared_engine.server.limits import ServerLimits
 from shared_engine.server.metrics import Metrics
-from shared_engine.server.models import ServedEmbedder, ServedReranker
+from shared_engine.server.models import ServedModel
 from shared_engine.server.protocol import decode_images, parse_request
 from shared_engine.server.ranking import RankingEndpoint, RerankEndpoint
 from shared_engine.server.responses import refuse, refuse_route, respond
@@ -143,7 +145,7 @@ def create_app(
         options = Options()
     endpoints: list[Endpoint[Any]] = []
     if options is not None:
-        embedder = ServedEmbedder(options, served_name)
+        embedder = ServedModel(Embedder(options), served_name)
         role = None if default_input_type is None else ROLE[default_input_type]
         if role is not None:
             _log.warning("texts without input_type are embedded as %s", default_input_type)
@@ -154,7 +156,7 @@ def create_app(
             "use rerank_served_name=, or pass options="
         )
     if rerank_options is not None:
-        reranker = ServedReranker(rerank_options, rerank_served_name)
+        reranker = ServedModel(Reranker(rerank_options), rerank_served_name)
         endpoints += [RankingEndpoint(reranker), RerankEndpoint(reranker)]
     elif rerank_served_name:
         raise ConfigurationError(

@@ -17,11 +17,12 @@ from pydantic_core import ErrorDetails
 
 from shared_engine.backend import Backend
 from shared_engine.documents import EmbeddingInput, Modality, Role
+from shared_engine.embedder import Embedder
 from shared_engine.images.data_urls import split_data_url
 from shared_engine.options import Truncate
 from shared_engine.server.endpoint import Endpoint, Work
 from shared_engine.server.errors import HTTPRefusal, refuse_field, refuse_input
-from shared_engine.server.models import ServedEmbedder
+from shared_engine.server.models import ServedModel
 from shared_engine.server.protocol import RequestBody, count_usage, dump_json
 from shared_engine.vectors import EmbeddingType
 from shared_engine.wire import INPUT_TYPE, ROLE, split_role_suffix
@@ -148,9 +149,9 @@ class EmbeddingsEndpoint(Endpoint[EmbeddingsRequest]):
 
     path = "/v1/embeddings"
     body = EmbeddingsRequest
-    served: ServedEmbedder
+    served: ServedModel[Embedder]
 
-    def __init__(self, served: ServedEmbedder, default_role: Role | None = None) -> None:
+    def __init__(self, served: ServedModel[Embedder], default_role: Role | None = None) -> None:
         """Create the endpoint.
 
         Args:

@@ -44,7 +44,7 @@ class Endpoint(ABC, Generic[BodyT]):
     too_long_status: ClassVar[int] = 400
     """Status of an input that is too long."""
 
-    def __init__(self, served: ServedModel) -> None:
+    def __init__(self, served: ServedModel[Any]) -> None:
         self.served = served
 
     def is_of_nim_client(self, body: BodyT | None) -> bool:

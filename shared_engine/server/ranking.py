@@ -18,10 +18,10 @@ from shared_engine.backend import Backend
 from shared_engine.documents import EmbeddingInput
 from shared_engine.images.data_urls import is_data_url
 from shared_engine.options import RerankTruncate
-from shared_engine.reranker import rank_scores
+from shared_engine.reranker import Reranker, rank_scores
 from shared_engine.server.endpoint import Endpoint, Work
 from shared_engine.server.errors import refuse_field
-from shared_engine.server.models import ServedReranker
+from shared_engine.server.models import ServedModel
 from shared_engine.server.protocol import RequestBody, count_usage, dump_json
 
 _LABEL = "rerank"
@@ -157,7 +157,7 @@ class RankingEndpoint(Endpoint[RankingRequest]):
     body = RankingRequest
     max_inputs = 512
     too_long_status = 422  # of a NIM since 1.9.1
-    served: ServedReranker
+    served: ServedModel[Reranker]
 
     def is_of_nim_client(self, body: RankingRequest | None) -> bool:
         """See `Endpoint.is_of_nim_client`: no other client uses the path."""
@@ -182,7 +182,7 @@ class RerankEndpoint(Endpoint[RerankRequest]):
     path = "/v1/rerank"
     body = RerankRequest
     max_inputs = 1000  # of Cohere
-    served: ServedReranker
+    served: ServedModel[Reranker]
 
     def prepare(self, body: RerankRequest, backend: Backend) -> Work:
         """See `Endpoint.prepare`."""
