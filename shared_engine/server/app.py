@@ -338,9 +338,8 @@ class _Server:
         """Describe a model, by any of its names."""
         name = request.path_params["name"]
         for served in self._models:
-            for suffix in served.suffixes:
-                if name.lower() in {known + suffix for known in served.names}:
-                    return respond(served.describe(suffix))
+            if (suffix := served.find_suffix(name)) is not None:
+                return respond(served.describe(suffix))
         return refuse(refuse_model(name))
 
     async def live(self, _: Request) -> Response:

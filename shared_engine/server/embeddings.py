@@ -25,7 +25,7 @@ from shared_engine.server.errors import HTTPRefusal, refuse_field, refuse_input
 from shared_engine.server.models import ServedModel
 from shared_engine.server.protocol import RequestBody, count_usage, dump_json
 from shared_engine.vectors import EmbeddingType
-from shared_engine.wire import INPUT_TYPE, ROLE, split_role_suffix
+from shared_engine.wire import INPUT_TYPE, ROLE
 
 EncodingFormat = Literal["float", "base64"]
 
@@ -167,7 +167,8 @@ class EmbeddingsEndpoint(Endpoint[EmbeddingsRequest]):
 
     def prepare(self, body: EmbeddingsRequest, backend: Backend) -> Work:
         """See `Endpoint.prepare`."""
-        given_role = body.find_role(self._find_suffix_role(body.model))
+        suffix = self.find_suffix(body.model)
+        given_role = body.find_role(ROLE.get(suffix.removeprefix("-")))
         inputs = body.read_inputs(backend.modalities)
         role = require_role(given_role, inputs, self._default_role)
         body.check_dimensions(backend.dimensions)
@@ -182,14 +183,6 @@ class EmbeddingsEndpoint(Endpoint[EmbeddingsRequest]):
 
         compute = partial(embedder.aembed, role=role)
         return Work(inputs, INPUT_TYPE[role], embedder, compute, write)
-
-    def _find_suffix_role(self, name: str) -> Role | None:
-        if name.lower() in self.served.names:
-            return None
-        base, role = split_role_suffix(name)
-        if role is None or base.lower() not in self.served.names:
-            raise self.refuse_model(name)
-        return role
 
 
 def require_role(

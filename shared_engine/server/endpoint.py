@@ -13,7 +13,7 @@ from shared_engine.backend import Backend
 from shared_engine.documents import EmbeddingInput
 from shared_engine.embedder import Embedder
 from shared_engine.reranker import Reranker
-from shared_engine.server.errors import HTTPRefusal, refuse_model
+from shared_engine.server.errors import refuse_model
 from shared_engine.server.models import ServedModel
 from shared_engine.server.protocol import BodyT
 
@@ -55,18 +55,15 @@ class Endpoint(ABC, Generic[BodyT]):
         """
         return False
 
-    def check_model(self, name: str) -> None:
-        """Refuse a request for another model.
+    def find_suffix(self, name: str) -> str:
+        """Return the suffix of the name of the model.
 
         Raises:
-            HTTPRefusal: the model has another name.
+            HTTPRefusal: the name is of another model.
         """
-        if name.lower() not in self.served.names:
-            raise self.refuse_model(name)
-
-    def refuse_model(self, name: str) -> HTTPRefusal:
-        """Return the refusal of a request for another model."""
-        return refuse_model(name, f" at {self.path}, which serves {self.served.name!r}")
+        if (suffix := self.served.find_suffix(name)) is None:
+            raise refuse_model(name, f" at {self.path}, which serves {self.served.name!r}")
+        return suffix
 
     @abstractmethod
     def prepare(self, body: BodyT, backend: Backend) -> Work:

@@ -105,7 +105,12 @@ class ServedModel(Generic[ModelT]):
             return "the device has failed; restart the process"
         return "ready"
 
-    def describe(self, suffix: str = "") -> dict[str, Any]:
+    def find_suffix(self, name: str) -> str | None:
+        """Return the suffix of one of its names; None for the name of another model."""
+        ends = (end for end in self.suffixes if name.lower() in {own + end for own in self.names})
+        return next(ends, None)
+
+    def describe(self, suffix: str) -> dict[str, Any]:
         """Return an item of /v1/models."""
         return {
             "id": self.name + suffix,
