@@ -6,14 +6,13 @@ Source: the reference pages of the NeMo Retriever embedding NIM (2.0 to 2.4).
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, FailFast, Field
-from pydantic_core import ErrorDetails
 
 from shared_engine.backend import Backend
 from shared_engine.documents import EmbeddingInput, Modality, Role
@@ -35,10 +34,6 @@ _INPUT_TYPE_MISSING = (
     "model, or start the server with --default-input-type"
 )
 """It begins with the words of a NIM, as clients match them."""
-_NO_TOKEN_IDS = (
-    "send texts, not token ids (langchain-openai: "
-    "OpenAIEmbeddings(check_embedding_ctx_length=False))"
-)
 
 
 def _as_list(value: object) -> object:
@@ -52,8 +47,11 @@ _Strings = Annotated[list[str], Field(min_length=1), FailFast(), BeforeValidator
 class EmbeddingsRequest(RequestBody):
     """Body of a request; `dimensions` may be null, as some of OpenAI's clients send it."""
 
-    most_strings, most_bytes = 4, 64
-    advice = f". If they are numbers: {_NO_TOKEN_IDS}"
+    inputs_field, most_strings, most_bytes = "input", 4, 64
+    advice = (
+        ". If they are numbers: send texts, not token ids (langchain-openai: "
+        "OpenAIEmbeddings(check_embedding_ctx_length=False))"
+    )
 
     input: _Strings
     input_type: Literal["query", "passage", ""] = ""
@@ -65,27 +63,6 @@ class EmbeddingsRequest(RequestBody):
     """None: the model's full size."""
     truncate: Truncate = "NONE"
     user: str = ""
-
-    @property
-    def count(self) -> int:
-        """Number of inputs."""
-        return len(self.input)
-
-    @property
-    def strings(self) -> Sequence[str]:
-        """The strings that may be long."""
-        return self.input
-
-    @classmethod
-    def refuse_unknown(cls) -> str:
-        """Return the message about a field that the body does not have, as of a NIM."""
-        return "Extra inputs are not permitted"
-
-    @classmethod
-    def explain(cls, error: ErrorDetails) -> str:
-        """Return the message of an error of pydantic; token ids have a next step."""
-        has_ids = error["loc"][:1] == ("input",) and error["type"] == "string_type"
-        return f"{error['msg']}: {_NO_TOKEN_IDS}" if has_ids else error["msg"]
 
     def find_role(self, suffix_role: Role | None) -> Role | None:
         """Return the role from `input_type` or from a suffix of `model`; None if neither has one.
@@ -160,10 +137,6 @@ class EmbeddingsEndpoint(Endpoint[EmbeddingsRequest]):
         """
         super().__init__(served)
         self._default_role = default_role
-
-    def is_of_nim_client(self, body: EmbeddingsRequest | None) -> bool:
-        """See `Endpoint.is_of_nim_client`: OpenAI's clients do not send `input_type`."""
-        return body is not None and bool(body.input_type)
 
     def prepare(self, body: EmbeddingsRequest, backend: Backend) -> Work:
         """See `Endpoint.prepare`."""

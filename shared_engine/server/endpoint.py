@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from sys import getsizeof
 from typing import Any, ClassVar, Generic
 
 from numpy.typing import NDArray
@@ -32,6 +33,12 @@ class Work:
     """Returns the values of the inputs with their images decoded."""
     write: Callable[[NDArray[Any]], bytes]
     """Returns the body of the response."""
+    query: str = ""
+
+    def measure(self) -> int:
+        """Return the bytes of its strings."""
+        parts = [part for item in self.inputs for part in (item.text, item.image)]
+        return sum(map(getsizeof, filter(None, [self.query, *parts])))
 
 
 class Endpoint(ABC, Generic[BodyT]):
@@ -39,6 +46,8 @@ class Endpoint(ABC, Generic[BodyT]):
 
     path: ClassVar[str]
     body: type[BodyT]
+    is_of_nim: ClassVar[bool] = False
+    """Whether only the clients of a NIM use the path."""
     max_inputs: ClassVar[int | None] = None
     """The most inputs of a request, where the protocol limits them."""
     too_long_status: ClassVar[int] = 400
@@ -46,14 +55,6 @@ class Endpoint(ABC, Generic[BodyT]):
 
     def __init__(self, served: ServedModel[Any]) -> None:
         self.served = served
-
-    def is_of_nim_client(self, body: BodyT | None) -> bool:
-        """Return whether only a client of a NIM sends such a request.
-
-        Args:
-            body: The body; None before it is parsed.
-        """
-        return False
 
     def find_suffix(self, name: str) -> str:
         """Return the suffix of the name of the model.
