@@ -118,12 +118,6 @@ def refuse_size(message: str) -> HTTPRefusal:
     return HTTPRefusal(413, "too_large", message)
 
 
-def refuse_load(message: str, seconds: int) -> HTTPRefusal:
-    """Return the refusal of a request while the queue is full; retry after some seconds."""
-    body = {"status": 429, "title": "Too Many Requests", "detail": message}
-    return HTTPRefusal(429, "too_busy", message, body, {"Retry-After": str(seconds)})
-
-
 def refuse_for_now(message: str) -> HTTPRefusal:
     """Return the refusal of a request before the model is loaded or during shutdown."""
     return HTTPRefusal(503, "unavailable", message, headers={"Retry-After": "1"})
