@@ -123,12 +123,7 @@ class NimClient:
         return await self._send(self._build_request("GET", path))
 
     async def wait_until_ready(self, seconds: float) -> None:
-        """Return when the server replies that it is ready.
-
-        Raises:
-            RequestTimeoutError: it was not ready within `seconds`.
-            RemoteError: it has no such path, or refuses the request.
-        """
+        """Return when the server replies that it is ready; see `Backend.wait_until_ready`."""
         last = "no reply"
         try:
             async with asyncio.timeout(seconds):

@@ -97,9 +97,7 @@ def parse_reply(content: bytes, n: int, dimensions: int | None = None, mask: Mas
         raise MalformedResponseError(
             f"expected vectors of {dimensions} values, the server sent {vectors.shape[1]}"
         )
-    if not np.isfinite(vectors).all():
-        raise MalformedResponseError("the reply has NaN or infinity")
-    return Reply(vectors, _read_tokens(reply), _read_model(reply))
+    return _finish(reply, vectors)
 
 
 def _load_json(content: bytes) -> Any:
@@ -122,13 +120,17 @@ def parse_scores(content: bytes, n: int, items: str | None, field: str, mask: Ma
     """
     reply = _load_json(content)
     rows = _sort_items(reply, n, items, field, kind="scores", mask=mask)
-    if not all(type(row) in (int, float) for row in rows):
+    is_numeric = all(type(row) in (int, float) for row in rows)
+    scores = _stack([[row] for row in rows]) if is_numeric else None
+    if scores is None:
         raise MalformedResponseError("a score of the reply is not a number")
-    with np.errstate(over="ignore"):
-        scores = np.array(rows, np.float64).astype(np.float32).reshape(n, 1)
-    if not np.isfinite(scores).all():
-        raise MalformedResponseError("the reply has a score that is NaN or infinite")
-    return Reply(scores, _read_tokens(reply), _read_model(reply))
+    return _finish(reply, scores)
+
+
+def _finish(reply: Any, values: NDArray[np.float32]) -> Reply:
+    if not np.isfinite(values).all():
+        raise MalformedResponseError("the reply has NaN or infinity")
+    return Reply(values, _read_tokens(reply), _read_model(reply))
 
 
 def _sort_items(
@@ -350,10 +352,7 @@ def build_error(
     """Return the error of a reply that is not a success.
 
     Args:
-        has_image: Whether the request had images.
         is_input_fault: Whether its only input is at fault, so the message may quote that input.
-        spec: The catalogue's row of the model, if it has one.
-        task: What the model computes.
         model: The name that was sent; a similar one is suggested if it is unknown.
     """
     if reply.status == 410:

@@ -129,21 +129,16 @@ class EmbeddingsEndpoint(Endpoint[EmbeddingsRequest]):
     served: ServedModel[Embedder]
 
     def __init__(self, served: ServedModel[Embedder], default_role: Role | None = None) -> None:
-        """Create the endpoint.
-
-        Args:
-            served: The model.
-            default_role: The role of texts without one; None refuses them.
-        """
         super().__init__(served)
         self._default_role = default_role
+        """The role of texts without one; None refuses them."""
 
     def prepare(self, body: EmbeddingsRequest, backend: Backend) -> Work:
         """See `Endpoint.prepare`."""
         suffix = self.find_suffix(body.model)
         given_role = body.find_role(ROLE.get(suffix.removeprefix("-")))
         inputs = body.read_inputs(backend.modalities)
-        role = require_role(given_role, inputs, self._default_role)
+        role = _require_role(given_role, inputs, self._default_role)
         body.check_dimensions(backend.dimensions)
         embedder = self.served.model.with_options(
             dimensions=body.dimensions,
@@ -158,18 +153,8 @@ class EmbeddingsEndpoint(Endpoint[EmbeddingsRequest]):
         return Work(inputs, INPUT_TYPE[role], embedder, compute, write)
 
 
-def require_role(
-    role: Role | None, inputs: list[EmbeddingInput], default: Role | None = None
-) -> Role:
-    """Return the role of the inputs; images need none, because they are always documents.
-
-    Args:
-        role: The role in the request, if it has one.
-        default: The role of texts without one.
-
-    Raises:
-        HTTPRefusal: a text without a role, or an image as a query.
-    """
+def _require_role(role: Role | None, inputs: list[EmbeddingInput], default: Role | None) -> Role:
+    """Return the role of the inputs; images need none, because they are always documents."""
     kinds = {item.modality for item in inputs}
     if role is None and "text" in kinds:
         role = default

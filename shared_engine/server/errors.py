@@ -79,12 +79,7 @@ def refuse_field(
 
 
 def refuse_for(error: NeMoRetrieverError, too_long_status: int = 400) -> HTTPRefusal:
-    """Return the refusal for an error of the engine.
-
-    Args:
-        error: The error.
-        too_long_status: Status of an input that is too long.
-    """
+    """Return the refusal for an error of the engine."""
     if isinstance(error, PartialResultError) and error.errors:
         return refuse_for(error.errors[min(error.errors)], too_long_status)
     if isinstance(error, EngineClosedError):

@@ -31,12 +31,6 @@ class Metrics:
     def __init__(
         self, count_waiting: Callable[[], float], models: Sequence[ServedModel[Any]]
     ) -> None:
-        """Create the metrics.
-
-        Args:
-            count_waiting: Returns the number of accepted inputs without an answer.
-            models: The models, whose engines are read once they are loaded.
-        """
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "nemoretriever_requests",

@@ -28,7 +28,6 @@ class ServedModel(Generic[ModelT]):
         """Store the model; loads nothing.
 
         Args:
-            model: The model.
             served_name: Its name in the API. None: its catalogue name or folder name.
 
         Raises:

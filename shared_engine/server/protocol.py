@@ -52,11 +52,6 @@ BodyT = TypeVar("BodyT", bound=RequestBody)
 def parse_request(kind: type[BodyT], content: bytes | bytearray, max_inputs: int = 8192) -> BodyT:
     """Parse a body.
 
-    Args:
-        kind: The class of the result.
-        content: The body.
-        max_inputs: The most inputs.
-
     Raises:
         HTTPRefusal: not JSON, not an object, an invalid field, or too many inputs.
     """
@@ -118,17 +113,15 @@ def decode_images(inputs: list[EmbeddingInput], max_image_bytes: int) -> list[Em
     Raises:
         ImageError: a data URL is not base64, not an image, or of more than `max_image_bytes`.
     """
-    return [
-        item if item.image is None else _decode_image(item, index, max_image_bytes)
-        for index, item in enumerate(inputs)
-    ]
-
-
-def _decode_image(item: EmbeddingInput, index: int, max_image_bytes: int) -> EmbeddingInput:
-    try:
-        return replace(item, image=images.decode_data_url(item.image, max_image_bytes))
-    except ImageError as exc:
-        raise exc.at(index) from exc.__cause__
+    decoded = list(inputs)
+    for index, item in enumerate(inputs):
+        if item.image is not None:
+            try:
+                image = images.decode_data_url(item.image, max_image_bytes)
+            except ImageError as exc:
+                raise exc.at(index) from exc.__cause__
+            decoded[index] = replace(item, image=image)
+    return decoded
 
 
 def count_usage(tokens: int) -> dict[str, int]:
