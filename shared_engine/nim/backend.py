@@ -359,11 +359,7 @@ class NimBackend(Backend):
         self._lacks.add(feature)
 
     def _check_same_model(self, request: Request, reply: protocol.Reply) -> None:
-        """Compare a reply with the first one, as a server may be restarted with another model.
-
-        Raises:
-            ModelNotFoundError: the name of the model, or the length of full vectors, is another.
-        """
+        """Compare a reply with the first one, as a server may be restarted with another model."""
         width = reply.vectors.shape[1]
         self._replied = self._replied or reply.model
         if reply.model and reply.model != self._replied:
@@ -431,13 +427,7 @@ class NimBackend(Backend):
         return await asyncio.to_thread(form.parse_reply, *arguments)
 
     async def _connect(self) -> tuple[str, Form]:
-        """Return the server's name of the model, and the form of its requests.
-
-        Raises:
-            ModelNotFoundError: the server has other models only, or no path of a reranker.
-            ConfigurationError: it ignores roles, and the prefixes of its model are unknown.
-            RemoteError: it fails, or refuses the key.
-        """
+        """Return the server's name of the model, and the form of its requests."""
         async with self._connecting:
             if self._served is None:
                 self._served = await self._find_model()
@@ -452,10 +442,11 @@ class NimBackend(Backend):
         if not is_hosted(self.base_url):
             listed = protocol.list_models(await self._client.get("/models"))
             return self._match_served_model(listed)
+        model = require_hosted(self._options.model, self._options.task)
         if self._spec is not None and self._spec.hosted.state == "deprecated":
             since, newer = self._spec.hosted.since, explain_end(self._spec, self._spec.task)
             _log.warning("hosted model %s is deprecated since %s; %s", self._name, since, newer)
-        return require_hosted(self._options.model, self._options.task)
+        return model
 
     def _create_embeddings_form(self, prefixes: Mapping[Role, str] | None = None) -> EmbeddingsForm:
         width = self._spec.hidden_size if self._spec else MOST_VALUES
@@ -511,7 +502,7 @@ class NimBackend(Backend):
     async def _choose_rerank_form(self, model: str) -> Form:
         """Return the first form in which the server replies with a score."""
         request = Request([EmbeddingInput("?")], "query", query="?")
-        refused: list[tuple[Form, NeMoRetrieverError]] = []
+        refusing: Form | None = None
         for kind in RERANK_FORMS:
             form = kind()
             batch = RequestBatch((0,), (form.build_probe("text"),), "text")
@@ -522,13 +513,12 @@ class NimBackend(Backend):
                 continue
             if isinstance(reply, protocol.Reply):
                 return form
-            error = protocol.build_error(reply, spec=self._spec, task="rerank")
             if reply.status in (401, 403, 407, 410, 429) or reply.status >= 500:
-                raise error
-            if reply.status not in (404, 405):
-                refused.append((form, error))
-        if refused:  # its path exists, so the first request will have its error
-            return refused[0][0]
+                raise protocol.build_error(reply, spec=self._spec, task="rerank")
+            if refusing is None and reply.status not in (404, 405):
+                refusing = form
+        if refusing is not None:  # its path exists, so the first request will have its error
+            return refusing
         raise ModelNotFoundError(
             f"{self.base_url} serves no reranker: it has neither /ranking nor /rerank"
         )

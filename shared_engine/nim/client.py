@@ -24,8 +24,14 @@ from shared_engine.errors import (
     RequestTimeoutError,
 )
 from shared_engine.nim import protocol, proxies
-from shared_engine.nim.reading import MOST_BYTES
-from shared_engine.nim.transport import Limited, Retrying, Sending, Traced, is_retried
+from shared_engine.nim.transport import (
+    MOST_BYTES,
+    Limited,
+    Retrying,
+    Sending,
+    Traced,
+    is_retried,
+)
 from shared_engine.options import EngineOptions
 
 KEEP_ALIVE = 30.0

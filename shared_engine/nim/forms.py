@@ -49,14 +49,11 @@ Fields: TypeAlias = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Known:
-    """The fields of a batch, and facts about the server."""
+    """The fields that a batch was sent with, None for none, and a fact about the server."""
 
     encoding: Literal["base64", "float"]
-    """The `encoding_format` that the batch was sent with."""
     modality: Modality | None = None
-    """The `modality` that the batch was sent with; None for none."""
     truncate: Truncate | None = None
-    """The `truncate` that the batch was sent with; None for none."""
     is_accepted: bool | None = None
     """Whether the server accepts valid inputs of this modality; None if only a probe can show."""
 

@@ -152,8 +152,8 @@ def _sort_items(
         message, _ = _find_message(reply, mask)
         quoted = f": {message}" if message else ""
         raise MalformedResponseError(f"the reply has no list of {kind}{quoted}", detail=message)
-    if any(row is None for row in rows):
-        present = sum(row is not None for row in rows)
+    if missing := rows.count(None):
+        present = n - missing
         raise MalformedResponseError(f"the reply has {present} different {kind} for {n} inputs")
     return rows
 

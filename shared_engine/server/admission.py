@@ -25,21 +25,13 @@ class Admission:
         self._held_bytes = 0  # of bodies without an answer
 
     def require_space(self) -> None:
-        """Refuse a request while the queue is full.
-
-        Raises:
-            HTTPRefusal: it is.
-        """
+        """Refuse a request while the queue is full."""
         if self.waiting >= self._limits.max_waiting:
             raise self._refuse_load(f"{self.waiting} inputs are waiting")
 
     @contextmanager
     def admit(self, inputs: int) -> Iterator[None]:
-        """Count inputs as waiting.
-
-        Raises:
-            HTTPRefusal: there are too many.
-        """
+        """Count inputs as waiting; refuse them if there are too many."""
         # an empty queue accepts any request, however small the limit is
         if self.waiting and self.waiting + inputs > self._limits.max_waiting:
             raise self._refuse_load(f"{self.waiting} inputs are waiting")

@@ -106,11 +106,7 @@ class EmbeddingsRequest(RequestBody):
         return [_read_input(text, kind, index) for index, (text, kind) in enumerate(pairs)]
 
     def check_dimensions(self, dimensions: tuple[int, ...]) -> None:
-        """Check the requested vector size against those of the model; empty allows all.
-
-        Raises:
-            HTTPRefusal: the model does not offer it.
-        """
+        """Refuse a vector size that is none of the model's; empty `dimensions` allow all."""
         if not self.dimensions or not dimensions or self.dimensions in dimensions:
             return
         if len(dimensions) == 1:  # a NIM without dynamic dimensions lacks the field
@@ -135,7 +131,7 @@ class EmbeddingsEndpoint(Endpoint[EmbeddingsRequest]):
 
     def prepare(self, body: EmbeddingsRequest, backend: Backend) -> Work:
         """See `Endpoint.prepare`."""
-        suffix = self.find_suffix(body.model)
+        suffix = self.check_model(body.model)
         given_role = body.find_role(ROLE.get(suffix.removeprefix("-")))
         inputs = body.read_inputs(backend.modalities)
         role = _require_role(given_role, inputs, self._default_role)

@@ -56,12 +56,8 @@ class Endpoint(ABC, Generic[BodyT]):
     def __init__(self, served: ServedModel[Any]) -> None:
         self.served = served
 
-    def find_suffix(self, name: str) -> str:
-        """Return the suffix of the name of the model.
-
-        Raises:
-            HTTPRefusal: the name is of another model.
-        """
+    def check_model(self, name: str) -> str:
+        """Return the suffix of the model's name; refuse the name of another model."""
         if (suffix := self.served.find_suffix(name)) is None:
             raise refuse_model(name, f" at {self.path}, which serves {self.served.name!r}")
         return suffix

@@ -139,7 +139,7 @@ class RankingEndpoint(Endpoint[RankingRequest]):
 
     def prepare(self, body: RankingRequest, backend: Backend) -> Work:
         """See `Endpoint.prepare`."""
-        self.find_suffix(body.model)
+        self.check_model(body.model)
         inputs = [passage.to_input(index) for index, passage in enumerate(body.passages)]
         reranker = self.served.model.with_options(activation="none", truncate=body.truncate)
 
@@ -161,7 +161,7 @@ class RerankEndpoint(Endpoint[RerankRequest]):
 
     def prepare(self, body: RerankRequest, backend: Backend) -> Work:
         """See `Endpoint.prepare`."""
-        self.find_suffix(body.model)
+        self.check_model(body.model)
         for index, item in enumerate(body.documents):
             if item.image is not None:
                 _check_image(item.image, ("documents", index))
