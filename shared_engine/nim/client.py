@@ -21,6 +21,7 @@ from shared_engine.errors import (
     MalformedResponseError,
     MissingExtraError,
     NeMoRetrieverError,
+    RemoteError,
     RequestTimeoutError,
 )
 from shared_engine.nim import protocol, proxies
@@ -138,7 +139,7 @@ class NimClient:
                     request = self._build_request("GET", path)
                     try:
                         response = await self._exchange(self._limited, request)
-                    except NeMoRetrieverError as exc:
+                    except RemoteError as exc:
                         last = str(exc)
                     else:
                         if response.is_success:
