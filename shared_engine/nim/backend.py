@@ -29,7 +29,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import SecretStr
@@ -41,7 +40,6 @@ from shared_engine.catalogue import (
     explain_end,
     lookup,
     require_hosted,
-    suggest,
 )
 from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.endpoints import MOST_HOSTED_CHARACTERS, is_hosted
@@ -58,7 +56,6 @@ from shared_engine.nim import protocol
 from shared_engine.nim.batches import BatchLimits, Dispatch, RequestBatch
 from shared_engine.nim.client import NimClient
 from shared_engine.nim.decisions import (
-    Deliver,
     Fail,
     Feature,
     Isolate,
@@ -75,7 +72,7 @@ from shared_engine.nim.forms import (
     Known,
     RankingForm,
 )
-from shared_engine.nim.roles import have_same_scale, have_same_text, report_unknown_prefixes
+from shared_engine.nim.roles import have_same_scale, have_same_text
 from shared_engine.options import EngineOptions, Options
 from shared_engine.threads import result_of
 from shared_engine.wire import split_role_suffix
@@ -132,7 +129,7 @@ class NimBackend(Backend):
         self._width: int | None = None
         self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "nemoretriever-images")
         self._succeeded = 0.0  # time.monotonic() of the last valid reply
-        self._finding_model, self._finding_form = asyncio.Lock(), asyncio.Lock()
+        self._connecting = asyncio.Lock()
         self._lock = threading.RLock()  # reentrant, as a finalizer may call close() anywhere
         self._closed = False
         self._calls: set[Future[Any]] = set()
@@ -193,33 +190,18 @@ class NimBackend(Backend):
         return self._start(self._embed(request))
 
     def probe_width(self) -> int:
-        """Return the length of a full vector; embeds a text if no vector has arrived yet.
-
-        Raises:
-            RemoteError: the server did not reply with a vector.
-            EngineClosedError: `close` was called.
-        """
+        """See `Backend.probe_width`: embeds a text if no vector has arrived yet."""
         if self._width is None:
             request = Request([EmbeddingInput("?")], self._fixed_role or "query")
             self._width = int(result_of(self.submit(request)).unwrap().shape[1])
         return self._width
 
     def list_models(self) -> list[AvailableModel]:
-        """Return the models of the server.
-
-        Raises:
-            RemoteError: the server does not list them.
-            EngineClosedError: `close` was called.
-        """
+        """See `Backend.list_models`."""
         return result_of(self._start(self._list_models()))
 
     def wait_until_ready(self, timeout: float) -> None:
-        """Return when the server is ready, which NVIDIA's catalogue always is.
-
-        Raises:
-            RequestTimeoutError: it was not ready within `timeout` seconds.
-            RemoteError: it has no such path, or refuses the request.
-        """
+        """See `Backend.wait_until_ready`: NVIDIA's catalogue always is."""
         if not is_hosted(self.base_url):
             result_of(self._start(self._client.wait_until_ready(timeout)))
 
@@ -299,7 +281,7 @@ class NimBackend(Backend):
         model, call.form = await self._connect()
         has_images = any(document.image is not None for document in call.request.documents)
         batches = n if has_images else -(-n // self._limits.inputs)
-        in_flight = self._client.most_in_flight
+        in_flight = self._options.concurrency
         workers = min(2 * in_flight, batches)  # twice, as some wait for their next attempt
         if workers == 1 or in_flight == 1:
             return await self._send_batches(call, model)
@@ -338,38 +320,33 @@ class NimBackend(Backend):
 
     async def _send_batch(self, call: Dispatch, batch: RequestBatch, model: str) -> None:
         """Send a batch once, and carry out the decision on its reply."""
-        known = self._get_known(call, batch)
-        response = await self._post(call, batch, model, known)
-        reply = await self._read(response, call, len(batch.rows))
-        known = replace(known, is_accepted=call.is_accepted(batch.modality))
+        known = self._get_known(call.request, batch)
+        reply = await self._post(call.form, call.request, batch, model, known)
+        if isinstance(reply, protocol.Reply):
+            return self._deliver(call, batch, reply)
         decision = decide(reply, batch, known)
         if isinstance(decision, Probe):
-            is_accepted = await call.probe(
+            is_accepted = await call.is_accepted(
                 batch.modality, lambda probe: self._probe(call, probe, model)
             )
             decision = decide(reply, batch, replace(known, is_accepted=is_accepted))
         match decision:
-            case Deliver(valid):
-                self._deliver(call, batch, valid)
             case Resend(feature):
                 self._leave_out(feature)
                 call.send_again(batch)
             case Split(by_count):
-                self._shrink(batch, by_count)
+                self._limits.shrink_below(batch, by_count)
                 call.send_again(*batch.split())
             case Isolate(position):
                 call.send_again(*batch.isolate(position))
-            case Fail(refusal, fault):
-                is_unknown = refusal.status == 404 and self._spec is None
-                hint = suggest(model, self._options.task) if is_unknown else ""
+            case Fail(fault):
                 error = protocol.build_error(
-                    response,
-                    refusal,
+                    reply,
                     batch.has_images,
                     fault == "input",
                     spec=self._spec,
                     task=self._options.task,
-                    hint=hint,
+                    model=model,
                 )
                 if fault == "server":
                     raise error
@@ -382,11 +359,7 @@ class NimBackend(Backend):
         self._lacks.add(feature)
 
     def _check_same_model(self, request: Request, reply: protocol.Reply) -> None:
-        """Compare a reply with the first one, as a server may be restarted with another model.
-
-        Raises:
-            ModelNotFoundError: the name of the model, or the length of full vectors, is another.
-        """
+        """Compare a reply with the first one, as a server may be restarted with another model."""
         width = reply.vectors.shape[1]
         self._replied = self._replied or reply.model
         if reply.model and reply.model != self._replied:
@@ -414,30 +387,14 @@ class NimBackend(Backend):
 
     async def _probe(self, call: Dispatch, batch: RequestBatch, model: str) -> bool:
         """Return whether the server accepts a valid input, sent as other batches are."""
+        known = self._get_known(call.request, batch)
         try:
-            response = await self._post(call, batch, model, self._get_known(call, batch))
+            reply = await self._post(call.form, call.request, batch, model, known)
         except NeMoRetrieverError:
             return True  # no refusal of the input
-        return not self._client.read_error(response).is_ambiguous
+        return isinstance(reply, protocol.Reply) or not reply.is_ambiguous
 
-    async def _read(
-        self, response: httpx.Response, call: Dispatch, n: int
-    ) -> protocol.Reply | protocol.ErrorReply:
-        if not response.is_success:
-            return self._client.read_error(response)
-        arguments = (response.content, call.request, n, self._client.mask)
-        if len(response.content) < _LARGE_REPLY:
-            return call.form.parse_reply(*arguments)
-        return await asyncio.to_thread(call.form.parse_reply, *arguments)
-
-    def _shrink(self, batch: RequestBatch, by_count: bool) -> None:
-        if by_count:
-            self._limits.inputs = min(self._limits.inputs, len(batch.rows) // 2)
-        else:
-            self._limits.shrink_below(batch.size)
-        _log.info("%d inputs of %d bytes are too large a request", len(batch.rows), batch.size)
-
-    def _get_known(self, call: Dispatch, batch: RequestBatch) -> Known:
+    def _get_known(self, request: Request, batch: RequestBatch) -> Known:
         """Return how a batch is sent now.
 
         Texts have a `modality` too, as a multimodal NIM may take some of them for images. A
@@ -445,7 +402,7 @@ class NimBackend(Backend):
         """
         is_text_model = self._spec is not None and not self._spec.is_multimodal
         has_modality = batch.has_images or not (is_text_model or "modality" in self._lacks)
-        truncate = call.request.truncate
+        truncate = request.truncate
         has_truncate = truncate != "NONE" or "truncate" not in self._lacks
         return Known(
             "float" if "base64" in self._lacks else "base64",
@@ -454,45 +411,42 @@ class NimBackend(Backend):
         )
 
     async def _post(
-        self, call: Dispatch, batch: RequestBatch, model: str, known: Known
-    ) -> httpx.Response:
-        return await self._client.post(
-            call.form.find_url(self.base_url, model),
-            call.form.build_body(call.request, model, batch.inputs, known),
-            call.form.bound_reply(call.request, batch.inputs),
-            urgent=call.request.is_search,
+        self, form: Form, request: Request, batch: RequestBatch, model: str, known: Known
+    ) -> protocol.Reply | protocol.ErrorReply:
+        response = await self._client.post(
+            form.find_url(self.base_url, model),
+            form.build_body(request, model, batch.inputs, known),
+            form.bound_reply(request, batch.inputs),
+            urgent=request.is_search,
         )
+        if not response.is_success:
+            return self._client.read_error(response)
+        arguments = (response.content, request, len(batch.rows), self._client.mask)
+        if len(response.content) < _LARGE_REPLY:
+            return form.parse_reply(*arguments)
+        return await asyncio.to_thread(form.parse_reply, *arguments)
 
     async def _connect(self) -> tuple[str, Form]:
         """Return the server's name of the model, and the form of its requests."""
-        model = await self._find_model()
-        return model, await self._find_form(model)
-
-    async def _find_model(self) -> str:
-        async with self._finding_model:
-            if self._served is None and is_hosted(self.base_url):
-                self._served = require_hosted(self._options.model, self._options.task)
-                self._warn_if_deprecated()
-            elif self._served is None:
-                listed = protocol.list_models(await self._client.get("/models"))
-                self._served = self._match_served_model(listed)
-        return self._served
-
-    async def _find_form(self, model: str) -> Form:
-        """Return the form of the server's requests.
-
-        Raises:
-            ModelNotFoundError: it has none of the paths.
-            ConfigurationError: it ignores roles, and the prefixes of its model are unknown.
-            RemoteError: it fails, or refuses the key.
-        """
-        async with self._finding_form:
+        async with self._connecting:
+            if self._served is None:
+                self._served = await self._find_model()
             if self._form is None:
                 is_embedding = self._options.task == "embed"
                 choose = self._choose_embeddings_form if is_embedding else self._choose_rerank_form
-                self._form = await choose(model)
+                self._form = await choose(self._served)
                 _log.info("%s", self.description)
-        return self._form
+        return self._served, self._form
+
+    async def _find_model(self) -> str:
+        if not is_hosted(self.base_url):
+            listed = protocol.list_models(await self._client.get("/models"))
+            return self._match_served_model(listed)
+        model = require_hosted(self._options.model, self._options.task)
+        if self._spec is not None and self._spec.hosted.state == "deprecated":
+            since, newer = self._spec.hosted.since, explain_end(self._spec, self._spec.task)
+            _log.warning("hosted model %s is deprecated since %s; %s", self._name, since, newer)
+        return model
 
     def _create_embeddings_form(self, prefixes: Mapping[Role, str] | None = None) -> EmbeddingsForm:
         width = self._spec.hidden_size if self._spec else MOST_VALUES
@@ -520,74 +474,63 @@ class NimBackend(Backend):
         if not have_same_text(query, document):
             return form
         if self._spec is None:
-            raise report_unknown_prefixes(model, self.base_url)
+            raise ConfigurationError(
+                f"{self.base_url} ignores input_type, so a query and a document of one text have "
+                f"the same vector, and the prefixes of {model} are unknown; pass those of its "
+                'model card, such as prefixes={"query": "query: ", "document": "passage: "}, or '
+                "empty ones for a model without roles"
+            )
         return self._create_embeddings_form(self._spec.prefixes)
 
     async def _probe_role(self, form: Form, role: Role, model: str) -> NDArray[np.float32]:
         """Return the vector of a text in a role, without `input_type` if the server refuses it."""
-        call = Dispatch(Request([EmbeddingInput("?")], role), self._encode)
-        call.form = form
-        batch = RequestBatch((0,), (form.probes["text"],), "text")
+        request = Request([EmbeddingInput("?")], role)
+        batch = RequestBatch((0,), (form.build_probe("text"),), "text")
         for _ in range(MOST_SENDS):
-            known = self._get_known(call, batch)
-            response = await self._post(call, batch, model, known)
-            reply = await self._read(response, call, 1)
+            known = self._get_known(request, batch)
+            reply = await self._post(form, request, batch, model, known)
             if isinstance(reply, protocol.Reply):
                 return reply.vectors
             if reply.is_about("input_type"):
-                call.form = self._create_embeddings_form({"query": "", "document": ""})
+                form = self._create_embeddings_form({"query": "", "document": ""})
             elif isinstance(decision := decide(reply, batch, known), Resend):
                 self._leave_out(decision.without)
             else:
-                raise protocol.build_error(response, reply, spec=self._spec)
+                raise protocol.build_error(reply, spec=self._spec)
         raise MalformedResponseError(f"{self.base_url} refuses each form of a request")
 
     async def _choose_rerank_form(self, model: str) -> Form:
         """Return the first form in which the server replies with a score."""
         request = Request([EmbeddingInput("?")], "query", query="?")
-        refused: list[tuple[Form, NeMoRetrieverError]] = []
+        refusing: Form | None = None
         for kind in RERANK_FORMS:
-            call = Dispatch(request, self._encode, 1)
-            call.form = form = kind()
-            batch = RequestBatch((0,), (form.probes["text"],), "text")
-            response = await self._post(call, batch, model, self._get_known(call, batch))
+            form = kind()
+            batch = RequestBatch((0,), (form.build_probe("text"),), "text")
+            known = self._get_known(request, batch)
             try:
-                reply = await self._read(response, call, 1)
+                reply = await self._post(form, request, batch, model, known)
             except MalformedResponseError:  # a web page, for example
                 continue
             if isinstance(reply, protocol.Reply):
                 return form
-            error = protocol.build_error(response, reply, spec=self._spec, task="rerank")
             if reply.status in (401, 403, 407, 410, 429) or reply.status >= 500:
-                raise error
-            if reply.status not in (404, 405):
-                refused.append((form, error))
-        if refused:  # its path exists, so the first request will have its error
-            return refused[0][0]
+                raise protocol.build_error(reply, spec=self._spec, task="rerank")
+            if refusing is None and reply.status not in (404, 405):
+                refusing = form
+        if refusing is not None:  # its path exists, so the first request will have its error
+            return refusing
         raise ModelNotFoundError(
             f"{self.base_url} serves no reranker: it has neither /ranking nor /rerank"
         )
 
-    def _warn_if_deprecated(self) -> None:
-        if self._spec is not None and self._spec.hosted.state == "deprecated":
-            since, newer = self._spec.hosted.since, explain_end(self._spec, self._spec.task)
-            _log.warning("hosted model %s is deprecated since %s; %s", self._name, since, newer)
-
     async def _list_models(self) -> list[AvailableModel]:
         response = await self._client.get("/models")
         if not response.is_success:
-            raise protocol.build_error(response, self._client.read_error(response))
+            raise protocol.build_error(self._client.read_error(response))
         return [AvailableModel(*item) for item in protocol.list_models(response).items()]
 
     def _match_served_model(self, listed: dict[str, str | None]) -> str:
-        """Return the server's name of the model, which is the only one if none was given.
-
-        Args:
-            listed: Names of the server's models, each with its root; may be empty.
-
-        Raises:
-            ModelNotFoundError: the server has other models only.
-        """
+        """Return the server's name of the model, which is the only one if none was given."""
         name = self._name or DEFAULT_MODELS[self._options.task]
         spec = lookup(name)
         found = _find_listed((name, *spec.names) if spec else (name,), listed)

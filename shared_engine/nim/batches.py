@@ -7,6 +7,7 @@ a few before their batch is built, and they are dropped when the batch is answer
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ MOST_HELD = 128 * 2**20
 """Bytes of a call's unanswered batches above which no further batch is built."""
 _OF_ONE_INPUT = (InvalidRequestError, PayloadTooLargeError)
 """Errors of a request with one input that belong to the input: another might be accepted."""
+_log = logging.getLogger("shared_engine")
 Encode = Callable[[Form, EmbeddingInput], "asyncio.Future[bytes]"]
 
 
@@ -45,9 +47,13 @@ class BatchLimits:
     accepted_size: int = 0
     """Bytes of the largest batch that the server accepted."""
 
-    def shrink_below(self, size: int) -> None:
-        """Reduce the limit after a batch of `size` bytes was refused, maybe for one large input."""
-        self.size = min(self.size, max(size // 2, self.accepted_size))
+    def shrink_below(self, batch: RequestBatch, by_count: bool) -> None:
+        """Reduce a limit after a batch was refused by its count or, maybe for one input, bytes."""
+        if by_count:
+            self.inputs = min(self.inputs, len(batch.rows) // 2)
+        else:
+            self.size = min(self.size, max(batch.size // 2, self.accepted_size))
+        _log.info("%d inputs of %d bytes are too large a request", len(batch.rows), batch.size)
 
 
 @dataclass(frozen=True)
@@ -220,18 +226,14 @@ class Dispatch:
         self._errors.update(dict.fromkeys(batch.rows, error))
         self._release(batch)
 
-    def is_accepted(self, modality: Modality) -> bool | None:
-        """Whether the server accepts inputs of a modality; None if only a probe can show."""
-        if modality in self._accepted:
-            return True
-        return False if len(self.request.documents) == 1 else None
-
-    async def probe(
+    async def is_accepted(
         self, modality: Modality, send: Callable[[RequestBatch], Awaitable[bool]]
     ) -> bool:
-        """Return whether the server accepts a valid input of a modality; send it only once."""
+        """Return whether the server accepts a modality; a probe is sent at most once."""
+        if modality in self._accepted or len(self.request.documents) == 1:
+            return modality in self._accepted
         if modality not in self._probes:
-            batch = RequestBatch((-1,), (self.form.probes[modality],), modality)
+            batch = RequestBatch((-1,), (self.form.build_probe(modality),), modality)
             self._probes[modality] = asyncio.ensure_future(send(batch))
         return await asyncio.shield(self._probes[modality])
 

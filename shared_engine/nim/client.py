@@ -21,11 +21,18 @@ from shared_engine.errors import (
     MalformedResponseError,
     MissingExtraError,
     NeMoRetrieverError,
+    RemoteError,
     RequestTimeoutError,
 )
 from shared_engine.nim import protocol, proxies
-from shared_engine.nim.reading import MOST_BYTES
-from shared_engine.nim.transport import Limited, Retrying, Sending, Traced, is_retried
+from shared_engine.nim.transport import (
+    MOST_BYTES,
+    Limited,
+    Retrying,
+    Sending,
+    Traced,
+    is_retried,
+)
 from shared_engine.options import EngineOptions
 
 KEEP_ALIVE = 30.0
@@ -56,14 +63,21 @@ class NimClient:
             raise ConfigurationError(f"base_url={base_url!r} cannot be used: {exc}") from None
         self.base_url = base_url
         self._timeout = options.timeout
-        client = create_own_client(options)
+        client = _create_own_client(options)
         self._proxy = None if client else proxies.find_proxy(base_url, options.proxy)
-        self._headers = _protect_headers(options, base_url, api_key, self._proxy)
-        self._client = client or build_client(options, self._proxy)
-        is_checked = _has_secret(self._headers) and not (
-            self._is_encrypted or options.allow_insecure_key
-        )
-        check_peer = _check_peer if is_checked and self._proxy is None else None
+        exposure = proxies.find_exposure(base_url, self._proxy)
+        if options.allow_insecure_key:
+            exposure = None
+        if exposure and api_key and options.api_key is None:  # it is of the environment
+            _log.warning("NVIDIA_API_KEY is not sent: it would travel unencrypted to %s", exposure)
+            api_key = None
+        self._headers = _build_headers(options, api_key)
+        has_secret = any(map(_SECRET_NAME.search, self._headers))
+        if exposure and has_secret:
+            raise _refuse_key(exposure)
+        self._client = client or _build_client(options, self._proxy)
+        is_safe = self._is_encrypted or options.allow_insecure_key or self._proxy is not None
+        check_peer = _check_peer if has_secret and not is_safe else None
         self._limited = Limited(
             Traced(Sending(self._client, options.timeout, check_peer)), options.concurrency
         )
@@ -76,11 +90,6 @@ class NimClient:
     @property
     def _is_encrypted(self) -> bool:
         return urlsplit(self.base_url).scheme == "https"
-
-    @property
-    def most_in_flight(self) -> int:
-        """Requests that may be in flight while the server is not busy."""
-        return self._limited.most
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -121,12 +130,7 @@ class NimClient:
         return await self._send(self._build_request("GET", path))
 
     async def wait_until_ready(self, seconds: float) -> None:
-        """Return when the server replies that it is ready.
-
-        Raises:
-            RequestTimeoutError: it was not ready within `seconds`.
-            RemoteError: it has no such path, or refuses the request.
-        """
+        """Return when the server replies that it is ready; see `Backend.wait_until_ready`."""
         last = "no reply"
         try:
             async with asyncio.timeout(seconds):
@@ -135,7 +139,7 @@ class NimClient:
                     request = self._build_request("GET", path)
                     try:
                         response = await self._exchange(self._limited, request)
-                    except NeMoRetrieverError as exc:
+                    except RemoteError as exc:
                         last = str(exc)
                     else:
                         if response.is_success:
@@ -146,7 +150,7 @@ class NimClient:
                             continue
                         last = f"status {response.status_code}"
                         if not is_retried(response.status_code):
-                            raise protocol.build_error(response, self.read_error(response))
+                            raise protocol.build_error(self.read_error(response))
                     await asyncio.sleep(min(1.0, seconds / 20))
         except TimeoutError:
             raise RequestTimeoutError(
@@ -207,17 +211,10 @@ class NimClient:
         except httpx.TransportError as exc:
             reason = self.mask(str(exc))[:300] or type(exc).__name__
             error = ConnectionFailedError(f"no connection to {server}: {reason}")
-        except httpx.RequestError as exc:
-            error = MalformedResponseError(f"the reply cannot be read: {type(exc).__name__}")
         raise error  # outside of `except`, as httpx's errors hold the request and so the key
 
 
-def create_own_client(options: EngineOptions) -> httpx.AsyncClient | None:
-    """Return the client of `http_client_factory=`, or None without that option.
-
-    Raises:
-        ConfigurationError: the function returned something else.
-    """
+def _create_own_client(options: EngineOptions) -> httpx.AsyncClient | None:
     if options.http_client_factory is None:
         return None
     client = options.http_client_factory()
@@ -229,13 +226,7 @@ def create_own_client(options: EngineOptions) -> httpx.AsyncClient | None:
     return client
 
 
-def build_client(options: EngineOptions, proxy: httpx.Proxy | None) -> httpx.AsyncClient:
-    """Return a client with the TLS settings, connections and proxy of the options.
-
-    Raises:
-        ConfigurationError: `verify_ssl=` has no certificates.
-        MissingExtraError: a SOCKS proxy, and the package for it is not installed.
-    """
+def _build_client(options: EngineOptions, proxy: httpx.Proxy | None) -> httpx.AsyncClient:
     trust = _load_trust(options.verify_ssl)
     limits = httpx.Limits(
         max_connections=None,  # Limited bounds the requests in flight
@@ -251,36 +242,7 @@ def build_client(options: EngineOptions, proxy: httpx.Proxy | None) -> httpx.Asy
     return httpx.AsyncClient(transport=transport, trust_env=False)
 
 
-def _protect_headers(
-    options: EngineOptions, base_url: str, api_key: SecretStr | None, proxy: httpx.Proxy | None
-) -> httpx.Headers:
-    """Return the headers of every request, if no public host would get a secret unencrypted.
-
-    A key of the environment is left out instead.
-
-    Raises:
-        ConfigurationError: a public host would.
-    """
-    exposure = None if options.allow_insecure_key else proxies.find_exposure(base_url, proxy)
-    if exposure and api_key and options.api_key is None:
-        _log.warning("NVIDIA_API_KEY is not sent: it would travel unencrypted to %s", exposure)
-        api_key = None
-    headers = build_headers(options, api_key)
-    if exposure and _has_secret(headers):
-        raise _refuse_key(exposure)
-    return headers
-
-
-def _has_secret(headers: httpx.Headers) -> bool:
-    return any(map(_SECRET_NAME.search, headers))
-
-
-def build_headers(options: EngineOptions, api_key: SecretStr | None) -> httpx.Headers:
-    """Return the headers of every request.
-
-    Raises:
-        ConfigurationError: HTTP cannot carry one.
-    """
+def _build_headers(options: EngineOptions, api_key: SecretStr | None) -> httpx.Headers:
     headers = httpx.Headers(
         {
             "accept": "application/json",

@@ -1,4 +1,4 @@
-"""The decision after the reply to a batch, as one pure function."""
+"""The decision after the refusal of a batch, as one pure function."""
 
 from __future__ import annotations
 
@@ -7,17 +7,10 @@ from typing import Literal, TypeAlias
 
 from shared_engine.nim.batches import RequestBatch
 from shared_engine.nim.forms import Known
-from shared_engine.nim.protocol import ErrorReply, Reply
+from shared_engine.nim.protocol import ErrorReply
 from shared_engine.nim.transport import is_retried
 
 Feature: TypeAlias = Literal["base64", "modality", "truncate"]
-
-
-@dataclass(frozen=True)
-class Deliver:
-    """The reply has the vectors of the batch."""
-
-    reply: Reply
 
 
 @dataclass(frozen=True)
@@ -52,19 +45,16 @@ class Probe:
 class Fail:
     """Fail the batch."""
 
-    reply: ErrorReply
     fault: Literal["input", "request", "server"]
     """The cause: its only input; the request, so other batches fail as well; or the server, which
     failed after every retry."""
 
 
-Decision: TypeAlias = Deliver | Resend | Split | Isolate | Probe | Fail
+Decision: TypeAlias = Resend | Split | Isolate | Probe | Fail
 
 
-def decide(reply: Reply | ErrorReply, batch: RequestBatch, known: Known) -> Decision:
-    """Return the decision about a batch after its reply."""
-    if isinstance(reply, Reply):
-        return Deliver(reply)
+def decide(reply: ErrorReply, batch: RequestBatch, known: Known) -> Decision:
+    """Return the decision about a batch that the server refused."""
     if (feature := _find_unsupported(reply, batch, known)) is not None:
         return Resend(without=feature)
     is_single = len(batch.rows) == 1
@@ -76,8 +66,8 @@ def decide(reply: Reply | ErrorReply, batch: RequestBatch, known: Known) -> Deci
             return Probe()
         is_input_fault = known.is_accepted
     if is_input_fault:
-        return Fail(reply, "input") if is_single else Isolate(reply.position)
-    return Fail(reply, "server" if is_retried(reply.status) else "request")
+        return Fail("input") if is_single else Isolate(reply.position)
+    return Fail("server" if is_retried(reply.status) else "request")
 
 
 def _find_unsupported(reply: ErrorReply, batch: RequestBatch, known: Known) -> Feature | None:

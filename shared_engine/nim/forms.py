@@ -20,8 +20,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from shared_engine import images
 from shared_engine.backend import Request, ScoreKind
@@ -45,17 +44,16 @@ _BYTES_PER_VALUE = 32
 _BYTES_QUOTED = 6
 """The most bytes that a byte of a document becomes in a reply that repeats it."""
 
+Fields: TypeAlias = Mapping[str, object]
+
 
 @dataclass(frozen=True)
 class Known:
-    """The fields of a batch, and facts about the server."""
+    """The fields that a batch was sent with, None for none, and a fact about the server."""
 
     encoding: Literal["base64", "float"]
-    """The `encoding_format` that the batch was sent with."""
     modality: Modality | None = None
-    """The `modality` that the batch was sent with; None for none."""
     truncate: Truncate | None = None
-    """The `truncate` that the batch was sent with; None for none."""
     is_accepted: bool | None = None
     """Whether the server accepts valid inputs of this modality; None if only a probe can show."""
 
@@ -75,6 +73,10 @@ class Form(ABC):
     """Whether the server takes images."""
     prefixes: Mapping[Role, str] | None = None
     """Prefix of a text in each role, added by the client; None if the server adds it."""
+    inputs_field = ""
+    """Name of the list of inputs in a request."""
+    width = 1
+    """The most values of a row of a reply."""
 
     def find_url(self, base_url: str, model: str) -> str:
         """Return the address of a request."""
@@ -105,32 +107,40 @@ class Form(ABC):
             )
         prefix = "" if self.prefixes is None else self.prefixes[role]
         if document.image is None:
-            return self.build_item(f"{prefix}{document.text or ''}", None)
+            return self._build_item(f"{prefix}{document.text or ''}", None)
         url = images.encode_data_url(document.image, allow_image_urls, most_characters)
-        return self.build_item(None if document.modality == "image" else document.text, url)
+        return self._build_item(None if document.modality == "image" else document.text, url)
 
-    @cached_property
-    def probes(self) -> Mapping[Modality, bytes]:
-        """A valid item of each modality."""
-        return {
-            "text": self.build_item("?", None),
-            "image": self.build_item(None, _WHITE),
-            "text_image": self.build_item("?", _WHITE),
-        }
+    def build_probe(self, modality: Modality) -> bytes:
+        """Return a valid item of a modality."""
+        text, url = None if modality == "image" else "?", None if modality == "text" else _WHITE
+        return self._build_item(text, url)
 
     @abstractmethod
-    def build_item(self, text: str | None, url: str | None) -> bytes:
+    def _build_item(self, text: str | None, url: str | None) -> bytes:
         """Return a text, the data URL of an image, or both as one item of a request, in JSON."""
 
-    @abstractmethod
     def build_body(
         self, request: Request, model: str, inputs: Sequence[bytes], known: Known
     ) -> bytes:
-        """Return the body of a request with encoded inputs."""
+        """Return the body of a request with encoded inputs.
+
+        Raises:
+            ConfigurationError: the server has no field for an option of the request.
+        """
+        fields = self._list_fields(request, model, len(inputs), known)
+        name = self.inputs_field.encode()
+        return b"".join((dump(fields)[:-1], b',"%b":[' % name, b",".join(inputs), b"]}"))
 
     @abstractmethod
+    def _list_fields(self, request: Request, model: str, n: int, known: Known) -> Fields:
+        """Return the other fields of a request with n inputs; those that are None are left out."""
+
     def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
-        """Return the most bytes that a reply may take."""
+        """Return the most bytes that a reply may take; some servers repeat the inputs."""
+        width = max(self.width, request.dimensions or 0)
+        quoted = _BYTES_QUOTED * sum(map(len, inputs))
+        return 64 * 1024 + len(inputs) * (1024 + width * _BYTES_PER_VALUE) + quoted
 
     @abstractmethod
     def parse_reply(self, content: bytes, request: Request, n: int, mask: Mask) -> Reply:
@@ -144,7 +154,7 @@ class Form(ABC):
 class EmbeddingsForm(Form):
     r"""`POST /v1/embeddings` of a NIM, or with the prefixes of texts, of other servers.
 
-    >>> EmbeddingsForm().build_item("a\n", None)
+    >>> EmbeddingsForm().encode_input(EmbeddingInput("a\n"))
     b'"a\\n"'
     >>> prefixes = {"query": "query: ", "document": "passage: "}
     >>> EmbeddingsForm(prefixes=prefixes).encode_input(EmbeddingInput("a"), "document")
@@ -152,6 +162,7 @@ class EmbeddingsForm(Form):
     """
 
     path = "/embeddings"
+    inputs_field = "input"
 
     def __init__(
         self,
@@ -166,24 +177,20 @@ class EmbeddingsForm(Form):
             user: Value of the field `user`.
             prefixes: Prefixes that the client adds to texts, instead of `input_type`.
         """
-        self._width, self._user, self.prefixes = width, user, prefixes
+        self.width, self._user, self.prefixes = width, user, prefixes
         self.takes_images = prefixes is None  # others embed the data URL as a text
         self.name = "roles by input_type"
         if prefixes is not None:
             query, document = prefixes["query"], prefixes["document"]
             self.name = f"prefixes by the client: {query!r}, {document!r}"
 
-    def build_item(self, text: str | None, url: str | None) -> bytes:
-        """See `Form.build_item`: the separator of text and image is that of NVIDIA's client."""
+    def _build_item(self, text: str | None, url: str | None) -> bytes:
         if url is None:
             return dump(text)
-        return dump(url if text is None else f"{text}\n{url}")
+        return dump(url if text is None else f"{text}\n{url}")  # NVIDIA's client separates so
 
-    def build_body(
-        self, request: Request, model: str, inputs: Sequence[bytes], known: Known
-    ) -> bytes:
-        """See `Form.build_body`."""
-        fields = {
+    def _list_fields(self, request: Request, model: str, n: int, known: Known) -> Fields:
+        return {
             "model": model,
             "input_type": INPUT_TYPE[request.role] if self.prefixes is None else None,
             "encoding_format": known.encoding,
@@ -192,11 +199,6 @@ class EmbeddingsForm(Form):
             "modality": known.modality,
             "user": self._user,
         }
-        return build_body(fields, "input", inputs)
-
-    def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
-        """See `Form.bound_reply`."""
-        return _bound_reply(len(inputs), max(self._width, request.dimensions or 0))
 
     def parse_reply(self, content: bytes, request: Request, n: int, mask: Mask) -> Reply:
         """See `Form.parse_reply`."""
@@ -211,10 +213,6 @@ class RerankForm(Form):
     score_field = ""
     """Name of the score in a result."""
 
-    def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
-        """See `Form.bound_reply`."""
-        return _bound_reply(len(inputs), 1)
-
     def parse_reply(self, content: bytes, request: Request, n: int, mask: Mask) -> Reply:
         """See `Form.parse_reply`."""
         return protocol.parse_scores(content, n, self.results_field, self.score_field, mask)
@@ -225,6 +223,7 @@ class RankingForm(RerankForm):
 
     name = "/v1/ranking of a NIM"
     path = "/ranking"
+    inputs_field = "passages"
     results_field = "rankings"
     score_field = "logit"
 
@@ -234,16 +233,11 @@ class RankingForm(RerankForm):
             return super().find_url(base_url, model)
         return HOSTED_RANKING.format(model.replace(".", "_"))
 
-    def build_item(self, text: str | None, url: str | None) -> bytes:
-        """See `Form.build_item`: an image alone has no `text`, as a NIM refuses an empty one."""
-        return dump({"text": text, "image": url})
+    def _build_item(self, text: str | None, url: str | None) -> bytes:
+        return dump({"text": text, "image": url})  # a NIM refuses an empty text with an image
 
-    def build_body(
-        self, request: Request, model: str, inputs: Sequence[bytes], known: Known
-    ) -> bytes:
-        """See `Form.build_body`."""
-        fields = {"model": model, "query": {"text": request.query}, "truncate": request.truncate}
-        return build_body(fields, "passages", inputs)
+    def _list_fields(self, request: Request, model: str, n: int, known: Known) -> Fields:
+        return {"model": model, "query": {"text": request.query}, "truncate": request.truncate}
 
 
 class CohereForm(RerankForm):
@@ -251,12 +245,12 @@ class CohereForm(RerankForm):
 
     name = "/v1/rerank of Cohere's form"
     path = "/rerank"
+    inputs_field = "documents"
     score_kind = "probability"
     results_field = "results"
     score_field = "relevance_score"
 
-    def build_item(self, text: str | None, url: str | None) -> bytes:
-        """See `Form.build_item`."""
+    def _build_item(self, text: str | None, url: str | None) -> bytes:
         if url is None:
             return dump(text)
         content: list[object] = [{"type": "image_url", "image_url": {"url": url}}]
@@ -264,25 +258,13 @@ class CohereForm(RerankForm):
             content.append({"type": "text", "text": text})
         return dump({"content": content})
 
-    def build_body(
-        self, request: Request, model: str, inputs: Sequence[bytes], known: Known
-    ) -> bytes:
-        """See `Form.build_body`.
-
-        Raises:
-            ConfigurationError: the request is to be truncated.
-        """
+    def _list_fields(self, request: Request, model: str, n: int, known: Known) -> Fields:
         if request.truncate != "NONE":
             raise ConfigurationError(
                 f'truncate="{request.truncate}": the server takes {self.name}, which has no field '
                 "for it; split long documents, or use a NIM"
             )
-        fields = {"model": model, "query": request.query, "top_n": len(inputs)}
-        return build_body(fields, "documents", inputs)
-
-    def bound_reply(self, request: Request, inputs: Sequence[bytes]) -> int:
-        """See `Form.bound_reply`: vLLM repeats the documents."""
-        return super().bound_reply(request, inputs) + _BYTES_QUOTED * sum(map(len, inputs))
+        return {"model": model, "query": request.query, "top_n": n}
 
 
 class RootCohereForm(CohereForm):
@@ -297,21 +279,17 @@ class TeiForm(RerankForm):
 
     name = "/rerank of text-embeddings-inference"
     path = "/rerank"
+    inputs_field = "texts"
     is_outside_v1 = True
     takes_images = False
     score_field = "score"
 
-    def build_item(self, text: str | None, url: str | None) -> bytes:
-        """See `Form.build_item`."""
+    def _build_item(self, text: str | None, url: str | None) -> bytes:
         return dump(text)
 
-    def build_body(
-        self, request: Request, model: str, inputs: Sequence[bytes], known: Known
-    ) -> bytes:
-        """See `Form.build_body`."""
+    def _list_fields(self, request: Request, model: str, n: int, known: Known) -> Fields:
         is_truncated = request.truncate == "END"
-        fields = {"query": request.query, "raw_scores": True, "truncate": is_truncated}
-        return build_body(fields, "texts", inputs)
+        return {"query": request.query, "raw_scores": True, "truncate": is_truncated}
 
 
 RERANK_FORMS: tuple[type[RerankForm], ...] = (RankingForm, CohereForm, TeiForm, RootCohereForm)
@@ -323,16 +301,3 @@ def dump(value: object) -> bytes:
     if isinstance(value, dict):
         value = {name: part for name, part in value.items() if part is not None}
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def build_body(fields: Mapping[str, object], name: str, inputs: Sequence[bytes]) -> bytes:
-    """Return the body of a request: the fields that are not None, and the encoded inputs.
-
-    >>> build_body({"model": "m", "input_type": "query", "user": None}, "input", [b'"a"', b'"b"'])
-    b'{"model":"m","input_type":"query","input":["a","b"]}'
-    """
-    return b"".join((dump(fields)[:-1], b',"%b":[' % name.encode(), b",".join(inputs), b"]}"))
-
-
-def _bound_reply(n: int, width: int) -> int:
-    return 64 * 1024 + n * (1024 + width * _BYTES_PER_VALUE)

@@ -16,7 +16,7 @@ import orjson
 from numpy.typing import NDArray
 from pybase64 import b64decode
 
-from shared_engine.catalogue import ModelSpec, Task, explain_end
+from shared_engine.catalogue import ModelSpec, Task, explain_end, suggest
 from shared_engine.errors import (
     AuthenticationError,
     ImageTooLargeError,
@@ -97,9 +97,7 @@ def parse_reply(content: bytes, n: int, dimensions: int | None = None, mask: Mas
         raise MalformedResponseError(
             f"expected vectors of {dimensions} values, the server sent {vectors.shape[1]}"
         )
-    if not np.isfinite(vectors).all():
-        raise MalformedResponseError("the reply has NaN or infinity")
-    return Reply(vectors, _read_tokens(reply), _read_model(reply))
+    return _finish(reply, vectors)
 
 
 def _load_json(content: bytes) -> Any:
@@ -122,13 +120,17 @@ def parse_scores(content: bytes, n: int, items: str | None, field: str, mask: Ma
     """
     reply = _load_json(content)
     rows = _sort_items(reply, n, items, field, kind="scores", mask=mask)
-    if not all(type(row) in (int, float) for row in rows):
+    is_numeric = all(type(row) in (int, float) for row in rows)
+    scores = _stack([[row] for row in rows]) if is_numeric else None
+    if scores is None:
         raise MalformedResponseError("a score of the reply is not a number")
-    with np.errstate(over="ignore"):
-        scores = np.array(rows, np.float64).astype(np.float32).reshape(n, 1)
-    if not np.isfinite(scores).all():
-        raise MalformedResponseError("the reply has a score that is NaN or infinite")
-    return Reply(scores, _read_tokens(reply), _read_model(reply))
+    return _finish(reply, scores)
+
+
+def _finish(reply: Any, values: NDArray[np.float32]) -> Reply:
+    if not np.isfinite(values).all():
+        raise MalformedResponseError("the reply has NaN or infinity")
+    return Reply(values, _read_tokens(reply), _read_model(reply))
 
 
 def _sort_items(
@@ -150,8 +152,8 @@ def _sort_items(
         message, _ = _find_message(reply, mask)
         quoted = f": {message}" if message else ""
         raise MalformedResponseError(f"the reply has no list of {kind}{quoted}", detail=message)
-    if any(row is None for row in rows):
-        present = sum(row is not None for row in rows)
+    if missing := rows.count(None):
+        present = n - missing
         raise MalformedResponseError(f"the reply has {present} different {kind} for {n} inputs")
     return rows
 
@@ -195,6 +197,7 @@ class ErrorReply(NamedTuple):
     """The path to the field at fault, if the server names it: ("body", "dimensions")."""
     request_id: str | None = None
     """The server's id of the request."""
+    headers: Mapping[str, str] = {}
 
     @property
     def field(self) -> object:
@@ -284,7 +287,7 @@ def read_error(response: httpx.Response, mask: Mask = str) -> ErrorReply:
         message = _shorten(mask(response.content.decode(errors="replace")))
     ids = (response.headers.get(name) for name in ("nvcf-reqid", "x-request-id"))
     request_id = next((_shorten(mask(value))[:100] for value in ids if value), None)
-    return ErrorReply(response.status_code, message, location, request_id)
+    return ErrorReply(response.status_code, message, location, request_id, response.headers)
 
 
 def _find_message(content: object, mask: Mask) -> tuple[str, tuple[object, ...]]:
@@ -338,24 +341,19 @@ _BY_STATUS: Mapping[int, tuple[type[RemoteError], str]] = {
 
 
 def build_error(
-    response: httpx.Response,
     reply: ErrorReply,
     has_image: bool = False,
     is_input_fault: bool = False,
     *,
     spec: ModelSpec | None = None,
     task: Task = "embed",
-    hint: str = "",
+    model: str = "",
 ) -> NeMoRetrieverError:
     """Return the error of a reply that is not a success.
 
     Args:
-        reply: The result of `read_error` for the response.
-        has_image: Whether the request had images.
         is_input_fault: Whether its only input is at fault, so the message may quote that input.
-        spec: The catalogue's row of the model, if it has one.
-        task: What the model computes.
-        hint: The end of the message.
+        model: The name that was sent; a similar one is suggested if it is unknown.
     """
     if reply.status == 410:
         detail, instead = reply.detail.rstrip("."), explain_end(spec, task)
@@ -382,20 +380,22 @@ def build_error(
     elif reply.is_too_large:
         kind, meaning = _BY_STATUS[413]
     elif 300 <= reply.status < 400:
-        target = _find_target(response)
+        target = _find_target(reply.headers)
         kind, meaning = InvalidRequestError, f"the server redirects to {target}; use its base_url="
-    message = f"{meaning} ({reply.status}): {reply.detail}{hint}"
+    message = f"{meaning} ({reply.status}): {reply.detail}"
+    if model and spec is None and reply.status == 404:
+        message += suggest(model, task)
     if reply.request_id:
         message += f" [request {reply.request_id}]"
     out = kind(message, status=reply.status, detail=reply.detail, request_id=reply.request_id)
     if isinstance(out, RateLimitError):
-        out.retry_after = read_retry_after(response.headers)
+        out.retry_after = read_retry_after(reply.headers)
     return out
 
 
-def _find_target(response: httpx.Response) -> str:
+def _find_target(headers: Mapping[str, str]) -> str:
     try:
-        url = httpx.URL(response.headers["location"])
+        url = httpx.URL(headers["location"])
     except (KeyError, httpx.InvalidURL):
         return "an invalid address"
     return f"{url.scheme}://{url.netloc.decode()}" if url.host else "another path"

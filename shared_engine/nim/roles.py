@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from shared_engine.errors import ConfigurationError
-
 _SAME_COSINE = 0.999
 """Least cosine of two vectors of the same text. Number types and batches change it less, and the
 prefixes of a role change it more, as the text of the probe is one character."""
@@ -37,13 +35,3 @@ def have_same_scale(one: NDArray[np.float32], other: NDArray[np.float32]) -> boo
 
 def _length(vector: NDArray[np.float32]) -> float:
     return float(np.linalg.norm(vector.astype(float)))
-
-
-def report_unknown_prefixes(model: str, base_url: str) -> ConfigurationError:
-    """Return the error for a model without a row at a server that ignores roles."""
-    return ConfigurationError(
-        f"{base_url} ignores input_type, so a query and a document of one text have the same "
-        f"vector, and the prefixes of {model} are unknown; pass those of its model card, such as "
-        'prefixes={"query": "query: ", "document": "passage: "}, or empty ones for a model without '
-        "roles"
-    )

@@ -21,13 +21,19 @@ from typing import Any
 import httpx
 
 from shared_engine import spans
-from shared_engine.nim.reading import read_reply
+from shared_engine.errors import MalformedResponseError
 
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 30.0
 """Seconds before a retry; LONGEST_WAIT also bounds `Retry-After`."""
 TOO_MANY = frozenset({429, 503, 529})
 """Statuses of a server that is too busy for so many requests."""
+MOST_BYTES = "most_bytes"
+"""Request extension: the most bytes of a successful reply."""
+MOST_IN_ERROR = 256 * 1024
+"""Bytes kept of an error, in addition to the parts of the request that it may quote."""
+_QUOTED = 4
+"""Bytes that one byte of the request may take where the server quotes it with escapes."""
 _PERMANENT = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
 _UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 """OpenSSL's names for an untrusted certificate, and for a server without TLS."""
@@ -151,9 +157,43 @@ class Sending(httpx.AsyncBaseTransport):
                         raise
                     continue
                 try:
-                    return await read_reply(response, request)
+                    return await _read_reply(response, request)
                 finally:
                     await response.aclose()
+
+
+async def _read_reply(response: httpx.Response, request: httpx.Request) -> httpx.Response:
+    """Return a response with its content read.
+
+    Of an error only the beginning is kept, and nothing if it is compressed, as its status decides.
+
+    Raises:
+        MalformedResponseError: a successful reply is compressed, although every request refuses
+            that, or longer than MOST_BYTES of the request.
+        httpx.TransportError: the connection broke.
+    """
+    most = MOST_IN_ERROR + _QUOTED * len(request.content)
+    if response.is_success:
+        most = request.extensions[MOST_BYTES]
+    encoding = response.headers.pop("content-encoding", "identity")
+    is_compressed = encoding.lower() != "identity"
+    if is_compressed and response.is_success:
+        raise MalformedResponseError(
+            f"the reply has Content-Encoding {encoding[:100]!r}, and the request has "
+            "Accept-Encoding identity; switch compression off at the server"
+        )
+    parts: list[bytes] = []
+    size = 0
+    if not is_compressed:
+        async for part in response.aiter_bytes():
+            parts.append(part)
+            size += len(part)
+            if size > most:
+                break
+    if size > most and response.is_success:
+        raise MalformedResponseError(f"the reply has more than {most} bytes, the most it may need")
+    content = b"".join(parts)[:most]
+    return httpx.Response(response.status_code, headers=response.headers, content=content)
 
 
 class Traced(httpx.AsyncBaseTransport):

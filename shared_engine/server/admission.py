@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from starlette.requests import Request
 
-from shared_engine.server.errors import HTTPRefusal, refuse_load, refuse_size
+from shared_engine.server.errors import HTTPRefusal, refuse_size
 from shared_engine.server.limits import ServerLimits
 
 
@@ -25,24 +25,16 @@ class Admission:
         self._held_bytes = 0  # of bodies without an answer
 
     def require_space(self) -> None:
-        """Refuse a request while the queue is full.
-
-        Raises:
-            HTTPRefusal: it is.
-        """
+        """Refuse a request while the queue is full."""
         if self.waiting >= self._limits.max_waiting:
-            raise self._refuse_load()
+            raise self._refuse_load(f"{self.waiting} inputs are waiting")
 
     @contextmanager
     def admit(self, inputs: int) -> Iterator[None]:
-        """Count inputs as waiting.
-
-        Raises:
-            HTTPRefusal: there are too many.
-        """
+        """Count inputs as waiting; refuse them if there are too many."""
         # an empty queue accepts any request, however small the limit is
         if self.waiting and self.waiting + inputs > self._limits.max_waiting:
-            raise self._refuse_load()
+            raise self._refuse_load(f"{self.waiting} inputs are waiting")
         self.waiting += inputs
         try:
             yield
@@ -59,7 +51,7 @@ class Admission:
             held += size
             self._held_bytes += size
             if self._held_bytes > 8 * self._limits.max_body_bytes:
-                raise self._refuse_load()
+                raise self._refuse_load(f"unanswered requests hold {self._held_bytes} bytes")
 
         try:
             yield hold
@@ -99,10 +91,12 @@ class Admission:
             raise HTTPRefusal(408, "read_timeout", message, headers=headers) from None
         return content
 
-    def _refuse_load(self) -> HTTPRefusal:
+    def _refuse_load(self, reason: str) -> HTTPRefusal:
         # the last request waited in the same queue, so it predicts the wait of a new one
         seconds = min(30, max(1, math.ceil(self.last_seconds)))
-        return refuse_load(f"{self.waiting} inputs are waiting; try again later", seconds)
+        message = f"{reason}; try again later"
+        body = {"status": 429, "title": "Too Many Requests", "detail": message}
+        return HTTPRefusal(429, "too_busy", message, body, {"Retry-After": str(seconds)})
 
     def _refuse_body(self) -> HTTPRefusal:
         limit = self._limits.max_body_bytes

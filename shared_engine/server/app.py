@@ -24,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import copy_context
 from functools import partial
-from sys import getsizeof
 from typing import Any, Literal, TypeVar
 
 from numpy.typing import NDArray
@@ -38,9 +37,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shared_engine._version import __version__
+from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError, NeMoRetrieverError
 from shared_engine.logs import request_id
 from shared_engine.options import Options, RerankOptions
+from shared_engine.reranker import Reranker
 from shared_engine.server.access import control_access
 from shared_engine.server.admission import Admission
 from shared_engine.server.embeddings import EmbeddingsEndpoint
@@ -48,8 +49,8 @@ from shared_engine.server.endpoint import Endpoint, Work
 from shared_engine.server.errors import HTTPRefusal, refuse_for, refuse_model, refuse_size
 from shared_engine.server.limits import ServerLimits
 from shared_engine.server.metrics import Metrics
-from shared_engine.server.models import ServedEmbedder, ServedReranker
-from shared_engine.server.protocol import decode_images, parse_request
+from shared_engine.server.models import ServedModel
+from shared_engine.server.protocol import SMALL_BODY, decode_images, parse_request
 from shared_engine.server.ranking import RankingEndpoint, RerankEndpoint
 from shared_engine.server.responses import refuse, refuse_route, respond
 from shared_engine.server.tracking import TrackRequests
@@ -59,9 +60,8 @@ from shared_engine.wire import ROLE
 _log = logging.getLogger("shared_engine")
 _T = TypeVar("_T")
 
-_SMALL_BODY = 64 * 1024
 _SMALL_REPLY = 16 * 1024
-"""Bytes to parse and values to write on the event loop; more of them go to a thread."""
+"""Values to write on the event loop; more of them, like a body above SMALL_BODY, go to a thread."""
 _HOME = {
     "start": """\
 nemoretriever {version}: retrieval models, with the API of a NIM, OpenAI and Cohere
@@ -143,7 +143,7 @@ def create_app(
         options = Options()
     endpoints: list[Endpoint[Any]] = []
     if options is not None:
-        embedder = ServedEmbedder(options, served_name)
+        embedder = ServedModel(Embedder(options), served_name)
         role = None if default_input_type is None else ROLE[default_input_type]
         if role is not None:
             _log.warning("texts without input_type are embedded as %s", default_input_type)
@@ -154,7 +154,7 @@ def create_app(
             "use rerank_served_name=, or pass options="
         )
     if rerank_options is not None:
-        reranker = ServedReranker(rerank_options, rerank_served_name)
+        reranker = ServedModel(Reranker(rerank_options), rerank_served_name)
         endpoints += [RankingEndpoint(reranker), RerankEndpoint(reranker)]
     elif rerank_served_name:
         raise ConfigurationError(
@@ -247,7 +247,7 @@ class _Server:
         try:
             if (endpoint := self._endpoints.get(path)) is None:
                 raise HTTPRefusal(404, "not_served", f"{path} needs {_NEEDED[path]}")
-            request.state.is_of_nim_client = endpoint.is_of_nim_client(None)
+            request.state.is_of_nim_client = endpoint.is_of_nim
             response = Response(
                 await self._compute(endpoint, request), media_type="application/json"
             )
@@ -272,11 +272,17 @@ class _Server:
         admission = self._admission
         admission.require_space()
         with admission.hold_bytes() as hold:
-            body = await self._parse(endpoint, request, hold)
-            request.state.is_of_nim_client = endpoint.is_of_nim_client(body)
+            content = await admission.read_body(request, hold)
+            size = len(content)
+            is_large = size > SMALL_BODY
+            most = min(self._limits.max_inputs, endpoint.max_inputs or self._limits.max_inputs)
+            body = await _run(is_large, partial(parse_request, endpoint.body, content, most))
+            del content
+            if "input_type" in body.model_fields_set:  # OpenAI's clients do not send it
+                request.state.is_of_nim_client = True
             request.state.inputs = body.count
-            is_large = sum(map(len, body.strings)) > _SMALL_BODY
             work = await _run(is_large, lambda: endpoint.prepare(body, backend))
+            hold(max(0, work.measure() - size))  # texts may take more memory than their JSON
             kinds = Counter(item.modality for item in work.inputs)
             if (with_image := len(work.inputs) - kinds["text"]) > self._limits.max_images:
                 raise refuse_size(
@@ -295,17 +301,6 @@ class _Server:
         for kind, count in kinds.items():
             self._metrics.modalities.labels(endpoint.served.name, kind).inc(count)
         return reply
-
-    async def _parse(
-        self, endpoint: Endpoint[Any], request: Request, hold: Callable[[int], None]
-    ) -> Any:
-        most = min(self._limits.max_inputs, endpoint.max_inputs or self._limits.max_inputs)
-        content = await self._admission.read_body(request, hold)
-        body = await _run(
-            len(content) > _SMALL_BODY, lambda: parse_request(endpoint.body, content, most)
-        )
-        hold(max(0, sum(map(getsizeof, body.strings)) - len(content)))  # text may take more memory
-        return body
 
     async def _run_engine(
         self, endpoint: Endpoint[Any], request: Request, work: Work, is_large: bool
@@ -336,9 +331,8 @@ class _Server:
         """Describe a model, by any of its names."""
         name = request.path_params["name"]
         for served in self._models:
-            for suffix in served.suffixes:
-                if name.lower() in {known + suffix for known in served.names}:
-                    return respond(served.describe(suffix))
+            if (suffix := served.find_suffix(name)) is not None:
+                return respond(served.describe(suffix))
         return refuse(refuse_model(name))
 
     async def live(self, _: Request) -> Response:

@@ -6,25 +6,25 @@ Source: the reference pages of the NeMo Retriever embedding NIM (2.0 to 2.4).
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, FailFast, Field
-from pydantic_core import ErrorDetails
 
 from shared_engine.backend import Backend
 from shared_engine.documents import EmbeddingInput, Modality, Role
+from shared_engine.embedder import Embedder
 from shared_engine.images.data_urls import split_data_url
 from shared_engine.options import Truncate
 from shared_engine.server.endpoint import Endpoint, Work
 from shared_engine.server.errors import HTTPRefusal, refuse_field, refuse_input
-from shared_engine.server.models import ServedEmbedder
+from shared_engine.server.models import ServedModel
 from shared_engine.server.protocol import RequestBody, count_usage, dump_json
 from shared_engine.vectors import EmbeddingType
-from shared_engine.wire import INPUT_TYPE, ROLE, split_role_suffix
+from shared_engine.wire import INPUT_TYPE, ROLE
 
 EncodingFormat = Literal["float", "base64"]
 
@@ -34,10 +34,6 @@ _INPUT_TYPE_MISSING = (
     "model, or start the server with --default-input-type"
 )
 """It begins with the words of a NIM, as clients match them."""
-_NO_TOKEN_IDS = (
-    "send texts, not token ids (langchain-openai: "
-    "OpenAIEmbeddings(check_embedding_ctx_length=False))"
-)
 
 
 def _as_list(value: object) -> object:
@@ -51,8 +47,11 @@ _Strings = Annotated[list[str], Field(min_length=1), FailFast(), BeforeValidator
 class EmbeddingsRequest(RequestBody):
     """Body of a request; `dimensions` may be null, as some of OpenAI's clients send it."""
 
-    most_strings, most_bytes = 4, 64
-    advice = f". If they are numbers: {_NO_TOKEN_IDS}"
+    inputs_field, most_strings, most_bytes = "input", 4, 64
+    advice = (
+        ". If they are numbers: send texts, not token ids (langchain-openai: "
+        "OpenAIEmbeddings(check_embedding_ctx_length=False))"
+    )
 
     input: _Strings
     input_type: Literal["query", "passage", ""] = ""
@@ -64,27 +63,6 @@ class EmbeddingsRequest(RequestBody):
     """None: the model's full size."""
     truncate: Truncate = "NONE"
     user: str = ""
-
-    @property
-    def count(self) -> int:
-        """Number of inputs."""
-        return len(self.input)
-
-    @property
-    def strings(self) -> Sequence[str]:
-        """The strings that may be long."""
-        return self.input
-
-    @classmethod
-    def refuse_unknown(cls) -> str:
-        """Return the message about a field that the body does not have, as of a NIM."""
-        return "Extra inputs are not permitted"
-
-    @classmethod
-    def explain(cls, error: ErrorDetails) -> str:
-        """Return the message of an error of pydantic; token ids have a next step."""
-        has_ids = error["loc"][:1] == ("input",) and error["type"] == "string_type"
-        return f"{error['msg']}: {_NO_TOKEN_IDS}" if has_ids else error["msg"]
 
     def find_role(self, suffix_role: Role | None) -> Role | None:
         """Return the role from `input_type` or from a suffix of `model`; None if neither has one.
@@ -128,11 +106,7 @@ class EmbeddingsRequest(RequestBody):
         return [_read_input(text, kind, index) for index, (text, kind) in enumerate(pairs)]
 
     def check_dimensions(self, dimensions: tuple[int, ...]) -> None:
-        """Check the requested vector size against those of the model; empty allows all.
-
-        Raises:
-            HTTPRefusal: the model does not offer it.
-        """
+        """Refuse a vector size that is none of the model's; empty `dimensions` allow all."""
         if not self.dimensions or not dimensions or self.dimensions in dimensions:
             return
         if len(dimensions) == 1:  # a NIM without dynamic dimensions lacks the field
@@ -148,27 +122,19 @@ class EmbeddingsEndpoint(Endpoint[EmbeddingsRequest]):
 
     path = "/v1/embeddings"
     body = EmbeddingsRequest
-    served: ServedEmbedder
+    served: ServedModel[Embedder]
 
-    def __init__(self, served: ServedEmbedder, default_role: Role | None = None) -> None:
-        """Create the endpoint.
-
-        Args:
-            served: The model.
-            default_role: The role of texts without one; None refuses them.
-        """
+    def __init__(self, served: ServedModel[Embedder], default_role: Role | None = None) -> None:
         super().__init__(served)
         self._default_role = default_role
-
-    def is_of_nim_client(self, body: EmbeddingsRequest | None) -> bool:
-        """See `Endpoint.is_of_nim_client`: OpenAI's clients do not send `input_type`."""
-        return body is not None and bool(body.input_type)
+        """The role of texts without one; None refuses them."""
 
     def prepare(self, body: EmbeddingsRequest, backend: Backend) -> Work:
         """See `Endpoint.prepare`."""
-        given_role = body.find_role(self._find_suffix_role(body.model))
+        suffix = self.check_model(body.model)
+        given_role = body.find_role(ROLE.get(suffix.removeprefix("-")))
         inputs = body.read_inputs(backend.modalities)
-        role = require_role(given_role, inputs, self._default_role)
+        role = _require_role(given_role, inputs, self._default_role)
         body.check_dimensions(backend.dimensions)
         embedder = self.served.model.with_options(
             dimensions=body.dimensions,
@@ -182,27 +148,9 @@ class EmbeddingsEndpoint(Endpoint[EmbeddingsRequest]):
         compute = partial(embedder.aembed, role=role)
         return Work(inputs, INPUT_TYPE[role], embedder, compute, write)
 
-    def _find_suffix_role(self, name: str) -> Role | None:
-        if name.lower() in self.served.names:
-            return None
-        base, role = split_role_suffix(name)
-        if role is None or base.lower() not in self.served.names:
-            raise self.refuse_model(name)
-        return role
 
-
-def require_role(
-    role: Role | None, inputs: list[EmbeddingInput], default: Role | None = None
-) -> Role:
-    """Return the role of the inputs; images need none, because they are always documents.
-
-    Args:
-        role: The role in the request, if it has one.
-        default: The role of texts without one.
-
-    Raises:
-        HTTPRefusal: a text without a role, or an image as a query.
-    """
+def _require_role(role: Role | None, inputs: list[EmbeddingInput], default: Role | None) -> Role:
+    """Return the role of the inputs; images need none, because they are always documents."""
     kinds = {item.modality for item in inputs}
     if role is None and "text" in kinds:
         role = default

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from sys import getsizeof
 from typing import Any, ClassVar, Generic
 
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from shared_engine.backend import Backend
 from shared_engine.documents import EmbeddingInput
 from shared_engine.embedder import Embedder
 from shared_engine.reranker import Reranker
-from shared_engine.server.errors import HTTPRefusal, refuse_model
+from shared_engine.server.errors import refuse_model
 from shared_engine.server.models import ServedModel
 from shared_engine.server.protocol import BodyT
 
@@ -32,6 +33,12 @@ class Work:
     """Returns the values of the inputs with their images decoded."""
     write: Callable[[NDArray[Any]], bytes]
     """Returns the body of the response."""
+    query: str = ""
+
+    def measure(self) -> int:
+        """Return the bytes of its strings."""
+        parts = [part for item in self.inputs for part in (item.text, item.image)]
+        return sum(map(getsizeof, filter(None, [self.query, *parts])))
 
 
 class Endpoint(ABC, Generic[BodyT]):
@@ -39,34 +46,21 @@ class Endpoint(ABC, Generic[BodyT]):
 
     path: ClassVar[str]
     body: type[BodyT]
+    is_of_nim: ClassVar[bool] = False
+    """Whether only the clients of a NIM use the path."""
     max_inputs: ClassVar[int | None] = None
     """The most inputs of a request, where the protocol limits them."""
     too_long_status: ClassVar[int] = 400
     """Status of an input that is too long."""
 
-    def __init__(self, served: ServedModel) -> None:
+    def __init__(self, served: ServedModel[Any]) -> None:
         self.served = served
 
-    def is_of_nim_client(self, body: BodyT | None) -> bool:
-        """Return whether only a client of a NIM sends such a request.
-
-        Args:
-            body: The body; None before it is parsed.
-        """
-        return False
-
-    def check_model(self, name: str) -> None:
-        """Refuse a request for another model.
-
-        Raises:
-            HTTPRefusal: the model has another name.
-        """
-        if name.lower() not in self.served.names:
-            raise self.refuse_model(name)
-
-    def refuse_model(self, name: str) -> HTTPRefusal:
-        """Return the refusal of a request for another model."""
-        return refuse_model(name, f" at {self.path}, which serves {self.served.name!r}")
+    def check_model(self, name: str) -> str:
+        """Return the suffix of the model's name; refuse the name of another model."""
+        if (suffix := self.served.find_suffix(name)) is None:
+            raise refuse_model(name, f" at {self.path}, which serves {self.served.name!r}")
+        return suffix
 
     @abstractmethod
     def prepare(self, body: BodyT, backend: Backend) -> Work:

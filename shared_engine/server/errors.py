@@ -79,12 +79,7 @@ def refuse_field(
 
 
 def refuse_for(error: NeMoRetrieverError, too_long_status: int = 400) -> HTTPRefusal:
-    """Return the refusal for an error of the engine.
-
-    Args:
-        error: The error.
-        too_long_status: Status of an input that is too long.
-    """
+    """Return the refusal for an error of the engine."""
     if isinstance(error, PartialResultError) and error.errors:
         return refuse_for(error.errors[min(error.errors)], too_long_status)
     if isinstance(error, EngineClosedError):
@@ -116,12 +111,6 @@ def refuse_model(model: str, place: str = "") -> HTTPRefusal:
 def refuse_size(message: str) -> HTTPRefusal:
     """Return the refusal of a request that exceeds a limit."""
     return HTTPRefusal(413, "too_large", message)
-
-
-def refuse_load(message: str, seconds: int) -> HTTPRefusal:
-    """Return the refusal of a request while the queue is full; retry after some seconds."""
-    body = {"status": 429, "title": "Too Many Requests", "detail": message}
-    return HTTPRefusal(429, "too_busy", message, body, {"Retry-After": str(seconds)})
 
 
 def refuse_for_now(message: str) -> HTTPRefusal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -27,13 +28,9 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 class Metrics:
     """Metrics of one server and its process, in a separate registry."""
 
-    def __init__(self, count_waiting: Callable[[], float], models: Sequence[ServedModel]) -> None:
-        """Create the metrics.
-
-        Args:
-            count_waiting: Returns the number of accepted inputs without an answer.
-            models: The models, whose engines are read once they are loaded.
-        """
+    def __init__(
+        self, count_waiting: Callable[[], float], models: Sequence[ServedModel[Any]]
+    ) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "nemoretriever_requests",
@@ -83,7 +80,7 @@ class Metrics:
 class _Engines(Collector):
     """Counts of the engines, read at each scrape."""
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
+    def __init__(self, models: Sequence[ServedModel[Any]]) -> None:
         self._models = models
 
     def collect(self) -> Iterator[Metric]:

@@ -4,50 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Generic, TypeVar
 
 from shared_engine import images
 from shared_engine.backend import Backend
-from shared_engine.catalogue import Task, lookup
-from shared_engine.documents import EmbeddingInput
+from shared_engine.catalogue import lookup
+from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError
-from shared_engine.options import EngineOptions, Options, RerankOptions
 from shared_engine.reranker import Reranker
 from shared_engine.routing import select_backend
 from shared_engine.server.errors import refuse_for_now
 from shared_engine.wire import ROLE
 
+ModelT = TypeVar("ModelT", bound=Embedder | Reranker)
 
-class ServedModel(ABC):
+
+class ServedModel(Generic[ModelT]):
     """A model in this process, loaded in the background."""
 
-    model: Embedder | Reranker
-    task: ClassVar[Task]
-    suffixes: ClassVar[Sequence[str]] = ("",)
-    """Endings of the names under which it is listed."""
-
-    def __init__(self, options: EngineOptions, served_name: str | None) -> None:
-        """Create the model; loads nothing.
+    def __init__(self, model: ModelT, served_name: str | None) -> None:
+        """Store the model; loads nothing.
 
         Args:
-            options: Its options.
             served_name: Its name in the API. None: its catalogue name or folder name.
 
         Raises:
             ConfigurationError: the options, or NVIDIA_BASE_URL, select a NIM.
         """
+        self.model = model
+        options = model.options
         if (selected := select_backend(options)).base_url is not None:
             raise ConfigurationError(
                 f"a server runs its model in this process, but {selected.reason}; remove that "
                 "setting"
             )
-        model = options.local_model
-        spec = lookup(model)
-        own_name = spec.name if spec else Path(model).name if Path(model).is_dir() else model
+        self.task = options.task
+        self.suffixes = ["", *(f"-{word}" for word in ROLE)] if self.task == "embed" else [""]
+        """Endings of the names under which it is listed."""
+        given = options.local_model
+        spec = lookup(given)
+        own_name = spec.name if spec else Path(given).name if Path(given).is_dir() else given
         self.name = served_name or own_name
         names = {self.name, *(spec.names if spec else ())}
         names |= {name.removeprefix("nvidia/") for name in names}
@@ -58,10 +56,6 @@ class ServedModel(ABC):
         """None until the model has computed an input."""
         self._root = spec.name if spec else self.name
         self._created = int(time.time())
-
-    @abstractmethod
-    async def _compute(self, document: EmbeddingInput) -> None:
-        """Compute a document."""
 
     async def load(self) -> Backend:
         """Load the model and compute samples, as the first call of a kernel is slow.
@@ -79,6 +73,13 @@ class ServedModel(ABC):
             raise
         self.backend = backend
         return backend
+
+    async def _compute(self, document: EmbeddingInput) -> None:
+        if isinstance(self.model, Embedder):
+            role: Role = "query" if document.image is None else "document"
+            await self.model.aembed([document], role)
+        else:
+            await self.model.ascore("ready", [document])
 
     def require_backend(self) -> Backend:
         """Return the backend of the loaded model.
@@ -103,7 +104,12 @@ class ServedModel(ABC):
             return "the device has failed; restart the process"
         return "ready"
 
-    def describe(self, suffix: str = "") -> dict[str, Any]:
+    def find_suffix(self, name: str) -> str | None:
+        """Return the suffix of one of its names; None for the name of another model."""
+        ends = (end for end in self.suffixes if name.lower() in {own + end for own in self.names})
+        return next(ends, None)
+
+    def describe(self, suffix: str) -> dict[str, Any]:
         """Return an item of /v1/models."""
         return {
             "id": self.name + suffix,
@@ -122,32 +128,3 @@ class ServedModel(ABC):
             facts["dimensions"] = list(backend.dimensions)
         facts["fingerprint"] = await asyncio.to_thread(lambda: backend.fingerprint)
         return facts
-
-
-class ServedEmbedder(ServedModel):
-    """An embedding model, which is also listed with each role as suffix."""
-
-    model: Embedder
-    task = "embed"
-    suffixes = ("", *(f"-{word}" for word in ROLE))
-
-    def __init__(self, options: Options, served_name: str | None) -> None:
-        super().__init__(options, served_name)
-        self.model = Embedder(options)
-
-    async def _compute(self, document: EmbeddingInput) -> None:
-        await self.model.aembed([document], "query" if document.image is None else "document")
-
-
-class ServedReranker(ServedModel):
-    """A reranker."""
-
-    model: Reranker
-    task = "rerank"
-
-    def __init__(self, options: RerankOptions, served_name: str | None) -> None:
-        super().__init__(options, served_name)
-        self.model = Reranker(options)
-
-    async def _compute(self, document: EmbeddingInput) -> None:
-        await self.model.ascore("ready", [document])

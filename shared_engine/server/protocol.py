@@ -6,21 +6,20 @@ Pure functions between bytes and values; HTTP is in `app.py`, error bodies are i
 from __future__ import annotations
 
 import re
-from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import from_json
 
 from shared_engine import images
 from shared_engine.documents import EmbeddingInput
 from shared_engine.errors import ImageError
 from shared_engine.server.errors import refuse_field, refuse_size
 
-_SMALL_BODY = 64 * 1024
+SMALL_BODY = 64 * 1024
+"""Bytes that are parsed without a check before, on the event loop."""
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 """A string of JSON, closed or not: the search for the next one starts after it."""
 
@@ -30,34 +29,21 @@ class RequestBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
+    inputs_field: ClassVar[str]
+    """Name of the list of inputs."""
     most_strings: ClassVar[int]
     """The most strings of JSON for one input, names of fields included."""
     most_bytes: ClassVar[int]
     """The most bytes of JSON around the strings of one input, indentation included."""
     advice: ClassVar[str] = ""
-    """End of the message about too many inputs."""
+    """End of the messages about too many inputs, and about inputs that are no strings."""
 
     model: str
 
     @property
-    @abstractmethod
     def count(self) -> int:
         """Number of inputs."""
-
-    @property
-    @abstractmethod
-    def strings(self) -> Sequence[str]:
-        """The strings that may be long."""
-
-    @classmethod
-    def refuse_unknown(cls) -> str:
-        """Return the message about a field that the body does not have."""
-        return f"unknown field, expected one of {', '.join(cls.model_fields)}"
-
-    @classmethod
-    def explain(cls, error: ErrorDetails) -> str:
-        """Return the message of an error of pydantic."""
-        return error["msg"]
+        return len(getattr(self, self.inputs_field))
 
 
 BodyT = TypeVar("BodyT", bound=RequestBody)
@@ -66,15 +52,10 @@ BodyT = TypeVar("BodyT", bound=RequestBody)
 def parse_request(kind: type[BodyT], content: bytes | bytearray, max_inputs: int = 8192) -> BodyT:
     """Parse a body.
 
-    Args:
-        kind: The class of the result.
-        content: The body.
-        max_inputs: The most inputs.
-
     Raises:
         HTTPRefusal: not JSON, not an object, an invalid field, or too many inputs.
     """
-    if len(content) > _SMALL_BODY:
+    if len(content) > SMALL_BODY:
         _check_structure(kind, content, max_inputs)
     try:
         found = from_json(content, allow_inf_nan=False)
@@ -82,13 +63,17 @@ def parse_request(kind: type[BodyT], content: bytes | bytearray, max_inputs: int
         raise refuse_field("json_invalid", (), f"Invalid JSON: {exc}", None) from None
     for key in found if isinstance(found, dict) else ():
         if key not in kind.model_fields:
-            raise refuse_field("extra_forbidden", (key,), kind.refuse_unknown(), found[key])
+            message = f"unknown field, expected one of {', '.join(kind.model_fields)}"
+            raise refuse_field("extra_forbidden", (key,), message, found[key])
     try:
         body = kind.model_validate(found)
     except ValidationError as exc:
         error = exc.errors(include_url=False)[0]
+        place, message = error["loc"], error["msg"]
+        if error["type"] == "string_type" and place[0] == kind.inputs_field:
+            message += kind.advice
         raise refuse_field(
-            error["type"], error["loc"], kind.explain(error), error["input"], error.get("ctx")
+            error["type"], place, message, error["input"], error.get("ctx")
         ) from None
     if body.count > max_inputs:
         raise refuse_size(
@@ -128,17 +113,15 @@ def decode_images(inputs: list[EmbeddingInput], max_image_bytes: int) -> list[Em
     Raises:
         ImageError: a data URL is not base64, not an image, or of more than `max_image_bytes`.
     """
-    return [
-        item if item.image is None else _decode_image(item, index, max_image_bytes)
-        for index, item in enumerate(inputs)
-    ]
-
-
-def _decode_image(item: EmbeddingInput, index: int, max_image_bytes: int) -> EmbeddingInput:
-    try:
-        return replace(item, image=images.decode_data_url(item.image, max_image_bytes))
-    except ImageError as exc:
-        raise exc.at(index) from exc.__cause__
+    decoded = list(inputs)
+    for index, item in enumerate(inputs):
+        if item.image is not None:
+            try:
+                image = images.decode_data_url(item.image, max_image_bytes)
+            except ImageError as exc:
+                raise exc.at(index) from exc.__cause__
+            decoded[index] = replace(item, image=image)
+    return decoded
 
 
 def count_usage(tokens: int) -> dict[str, int]:

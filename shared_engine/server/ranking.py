@@ -6,7 +6,6 @@ Sources: NVIDIA's reference of `POST /v1/ranking` (Text Reranking NIM 2.0 to 2.4
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -18,10 +17,10 @@ from shared_engine.backend import Backend
 from shared_engine.documents import EmbeddingInput
 from shared_engine.images.data_urls import is_data_url
 from shared_engine.options import RerankTruncate
-from shared_engine.reranker import rank_scores
+from shared_engine.reranker import Reranker, rank_scores
 from shared_engine.server.endpoint import Endpoint, Work
 from shared_engine.server.errors import refuse_field
-from shared_engine.server.models import ServedReranker
+from shared_engine.server.models import ServedModel
 from shared_engine.server.protocol import RequestBody, count_usage, dump_json
 
 _LABEL = "rerank"
@@ -81,22 +80,11 @@ class Passage(BaseModel):
 class RankingRequest(RequestBody):
     """Body of a request to /v1/ranking, which has these four fields alone."""
 
-    most_strings, most_bytes = 6, 128
+    inputs_field, most_strings, most_bytes = "passages", 6, 128
 
     query: Query
     passages: Annotated[list[Passage], Field(min_length=1), FailFast()]
     truncate: RerankTruncate = "NONE"
-
-    @property
-    def count(self) -> int:
-        """Number of passages."""
-        return len(self.passages)
-
-    @property
-    def strings(self) -> Sequence[str]:
-        """The strings that may be long."""
-        parts = (part for passage in self.passages for part in (passage.text, passage.image))
-        return [self.query.text, *filter(None, parts)]
 
 
 def _read_document(value: object) -> EmbeddingInput:
@@ -126,7 +114,7 @@ def _read_document(value: object) -> EmbeddingInput:
 class RerankRequest(RequestBody):
     """Body of a request to /v1/rerank; `truncate` is an addition, with the words of a NIM."""
 
-    most_strings, most_bytes = 12, 640
+    inputs_field, most_strings, most_bytes = "documents", 12, 640
 
     query: _Query
     documents: Annotated[
@@ -138,30 +126,16 @@ class RerankRequest(RequestBody):
     return_documents: bool = False
     truncate: RerankTruncate = "NONE"
 
-    @property
-    def count(self) -> int:
-        """Number of documents."""
-        return len(self.documents)
-
-    @property
-    def strings(self) -> Sequence[str]:
-        """The strings that may be long."""
-        parts = (part for item in self.documents for part in (item.text, item.image))
-        return [self.query, *filter(None, parts)]
-
 
 class RankingEndpoint(Endpoint[RankingRequest]):
     """Answers with the logit of each passage, the highest first."""
 
     path = "/v1/ranking"
+    is_of_nim = True
     body = RankingRequest
     max_inputs = 512
     too_long_status = 422  # of a NIM since 1.9.1
-    served: ServedReranker
-
-    def is_of_nim_client(self, body: RankingRequest | None) -> bool:
-        """See `Endpoint.is_of_nim_client`: no other client uses the path."""
-        return True
+    served: ServedModel[Reranker]
 
     def prepare(self, body: RankingRequest, backend: Backend) -> Work:
         """See `Endpoint.prepare`."""
@@ -173,7 +147,8 @@ class RankingEndpoint(Endpoint[RankingRequest]):
             rows = [{"index": i, "logit": score} for i, score in rank_scores(scores)]
             return dump_json({"rankings": rows, "usage": count_usage(reranker.usage)})
 
-        return Work(inputs, _LABEL, reranker, partial(reranker.ascore, body.query.text), write)
+        query = body.query.text
+        return Work(inputs, _LABEL, reranker, partial(reranker.ascore, query), write, query)
 
 
 class RerankEndpoint(Endpoint[RerankRequest]):
@@ -182,7 +157,7 @@ class RerankEndpoint(Endpoint[RerankRequest]):
     path = "/v1/rerank"
     body = RerankRequest
     max_inputs = 1000  # of Cohere
-    served: ServedReranker
+    served: ServedModel[Reranker]
 
     def prepare(self, body: RerankRequest, backend: Backend) -> Work:
         """See `Endpoint.prepare`."""
@@ -207,7 +182,7 @@ class RerankEndpoint(Endpoint[RerankRequest]):
             return dump_json({"model": self.served.name, "results": rows, "usage": usage})
 
         compute = partial(reranker.ascore, body.query)
-        return Work(body.documents, _LABEL, reranker, compute, write)
+        return Work(body.documents, _LABEL, reranker, compute, write, body.query)
 
 
 def _check_image(url: str, place: tuple[str | int, ...]) -> None:

@@ -255,8 +255,9 @@ def test_the_resolved_address_is_checked_before_the_key_is_sent(
             if is_private:
                 assert engine.embed(["a"]).shape == (1, WIDTH)
             else:
-                with pytest.raises(ConfigurationError, match=r"unencrypted to 127\.0\.0\.1"):
-                    engine.embed(["a"])
+                for call in (lambda: engine.embed(["a"]), lambda: engine.wait_until_ready(60)):
+                    with pytest.raises(ConfigurationError, match=r"unencrypted to 127\.0\.0\.1"):
+                        call()
                 assert server.seen == []
         for given in ({}, {"api_key": KEY, "allow_insecure_key": True}):
             with Embedder(Options(**options, **given)) as engine:

@@ -96,7 +96,7 @@ def test_the_requested_length_is_checked() -> None:
 def build(status: int, body: object, headers: dict[str, str] | None = None) -> NeMoRetrieverError:
     text = body if isinstance(body, str) else json.dumps(body)
     response = httpx.Response(status, text=text, headers=headers)
-    return build_error(response, read_error(response))
+    return build_error(read_error(response))
 
 
 VALIDATION = {

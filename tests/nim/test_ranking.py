@@ -263,9 +263,10 @@ def test_a_server_without_a_reranker_is_told():
         reranker.score(QUERY, TEXTS)
 
 
-def test_a_web_page_at_every_path_is_no_form():
+@pytest.mark.parametrize("length", [1, 200_000])
+def test_a_web_page_at_every_path_is_no_form(length):
     def answer(path: str, body: dict[str, Any]) -> httpx.Response | None:
-        return None if path == "/v1/rerank" else httpx.Response(200, text="<html></html>")
+        return None if path == "/v1/rerank" else httpx.Response(200, text="<html>" * length)
 
     server = Server("vllm", answer)
     with server.reranker() as reranker:

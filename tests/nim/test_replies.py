@@ -30,7 +30,7 @@ def test_a_recorded_reply_is_understood(name: str) -> None:
     response, expected = respond(recorded), recorded["expected"]
     if "error" in expected:
         reply = read_error(response)
-        error = build_error(response, reply)
+        error = build_error(reply)
         assert type(error) is getattr(shared_engine, expected["error"])
         assert expected["words"] in str(error)
         assert reply.field == expected.get("field")

@@ -7,9 +7,9 @@ import asyncio
 import httpx
 import pytest
 
-from shared_engine.nim.reading import MOST_BYTES
 from shared_engine.nim.transport import (
     LONGEST_WAIT,
+    MOST_BYTES,
     Limited,
     Retrying,
     Sending,
