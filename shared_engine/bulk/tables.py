@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -181,18 +182,18 @@ def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArr
 
 
 def _cast_checked(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    try:
-        found = cast(column, kind)
-    except pa.ArrowNotImplementedError:
-        if kind != pa.string():
-            raise
-        texts = [value if value is None else _to_json(value) for value in column.to_pylist()]
+    if kind == pa.string() and (pa.types.is_nested(column.type) or _is_uuid(column.type)):
+        texts = [None if value is None else _to_text(value) for value in column.to_pylist()]
         found = pa.chunked_array([texts], kind)
+    else:
+        found = cast(column, kind)
     found.validate(full=True)  # also the bytes of texts in lists and structs
     return found
 
 
-def _to_json(value: object) -> str:
+def _to_text(value: object) -> str:
+    if isinstance(value, UUID):
+        return str(value)
     return json.dumps(value, default=str, ensure_ascii=False)
 
 

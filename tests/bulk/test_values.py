@@ -222,6 +222,8 @@ def write_two(folder: Path, *columns: pa.Array) -> None:
         (pa.array([Decimal("1.05")]), pa.array([7]), ["1.05", "7"]),
         (pa.array([["a", None]]), pa.array(["é"]), ['["a", null]', "é"]),
         (pa.array([{"a": 1}]), pa.array([{"a": "é"}]), ['{"a": 1}', '{"a": "é"}']),
+        (pa.array([uuid.UUID(int=1).bytes], pa.uuid()), pa.array(["x"]),
+         [str(uuid.UUID(int=1)), "x"]),
     ],
 )  # fmt: skip
 def test_types_that_differ_between_files_change_no_value_and_cost_no_row(
