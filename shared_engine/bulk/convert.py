@@ -13,6 +13,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 import orjson
@@ -64,8 +65,10 @@ def convert(  # noqa: PLR0917
         OutputError: the target cannot be written.
     """
     facts = {"fingerprint": fingerprint, "columns": json.dumps([*columns, delimiter])}
-    if _read_facts(target) >= facts.items():
-        return
+    with suppress(pa.ArrowException, OSError), open_parquet(target) as file:
+        found = file.metadata.metadata or {}
+        if all(found.get(name.encode()) == value.encode() for name, value in facts.items()):
+            return
     with writing(target):
         make_folder(os.path.dirname(target))
         groups = _read_groups(path, title, columns, max(rows, 1024), delimiter)
@@ -89,15 +92,6 @@ def _read_groups(
         else:
             delimiter = delimiter or {".csv": ",", ".tsv": "\t"}.get(suffix, "")
             yield from _make_groups(TEXT[suffix](path, columns, delimiter), columns, rows)
-
-
-def _read_facts(path: str) -> Any:
-    try:
-        with open_parquet(path) as file:
-            found = file.metadata.metadata or {}
-    except (pa.ArrowException, OSError):
-        return {}.items()
-    return {key.decode(): found[key].decode() for key in found if b":" not in key}.items()
 
 
 # Text
@@ -224,11 +218,7 @@ def _to_text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return None if value is None else str(value)
     passed = orjson.OPT_PASSTHROUGH_SUBCLASS  # numbers go to `default`
-    return orjson.dumps(value, default=_write_digits, option=passed).decode()
-
-
-def _write_digits(number: _Number) -> orjson.Fragment:
-    return orjson.Fragment(str(number))
+    return orjson.dumps(value, lambda number: orjson.Fragment(str(number)), passed).decode()
 
 
 def _read_json(path: str, columns: Sequence[str], _: str) -> Iterator[_Record]:
@@ -321,10 +311,11 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
         else:
             batches = iter(pa.ipc.open_stream(source, options=options))
         for batch in batches:
-            for column in batch.columns:
-                _check_buffers(column)
+            batch.validate(
+                full=True
+            )  # as Arrow's readers do not: a wrong offset may end the process
             for first in range(0, batch.num_rows, rows):
-                some = batch.slice(first, rows)
+                some = pa.Table.from_batches([batch.slice(first, rows)])
                 yield pa.table([cast(some[f.name], f.type) for f in schema], schema=schema)
 
 
@@ -333,25 +324,6 @@ def _require_parquet(field: pa.Field) -> None:
         pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])).close()
     except pa.ArrowNotImplementedError:
         raise ValueError(f"column {field.name!r} holds {field.type}, unknown to Parquet") from None
-
-
-_BYTES = {
-    pa.string(): pa.binary(), pa.large_string(): pa.large_binary(),
-    pa.string_view(): pa.binary_view(),
-}  # fmt: skip
-
-
-def _check_buffers(array: Any) -> None:
-    """Check offsets of an array, as Arrow's readers do not: a wrong one may end the process.
-
-    Texts may be of any bytes; those that are not UTF-8 will cost their rows.
-    """
-    if pa.types.is_dictionary(array.type):
-        _check_buffers(array.dictionary)  # the cast checks the indices
-    else:
-        array.validate()  # or the view would read out of bounds
-        plain = array.view(_BYTES[array.type]) if array.type in _BYTES else array
-        plain.validate(full=True)
 
 
 TEXT: dict[str, Callable[[str, Sequence[str], str], Iterator[_Record]]] = {

@@ -16,7 +16,7 @@ from shared_engine.backend import Rows
 from shared_engine.bulk import files, manifest
 from shared_engine.bulk.job import Fragment, Job, take_fingerprint
 from shared_engine.bulk.manifest import Done
-from shared_engine.bulk.rows import Window, find_columns, read_windows
+from shared_engine.bulk.rows import Window, open_table, read_windows
 from shared_engine.bulk.tables import Cursors
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
@@ -128,14 +128,18 @@ def embed_fragment(  # noqa: PLR0917
                 raise EngineClosedError(f"{fragment.title}: the run was stopped")
             _check_unchanged(fragment)
             manifest.describe_engine(job, embedder)  # an object store keeps the last record
-            seconds = time.monotonic() - start
-            counts = {"rows": rows, "failed": len(failed), "tokens": own.usage}
             writer.add_key_value_metadata(
-                {name: str(value) for name, value in {**counts, "seconds": seconds}.items()}
-                | {"source": fragment.title, "fingerprint": fragment.fingerprint}
+                {
+                    "rows": str(rows),
+                    "failed": str(len(failed)),
+                    "tokens": str(own.usage),
+                    "seconds": str(time.monotonic() - start),
+                    "source": fragment.title,
+                    "fingerprint": fragment.fingerprint,
+                }
             )
         _write_errors(job, fragment, schema, failed)
-    return Done(fragment.name, rows, len(failed), own.usage, seconds)
+    return Done(fragment.name, rows, len(failed), own.usage)
 
 
 def find_window(job: Job, fragment: Fragment) -> int:
@@ -150,8 +154,7 @@ def _limit_window(size: int, job: Job, fragment: Fragment, cursors: Cursors) -> 
     """Return fewer rows where the images of a table are large."""
     if job.image_column is None:
         return size
-    cursor = cursors.open(fragment.table, find_columns(job, fragment))
-    row = cursor.measure_row(fragment.first, fragment.rows)
+    row = open_table(job, fragment, cursors).measure_row(fragment.first, fragment.rows)
     return max(1, min(size, _IMAGE_BYTES // max(1, row)))
 
 

@@ -40,10 +40,9 @@ _TABLES = (".parquet", *convert.SUFFIXES)
 """Suffixes of tables."""
 TABLES = ".tables"
 """Folder of the converted tables, in the folder of results."""
-_INFO = "dataset_info.json"
-_ABOUT_DATA = re.compile(r"dataset_(info|infos|dict)\.json")
+_INFO = re.compile(r"dataset_(info|infos|dict)\.json")
 _BESIDE_INFO = re.compile(r"state\.json|cache-.*\.arrow")
-"""Names of other files that Hugging Face's `datasets` writes into a folder of tables."""
+"""Names of the other files that Hugging Face's `datasets` writes into a folder of tables."""
 _HIDDEN = "._"
 """First characters of hidden names; Spark and Hive begin those of their own files with _."""
 
@@ -188,29 +187,24 @@ class Source(NamedTuple):
     """Paths of its images."""
 
 
-class Inputs(NamedTuple):
-    """The inputs of a job."""
-
-    fragments: list[Fragment]
-    schema: Any
-    """Names and types of the id and the kept columns; None if no file can be read."""
-    unread: list[Unread]
-
-
 def list_fragments(job: Job) -> list[Fragment]:
     """Return the fragments of a job, the same whenever the inputs are; see `list_inputs`."""
-    return list_inputs(job).fragments
+    return list_inputs(job)[0]
 
 
 def list_inputs(
     job: Job, folder: str | None = None, sources: Sequence[Source] | None = None
-) -> Inputs:
+) -> tuple[list[Fragment], Any, list[Unread]]:
     """List the fragments of a job. Tables that are not Parquet are converted first, once.
 
     Args:
         job: The job.
         folder: where the converted tables are; default: hidden in the folder of results.
         sources: the result of `find_sources`, if that was called before.
+
+    Returns:
+        The fragments; names and types of the id and the kept columns, None if no file can be read;
+        the files that cannot be read.
 
     Raises:
         ConfigurationError: an input does not exist, files are of several kinds, or every file that
@@ -236,7 +230,7 @@ def list_inputs(
             unread.append(Unread(os.path.relpath(source.path, source.root), None, 0, exc))
     if schema is None and missing is not None:
         raise missing
-    return Inputs(fragments, schema, unread)
+    return fragments, schema, unread
 
 
 def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
@@ -348,14 +342,14 @@ def _list_files(given: str) -> tuple[str, list[str]]:
 
 def _choose_data(files: list[str]) -> list[str]:
     """Return the files of a folder without texts and files about data."""
-    saved = {folder for folder, name in map(os.path.split, files) if name == _INFO}
-    return [
-        path
-        for path, (folder, name) in zip(files, map(os.path.split, files), strict=True)
-        if convert.find_suffix(name) != ".txt"
-        and not _ABOUT_DATA.fullmatch(name)
-        and not (folder in saved and _BESIDE_INFO.fullmatch(name))
-    ]
+    saved = {os.path.dirname(path) for path in files if path.endswith("/dataset_info.json")}
+
+    def is_data(path: str) -> bool:
+        folder, name = os.path.split(path)
+        is_beside = folder in saved and _BESIDE_INFO.fullmatch(name)
+        return not (is_beside or _INFO.fullmatch(name) or convert.find_suffix(name) == ".txt")
+
+    return list(filter(is_data, files))
 
 
 def _find_kind(path: str) -> str | None:
@@ -385,31 +379,30 @@ def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], 
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
     stem = re.sub(r"[*?[]", "_", Path(path).stem[:40])
     stem += f"-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
+    mark = table = ""
+    names: tuple[str, ...] = ()
     if pictures:
         if not os.path.isdir(path):
             path = os.path.commonpath(list(map(os.path.dirname, pictures)))
             title = os.path.relpath(path, root)
-        names = sorted(os.path.relpath(picture, path) for picture in pictures)
-        fragments = []
-        for first in range(0, len(names), rows):
-            some = tuple(names[first : first + rows])
-            name, mark = f"{stem}-{first:012d}", take_fingerprint(path, some)
-            fragments.append(Fragment(name, path, title, first, len(some), mark, names=some))
-        return fragments, _find_page_schema(job, title)
-    mark = take_fingerprint(path)
-    table = ""
+        names = tuple(sorted(os.path.relpath(picture, path) for picture in pictures))
+        count = len(names)
+    else:
+        mark = take_fingerprint(path)
     if is_table:
         table, count, schema = _open_table(job, path, title, f"{folder}/{stem}.parquet", rows, mark)
     else:
         schema = _find_page_schema(job, title)
-        with pages.open_pages(path, title) as found:
-            count = len(found)
-    return [
-        Fragment(
-            f"{stem}-{first:012d}", path, title, first, min(rows, count - first), mark, table=table
-        )
-        for first in range(0, count, rows)
-    ], schema
+        if not pictures:
+            with pages.open_pages(path, title) as found:
+                count = len(found)
+    fragments = []
+    for first in range(0, count, rows):
+        some = names[first : first + rows]
+        name, size = f"{stem}-{first:012d}", min(rows, count - first)
+        fingerprint = mark or take_fingerprint(path, some)
+        fragments.append(Fragment(name, path, title, first, size, fingerprint, table, some))
+    return fragments, schema
 
 
 def _open_table(  # noqa: PLR0917

@@ -19,9 +19,8 @@ import base64
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +46,10 @@ _OPTIONS = (
     "max_tiles",
 )  # fmt: skip
 """Options that change the vectors and are known without an engine."""
+_OF_A_RUN = ("out", "options", "text_column", "strict", "trust_sizes")
+"""Fields of a job that its runs need not share, or that are compared in another form."""
 _COUNTS = ("rows", "failed", "tokens")
 """Counts in the metadata of a file of vectors."""
-_OF_JOB = (
-    "inputs", "role", "text_columns", "image_column", "id_column", "columns", "rows_per_file",
-    "delimiter", "types", "pdf",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,6 @@ class Done:
     """Rows in the file of errors."""
     tokens: int
     """Tokens embedded; 0 if a NIM does not report them."""
-    seconds: float
 
 
 def open_folder(job: Job) -> None:
@@ -96,8 +92,10 @@ def record_schema(job: Job, schema: Any) -> Any:
 
 def _describe_job(job: Job) -> dict[str, Any]:
     """Return the settings that all runs of a job share."""
-    settings: dict[str, Any] = {name: getattr(job.options, name) for name in _OPTIONS}
-    settings |= {name: getattr(job, name) for name in _OF_JOB}
+    settings = {name: getattr(job.options, name) for name in _OPTIONS} | vars(job)
+    settings["text_columns"] = job.text_columns
+    for name in _OF_A_RUN:
+        del settings[name]
     found: dict[str, Any] = json.loads(json.dumps(settings))  # lists for tuples
     return found
 
@@ -110,12 +108,6 @@ def remove_leftovers(job: Job) -> None:
         for pattern in (".*", "vectors/.*", "errors/.*", f"{TABLES}/.*"):
             for path in Path(job.out).glob(pattern + files.TEMPORARY):
                 files.remove(str(path))
-
-
-def remove_tables(job: Job) -> None:
-    """Remove the converted tables; a file that another node still has open may stay, as on NFS."""
-    with suppress(OSError):
-        files.remove(os.path.join(job.out, TABLES))
 
 
 def read_schema(job: Job) -> Any:
@@ -230,9 +222,7 @@ def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
                     f"{fragment.source} {how} since its rows were embedded; restore it, or "
                     f"remove {folder}/{fragment.name[:-12]}*.parquet to embed it again{same}"
                 )
-            rows, failed, tokens = (int(footer[name]) for name in _COUNTS)
-            seconds = float(footer["seconds"])
-            done[fragment.name] = Done(fragment.name, rows, failed, tokens, seconds)
+            done[fragment.name] = Done(fragment.name, *(int(footer[name]) for name in _COUNTS))
     return done
 
 
@@ -241,7 +231,7 @@ def _read_footer(job: Job, name: str) -> dict[str, str] | None:
     try:
         with open_parquet(path) as file:
             found = file.metadata.metadata
-        footer = {key: found[key.encode()].decode() for key in (*_COUNTS, "seconds", "fingerprint")}
+        footer = {key: found[key.encode()].decode() for key in (*_COUNTS, "fingerprint")}
         if int(footer["failed"]):
             path = os.path.join(job.out, "errors", f"{name}.parquet")
             if (count := _read_errors(path).num_rows) != int(footer["failed"]):
@@ -303,11 +293,3 @@ def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
             lost = [make_error_row(each.title, each.first, None, each.error) for each in unread]
             writer.write_table(pa.Table.from_pylist(lost, schema=schema))
     return rows
-
-
-def sum_done(done: Iterable[Done]) -> tuple[int, int, int]:
-    """Return rows, failed rows and tokens of some fragments."""
-    rows = failed = tokens = 0
-    for each in done:
-        rows, failed, tokens = rows + each.rows, failed + each.failed, tokens + each.tokens
-    return rows, failed, tokens

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from shared_engine.bulk.fragment import IMAGE_WINDOW, WINDOW, check_errors, find_window
 from shared_engine.bulk.job import Job, Unread
-from shared_engine.bulk.rows import Window, find_columns, read_windows
+from shared_engine.bulk.rows import Window, open_table, read_windows
 from shared_engine.bulk.run import Work
 from shared_engine.bulk.tables import Cursors
 from shared_engine.catalogue import lookup
@@ -139,7 +139,7 @@ def _draw(job: Job, work: Work, dice: random.Random) -> Window:
             )  # fmt: skip
             try:
                 if fragment.kind == "table":
-                    cursor = cursors.open(fragment.table, find_columns(job, fragment))
+                    cursor = open_table(job, fragment, cursors)
                     part = replace(part, first=cursor.limit_seek(part.first, _SEEK_BYTES))
                 for window in read_windows(job, part, work.schema, size, cursors):
                     kept.append(window.kept)

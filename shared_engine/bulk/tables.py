@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
 from uuid import UUID
 
 import pyarrow as pa
@@ -52,25 +51,18 @@ _SAME_VALUES = {
 }  # fmt: skip
 
 
-def simplify(kind: pa.DataType, is_flat: bool = True) -> pa.DataType:  # noqa: PLR0911
+def simplify(kind: pa.DataType) -> pa.DataType:  # noqa: PLR0911
     """Return the type to keep values of a type as: without views, dictionaries, long offsets.
-
-    Args:
-        kind: the type.
-        is_flat: whether the values of dictionaries replace them.
 
     >>> simplify(pa.dictionary(pa.int8(), pa.large_string()))
     DataType(string)
     """
 
     def inner(field: pa.Field) -> pa.Field:
-        return field.with_type(simplify(field.type, is_flat))
+        return field.with_type(simplify(field.type))
 
     if pa.types.is_dictionary(kind):
-        values = simplify(kind.value_type, is_flat)
-        return values if is_flat else pa.dictionary(kind.index_type, values, kind.ordered)
-    if kind in _SAME_VALUES:
-        return _SAME_VALUES[kind]
+        return simplify(kind.value_type)
     if isinstance(kind, pa.JsonType):
         return simplify(kind.storage_type)
     if pa.types.is_list(kind):
@@ -83,15 +75,17 @@ def simplify(kind: pa.DataType, is_flat: bool = True) -> pa.DataType:  # noqa: P
         return pa.large_list(inner(kind.value_field))
     if pa.types.is_struct(kind):
         return pa.struct([inner(field) for field in kind])
-    return kind
+    return _SAME_VALUES.get(kind, kind)
 
 
-def cast(values: Any, kind: pa.DataType) -> Any:
-    """Return an array or a chunked array as another type.
-
-    In two steps, as Arrow has no cast of a dictionary of views, which Polars writes.
-    """
-    return values.cast(simplify(values.type, is_flat=False)).cast(kind)
+def cast(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Return values as another type."""
+    flat = simplify(values.type)
+    try:
+        values = values.cast(flat)
+    except pa.ArrowNotImplementedError:  # a dictionary of views, which Polars writes
+        values = pa.chunked_array([values.to_pylist()], flat)
+    return values.cast(kind)
 
 
 def find_id_type(kind: pa.DataType, name: str, title: str) -> pa.DataType:
@@ -134,37 +128,15 @@ def require_texts(kind: pa.DataType, name: str, title: str) -> None:
         InputError: its type has no texts.
     """
     try:
-        cast(pa.nulls(0, kind), pa.string())
+        pa.nulls(0, simplify(kind)).cast(pa.string())
     except pa.ArrowNotImplementedError:
         raise InputError(f"{title}: column {name!r} holds {kind}; expected texts") from None
-
-
-def read_texts(column: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str]]:
-    """Return the texts of a column, and the reasons of rows that hold none.
-
-    Numbers, decimals and UUIDs are texts too; bytes are if they are UTF-8.
-    """
-    if _is_uuid(column.type):
-        return [None if each is None else str(each) for each in column.to_pylist()], {}
-    try:
-        return cast(column, pa.string()).to_pylist(), {}
-    except (pa.ArrowInvalid, UnicodeDecodeError):
-        pass
-    texts: list[str | None] = []
-    reasons: dict[int, str] = {}
-    for row, data in enumerate(cast(column, pa.binary()).to_pylist()):
-        try:
-            texts.append(None if data is None else data.decode())
-        except UnicodeDecodeError as exc:
-            texts.append(None)
-            reasons[row] = f"holds bytes that are not UTF-8: {exc}"
-    return texts, reasons
 
 
 def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, dict[int, str]]:
     """Return a column as another type, and the reasons of rows with values that it cannot hold.
 
-    Lists, structs and maps become JSON where the type is a text. Texts must be UTF-8.
+    Every value has a text: UUIDs, lists, structs and maps, which become JSON, and bytes in UTF-8.
     """
     try:
         return _cast_checked(column, kind), {}
@@ -177,7 +149,8 @@ def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArr
             parts += _cast_checked(column.take([row]), kind).chunks  # a slice has all children
         except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
             parts.append(pa.nulls(1, kind))
-            reasons[row] = f"holds a value that is no {kind}: {exc}"
+            why = "it is not UTF-8" if kind == pa.string() else exc
+            reasons[row] = f"holds a value that is no {kind}: {why}"
     return pa.chunked_array(parts), reasons
 
 
@@ -219,18 +192,19 @@ class Cursor:
         ]
         self._starts: list[int] = [0, *accumulate(group.num_rows for group in self._groups)]
         self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._held: pa.Table | None = None
+        self._held = pa.table({})
+        """Rows of the last batch that were not returned yet."""
         self._at = -1
-        """Row of the first row of `_held`, or else of the next batch."""
+        """Number of the row that follows."""
 
     def read(self, first: int, rows: int, size: int) -> Iterator[pa.Table]:
-        """Yield rows in tables of `size` rows, but for the last."""
+        """Yield rows in tables of at most `size` rows; each is of one row group."""
         end = first + rows
         with reading(f"{self.path}, rows {first:,} to {end - 1:,},"):
             try:
                 self._seek(first, size)
                 while self._at < end:
-                    yield self._take(min(size, end - self._at)).select(self.columns)
+                    yield self._take(min(size, end - self._at))
             except Exception:
                 self._at = -1  # the next read opens its row group anew
                 raise
@@ -266,7 +240,7 @@ class Cursor:
         group = self._find_group(first)
         if not self._starts[group] <= self._at <= first:
             self._batches = self._read_groups(group, size)
-            self._at, self._held = self._starts[group], None
+            self._at, self._held = self._starts[group], pa.table({})
         while self._at < first:
             self._take(min(size, first - self._at))
 
@@ -274,15 +248,15 @@ class Cursor:
         for number in range(group, len(self._groups)):  # alone, so that a broken one costs no other
             yield from self._file.iter_batches(size, [number], self.columns, use_threads=False)
 
-    def _take(self, count: int) -> pa.Table:
-        while self._held is None or self._held.num_rows < count:
+    def _take(self, most: int) -> pa.Table:
+        """Return the rows that follow, one at least, of one batch."""
+        while not self._held.num_rows:
             batch = next(self._batches, None)
             if batch is None:
                 raise ValueError("the file has fewer rows than its footer counts")
-            table = pa.Table.from_batches([batch])
-            self._held = table if self._held is None else pa.concat_tables([self._held, table])
-        table, self._held = self._held.slice(0, count), self._held.slice(count)
-        self._at += count
+            self._held = pa.Table.from_batches([batch]).select(self.columns)
+        table, self._held = self._held.slice(0, most), self._held.slice(most)
+        self._at += table.num_rows
         return table
 
 
@@ -302,12 +276,11 @@ class Cursors:
             InputError: the file cannot be read.
         """
         held = self._cursor
-        if held is not None and (held.path, held.columns) == (path, list(columns)):
-            return held
-        self.close()
-        with reading(path):
-            self._cursor = Cursor(path, columns)
-        return self._cursor
+        if held is None or (held.path, held.columns) != (path, list(columns)):
+            self.close()
+            with reading(path):
+                self._cursor = held = Cursor(path, columns)
+        return held
 
     def open_pages(self, path: str, title: str) -> Pages:
         """Return the pages of a file.
