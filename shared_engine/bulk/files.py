@@ -95,14 +95,10 @@ def lock(folder: str) -> Iterator[None]:
 
 
 @contextmanager
-def write_atomically(path: str, replaces: bool = True) -> Iterator[str]:
+def write_atomically(path: str) -> Iterator[str]:
     """Yield the name of a local file; when all is written, it becomes the file `path`.
 
-    Args:
-        path: the file. In a folder, the local file is next to it and is renamed; to an object
-            store, it is uploaded.
-        replaces: whether to replace a file that another process wrote to `path`, or to keep it; an
-            object is replaced.
+    In a folder, the local file is next to it and is renamed; to an object store, it is uploaded.
     """
     if is_url(path):
         with tempfile.TemporaryDirectory(prefix="nemoretriever-") as folder:
@@ -116,22 +112,10 @@ def write_atomically(path: str, replaces: bool = True) -> Iterator[str]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if replaces or not _link(temporary, path):
-            os.replace(temporary, path)
+        os.replace(temporary, path)
         _sync_folder(folder)  # or a power failure may lose the name
     finally:
         Path(temporary).unlink(missing_ok=True)
-
-
-def _link(temporary: str, path: str) -> bool:
-    """Give a file a second name, if that is free; return False where there are no links."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:  # as on some network file systems
-        return False
-    return True
 
 
 def make_folder(path: str) -> None:

@@ -148,10 +148,13 @@ def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
 
 
 def _agree(job: Job, name: str, settings: dict[str, Any], **more: str) -> None:
-    """Write a record of settings if there is none yet, and compare with the one that is there."""
+    """Write a record of settings if there is none yet, and compare with the one that is there.
+
+    Of processes that write it together, the last one wins: call it again before results appear.
+    """
     path = os.path.join(job.out, name)
     if (found := _read_record(job, name)) is None:
-        with files.writing(path), files.write_atomically(path, replaces=False) as temporary:
+        with files.writing(path), files.write_atomically(path) as temporary:
             record = {**settings, "version": __version__, **more}
             Path(temporary).write_text(json.dumps(record, indent=1), encoding="utf-8")
         found = _read_record(job, name) or {}

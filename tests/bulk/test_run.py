@@ -523,18 +523,6 @@ def test_files_that_cannot_be_read_or_lack_the_column_leave_the_others(tmp_path,
     assert not list(Path(job.out).glob("**/.*"))
 
 
-def test_a_folder_that_knows_no_links_will_do(make_job, monkeypatch):
-    """As some file systems on a network."""
-
-    def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr("os.link", refuse)
-    assert run(make_job()).rows == 100
-    with pytest.raises(ConfigurationError, match="was begun with dimensions"):
-        run(make_job(options={"dimensions": 8}))
-
-
 @pytest.mark.parametrize(
     ("function", "number", "is_fine"),
     [("open", errno.EACCES, True), ("fsync", errno.EINVAL, True), ("fsync", errno.EIO, False)],
