@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,8 +51,6 @@ class EmbedBatch:
         Args:
             text_column: column of texts; default: "text", unless there is an image column.
             image_column: column of images; with a text column, both are one document.
-            options: of the engine.
-            role: whether the rows are documents or queries.
             vector_column: name of the new column.
             error_column: name of a column for the reasons of rows that fail, null in the others.
                 Without it, such a row ends the pipeline.
@@ -80,14 +78,13 @@ class EmbedBatch:
             RemoteError, EngineError: as with `Embedder.embed`, for any row.
         """
         if isinstance(batch, pa.Table):
-            rows = self._embed(batch.column_names, batch.column)
+            rows = self._embed(batch, batch.column_names)
             batch = _put(batch, self._vector_column, _make_vectors(rows))
             if self._error_column is not None:
-                reasons = pa.array(_explain(rows), pa.string())
-                batch = _put(batch, self._error_column, reasons)
+                batch = _put(batch, self._error_column, pa.array(_explain(rows), pa.string()))
             return batch
         if isinstance(batch, Mapping):
-            rows = self._embed(list(batch), batch.__getitem__)
+            rows = self._embed(batch, list(batch))
             added = {self._vector_column: rows.vectors}
             if self._error_column is not None:
                 added[self._error_column] = np.array(_explain(rows), dtype=object)
@@ -97,21 +94,19 @@ class EmbedBatch:
             'pass batch_format="pyarrow" or "numpy" to map_batches'
         )
 
-    def _embed(self, names: Sequence[str], read: Callable[[str], Any]) -> Rows:
+    def _embed(self, batch: Any, names: Sequence[str]) -> Rows:
         """Return the vectors and errors of all rows."""
         wanted = [name for name in (self._text_column, self._image_column) if name is not None]
         require_columns(wanted, names, "the batch")
         wrong: dict[int, str] = {}
         columns: list[list[Any]] = []
         for name in wanted:
-            column = read(name)
-            if isinstance(column, pa.ChunkedArray):
-                if name == self._text_column:
-                    require_texts(column.type, name, "the batch")
-                    column, wrong = cast_rows(column, pa.string())
-                columns.append(column.to_pylist())
-            else:
-                columns.append(list(column))
+            column = batch[name]
+            if isinstance(column, pa.ChunkedArray) and name == self._text_column:
+                require_texts(column.type, name, "the batch")
+                column, wrong = cast_rows(column, pa.string())
+            is_arrow = isinstance(column, pa.ChunkedArray)
+            columns.append(column.to_pylist() if is_arrow else list(column))
         documents = columns[0]
         if self._text_column is None:
             documents = [EmbeddingInput(image=image) for image in documents]

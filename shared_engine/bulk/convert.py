@@ -51,10 +51,8 @@ def convert(  # noqa: PLR0917
     """Write some columns of a table to a Parquet file, unless it holds them already.
 
     Args:
-        path: the table.
-        title: its name in messages.
+        title: name of the table in messages.
         target: the Parquet file, written as a whole or not at all.
-        columns: names of the columns; a table without one of them is refused.
         rows: the most rows in a row group.
         fingerprint: changes when the table does; a target with the same one is kept.
         delimiter: between the fields of CSV and TSV; None is a comma and a tab.
@@ -101,20 +99,16 @@ def _make_groups(records: Iterator[_Record], columns: Sequence[str], rows: int) 
     """Yield the schema, then the row groups of records."""
     schema = pa.schema([(name, pa.string()) for name in (*columns, REASON)])
     yield schema
-    count = size = 0
-    values: list[list[str | None]] = [[] for _ in schema]
+    size = 0
+    held: list[list[str | None]] = []
     for record in records:
-        row = _check(record, columns)
-        for column, value in zip(values, row, strict=True):
-            column.append(value)
-            size += len(value or "")
-        count += 1
-        if count == rows or size >= _GROUP_BYTES:
-            yield pa.table(values, schema=schema)
-            count = size = 0
-            values = [[] for _ in schema]
-    if count:
-        yield pa.table(values, schema=schema)
+        held.append(_check(record, columns))
+        size += sum(map(len, filter(None, held[-1])))
+        if len(held) == rows or size >= _GROUP_BYTES:
+            yield pa.table(list(zip(*held, strict=True)), schema=schema)
+            size, held = 0, []
+    if held:
+        yield pa.table(list(zip(*held, strict=True)), schema=schema)
 
 
 def _check(record: _Record, columns: Sequence[str]) -> list[str | None]:
@@ -145,25 +139,6 @@ def _open_text(path: str, newline: str | None) -> TextIO:
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
 
 
-class _Lines(Iterator[str]):
-    """The lines of a file, of which the last ones can be read again."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._again: deque[str] = deque()
-        self.taken: list[str] = []
-        """Lines that were read since this list was emptied."""
-
-    def __next__(self) -> str:
-        line = self._again.popleft() if self._again else next(self._file)
-        self.taken.append(line)
-        return line
-
-    def keep_one(self) -> None:
-        """Put all lines taken but the first back."""
-        self._again.extendleft(reversed(self.taken[1:]))
-
-
 def _read_csv(path: str, columns: Sequence[str], delimiter: str) -> Iterator[_Record]:
     """Yield records, without blank lines; empty fields are None.
 
@@ -173,21 +148,31 @@ def _read_csv(path: str, columns: Sequence[str], delimiter: str) -> Iterator[_Re
     limit = csv.field_size_limit(_LONGEST)
     try:
         with _open_text(path, newline="") as file:
-            lines = _Lines(file)
-            records = csv.reader(lines, delimiter=delimiter, strict=True)
+            taken: list[str] = []
+            again: deque[str] = deque()
+
+            def take_line() -> str:
+                taken.append(again.popleft() if again else file.readline())
+                return taken[-1]
+
+            def parse() -> Iterator[list[str]]:
+                return csv.reader(iter(take_line, ""), delimiter=delimiter, strict=True)
+
+            records = parse()
             names = next(filter(None, records), [])
             if not names:
                 return  # an empty file, as Spark writes them
             require_columns(columns, names, path)
             where = [names.index(name) for name in columns]
             while True:
-                lines.taken.clear()
+                taken.clear()
                 try:
                     record = next(records)
                 except StopIteration:
                     return
                 except csv.Error as exc:
-                    lines.keep_one()
+                    again.extendleft(reversed(taken[1:]))
+                    records = parse()
                     yield f"is not valid CSV: {exc}"
                     continue
                 if len(record) == len(names):
@@ -293,37 +278,31 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
     """
     system, inner = locate(path)
     with system.open_input_file(inner) if is_url(path) else pa.memory_map(path) as source:
-        try:
-            found, is_file = pa.ipc.open_file(source).schema, True
-        except pa.ArrowInvalid:
-            source.seek(0)
-            found, is_file = pa.ipc.open_stream(source).schema, False
-            source.seek(0)
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        open_reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
+        found = open_reader(source).schema
+        source.seek(0)
         require_columns(columns, found.names, path)
         schema = pa.schema([(name, simplify(found.field(name).type)) for name in columns])
-        for field in schema:
-            _require_parquet(field)
+        _require_parquet(schema)
         yield schema
         options = pa.ipc.IpcReadOptions(included_fields=list(map(found.get_field_index, columns)))
-        if is_file:
-            file = pa.ipc.open_file(source, options=options)
-            batches = map(file.get_batch, range(file.num_record_batches))
-        else:
-            batches = iter(pa.ipc.open_stream(source, options=options))
+        reader = open_reader(source, options=options)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
-            batch.validate(
-                full=True
-            )  # as Arrow's readers do not: a wrong offset may end the process
+            batch.validate(full=True)  # no reader does, and a wrong offset may end the process
             for first in range(0, batch.num_rows, rows):
                 some = pa.Table.from_batches([batch.slice(first, rows)])
                 yield pa.table([cast(some[f.name], f.type) for f in schema], schema=schema)
 
 
-def _require_parquet(field: pa.Field) -> None:
-    try:
-        pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])).close()
-    except pa.ArrowNotImplementedError:
-        raise ValueError(f"column {field.name!r} holds {field.type}, unknown to Parquet") from None
+def _require_parquet(schema: pa.Schema) -> None:
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        try:
+            pq.ParquetWriter(pa.BufferOutputStream(), pa.schema({name: kind})).close()
+        except pa.ArrowNotImplementedError:
+            raise ValueError(f"column {name!r} holds {kind}, unknown to Parquet") from None
 
 
 TEXT: dict[str, Callable[[str, Sequence[str], str], Iterator[_Record]]] = {

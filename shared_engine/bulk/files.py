@@ -26,12 +26,8 @@ from shared_engine.errors import ConfigurationError, NeMoRetrieverError, OutputE
 
 _log = logging.getLogger("shared_engine")
 
-LOCK = "run.lock"
 TEMPORARY = ".tmp"
 """Suffix of temporary files and folders; their names begin with a dot."""
-_NO_SYNC = (errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL)
-"""Errors of Windows for opening a folder, and of some file systems for syncing one; the list is
-that of PostgreSQL's `fsync_fname_ext`."""
 
 
 @contextmanager
@@ -58,7 +54,7 @@ def writing(path: str) -> Iterator[None]:
 def lock(folder: str) -> Iterator[None]:
     """Keep all other runs out of a folder while the block runs.
 
-    The lock is `flock` on the file LOCK, which names host, process and start time. The kernel
+    The lock is `flock` on the file run.lock, which names host, process and start time. The kernel
     releases it when the process ends, killed or not, so a file that a dead process left locks
     nothing. It holds between hosts on NFS, where Linux asks the server, but not on a mount with
     `nolock` or `local_lock`. On a file system without locks, a warning is logged. An object store
@@ -68,7 +64,7 @@ def lock(folder: str) -> Iterator[None]:
         ConfigurationError: another run holds the lock; names host, process and start time.
         OutputError: the folder or the file cannot be made.
     """
-    path = os.path.join(folder, LOCK)
+    path = os.path.join(folder, "run.lock")
     if is_url(folder):
         name = sha256(folder.encode()).hexdigest()[:16]
         path = str(find_cache("locks") / f"{name}.lock")
@@ -161,6 +157,6 @@ def _sync_folder(path: str) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as exc:
-        if exc.errno not in _NO_SYNC:
+    except OSError as exc:  # some file systems sync no folder: the list of PostgreSQL
+        if exc.errno not in (errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL):
             raise

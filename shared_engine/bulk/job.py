@@ -187,28 +187,16 @@ class Source(NamedTuple):
     """Paths of its images."""
 
 
-def list_fragments(job: Job) -> list[Fragment]:
-    """Return the fragments of a job, the same whenever the inputs are; see `list_inputs`."""
-    return list_inputs(job)[0]
-
-
 def list_inputs(
-    job: Job, folder: str | None = None, sources: Sequence[Source] | None = None
+    job: Job, sources: Sequence[Source], folder: str
 ) -> tuple[list[Fragment], Any, list[Unread]]:
-    """List the fragments of a job. Tables that are not Parquet are converted first, once.
+    """Return the fragments of sources, their schema, and the files that cannot be read.
 
-    Args:
-        job: The job.
-        folder: where the converted tables are; default: hidden in the folder of results.
-        sources: the result of `find_sources`, if that was called before.
-
-    Returns:
-        The fragments; names and types of the id and the kept columns, None if no file can be read;
-        the files that cannot be read.
+    Tables that are not Parquet are converted first, once, into `folder`. The schema has names and
+    types of the id and the kept columns; it is None if no file can be read.
 
     Raises:
-        ConfigurationError: an input does not exist, files are of several kinds, or every file that
-            can be read lacks a column.
+        ConfigurationError: every file that can be read lacks a column.
         InputError: a file cannot be read, with `job.strict` only.
         OutputError: a converted table cannot be written.
     """
@@ -216,9 +204,9 @@ def list_inputs(
     unread: list[Unread] = []
     schema: Any = None
     missing: ConfigurationError | None = None
-    for source in find_sources(job) if sources is None else sources:
+    for source in sources:
         try:
-            found, kinds = _cut_source(job, source, folder or os.path.join(job.out, TABLES))
+            found, kinds = _cut_source(job, source, folder)
             schema = kinds if schema is None else _unify(schema, kinds)
             fragments += found
         except (InputError, ConfigurationError) as exc:
@@ -424,15 +412,11 @@ def _open_table(  # noqa: PLR0917
     kind = pa.string()
     if job.id_column is not None:
         kind = tables.find_id_type(found.field(job.id_column).type, job.id_column, title)
-    kinds = [
-        pa.type_for_alias(job.types[name])
-        if name in job.types
-        else pa.string()
-        if name in given
-        else tables.simplify(found.field(name).type)
-        for name in job.kept_columns
-    ]
-    return path, count, pa.schema(list(zip(("id", *job.kept_columns), (kind, *kinds), strict=True)))
+    kinds = {"id": kind}
+    for name in job.kept_columns:
+        kinds[name] = pa.string() if name in given else tables.simplify(found.field(name).type)
+    kinds |= {name: pa.type_for_alias(alias) for name, alias in job.types.items()}
+    return path, count, pa.schema(kinds)
 
 
 def _find_page_schema(job: Job, title: str) -> Any:
@@ -440,7 +424,7 @@ def _find_page_schema(job: Job, title: str) -> Any:
         raise ConfigurationError("types: only columns of tables have types to choose")
     kinds = {"path": pa.string(), "page": pa.int32()}
     tables.require_columns(job.kept_columns, tuple(kinds), title)
-    return pa.schema([("id", pa.string()), *((name, kinds[name]) for name in job.kept_columns)])
+    return pa.schema({"id": pa.string()} | {name: kinds[name] for name in job.kept_columns})
 
 
 def _unify(first: Any, second: Any) -> Any:

@@ -168,11 +168,7 @@ def _agree(job: Job, name: str, settings: dict[str, Any], **more: str) -> None:
 
 
 def _read_record(job: Job, name: str) -> dict[str, Any] | None:
-    """Return a record that `_agree` wrote; None if there is none.
-
-    Raises:
-        ConfigurationError: the file is damaged.
-    """
+    """Return a record that `_agree` wrote; None if there is none."""
     with files.writing(job.out):
         content = files.read_bytes(os.path.join(job.out, name))
     if content is None:
@@ -248,15 +244,13 @@ def _read_footer(job: Job, name: str) -> dict[str, str] | None:
 def _read_errors(path: str) -> Any:
     with open_parquet(path) as file:
         table = file.read()
-    return table.select(make_error_schema(pa.schema([("id", table["id"].type)])).names)
+    return table.select(make_error_schema(pa.string()).names)
 
 
-def make_error_schema(schema: Any) -> Any:
-    """Return the columns of the files of errors, for the schema of a job."""
-    return pa.schema([
-        schema.field("id"), ("reason", pa.string()), ("kind", pa.string()), ("source", pa.string()),
-        ("index", pa.int64()),
-    ])  # fmt: skip
+def make_error_schema(id_type: pa.DataType) -> pa.Schema:
+    """Return the columns of the files of errors."""
+    texts = dict.fromkeys(("reason", "kind", "source"), pa.string())
+    return pa.schema({"id": id_type, **texts, "index": pa.int64()})
 
 
 def make_error_row(source: str, index: int | None, id_: Any, error: Exception) -> dict[str, Any]:
@@ -281,7 +275,7 @@ def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
             files.remove(path)
             return 0
         rows = 0
-        schema = make_error_schema(pa.schema([("id", pa.string())]))
+        schema = make_error_schema(pa.string())
         if parts:
             with open_parquet(parts[0]) as file:
                 schema = file.schema_arrow

@@ -16,15 +16,6 @@ from shared_engine.documents import EmbeddingInput, join_title
 from shared_engine.errors import PageError
 
 
-class Refused(NamedTuple):
-    """A row that cannot be embedded."""
-
-    number: int
-    """Position in the source, from 0."""
-    id: Any
-    reason: str
-
-
 class Window(NamedTuple):
     """Some consecutive rows of a source."""
 
@@ -32,20 +23,17 @@ class Window(NamedTuple):
     """A table of the rows to embed: their numbers in the source, ids, columns to keep."""
     documents: list[str | EmbeddingInput]
     """The documents of these rows."""
-    refused: list[Refused]
-    """The other rows."""
+    refused: list[tuple[int, Any, str]]
+    """The other rows: number in the source, id, and the reason."""
 
 
 def read_windows(
     job: Job, fragment: Fragment, schema: Any, size: int, cursors: Cursors
 ) -> Iterator[Window]:
-    """Yield the rows of a fragment, `size` at a time but for the last.
+    """Yield the rows of a fragment, at most `size` at a time.
 
     Args:
-        job: the job of the fragment.
-        fragment: The fragment.
         schema: names and types of the id and the kept columns.
-        size: rows of a window.
         cursors: holds the file open for the fragment that follows.
 
     Raises:
@@ -91,12 +79,10 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
     count = table.num_rows
     ids: list[Any] = [f"{fragment.title}:{first + row}" for row in range(count)]
     if job.id_column is not None:
-        ids = [
-            id_ if id_ != "" else None
-            for id_ in read(job.id_column, schema.field("id").type).to_pylist()
-        ]
+        ids = read(job.id_column, schema.field("id").type).to_pylist()
         for row, id_ in enumerate(ids):
-            if id_ is None:
+            if id_ in (None, ""):
+                ids[row] = None
                 reasons.setdefault(row, f"has no id in column {job.id_column}")
     texts: list[str | None] | None = None
     for name in job.text_columns:
@@ -124,7 +110,7 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
         pa.array([ids[row] for row in good], schema.field("id").type),
         *(column.take(pa.array(good, pa.int64())) for column in columns),
     ]
-    refused = [Refused(first + row, ids[row], reasons[row]) for row in sorted(reasons)]
+    refused = [(first + row, ids[row], reasons[row]) for row in sorted(reasons)]
     return Window(pa.table(kept, names=["", *schema.names]), documents, refused)
 
 
@@ -174,11 +160,11 @@ def _from_pages(
     schema: Any, pages: Sequence[tuple[dict[str, Any], EmbeddingInput | str]]
 ) -> Window:
     documents: list[str | EmbeddingInput] = []
-    refused: list[Refused] = []
+    refused: list[tuple[int, Any, str]] = []
     kept: list[dict[str, Any]] = []
     for row, document in pages:
         if isinstance(document, str):
-            refused.append(Refused(row[""], row["id"], document))
+            refused.append((row[""], row["id"], document))
         else:
             documents.append(document)
             kept.append(row)

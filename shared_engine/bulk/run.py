@@ -90,9 +90,11 @@ def find_work(job: Job, folder: str | None = None, sources: Sequence[Source] | N
         sources: the result of `find_sources`, if that was called before.
 
     Raises:
-        ConfigurationError: a source changed; see also `list_inputs`.
+        ConfigurationError: a source changed; see also `find_sources` and `list_inputs`.
     """
-    fragments, schema, unread = list_inputs(job, folder, sources)
+    sources = find_sources(job) if sources is None else sources
+    folder = folder or os.path.join(job.out, TABLES)
+    fragments, schema, unread = list_inputs(job, sources, folder)
     done = manifest.find_done(job, fragments)
     missing = [each for each in fragments if each.name not in done]
     return Work(fragments, missing, done, schema, tuple(unread))
@@ -149,9 +151,7 @@ def run_local(
     """Embed the unfinished fragments of a job on this machine.
 
     Args:
-        job: The job.
         embedder: the engine; None makes one of the job's options and closes it.
-        show_progress: whether to show a progress bar.
         on_begin: Called with the result of `begin`, before any row is embedded.
 
     Returns:

@@ -97,7 +97,8 @@ def find_id_type(kind: pa.DataType, name: str, title: str) -> pa.DataType:
     kind = simplify(kind)
     if pa.types.is_integer(kind):
         return pa.uint64() if kind == pa.uint64() else pa.int64()
-    if kind in (pa.string(), pa.null()) or pa.types.is_decimal(kind) or _is_uuid(kind):
+    is_text = kind in (pa.string(), pa.null()) or isinstance(kind, pa.UuidType)
+    if is_text or pa.types.is_decimal(kind):
         return pa.string()
     raise ConfigurationError(
         f"{title}: column {name!r} holds {kind}; expected ids: integers, texts, UUIDs or decimals"
@@ -109,11 +110,9 @@ def unify(first: pa.DataType, second: pa.DataType) -> pa.DataType:
     if first == second:
         return first
     kinds = (first, second)
-    is_decimal = list(map(pa.types.is_decimal, kinds))
-    if any(is_decimal) and not all(is_decimal) and pa.null() not in kinds:
+    is_one_decimal = sum(map(pa.types.is_decimal, kinds)) == 1 and pa.null() not in kinds
+    if is_one_decimal or (pa.uint64() in kinds and any(map(pa.types.is_signed_integer, kinds))):
         return pa.string()  # Arrow would make them floats, or decimals of too few digits
-    if pa.uint64() in kinds and any(map(pa.types.is_signed_integer, kinds)):
-        return pa.string()
     schemas = [pa.schema([("value", kind)]) for kind in kinds]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive").field("value").type
@@ -155,7 +154,8 @@ def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArr
 
 
 def _cast_checked(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    if kind == pa.string() and (pa.types.is_nested(column.type) or _is_uuid(column.type)):
+    has_no_cast = pa.types.is_nested(column.type) or isinstance(column.type, pa.UuidType)
+    if has_no_cast and kind == pa.string():
         texts = [None if value is None else _to_text(value) for value in column.to_pylist()]
         found = pa.chunked_array([texts], kind)
     else:
@@ -170,11 +170,13 @@ def _to_text(value: object) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
-def _is_uuid(kind: pa.DataType) -> bool:
-    return isinstance(kind, pa.UuidType)
-
-
 # Rows
+
+
+def find_chunks(group: pq.RowGroupMetaData, columns: Sequence[str]) -> list[pq.ColumnChunkMetaData]:
+    """Return what the footer has of some columns in a row group."""
+    chunks = map(group.column, range(group.num_columns))
+    return [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
 
 
 class Cursor:
@@ -212,26 +214,24 @@ class Cursor:
     def limit_seek(self, row: int, cost: int) -> int:
         """Return a row of the same row group that a seek reaches for about `cost` bytes at most."""
         number = self._find_group(row)
-        size = sum(column.total_compressed_size for column in self._find_columns(number))
+        chunks = find_chunks(self._groups[number], self.columns)
+        size = sum(chunk.total_compressed_size for chunk in chunks)
         start = self._starts[number]
         return start + int((row - start) * min(1.0, cost / max(1, size)))
 
     def measure_row(self, first: int, rows: int) -> int:
         """Return the bytes of a mean row, decompressed, in the largest row group of some rows."""
+        groups = self._groups[self._find_group(first) : self._find_group(first + rows - 1) + 1]
         sizes: list[int] = [
-            sum(column.total_uncompressed_size for column in self._find_columns(number))
-            // max(1, self._groups[number].num_rows)
-            for number in range(self._find_group(first), self._find_group(first + rows - 1) + 1)
+            sum(chunk.total_uncompressed_size for chunk in find_chunks(group, self.columns))
+            // max(1, group.num_rows)
+            for group in groups
         ]
         return max(sizes)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def _find_columns(self, group: int) -> Iterator[pq.ColumnChunkMetaData]:
-        columns = map(self._groups[group].column, range(self._groups[group].num_columns))
-        return (each for each in columns if each.path_in_schema.partition(".")[0] in self.columns)
 
     def _find_group(self, row: int) -> int:
         return bisect_right(self._starts, row) - 1
@@ -264,8 +264,7 @@ class Cursors:
     """The file that is read now, a table or pages: a run of fragments of one file shares it."""
 
     def __init__(self) -> None:
-        self._cursor: Cursor | None = None
-        self._pages: Pages | None = None
+        self._held: Cursor | Pages | None = None
         self._path = ""
         self._is_stopped = False
 
@@ -275,11 +274,11 @@ class Cursors:
         Raises:
             InputError: the file cannot be read.
         """
-        held = self._cursor
-        if held is None or (held.path, held.columns) != (path, list(columns)):
+        held = self._held
+        if not isinstance(held, Cursor) or (held.path, held.columns) != (path, list(columns)):
             self.close()
             with reading(path):
-                self._cursor = held = Cursor(path, columns)
+                self._held = held = Cursor(path, columns)
         return held
 
     def open_pages(self, path: str, title: str) -> Pages:
@@ -288,22 +287,22 @@ class Cursors:
         Raises:
             PageError: the file cannot be read.
         """
-        if self._pages is None or self._path != path:
+        held = self._held
+        if not isinstance(held, Pages) or self._path != path:
             self.close()
-            self._pages, self._path = open_pages(path, title), path
+            self._held, self._path = (held := open_pages(path, title)), path
             if self._is_stopped:
-                self._pages.stop()
-        return self._pages
+                held.stop()
+        return held
 
     def stop(self) -> None:
         """End the reads of pages, also in another thread; see `Pages.stop`."""
         self._is_stopped = True
-        if (pages := self._pages) is not None:
-            pages.stop()
+        if isinstance(held := self._held, Pages):
+            held.stop()
 
     def close(self) -> None:
         """Close the file that is open, if there is one."""
-        for each in (self._cursor, self._pages):
-            if each is not None:
-                each.close()
-        self._cursor = self._pages = None
+        if self._held is not None:
+            self._held.close()
+            self._held = None

@@ -24,7 +24,8 @@ import pytest
 
 from shared_engine import ConfigurationError, Embedder, EngineError, Options
 from shared_engine.bulk.batch import EmbedBatch
-from shared_engine.bulk.job import Job, list_fragments
+from shared_engine.bulk.job import Job
+from shared_engine.bulk.run import find_work
 from shared_engine.cli.main import main
 from shared_engine.distributed.bulk import embed_fragments
 from shared_engine.distributed.nodes import Share, connect
@@ -193,7 +194,7 @@ def test_a_fragment_that_ends_every_worker_is_named(source: Path, tmp_path: Path
         connect("local"),
         pytest.raises(EngineError, match=r"1 fragments ended .* 3 times, those of in\.jsonl among"),
     ):
-        list(embed_fragments(job, list_fragments(job), 1, Share(1, 0), end_process))
+        list(embed_fragments(job, find_work(job).fragments, 1, Share(1, 0), end_process))
 
 
 def test_a_new_cluster_listens_on_loopback_only_and_follows_no_file(
