@@ -420,8 +420,9 @@ def _open_table(  # noqa: PLR0917
 
 
 def _find_page_schema(job: Job, title: str) -> Any:
-    if job.types:
-        raise ConfigurationError("types: only columns of tables have types to choose")
+    for name in ("text_column", "image_column", "id_column", "types", "delimiter"):
+        if getattr(job, name):
+            raise ConfigurationError(f"{name}: only for tables; images and PDFs have no columns")
     kinds = {"path": pa.string(), "page": pa.int32()}
     tables.require_columns(job.kept_columns, tuple(kinds), title)
     return pa.schema({"id": pa.string()} | {name: kinds[name] for name in job.kept_columns})

@@ -238,6 +238,14 @@ def test_large_images_of_a_table_are_read_a_few_at_a_time(
     assert found == windows
 
 
+@pytest.mark.parametrize("column", ["text_column", "image_column", "id_column"])
+def test_columns_of_tables_are_refused_for_images(column, run, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.png").write_bytes(picture(1))
+    with pytest.raises(ConfigurationError, match=f"{column}: only for tables"):
+        run(tmp_path / "in", **{column: "name"})
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [("no/such.png", "neither an existing file nor"), ("photo", "its base64 is invalid")],
