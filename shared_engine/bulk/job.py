@@ -38,6 +38,8 @@ IMAGES_PER_FILE = 500
 """Rows with images in a fragment: each takes as long as many texts."""
 _TABLES = (".parquet", *convert.SUFFIXES)
 """Suffixes of tables."""
+_LARGE_PAGE = 1 << 28
+"""Bytes of a page of images that are worth a warning."""
 TABLES = ".tables"
 """Folder of the converted tables, in the folder of results."""
 _INFO = re.compile(r"dataset_(info|infos|dict)\.json")
@@ -204,11 +206,14 @@ def list_inputs(
     unread: list[Unread] = []
     schema: Any = None
     missing: ConfigurationError | None = None
+    large: list[str] = []
     for source in sources:
         try:
-            found, kinds = _cut_source(job, source, folder)
+            found, kinds, page = _cut_source(job, source, folder)
             schema = kinds if schema is None else _unify(schema, kinds)
             fragments += found
+            if page > _LARGE_PAGE:
+                large.append(source.path)
         except (InputError, ConfigurationError) as exc:
             if job.strict:
                 raise
@@ -218,6 +223,12 @@ def list_inputs(
             unread.append(Unread(os.path.relpath(source.path, source.root), None, 0, exc))
     if schema is None and missing is not None:
         raise missing
+    if large:
+        _log.warning(
+            "%d files have pages of images of over %d MB, which memory must hold, the first: %s; "
+            "write them with pyarrow's write_batch_size=1, or with smaller row groups",
+            *(len(large), _LARGE_PAGE >> 20, large[0]),
+        )
     return fragments, schema, unread
 
 
@@ -358,8 +369,8 @@ def _has_pages(path: str) -> bool:
         return False
 
 
-def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], Any]:
-    """Return the fragments of a source, and names and types of its id and kept columns."""
+def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], Any, int]:
+    """Return the fragments of a source, and the last two values of `_open_table`."""
     path, root, pictures = source
     title = os.path.relpath(path, root)
     is_table = not pictures and _find_kind(path) == "table"
@@ -367,7 +378,7 @@ def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], 
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
     stem = re.sub(r"[*?[]", "_", Path(path).stem[:40])
     stem += f"-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
-    mark = table = ""
+    mark, table, page = "", "", 0
     names: tuple[str, ...] = ()
     if pictures:
         if not os.path.isdir(path):
@@ -378,7 +389,8 @@ def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], 
     else:
         mark = take_fingerprint(path)
     if is_table:
-        table, count, schema = _open_table(job, path, title, f"{folder}/{stem}.parquet", rows, mark)
+        target = f"{folder}/{stem}.parquet"
+        table, count, schema, page = _open_table(job, path, title, target, rows, mark)
     else:
         schema = _find_page_schema(job, title)
         if not pictures:
@@ -390,13 +402,13 @@ def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], 
         name, size = f"{stem}-{first:012d}", min(rows, count - first)
         fingerprint = mark or take_fingerprint(path, some)
         fragments.append(Fragment(name, path, title, first, size, fingerprint, table, some))
-    return fragments, schema
+    return fragments, schema, page
 
 
 def _open_table(  # noqa: PLR0917
     job: Job, path: str, title: str, target: str, rows: int, mark: str
-) -> tuple[str, int, Any]:
-    """Return the Parquet file of a table, the number of its rows, and the schema of what is kept.
+) -> tuple[str, int, Any, int]:
+    """Return the Parquet file of a table, its rows, its schema, and its largest page of images.
 
     The schema has the ids, as `id`, and the kept columns.
     """
@@ -406,6 +418,7 @@ def _open_table(  # noqa: PLR0917
     path = target if is_converted else path
     with tables.reading(title), open_parquet(path) as file:
         found, count = file.schema_arrow, file.metadata.num_rows
+        page = tables.measure_dictionary(file.metadata, job.image_column)
     tables.require_columns(wanted, found.names, title)
     for name in job.text_columns:
         tables.require_texts(found.field(name).type, name, title)
@@ -416,7 +429,7 @@ def _open_table(  # noqa: PLR0917
     for name in job.kept_columns:
         kinds[name] = pa.string() if name in given else tables.simplify(found.field(name).type)
     kinds |= {name: pa.type_for_alias(alias) for name, alias in job.types.items()}
-    return path, count, pa.schema(kinds)
+    return path, count, pa.schema(kinds), page
 
 
 def _find_page_schema(job: Job, title: str) -> Any:

@@ -179,6 +179,14 @@ def find_chunks(group: pq.RowGroupMetaData, columns: Sequence[str]) -> list[pq.C
     return [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
 
 
+def measure_dictionary(footer: pq.FileMetaData, column: str | None) -> int:
+    """Return the bytes of the largest dictionary page; a footer has no sizes of other pages."""
+    groups = map(footer.row_group, range(footer.num_row_groups if column else 0))
+    chunks = (chunk for group in groups for chunk in find_chunks(group, [str(column)]))
+    sizes = [c.data_page_offset - c.dictionary_page_offset for c in chunks if c.has_dictionary_page]
+    return max(sizes, default=0)
+
+
 class Cursor:
     """Reads runs of rows from one Parquet file; a run that follows the last one needs no seek.
 
