@@ -99,16 +99,20 @@ def _make_groups(records: Iterator[_Record], columns: Sequence[str], rows: int) 
     """Yield the schema, then the row groups of records."""
     schema = pa.schema([(name, pa.string()) for name in (*columns, REASON)])
     yield schema
-    size = 0
-    held: list[list[str | None]] = []
+    count = size = 0
+    values: list[list[str | None]] = [[] for _ in schema]
     for record in records:
-        held.append(_check(record, columns))
-        size += sum(map(len, filter(None, held[-1])))
-        if len(held) == rows or size >= _GROUP_BYTES:
-            yield pa.table(list(zip(*held, strict=True)), schema=schema)
-            size, held = 0, []
-    if held:
-        yield pa.table(list(zip(*held, strict=True)), schema=schema)
+        row = _check(record, columns)
+        for column, value in zip(values, row, strict=True):
+            column.append(value)
+            size += len(value or "")
+        count += 1
+        if count == rows or size >= _GROUP_BYTES:
+            yield pa.table(values, schema=schema)
+            count = size = 0
+            values = [[] for _ in schema]
+    if count:
+        yield pa.table(values, schema=schema)
 
 
 def _check(record: _Record, columns: Sequence[str]) -> list[str | None]:
