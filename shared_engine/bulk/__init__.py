@@ -1,6 +1,6 @@
 """Embed files of documents into files of vectors.
 
-job.py        what to embed, cut into fragments ......... Job, Fragment, list_fragments
+job.py        what to embed, cut into fragments ......... Job, Fragment
 urls.py       tables by path or URL
 convert.py    CSV, JSON Lines and Arrow to Parquet, once
 tables.py     rows of Parquet; types and errors of Arrow
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from shared_engine.bulk.fragment import embed_fragment as embed_fragment
     from shared_engine.bulk.job import Fragment as Fragment
     from shared_engine.bulk.job import Job as Job
-    from shared_engine.bulk.job import list_fragments as list_fragments
     from shared_engine.bulk.manifest import Done as Done
     from shared_engine.bulk.run import run_local as run_local
 else:
@@ -31,7 +30,7 @@ else:
         {
             "batch": ("EmbedBatch",),
             "fragment": ("embed_fragment",),
-            "job": ("Fragment", "Job", "list_fragments"),
+            "job": ("Fragment", "Job"),
             "manifest": ("Done",),
             "run": ("run_local",),
         },

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from shared_engine.backend import Rows
-from shared_engine.bulk.tables import read_texts, require_columns, require_texts
+from shared_engine.bulk.tables import cast_rows, require_columns, require_texts
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
-from shared_engine.errors import (
-    InputError,
-    InputTypeError,
-    NeMoRetrieverError,
-)
+from shared_engine.errors import InputError, InputTypeError
 from shared_engine.options import Options
 
 
@@ -56,8 +51,6 @@ class EmbedBatch:
         Args:
             text_column: column of texts; default: "text", unless there is an image column.
             image_column: column of images; with a text column, both are one document.
-            options: of the engine.
-            role: whether the rows are documents or queries.
             vector_column: name of the new column.
             error_column: name of a column for the reasons of rows that fail, null in the others.
                 Without it, such a row ends the pipeline.
@@ -85,15 +78,13 @@ class EmbedBatch:
             RemoteError, EngineError: as with `Embedder.embed`, for any row.
         """
         if isinstance(batch, pa.Table):
-            rows = self._embed(batch.column_names, batch.column)
-            is_failed = np.isin(np.arange(len(rows)), list(rows.errors))
-            table = _put(batch, self._vector_column, to_fixed_size_list(rows.vectors, is_failed))
+            rows = self._embed(batch, batch.column_names)
+            batch = _put(batch, self._vector_column, _make_vectors(rows))
             if self._error_column is not None:
-                reasons = pa.array(_explain(rows), pa.string())
-                table = _put(table, self._error_column, reasons)
-            return table
+                batch = _put(batch, self._error_column, pa.array(_explain(rows), pa.string()))
+            return batch
         if isinstance(batch, Mapping):
-            rows = self._embed(list(batch), batch.__getitem__)
+            rows = self._embed(batch, list(batch))
             added = {self._vector_column: rows.vectors}
             if self._error_column is not None:
                 added[self._error_column] = np.array(_explain(rows), dtype=object)
@@ -103,22 +94,20 @@ class EmbedBatch:
             'pass batch_format="pyarrow" or "numpy" to map_batches'
         )
 
-    def _embed(self, names: Sequence[str], read: Callable[[str], Any]) -> Rows:
+    def _embed(self, batch: Any, names: Sequence[str]) -> Rows:
         """Return the vectors and errors of all rows."""
         wanted = [name for name in (self._text_column, self._image_column) if name is not None]
         require_columns(wanted, names, "the batch")
         wrong: dict[int, str] = {}
         columns: list[list[Any]] = []
         for name in wanted:
-            column = read(name)
-            if name == self._text_column and isinstance(column, pa.ChunkedArray):
+            column = batch[name]
+            if isinstance(column, pa.ChunkedArray) and name == self._text_column:
                 require_texts(column.type, name, "the batch")
-                texts, wrong = read_texts(column)
-                columns.append(list(texts))
-            else:
-                is_arrow = isinstance(column, pa.ChunkedArray)
-                columns.append(column.to_pylist() if is_arrow else list(column))
-        documents: list[Any] = columns[0]
+                column, wrong = cast_rows(column, pa.string())
+            is_arrow = isinstance(column, pa.ChunkedArray)
+            columns.append(column.to_pylist() if is_arrow else list(column))
+        documents = columns[0]
         if self._text_column is None:
             documents = [EmbeddingInput(image=image) for image in documents]
         elif self._image_column is not None:
@@ -127,7 +116,8 @@ class EmbedBatch:
         for rows in self._embedder.stream(documents, self._role, size, errors="return"):
             bad = {row: InputError(reason, index=row) for row, reason in wrong.items()}
             found = Rows(rows.vectors, {**rows.errors, **bad})
-            if self._error_column is None or not _are_inputs(found.errors):
+            are_inputs = all(isinstance(error, InputError) for error in found.errors.values())
+            if self._error_column is None or not are_inputs:
                 found.unwrap()
             return found
         return Rows(self._embedder.embed([], self._role))
@@ -139,20 +129,16 @@ def _explain(rows: Rows) -> list[str | None]:
     return [reasons.get(row) for row in range(len(rows))]
 
 
-def to_fixed_size_list(found: NDArray[Any], lost: NDArray[np.bool_] | None = None) -> Any:
-    """Return vectors (n, d) as an Arrow array of lists of d values, null where `lost` (n,) is."""
-    mask = None if lost is None or not lost.any() else pa.array(lost)
-    flat = pa.array(np.ascontiguousarray(found).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, found.shape[1], mask=mask)
+def _make_vectors(rows: Rows) -> pa.FixedSizeListArray:
+    """Return vectors as lists of one size, null in failed rows."""
+    is_failed = np.isin(np.arange(len(rows)), list(rows.errors))
+    flat = pa.array(np.ascontiguousarray(rows.vectors).reshape(-1))
+    mask = pa.array(is_failed) if rows.errors else None
+    return pa.FixedSizeListArray.from_arrays(flat, rows.vectors.shape[1], mask=mask)
 
 
-def _put(table: Any, name: str, column: Any) -> Any:
+def _put(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
     """Return a table with a column, in the place of one of the same name."""
     if name in table.column_names:
         return table.set_column(table.column_names.index(name), name, column)
     return table.append_column(name, column)
-
-
-def _are_inputs(errors: Mapping[int, NeMoRetrieverError]) -> bool:
-    """Return whether the rows are the cause of all errors, and not the engine."""
-    return all(isinstance(error, InputError) for error in errors.values())

@@ -13,6 +13,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 import orjson
@@ -50,10 +51,8 @@ def convert(  # noqa: PLR0917
     """Write some columns of a table to a Parquet file, unless it holds them already.
 
     Args:
-        path: the table.
-        title: its name in messages.
+        title: name of the table in messages.
         target: the Parquet file, written as a whole or not at all.
-        columns: names of the columns; a table without one of them is refused.
         rows: the most rows in a row group.
         fingerprint: changes when the table does; a target with the same one is kept.
         delimiter: between the fields of CSV and TSV; None is a comma and a tab.
@@ -64,8 +63,10 @@ def convert(  # noqa: PLR0917
         OutputError: the target cannot be written.
     """
     facts = {"fingerprint": fingerprint, "columns": json.dumps([*columns, delimiter])}
-    if _read_facts(target) >= facts.items():
-        return
+    with suppress(pa.ArrowException, OSError), open_parquet(target) as file:
+        found = file.metadata.metadata or {}
+        if all(found.get(name.encode()) == value.encode() for name, value in facts.items()):
+            return
     with writing(target):
         make_folder(os.path.dirname(target))
         groups = _read_groups(path, title, columns, max(rows, 1024), delimiter)
@@ -89,15 +90,6 @@ def _read_groups(
         else:
             delimiter = delimiter or {".csv": ",", ".tsv": "\t"}.get(suffix, "")
             yield from _make_groups(TEXT[suffix](path, columns, delimiter), columns, rows)
-
-
-def _read_facts(path: str) -> Any:
-    try:
-        with open_parquet(path) as file:
-            found = file.metadata.metadata or {}
-    except (pa.ArrowException, OSError):
-        return {}.items()
-    return {key.decode(): found[key].decode() for key in found if b":" not in key}.items()
 
 
 # Text
@@ -151,25 +143,6 @@ def _open_text(path: str, newline: str | None) -> TextIO:
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
 
 
-class _Lines(Iterator[str]):
-    """The lines of a file, of which the last ones can be read again."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._again: deque[str] = deque()
-        self.taken: list[str] = []
-        """Lines that were read since this list was emptied."""
-
-    def __next__(self) -> str:
-        line = self._again.popleft() if self._again else next(self._file)
-        self.taken.append(line)
-        return line
-
-    def keep_one(self) -> None:
-        """Put all lines taken but the first back."""
-        self._again.extendleft(reversed(self.taken[1:]))
-
-
 def _read_csv(path: str, columns: Sequence[str], delimiter: str) -> Iterator[_Record]:
     """Yield records, without blank lines; empty fields are None.
 
@@ -179,21 +152,31 @@ def _read_csv(path: str, columns: Sequence[str], delimiter: str) -> Iterator[_Re
     limit = csv.field_size_limit(_LONGEST)
     try:
         with _open_text(path, newline="") as file:
-            lines = _Lines(file)
-            records = csv.reader(lines, delimiter=delimiter, strict=True)
+            taken: list[str] = []
+            again: deque[str] = deque()
+
+            def take_line() -> str:
+                taken.append(again.popleft() if again else file.readline())
+                return taken[-1]
+
+            def parse() -> Iterator[list[str]]:
+                return csv.reader(iter(take_line, ""), delimiter=delimiter, strict=True)
+
+            records = parse()
             names = next(filter(None, records), [])
             if not names:
                 return  # an empty file, as Spark writes them
             require_columns(columns, names, path)
             where = [names.index(name) for name in columns]
             while True:
-                lines.taken.clear()
+                taken.clear()
                 try:
                     record = next(records)
                 except StopIteration:
                     return
                 except csv.Error as exc:
-                    lines.keep_one()
+                    again.extendleft(reversed(taken[1:]))
+                    records = parse()
                     yield f"is not valid CSV: {exc}"
                     continue
                 if len(record) == len(names):
@@ -224,11 +207,7 @@ def _to_text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return None if value is None else str(value)
     passed = orjson.OPT_PASSTHROUGH_SUBCLASS  # numbers go to `default`
-    return orjson.dumps(value, default=_write_digits, option=passed).decode()
-
-
-def _write_digits(number: _Number) -> orjson.Fragment:
-    return orjson.Fragment(str(number))
+    return orjson.dumps(value, lambda number: orjson.Fragment(str(number)), passed).decode()
 
 
 def _read_json(path: str, columns: Sequence[str], _: str) -> Iterator[_Record]:
@@ -303,55 +282,31 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
     """
     system, inner = locate(path)
     with system.open_input_file(inner) if is_url(path) else pa.memory_map(path) as source:
-        try:
-            found, is_file = pa.ipc.open_file(source).schema, True
-        except pa.ArrowInvalid:
-            source.seek(0)
-            found, is_file = pa.ipc.open_stream(source).schema, False
-            source.seek(0)
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        open_reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
+        found = open_reader(source).schema
+        source.seek(0)
         require_columns(columns, found.names, path)
         schema = pa.schema([(name, simplify(found.field(name).type)) for name in columns])
-        for field in schema:
-            _require_parquet(field)
+        _require_parquet(schema)
         yield schema
         options = pa.ipc.IpcReadOptions(included_fields=list(map(found.get_field_index, columns)))
-        if is_file:
-            file = pa.ipc.open_file(source, options=options)
-            batches = map(file.get_batch, range(file.num_record_batches))
-        else:
-            batches = iter(pa.ipc.open_stream(source, options=options))
+        reader = open_reader(source, options=options)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
-            for column in batch.columns:
-                _check_buffers(column)
+            batch.validate(full=True)  # no reader does, and a wrong offset may end the process
             for first in range(0, batch.num_rows, rows):
-                some = batch.slice(first, rows)
+                some = pa.Table.from_batches([batch.slice(first, rows)])
                 yield pa.table([cast(some[f.name], f.type) for f in schema], schema=schema)
 
 
-def _require_parquet(field: pa.Field) -> None:
-    try:
-        pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])).close()
-    except pa.ArrowNotImplementedError:
-        raise ValueError(f"column {field.name!r} holds {field.type}, unknown to Parquet") from None
-
-
-_BYTES = {
-    pa.string(): pa.binary(), pa.large_string(): pa.large_binary(),
-    pa.string_view(): pa.binary_view(),
-}  # fmt: skip
-
-
-def _check_buffers(array: Any) -> None:
-    """Check offsets of an array, as Arrow's readers do not: a wrong one may end the process.
-
-    Texts may be of any bytes; those that are not UTF-8 will cost their rows.
-    """
-    if pa.types.is_dictionary(array.type):
-        _check_buffers(array.dictionary)  # the cast checks the indices
-    else:
-        array.validate()  # or the view would read out of bounds
-        plain = array.view(_BYTES[array.type]) if array.type in _BYTES else array
-        plain.validate(full=True)
+def _require_parquet(schema: pa.Schema) -> None:
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        try:
+            pq.ParquetWriter(pa.BufferOutputStream(), pa.schema({name: kind})).close()
+        except pa.ArrowNotImplementedError:
+            raise ValueError(f"column {name!r} holds {kind}, unknown to Parquet") from None
 
 
 TEXT: dict[str, Callable[[str, Sequence[str], str], Iterator[_Record]]] = {

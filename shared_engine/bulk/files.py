@@ -26,12 +26,8 @@ from shared_engine.errors import ConfigurationError, NeMoRetrieverError, OutputE
 
 _log = logging.getLogger("shared_engine")
 
-LOCK = "run.lock"
 TEMPORARY = ".tmp"
 """Suffix of temporary files and folders; their names begin with a dot."""
-_NO_SYNC = (errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL)
-"""Errors of Windows for opening a folder, and of some file systems for syncing one; the list is
-that of PostgreSQL's `fsync_fname_ext`."""
 
 
 @contextmanager
@@ -58,7 +54,7 @@ def writing(path: str) -> Iterator[None]:
 def lock(folder: str) -> Iterator[None]:
     """Keep all other runs out of a folder while the block runs.
 
-    The lock is `flock` on the file LOCK, which names host, process and start time. The kernel
+    The lock is `flock` on the file run.lock, which names host, process and start time. The kernel
     releases it when the process ends, killed or not, so a file that a dead process left locks
     nothing. It holds between hosts on NFS, where Linux asks the server, but not on a mount with
     `nolock` or `local_lock`. On a file system without locks, a warning is logged. An object store
@@ -68,7 +64,7 @@ def lock(folder: str) -> Iterator[None]:
         ConfigurationError: another run holds the lock; names host, process and start time.
         OutputError: the folder or the file cannot be made.
     """
-    path = os.path.join(folder, LOCK)
+    path = os.path.join(folder, "run.lock")
     if is_url(folder):
         name = sha256(folder.encode()).hexdigest()[:16]
         path = str(find_cache("locks") / f"{name}.lock")
@@ -95,14 +91,10 @@ def lock(folder: str) -> Iterator[None]:
 
 
 @contextmanager
-def write_atomically(path: str, replaces: bool = True) -> Iterator[str]:
+def write_atomically(path: str) -> Iterator[str]:
     """Yield the name of a local file; when all is written, it becomes the file `path`.
 
-    Args:
-        path: the file. In a folder, the local file is next to it and is renamed; to an object
-            store, it is uploaded.
-        replaces: whether to replace a file that another process wrote to `path`, or to keep it; an
-            object is replaced.
+    In a folder, the local file is next to it and is renamed; to an object store, it is uploaded.
     """
     if is_url(path):
         with tempfile.TemporaryDirectory(prefix="nemoretriever-") as folder:
@@ -116,22 +108,10 @@ def write_atomically(path: str, replaces: bool = True) -> Iterator[str]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if replaces or not _link(temporary, path):
-            os.replace(temporary, path)
+        os.replace(temporary, path)
         _sync_folder(folder)  # or a power failure may lose the name
     finally:
         Path(temporary).unlink(missing_ok=True)
-
-
-def _link(temporary: str, path: str) -> bool:
-    """Give a file a second name, if that is free; return False where there are no links."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:  # as on some network file systems
-        return False
-    return True
 
 
 def make_folder(path: str) -> None:
@@ -177,6 +157,6 @@ def _sync_folder(path: str) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as exc:
-        if exc.errno not in _NO_SYNC:
+    except OSError as exc:  # some file systems sync no folder: the list of PostgreSQL
+        if exc.errno not in (errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL):
             raise

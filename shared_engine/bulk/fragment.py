@@ -16,7 +16,7 @@ from shared_engine.backend import Rows
 from shared_engine.bulk import files, manifest
 from shared_engine.bulk.job import Fragment, Job, take_fingerprint
 from shared_engine.bulk.manifest import Done
-from shared_engine.bulk.rows import Window, find_columns, read_windows
+from shared_engine.bulk.rows import Window, open_table, read_windows
 from shared_engine.bulk.tables import Cursors
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
@@ -62,9 +62,6 @@ def embed_fragment(  # noqa: PLR0917
     Call `manifest.open_folder` first.
 
     Args:
-        job: The job.
-        embedder: the engine.
-        fragment: the rows.
         on_rows: called after each window with the rows embedded, rows failed and tokens it added.
         on_read: called once all rows are submitted. Begin the next fragment then, and the device
             does not wait for it.
@@ -112,7 +109,10 @@ def embed_fragment(  # noqa: PLR0917
     vectors_path = os.path.join(job.out, "vectors", f"{fragment.name}.parquet")
     with ExitStack() as stack:
         cursors = cursors or stack.enter_context(closing(Cursors()))
-        size = _limit_window(find_window(job, fragment), job, fragment, cursors)
+        size = find_window(job, fragment)
+        if job.image_column is not None:  # a few at a time where they are large
+            row = open_table(job, fragment, cursors).measure_row(fragment.first, fragment.rows)
+            size = max(1, min(size, _IMAGE_BYTES // max(1, row)))
         stack.enter_context(files.writing(vectors_path))
         temporary = stack.enter_context(files.write_atomically(vectors_path))
         with open_writer(temporary, job, schema, own.dimensions, facts) as writer:
@@ -127,32 +127,26 @@ def embed_fragment(  # noqa: PLR0917
             if rows + len(failed) != fragment.rows:  # never a file with some of the rows
                 raise EngineClosedError(f"{fragment.title}: the run was stopped")
             _check_unchanged(fragment)
-            manifest.describe_engine(job, embedder)  # an object store keeps the last record
-            seconds = time.monotonic() - start
-            counts = {"rows": rows, "failed": len(failed), "tokens": own.usage}
+            manifest.describe_engine(job, embedder)  # another process may have replaced it
             writer.add_key_value_metadata(
-                {name: str(value) for name, value in {**counts, "seconds": seconds}.items()}
-                | {"source": fragment.title, "fingerprint": fragment.fingerprint}
+                {
+                    "rows": str(rows),
+                    "failed": str(len(failed)),
+                    "tokens": str(own.usage),
+                    "seconds": str(time.monotonic() - start),
+                    "source": fragment.title,
+                    "fingerprint": fragment.fingerprint,
+                }
             )
         _write_errors(job, fragment, schema, failed)
-    return Done(fragment.name, rows, len(failed), own.usage, seconds)
+    return Done(fragment.name, rows, len(failed), own.usage)
 
 
 def find_window(job: Job, fragment: Fragment) -> int:
     """Return how many rows of a fragment are embedded together, at most."""
-    has_images = {
-        "table": job.image_column is not None, "pdf": job.pdf != "text", "picture": True,
-    }  # fmt: skip
-    return IMAGE_WINDOW if has_images[fragment.kind] else WINDOW
-
-
-def _limit_window(size: int, job: Job, fragment: Fragment, cursors: Cursors) -> int:
-    """Return fewer rows where the images of a table are large."""
-    if job.image_column is None:
-        return size
-    cursor = cursors.open(fragment.table, find_columns(job, fragment))
-    row = cursor.measure_row(fragment.first, fragment.rows)
-    return max(1, min(size, _IMAGE_BYTES // max(1, row)))
+    if fragment.kind == "table":
+        return WINDOW if job.image_column is None else IMAGE_WINDOW
+    return WINDOW if fragment.kind == "pdf" and job.pdf == "text" else IMAGE_WINDOW
 
 
 def embed_windows(  # noqa: PLR0917
@@ -199,7 +193,7 @@ def open_writer(path: str, job: Job, schema: Any, width: int, facts: dict[str, s
     vector = pa.field("vector", pa.list_(pa.field("item", _VALUES[kind], False), width), False)
     return pq.ParquetWriter(
         path,
-        pa.schema([*schema, vector], {name: str(value) for name, value in facts.items()}),
+        pa.schema([*schema, vector], facts),
         compression={**dict.fromkeys(schema.names, "zstd"), "vector.list.element": "none"},
         # Parquet stores an int8 as four bytes; a dictionary of 256 entries makes it one again.
         use_dictionary=False if kind == "float" else ["vector.list.element"],
@@ -228,9 +222,8 @@ def _write_errors(job: Job, fragment: Fragment, schema: Any, rows: list[dict[str
     if not rows:
         files.remove(path)
         return
-    table = pa.Table.from_pylist(
-        sorted(rows, key=lambda row: row["index"]), schema=manifest.make_error_schema(schema)
-    )
+    errors = manifest.make_error_schema(schema.field("id").type)
+    table = pa.Table.from_pylist(sorted(rows, key=lambda row: row["index"]), schema=errors)
     with files.write_atomically(path) as temporary:
         pq.write_table(table, temporary)
 

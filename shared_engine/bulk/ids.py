@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from shared_engine.bulk.files import TEMPORARY, writing
 from shared_engine.bulk.job import Fragment, Job
-from shared_engine.bulk.rows import read_ids
-from shared_engine.bulk.tables import Cursors, reading
+from shared_engine.bulk.tables import Cursors, cast_rows, reading
 from shared_engine.bulk.urls import is_url
 from shared_engine.errors import ConfigurationError, InputError
 
@@ -78,8 +77,9 @@ def _read_ids(
                 cursor = cursors.open(fragment.table, [str(job.id_column)])
                 for table in cursor.read(first, fragment.rows, _READ):
                     with reading(fragment.title):
-                        ids, _ = read_ids(table[0], schema.field("id").type)
-                    rows = [row for row, id_ in enumerate(ids) if id_ is not None]
+                        column, _ = cast_rows(table[0], schema.field("id").type)
+                    ids = column.to_pylist()
+                    rows = [row for row, id_ in enumerate(ids) if id_ not in (None, "")]
                     yield fragment, [first + row for row in rows], [ids[row] for row in rows]
                     first += table.num_rows
             except InputError:

@@ -38,12 +38,13 @@ IMAGES_PER_FILE = 500
 """Rows with images in a fragment: each takes as long as many texts."""
 _TABLES = (".parquet", *convert.SUFFIXES)
 """Suffixes of tables."""
+_LARGE_PAGE = 1 << 28
+"""Bytes of a page of images that are worth a warning."""
 TABLES = ".tables"
 """Folder of the converted tables, in the folder of results."""
-_INFO = "dataset_info.json"
-_ABOUT_DATA = re.compile(r"dataset_(info|infos|dict)\.json")
+_INFO = re.compile(r"dataset_(info|infos|dict)\.json")
 _BESIDE_INFO = re.compile(r"state\.json|cache-.*\.arrow")
-"""Names of other files that Hugging Face's `datasets` writes into a folder of tables."""
+"""Names of the other files that Hugging Face's `datasets` writes into a folder of tables."""
 _HIDDEN = "._"
 """First characters of hidden names; Spark and Hive begin those of their own files with _."""
 
@@ -188,33 +189,16 @@ class Source(NamedTuple):
     """Paths of its images."""
 
 
-class Inputs(NamedTuple):
-    """The inputs of a job."""
-
-    fragments: list[Fragment]
-    schema: Any
-    """Names and types of the id and the kept columns; None if no file can be read."""
-    unread: list[Unread]
-
-
-def list_fragments(job: Job) -> list[Fragment]:
-    """Return the fragments of a job, the same whenever the inputs are; see `list_inputs`."""
-    return list_inputs(job).fragments
-
-
 def list_inputs(
-    job: Job, folder: str | None = None, sources: Sequence[Source] | None = None
-) -> Inputs:
-    """List the fragments of a job. Tables that are not Parquet are converted first, once.
+    job: Job, sources: Sequence[Source], folder: str
+) -> tuple[list[Fragment], Any, list[Unread]]:
+    """Return the fragments of sources, their schema, and the files that cannot be read.
 
-    Args:
-        job: The job.
-        folder: where the converted tables are; default: hidden in the folder of results.
-        sources: the result of `find_sources`, if that was called before.
+    Tables that are not Parquet are converted first, once, into `folder`. The schema has names and
+    types of the id and the kept columns; it is None if no file can be read.
 
     Raises:
-        ConfigurationError: an input does not exist, files are of several kinds, or every file that
-            can be read lacks a column.
+        ConfigurationError: every file that can be read lacks a column.
         InputError: a file cannot be read, with `job.strict` only.
         OutputError: a converted table cannot be written.
     """
@@ -222,11 +206,14 @@ def list_inputs(
     unread: list[Unread] = []
     schema: Any = None
     missing: ConfigurationError | None = None
-    for source in find_sources(job) if sources is None else sources:
+    large: list[str] = []
+    for source in sources:
         try:
-            found, kinds = _cut_source(job, source, folder or os.path.join(job.out, TABLES))
+            found, kinds, page = _cut_source(job, source, folder)
             schema = kinds if schema is None else _unify(schema, kinds)
             fragments += found
+            if page > _LARGE_PAGE:
+                large.append(source.path)
         except (InputError, ConfigurationError) as exc:
             if job.strict:
                 raise
@@ -236,7 +223,13 @@ def list_inputs(
             unread.append(Unread(os.path.relpath(source.path, source.root), None, 0, exc))
     if schema is None and missing is not None:
         raise missing
-    return Inputs(fragments, schema, unread)
+    if large:
+        _log.warning(
+            "%d files have pages of images of over %d MB, which memory must hold, the first: %s; "
+            "write them with pyarrow's write_batch_size=1, or with smaller row groups",
+            *(len(large), _LARGE_PAGE >> 20, large[0]),
+        )
+    return fragments, schema, unread
 
 
 def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
@@ -348,14 +341,14 @@ def _list_files(given: str) -> tuple[str, list[str]]:
 
 def _choose_data(files: list[str]) -> list[str]:
     """Return the files of a folder without texts and files about data."""
-    saved = {folder for folder, name in map(os.path.split, files) if name == _INFO}
-    return [
-        path
-        for path, (folder, name) in zip(files, map(os.path.split, files), strict=True)
-        if convert.find_suffix(name) != ".txt"
-        and not _ABOUT_DATA.fullmatch(name)
-        and not (folder in saved and _BESIDE_INFO.fullmatch(name))
-    ]
+    saved = {os.path.dirname(path) for path in files if path.endswith("/dataset_info.json")}
+
+    def is_data(path: str) -> bool:
+        folder, name = os.path.split(path)
+        is_beside = folder in saved and _BESIDE_INFO.fullmatch(name)
+        return not (is_beside or _INFO.fullmatch(name) or convert.find_suffix(name) == ".txt")
+
+    return list(filter(is_data, files))
 
 
 def _find_kind(path: str) -> str | None:
@@ -376,8 +369,8 @@ def _has_pages(path: str) -> bool:
         return False
 
 
-def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], Any]:
-    """Return the fragments of a source, and names and types of its id and kept columns."""
+def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], Any, int]:
+    """Return the fragments of a source, and the last two values of `_open_table`."""
     path, root, pictures = source
     title = os.path.relpath(path, root)
     is_table = not pictures and _find_kind(path) == "table"
@@ -385,37 +378,37 @@ def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], 
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
     stem = re.sub(r"[*?[]", "_", Path(path).stem[:40])
     stem += f"-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
+    mark, table, page = "", "", 0
+    names: tuple[str, ...] = ()
     if pictures:
         if not os.path.isdir(path):
             path = os.path.commonpath(list(map(os.path.dirname, pictures)))
             title = os.path.relpath(path, root)
-        names = sorted(os.path.relpath(picture, path) for picture in pictures)
-        fragments = []
-        for first in range(0, len(names), rows):
-            some = tuple(names[first : first + rows])
-            name, mark = f"{stem}-{first:012d}", take_fingerprint(path, some)
-            fragments.append(Fragment(name, path, title, first, len(some), mark, names=some))
-        return fragments, _find_page_schema(job, title)
-    mark = take_fingerprint(path)
-    table = ""
+        names = tuple(sorted(os.path.relpath(picture, path) for picture in pictures))
+        count = len(names)
+    else:
+        mark = take_fingerprint(path)
     if is_table:
-        table, count, schema = _open_table(job, path, title, f"{folder}/{stem}.parquet", rows, mark)
+        target = f"{folder}/{stem}.parquet"
+        table, count, schema, page = _open_table(job, path, title, target, rows, mark)
     else:
         schema = _find_page_schema(job, title)
-        with pages.open_pages(path, title) as found:
-            count = len(found)
-    return [
-        Fragment(
-            f"{stem}-{first:012d}", path, title, first, min(rows, count - first), mark, table=table
-        )
-        for first in range(0, count, rows)
-    ], schema
+        if not pictures:
+            with pages.open_pages(path, title) as found:
+                count = len(found)
+    fragments = []
+    for first in range(0, count, rows):
+        some = names[first : first + rows]
+        name, size = f"{stem}-{first:012d}", min(rows, count - first)
+        fingerprint = mark or take_fingerprint(path, some)
+        fragments.append(Fragment(name, path, title, first, size, fingerprint, table, some))
+    return fragments, schema, page
 
 
 def _open_table(  # noqa: PLR0917
     job: Job, path: str, title: str, target: str, rows: int, mark: str
-) -> tuple[str, int, Any]:
-    """Return the Parquet file of a table, the number of its rows, and the schema of what is kept.
+) -> tuple[str, int, Any, int]:
+    """Return the Parquet file of a table, its rows, its schema, and its largest page of images.
 
     The schema has the ids, as `id`, and the kept columns.
     """
@@ -425,29 +418,27 @@ def _open_table(  # noqa: PLR0917
     path = target if is_converted else path
     with tables.reading(title), open_parquet(path) as file:
         found, count = file.schema_arrow, file.metadata.num_rows
+        page = tables.measure_dictionary(file.metadata, job.image_column)
     tables.require_columns(wanted, found.names, title)
     for name in job.text_columns:
         tables.require_texts(found.field(name).type, name, title)
     kind = pa.string()
     if job.id_column is not None:
         kind = tables.find_id_type(found.field(job.id_column).type, job.id_column, title)
-    kinds = [
-        pa.type_for_alias(job.types[name])
-        if name in job.types
-        else pa.string()
-        if name in given
-        else tables.simplify(found.field(name).type)
-        for name in job.kept_columns
-    ]
-    return path, count, pa.schema(list(zip(("id", *job.kept_columns), (kind, *kinds), strict=True)))
+    kinds = {"id": kind}
+    for name in job.kept_columns:
+        kinds[name] = pa.string() if name in given else tables.simplify(found.field(name).type)
+    kinds |= {name: pa.type_for_alias(alias) for name, alias in job.types.items()}
+    return path, count, pa.schema(kinds), page
 
 
 def _find_page_schema(job: Job, title: str) -> Any:
-    if job.types:
-        raise ConfigurationError("types: only columns of tables have types to choose")
+    for name in ("text_column", "image_column", "id_column", "types", "delimiter"):
+        if getattr(job, name):
+            raise ConfigurationError(f"{name}: only for tables; images and PDFs have no columns")
     kinds = {"path": pa.string(), "page": pa.int32()}
     tables.require_columns(job.kept_columns, tuple(kinds), title)
-    return pa.schema([("id", pa.string()), *((name, kinds[name]) for name in job.kept_columns)])
+    return pa.schema({"id": pa.string()} | {name: kinds[name] for name in job.kept_columns})
 
 
 def _unify(first: Any, second: Any) -> Any:

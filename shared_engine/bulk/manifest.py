@@ -19,9 +19,8 @@ import base64
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +46,10 @@ _OPTIONS = (
     "max_tiles",
 )  # fmt: skip
 """Options that change the vectors and are known without an engine."""
+_OF_A_RUN = ("out", "options", "text_column", "strict", "trust_sizes")
+"""Fields of a job that its runs need not share, or that are compared in another form."""
 _COUNTS = ("rows", "failed", "tokens")
 """Counts in the metadata of a file of vectors."""
-_OF_JOB = (
-    "inputs", "role", "text_columns", "image_column", "id_column", "columns", "rows_per_file",
-    "delimiter", "types", "pdf",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,6 @@ class Done:
     """Rows in the file of errors."""
     tokens: int
     """Tokens embedded; 0 if a NIM does not report them."""
-    seconds: float
 
 
 def open_folder(job: Job) -> None:
@@ -96,8 +92,10 @@ def record_schema(job: Job, schema: Any) -> Any:
 
 def _describe_job(job: Job) -> dict[str, Any]:
     """Return the settings that all runs of a job share."""
-    settings: dict[str, Any] = {name: getattr(job.options, name) for name in _OPTIONS}
-    settings |= {name: getattr(job, name) for name in _OF_JOB}
+    settings = {name: getattr(job.options, name) for name in _OPTIONS} | vars(job)
+    settings["text_columns"] = job.text_columns
+    for name in _OF_A_RUN:
+        del settings[name]
     found: dict[str, Any] = json.loads(json.dumps(settings))  # lists for tuples
     return found
 
@@ -110,12 +108,6 @@ def remove_leftovers(job: Job) -> None:
         for pattern in (".*", "vectors/.*", "errors/.*", f"{TABLES}/.*"):
             for path in Path(job.out).glob(pattern + files.TEMPORARY):
                 files.remove(str(path))
-
-
-def remove_tables(job: Job) -> None:
-    """Remove the converted tables; a file that another node still has open may stay, as on NFS."""
-    with suppress(OSError):
-        files.remove(os.path.join(job.out, TABLES))
 
 
 def read_schema(job: Job) -> Any:
@@ -156,10 +148,13 @@ def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
 
 
 def _agree(job: Job, name: str, settings: dict[str, Any], **more: str) -> None:
-    """Write a record of settings if there is none yet, and compare with the one that is there."""
+    """Write a record of settings if there is none yet, and compare with the one that is there.
+
+    Of processes that write it together, the last one wins: call it again before results appear.
+    """
     path = os.path.join(job.out, name)
     if (found := _read_record(job, name)) is None:
-        with files.writing(path), files.write_atomically(path, replaces=False) as temporary:
+        with files.writing(path), files.write_atomically(path) as temporary:
             record = {**settings, "version": __version__, **more}
             Path(temporary).write_text(json.dumps(record, indent=1), encoding="utf-8")
         found = _read_record(job, name) or {}
@@ -173,11 +168,7 @@ def _agree(job: Job, name: str, settings: dict[str, Any], **more: str) -> None:
 
 
 def _read_record(job: Job, name: str) -> dict[str, Any] | None:
-    """Return a record that `_agree` wrote; None if there is none.
-
-    Raises:
-        ConfigurationError: the file is damaged.
-    """
+    """Return a record that `_agree` wrote; None if there is none."""
     with files.writing(job.out):
         content = files.read_bytes(os.path.join(job.out, name))
     if content is None:
@@ -230,9 +221,7 @@ def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
                     f"{fragment.source} {how} since its rows were embedded; restore it, or "
                     f"remove {folder}/{fragment.name[:-12]}*.parquet to embed it again{same}"
                 )
-            rows, failed, tokens = (int(footer[name]) for name in _COUNTS)
-            seconds = float(footer["seconds"])
-            done[fragment.name] = Done(fragment.name, rows, failed, tokens, seconds)
+            done[fragment.name] = Done(fragment.name, *(int(footer[name]) for name in _COUNTS))
     return done
 
 
@@ -241,7 +230,7 @@ def _read_footer(job: Job, name: str) -> dict[str, str] | None:
     try:
         with open_parquet(path) as file:
             found = file.metadata.metadata
-        footer = {key: found[key.encode()].decode() for key in (*_COUNTS, "seconds", "fingerprint")}
+        footer = {key: found[key.encode()].decode() for key in (*_COUNTS, "fingerprint")}
         if int(footer["failed"]):
             path = os.path.join(job.out, "errors", f"{name}.parquet")
             if (count := _read_errors(path).num_rows) != int(footer["failed"]):
@@ -255,15 +244,13 @@ def _read_footer(job: Job, name: str) -> dict[str, str] | None:
 def _read_errors(path: str) -> Any:
     with open_parquet(path) as file:
         table = file.read()
-    return table.select(make_error_schema(pa.schema([("id", table["id"].type)])).names)
+    return table.select(make_error_schema(pa.string()).names)
 
 
-def make_error_schema(schema: Any) -> Any:
-    """Return the columns of the files of errors, for the schema of a job."""
-    return pa.schema([
-        schema.field("id"), ("reason", pa.string()), ("kind", pa.string()), ("source", pa.string()),
-        ("index", pa.int64()),
-    ])  # fmt: skip
+def make_error_schema(id_type: pa.DataType) -> pa.Schema:
+    """Return the columns of the files of errors."""
+    texts = dict.fromkeys(("reason", "kind", "source"), pa.string())
+    return pa.schema({"id": id_type, **texts, "index": pa.int64()})
 
 
 def make_error_row(source: str, index: int | None, id_: Any, error: Exception) -> dict[str, Any]:
@@ -288,7 +275,7 @@ def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
             files.remove(path)
             return 0
         rows = 0
-        schema = make_error_schema(pa.schema([("id", pa.string())]))
+        schema = make_error_schema(pa.string())
         if parts:
             with open_parquet(parts[0]) as file:
                 schema = file.schema_arrow
@@ -303,11 +290,3 @@ def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
             lost = [make_error_row(each.title, each.first, None, each.error) for each in unread]
             writer.write_table(pa.Table.from_pylist(lost, schema=schema))
     return rows
-
-
-def sum_done(done: Iterable[Done]) -> tuple[int, int, int]:
-    """Return rows, failed rows and tokens of some fragments."""
-    rows = failed = tokens = 0
-    for each in done:
-        rows, failed, tokens = rows + each.rows, failed + each.failed, tokens + each.tokens
-    return rows, failed, tokens

@@ -7,14 +7,13 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared_engine.bulk.fragment import IMAGE_WINDOW, WINDOW, check_errors, find_window
+from shared_engine.bulk.fragment import WINDOW, check_errors, find_window
 from shared_engine.bulk.job import Job, Unread
-from shared_engine.bulk.rows import Window, find_columns, read_windows
+from shared_engine.bulk.rows import open_table, read_windows
 from shared_engine.bulk.run import Work
 from shared_engine.bulk.tables import Cursors
 from shared_engine.catalogue import lookup
@@ -58,11 +57,15 @@ class Plan:
     @property
     def heading(self) -> str:
         """Rows, tokens and time in one line."""
-        time_ = f", about {_name_time(self.seconds)}" if self.rows_per_second else ""
-        tokens = f", about {self.missing * self.tokens_per_row:,.0f} tokens" * bool(
-            self.tokens_per_row
-        )
-        return f"{self.missing:,} of {self.rows:,} rows to embed{tokens}{time_}"
+        text = f"{self.missing:,} of {self.rows:,} rows to embed"
+        if self.tokens_per_row:
+            text += f", about {self.missing * self.tokens_per_row:,.0f} tokens"
+        if self.rows_per_second:
+            minutes = self.seconds / 60
+            text += (
+                f", about {minutes / 60:,.1f} h" if minutes >= 60 else f", about {minutes:.1f} min"
+            )
+        return text
 
     def count_bytes(self, dimensions: int, bits: int) -> int:
         """Return the bytes of all files of vectors."""
@@ -87,11 +90,7 @@ class Plan:
 
 
 def plan(
-    job: Job,
-    embedder: Embedder,
-    work: Work,
-    seconds: float = 10.0,
-    most: float = 1.0,
+    job: Job, embedder: Embedder, work: Work, seconds: float = 10.0, most: float = 1.0
 ) -> Plan:
     """Return an estimate of the cost of a job with this engine; nothing is written to its folder.
 
@@ -99,9 +98,6 @@ def plan(
     replaced by one that can be read sooner: a group sorted by length misleads it.
 
     Args:
-        job: The job.
-        embedder: the engine that will do it.
-        work: Its unfinished work.
         seconds: how long to measure, about, once the model is loaded.
         most: the largest part of the missing rows that the measurement may embed.
 
@@ -116,18 +112,21 @@ def plan(
     widths = tuple(sorted({*shorter, full, embedder.dimensions}))
     tokens = rate = kept_bytes = 0.0
     if missing:
-        sample = _draw(job, work, random.Random(0))
-        tokens, rate = _measure(job, embedder, sample, seconds, int(missing * most))
-        kept_bytes = _measure_kept(sample)
+        size = find_window(job, work.missing[0])
+        documents, kept = _draw(job, work, size)
+        if documents:
+            most_rows = int(missing * most)
+            tokens, rate = _measure(job, embedder, documents, size, seconds, most_rows)
+            kept_bytes = _measure_kept(kept) / len(documents)
     return Plan(count, missing, tokens, rate, kept_bytes, widths, work.unread)
 
 
-def _draw(job: Job, work: Work, dice: random.Random) -> Window:
-    """Return rows from all over the missing fragments, in random order."""
-    size = find_window(job, work.missing[0])
+def _draw(job: Job, work: Work, size: int) -> tuple[list[str | EmbeddingInput], list[pa.Table]]:
+    """Return documents from all over the missing fragments, in random order, and what is kept."""
+    dice = random.Random(0)
     rows = 2 * size // _PLACES
     weights = [fragment.rows for fragment in work.missing]
-    kept: list[Any] = []
+    kept: list[pa.Table] = []
     documents: list[str | EmbeddingInput] = []
     with closing(Cursors()) as cursors:
         for number in sorted(dice.choices(range(len(weights)), weights, k=_PLACES)):
@@ -139,37 +138,39 @@ def _draw(job: Job, work: Work, dice: random.Random) -> Window:
             )  # fmt: skip
             try:
                 if fragment.kind == "table":
-                    cursor = cursors.open(fragment.table, find_columns(job, fragment))
+                    cursor = open_table(job, fragment, cursors)
                     part = replace(part, first=cursor.limit_seek(part.first, _SEEK_BYTES))
                 for window in read_windows(job, part, work.schema, size, cursors):
                     kept.append(window.kept)
                     documents += window.documents
             except InputError:  # the run will report it
                 continue
-    order = list(range(len(documents)))
-    dice.shuffle(order)
-    table = pa.concat_tables(kept).take(order) if order else pa.table({})
-    return Window(table, [documents[row] for row in order], [])
+    dice.shuffle(documents)
+    return documents, kept
 
 
-def _measure(
-    job: Job, embedder: Embedder, sample: Window, seconds: float, most: int
+def _measure(  # noqa: PLR0917
+    job: Job,
+    embedder: Embedder,
+    documents: list[str | EmbeddingInput],
+    size: int,
+    seconds: float,
+    most: int,
 ) -> tuple[float, float]:
     """Return tokens per row and rows per second.
 
     Each pass embeds four times the rows of the pass before, until one takes a quarter of the time.
     """
     own = embedder.with_options(show_progress=False, embedding_type="float")
-    largest = IMAGE_WINDOW if any(map(_has_image, sample.documents)) else WINDOW
-    count = _FIRST_PASS * largest // WINDOW or 1
+    count = _FIRST_PASS * size // WINDOW or 1
     done, tokens, rate = 0, 0.0, 0.0
-    if sample.documents and count <= most:
+    if count <= most:
         own.embed(["warm up"], job.role)
-    while sample.documents and done + count <= most:
+    while done + count <= most:
         used, start = own.usage, time.monotonic()
-        documents = islice(cycle(sample.documents), count)
-        window = max(1, min(largest, count // 4))
-        for rows in own.stream(documents, job.role, window, errors="return"):
+        some = islice(cycle(documents), count)
+        window = max(1, min(size, count // 4))
+        for rows in own.stream(some, job.role, window, errors="return"):
             check_errors(rows)
         took = time.monotonic() - start
         done += count
@@ -180,22 +181,9 @@ def _measure(
     return tokens, rate
 
 
-def _has_image(document: str | EmbeddingInput) -> bool:
-    return isinstance(document, EmbeddingInput) and document.image is not None
-
-
-def _measure_kept(sample: Window) -> float:
-    """Return the bytes per row of ids and kept columns in a file."""
-    if not sample.documents:
-        return 0.0
+def _measure_kept(tables: list[pa.Table]) -> int:
+    """Return the bytes of ids and kept columns in a file."""
+    table = pa.concat_tables(tables)
     out = pa.BufferOutputStream()
-    pq.write_table(sample.kept.select(range(1, sample.kept.num_columns)), out, compression="zstd")
-    return float(out.tell()) / len(sample.documents)
-
-
-def _name_time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    pq.write_table(table.select(range(1, table.num_columns)), out, compression="zstd")
+    return int(out.tell())

@@ -11,18 +11,9 @@ import pyarrow as pa
 
 from shared_engine.bulk.convert import REASON, TEXT, find_suffix
 from shared_engine.bulk.job import Fragment, Job
-from shared_engine.bulk.tables import Cursors, cast_rows, read_texts, reading, simplify
+from shared_engine.bulk.tables import Cursor, Cursors, cast_rows, reading, simplify
 from shared_engine.documents import EmbeddingInput, join_title
 from shared_engine.errors import PageError
-
-
-class Refused(NamedTuple):
-    """A row that cannot be embedded."""
-
-    number: int
-    """Position in the source, from 0."""
-    id: Any
-    reason: str
 
 
 class Window(NamedTuple):
@@ -32,20 +23,17 @@ class Window(NamedTuple):
     """A table of the rows to embed: their numbers in the source, ids, columns to keep."""
     documents: list[str | EmbeddingInput]
     """The documents of these rows."""
-    refused: list[Refused]
-    """The other rows."""
+    refused: list[tuple[int, Any, str]]
+    """The other rows: number in the source, id, and the reason."""
 
 
 def read_windows(
     job: Job, fragment: Fragment, schema: Any, size: int, cursors: Cursors
 ) -> Iterator[Window]:
-    """Yield the rows of a fragment, `size` at a time but for the last.
+    """Yield the rows of a fragment, at most `size` at a time.
 
     Args:
-        job: the job of the fragment.
-        fragment: The fragment.
         schema: names and types of the id and the kept columns.
-        size: rows of a window.
         cursors: holds the file open for the fragment that follows.
 
     Raises:
@@ -56,7 +44,7 @@ def read_windows(
         while some := list(islice(pages, size)):
             yield _from_pages(schema, some)
         return
-    cursor = cursors.open(fragment.table, find_columns(job, fragment))
+    cursor = open_table(job, fragment, cursors)
     first = fragment.first
     for table in cursor.read(first, fragment.rows, size):
         with reading(f"{fragment.title}, rows {first:,} to {first + table.num_rows - 1:,},"):
@@ -65,70 +53,65 @@ def read_windows(
         first += table.num_rows
 
 
-def find_columns(job: Job, fragment: Fragment) -> list[str]:
-    """Return the columns to read of a fragment's table."""
+def open_table(job: Job, fragment: Fragment, cursors: Cursors) -> Cursor:
+    """Return a cursor of the columns to read of a fragment's table.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    wanted, _ = job.find_columns(fragment.title)
     is_text = find_suffix(fragment.source) in TEXT
-    return [*job.find_columns(fragment.title)[0], *([REASON] if is_text else [])]
+    return cursors.open(fragment.table, [*wanted, REASON] if is_text else wanted)
 
 
 def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: int) -> Window:
-    count = table.num_rows
-    nothing: list[Any] = [None] * count
-    image = job.image_column
     reasons: dict[int, str] = {}
     if REASON in table.column_names:
-        reasons |= {row: why for row, why in enumerate(table[REASON].to_pylist()) if why}
+        reasons = {row: why for row, why in enumerate(table[REASON].to_pylist()) if why}
+
+    def read(name: str, kind: pa.DataType) -> pa.ChunkedArray:
+        """Return a column as this type; rows whose value is not of it get a reason."""
+        values, wrong = cast_rows(table[name], kind)
+        for row, why in wrong.items():
+            reasons.setdefault(row, f"column {name!r} {why}")
+        return values
+
+    count = table.num_rows
     ids: list[Any] = [f"{fragment.title}:{first + row}" for row in range(count)]
     if job.id_column is not None:
-        ids, wrong = read_ids(table[job.id_column], schema.field("id").type)
-        reasons = {row: f"column {job.id_column!r} {why}" for row, why in wrong.items()} | reasons
-        for row in (row for row, id_ in enumerate(ids) if id_ is None):
-            reasons.setdefault(row, f"has no id in column {job.id_column}")
+        ids = read(job.id_column, schema.field("id").type).to_pylist()
+        for row, id_ in enumerate(ids):
+            if id_ in (None, ""):
+                ids[row] = None
+                reasons.setdefault(row, f"has no id in column {job.id_column}")
     texts: list[str | None] | None = None
     for name in job.text_columns:
-        found, wrong = read_texts(table[name])
-        reasons = {row: f"column {name!r} {why}" for row, why in wrong.items()} | reasons
+        found = read(name, pa.string()).to_pylist()
         texts = found if texts is None else list(map(join_title, texts, found))
-    images = nothing
-    if image is not None and simplify(table[image].type) == pa.string():
-        images, wrong = read_texts(table[image])
-        reasons = {row: f"column {image!r} {why}" for row, why in wrong.items()} | reasons
-    elif image is not None:
-        images = table[image].to_pylist()
-    _, given = job.find_columns(fragment.title)
-    columns: dict[str, Any] = {}
-    for name, kind in zip(schema.names[1:], schema.types[1:], strict=True):
-        if name in given:
-            columns[name] = pa.array([given[name]] * count, pa.string()).cast(kind)
-        else:
-            columns[name], wrong = cast_rows(table[name], kind)
-            reasons = {row: f"column {name!r} {why}" for row, why in wrong.items()} | reasons
+    images = None
+    if (image := job.image_column) is not None:
+        is_text = simplify(table[image].type) == pa.string()
+        images = (read(image, pa.string()) if is_text else table[image]).to_pylist()
+    for name, value in job.find_columns(fragment.title)[1].items():
+        table = table.append_column(name, pa.array([value] * count, pa.string()))
+    columns = [read(field.name, field.type) for field in list(schema)[1:]]
     documents: list[str | EmbeddingInput] = []
     good: list[int] = []
-    for row, (words, picture) in enumerate(zip(texts or nothing, images, strict=True)):
-        document = _make_document(words, picture, os.path.dirname(fragment.source))
+    nothing = [None] * count
+    for row, (text, picture) in enumerate(zip(texts or nothing, images or nothing, strict=True)):
+        document = _make_document(text, picture, os.path.dirname(fragment.source))
         if document is None:
             reasons.setdefault(row, "has no text" if image is None else "has no text and no image")
         elif row not in reasons:
             documents.append(document)
             good.append(row)
-    positions = pa.array(good, pa.int64())
     kept = [
         pa.array([first + row for row in good], pa.int64()),
         pa.array([ids[row] for row in good], schema.field("id").type),
-        *(column.take(positions) for column in columns.values()),
+        *(column.take(pa.array(good, pa.int64())) for column in columns),
     ]
-    refused = [Refused(first + row, ids[row], reasons[row]) for row in sorted(reasons)]
+    refused = [(first + row, ids[row], reasons[row]) for row in sorted(reasons)]
     return Window(pa.table(kept, names=["", *schema.names]), documents, refused)
-
-
-def read_ids(column: Any, kind: Any) -> tuple[list[Any], dict[int, str]]:
-    """Return the ids of a column as integers or texts, None for empty ones; see `read_texts`."""
-    if pa.types.is_integer(kind):
-        numbers, reasons = cast_rows(column, kind)
-        return numbers.to_pylist(), reasons
-    texts, reasons = read_texts(column)
-    return [text or None for text in texts], reasons
 
 
 def _make_document(text: str | None, image: Any, folder: str) -> str | EmbeddingInput | None:
@@ -146,23 +129,15 @@ def _make_document(text: str | None, image: Any, folder: str) -> str | Embedding
     return EmbeddingInput(text, image)
 
 
-class _Page(NamedTuple):
-    """A page or an image, with the columns that can be kept."""
-
-    number: int
-    """Position in the source, from 0."""
-    id: str
-    path: str
-    page: int
-    document: EmbeddingInput | str
-    """The input, or the reason why there is none."""
-
-
-def _read_pages(job: Job, fragment: Fragment, cursors: Cursors) -> Iterator[_Page]:
+def _read_pages(
+    job: Job, fragment: Fragment, cursors: Cursors
+) -> Iterator[tuple[dict[str, Any], EmbeddingInput | str]]:
+    """Yield the columns of each page or image, and its input or the reason why there is none."""
     for number, name in enumerate(fragment.names, fragment.first):
         path = os.path.join(fragment.source, name)
         id_ = os.path.normpath(os.path.join(fragment.title, name))
-        yield _Page(number, id_, path, 1, EmbeddingInput(image=path))
+        row = {"": number, "id": id_, "path": path, "page": 1}
+        yield row, EmbeddingInput(image=path)
     if fragment.names:
         return
     layer = job.pdf if fragment.kind == "pdf" else "picture"
@@ -178,18 +153,20 @@ def _read_pages(job: Job, fragment: Fragment, cursors: Cursors) -> Iterator[_Pag
         except PageError as exc:
             document = str(exc)
         id_ = f"{fragment.title}#page={place.page}{part}"
-        yield _Page(number, id_, fragment.source, place.page, document)
+        yield {"": number, "id": id_, "path": fragment.source, "page": place.page}, document
 
 
-def _from_pages(schema: Any, pages: Sequence[_Page]) -> Window:
+def _from_pages(
+    schema: Any, pages: Sequence[tuple[dict[str, Any], EmbeddingInput | str]]
+) -> Window:
     documents: list[str | EmbeddingInput] = []
-    refused: list[Refused] = []
+    refused: list[tuple[int, Any, str]] = []
     kept: list[dict[str, Any]] = []
-    for page in pages:
-        if isinstance(page.document, str):
-            refused.append(Refused(page.number, page.id, page.document))
+    for row, document in pages:
+        if isinstance(document, str):
+            refused.append((row[""], row["id"], document))
         else:
-            documents.append(page.document)
-            kept.append({"": page.number, **page._asdict()})
+            documents.append(document)
+            kept.append(row)
     fields = pa.schema([pa.field("", pa.int64()), *schema])
     return Window(pa.Table.from_pylist(kept, schema=fields), documents, refused)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
@@ -17,7 +18,7 @@ from shared_engine.backend import Rows
 from shared_engine.bulk import files, manifest
 from shared_engine.bulk.fragment import embed_fragment
 from shared_engine.bulk.ids import check_ids
-from shared_engine.bulk.job import Fragment, Job, Source, Unread, find_sources, list_inputs
+from shared_engine.bulk.job import TABLES, Fragment, Job, Source, Unread, find_sources, list_inputs
 from shared_engine.bulk.manifest import Done
 from shared_engine.bulk.tables import Cursors
 from shared_engine.embedder import Embedder
@@ -89,9 +90,11 @@ def find_work(job: Job, folder: str | None = None, sources: Sequence[Source] | N
         sources: the result of `find_sources`, if that was called before.
 
     Raises:
-        ConfigurationError: a source changed; see also `list_inputs`.
+        ConfigurationError: a source changed; see also `find_sources` and `list_inputs`.
     """
-    fragments, schema, unread = list_inputs(job, folder, sources)
+    sources = find_sources(job) if sources is None else sources
+    folder = folder or os.path.join(job.out, TABLES)
+    fragments, schema, unread = list_inputs(job, sources, folder)
     done = manifest.find_done(job, fragments)
     missing = [each for each in fragments if each.name not in done]
     return Work(fragments, missing, done, schema, tuple(unread))
@@ -121,14 +124,22 @@ def finish(
     job: Job, work: Work, done: Sequence[Done], unread: Sequence[Unread], seconds: float
 ) -> Summary:
     """Merge the errors of a job and return the counts of a run."""
-    rows, _, tokens = manifest.sum_done(done)
-    skipped, failed_before, _ = manifest.sum_done(work.done.values())
+    before = work.done.values()
     lost = (*work.unread, *unread)
     manifest.remove_leftovers(job)  # of workers of a cluster that died
     failed = manifest.merge_errors(job, lost)
     if not lost and len(done) == len(work.missing):
-        manifest.remove_tables(job)
-    return Summary(rows, failed, skipped, tokens, seconds, lost, failed_before)
+        with suppress(OSError):  # a file that another node still has open may stay, as on NFS
+            files.remove(os.path.join(job.out, TABLES))
+    return Summary(
+        rows=sum(each.rows for each in done),
+        failed=failed,
+        skipped=sum(each.rows for each in before),
+        tokens=sum(each.tokens for each in done),
+        seconds=seconds,
+        unread=lost,
+        failed_before=sum(each.failed for each in before),
+    )
 
 
 def run_local(
@@ -140,9 +151,7 @@ def run_local(
     """Embed the unfinished fragments of a job on this machine.
 
     Args:
-        job: The job.
         embedder: the engine; None makes one of the job's options and closes it.
-        show_progress: whether to show a progress bar.
         on_begin: Called with the result of `begin`, before any row is embedded.
 
     Returns:
@@ -227,35 +236,28 @@ class _Running:
             raise _StoppedError
 
     def _embed(self, fragment: Fragment) -> None:
-        is_read = threading.Event()
-
-        def pass_on() -> None:
-            if not is_read.is_set():
-                is_read.set()
-                self._turn.release()
-
-        try:
-            done = embed_fragment(
-                self._job,
-                self._embedder,
-                fragment,
-                on_rows=self._advance,
-                on_read=pass_on,
-                cursors=self._cursors,
-                on_stream=self._watch,
-            )
-            self.done.append(done)
-        except InputError as exc:
-            if self._job.strict:
+        with ExitStack() as turn:
+            turn.callback(self._turn.release)
+            try:
+                done = embed_fragment(
+                    self._job,
+                    self._embedder,
+                    fragment,
+                    on_rows=self._advance,
+                    on_read=turn.close,
+                    cursors=self._cursors,
+                    on_stream=self._watch,
+                )
+                self.done.append(done)
+            except InputError as exc:
+                if self._job.strict:
+                    self._stop(exc)
+                else:
+                    self.unread.append(Unread(fragment.title, fragment.first, fragment.rows, exc))
+            except _StoppedError:
+                pass
+            except BaseException as exc:
                 self._stop(exc)
-            else:
-                self.unread.append(Unread(fragment.title, fragment.first, fragment.rows, exc))
-        except _StoppedError:
-            pass
-        except BaseException as exc:
-            self._stop(exc)
-        finally:
-            pass_on()
 
     def _advance(self, rows: int, failed: int, tokens: int) -> None:
         if self._failure is not None:

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,25 +51,18 @@ _SAME_VALUES = {
 }  # fmt: skip
 
 
-def simplify(kind: pa.DataType, is_flat: bool = True) -> pa.DataType:  # noqa: PLR0911
+def simplify(kind: pa.DataType) -> pa.DataType:  # noqa: PLR0911
     """Return the type to keep values of a type as: without views, dictionaries, long offsets.
-
-    Args:
-        kind: the type.
-        is_flat: whether the values of dictionaries replace them.
 
     >>> simplify(pa.dictionary(pa.int8(), pa.large_string()))
     DataType(string)
     """
 
     def inner(field: pa.Field) -> pa.Field:
-        return field.with_type(simplify(field.type, is_flat))
+        return field.with_type(simplify(field.type))
 
     if pa.types.is_dictionary(kind):
-        values = simplify(kind.value_type, is_flat)
-        return values if is_flat else pa.dictionary(kind.index_type, values, kind.ordered)
-    if kind in _SAME_VALUES:
-        return _SAME_VALUES[kind]
+        return simplify(kind.value_type)
     if isinstance(kind, pa.JsonType):
         return simplify(kind.storage_type)
     if pa.types.is_list(kind):
@@ -82,15 +75,17 @@ def simplify(kind: pa.DataType, is_flat: bool = True) -> pa.DataType:  # noqa: P
         return pa.large_list(inner(kind.value_field))
     if pa.types.is_struct(kind):
         return pa.struct([inner(field) for field in kind])
-    return kind
+    return _SAME_VALUES.get(kind, kind)
 
 
-def cast(values: Any, kind: pa.DataType) -> Any:
-    """Return an array or a chunked array as another type.
-
-    In two steps, as Arrow has no cast of a dictionary of views, which Polars writes.
-    """
-    return values.cast(simplify(values.type, is_flat=False)).cast(kind)
+def cast(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Return values as another type."""
+    flat = simplify(values.type)
+    try:
+        values = values.cast(flat)
+    except pa.ArrowNotImplementedError:  # a dictionary of views, which Polars writes
+        values = pa.chunked_array([values.to_pylist()], flat)
+    return values.cast(kind)
 
 
 def find_id_type(kind: pa.DataType, name: str, title: str) -> pa.DataType:
@@ -102,7 +97,8 @@ def find_id_type(kind: pa.DataType, name: str, title: str) -> pa.DataType:
     kind = simplify(kind)
     if pa.types.is_integer(kind):
         return pa.uint64() if kind == pa.uint64() else pa.int64()
-    if kind in (pa.string(), pa.null()) or pa.types.is_decimal(kind) or _is_uuid(kind):
+    is_text = kind in (pa.string(), pa.null()) or isinstance(kind, pa.UuidType)
+    if is_text or pa.types.is_decimal(kind):
         return pa.string()
     raise ConfigurationError(
         f"{title}: column {name!r} holds {kind}; expected ids: integers, texts, UUIDs or decimals"
@@ -114,11 +110,9 @@ def unify(first: pa.DataType, second: pa.DataType) -> pa.DataType:
     if first == second:
         return first
     kinds = (first, second)
-    is_decimal = list(map(pa.types.is_decimal, kinds))
-    if any(is_decimal) and not all(is_decimal) and pa.null() not in kinds:
+    is_one_decimal = sum(map(pa.types.is_decimal, kinds)) == 1 and pa.null() not in kinds
+    if is_one_decimal or (pa.uint64() in kinds and any(map(pa.types.is_signed_integer, kinds))):
         return pa.string()  # Arrow would make them floats, or decimals of too few digits
-    if pa.uint64() in kinds and any(map(pa.types.is_signed_integer, kinds)):
-        return pa.string()
     schemas = [pa.schema([("value", kind)]) for kind in kinds]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive").field("value").type
@@ -133,37 +127,15 @@ def require_texts(kind: pa.DataType, name: str, title: str) -> None:
         InputError: its type has no texts.
     """
     try:
-        cast(pa.nulls(0, kind), pa.string())
+        pa.nulls(0, simplify(kind)).cast(pa.string())
     except pa.ArrowNotImplementedError:
         raise InputError(f"{title}: column {name!r} holds {kind}; expected texts") from None
-
-
-def read_texts(column: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str]]:
-    """Return the texts of a column, and the reasons of rows that hold none.
-
-    Numbers, decimals and UUIDs are texts too; bytes are if they are UTF-8.
-    """
-    if _is_uuid(column.type):
-        return [None if each is None else str(each) for each in column.to_pylist()], {}
-    try:
-        return cast(column, pa.string()).to_pylist(), {}
-    except (pa.ArrowInvalid, UnicodeDecodeError):
-        pass
-    texts: list[str | None] = []
-    reasons: dict[int, str] = {}
-    for row, data in enumerate(cast(column, pa.binary()).to_pylist()):
-        try:
-            texts.append(None if data is None else data.decode())
-        except UnicodeDecodeError as exc:
-            texts.append(None)
-            reasons[row] = f"holds bytes that are not UTF-8: {exc}"
-    return texts, reasons
 
 
 def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, dict[int, str]]:
     """Return a column as another type, and the reasons of rows with values that it cannot hold.
 
-    Lists, structs and maps become JSON where the type is a text. Texts must be UTF-8.
+    Every value has a text: UUIDs, lists, structs and maps, which become JSON, and bytes in UTF-8.
     """
     try:
         return _cast_checked(column, kind), {}
@@ -176,31 +148,43 @@ def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArr
             parts += _cast_checked(column.take([row]), kind).chunks  # a slice has all children
         except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
             parts.append(pa.nulls(1, kind))
-            reasons[row] = f"holds a value that is no {kind}: {exc}"
+            why = "it is not UTF-8" if kind == pa.string() else exc
+            reasons[row] = f"holds a value that is no {kind}: {why}"
     return pa.chunked_array(parts), reasons
 
 
 def _cast_checked(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    try:
-        found = cast(column, kind)
-    except pa.ArrowNotImplementedError:
-        if kind != pa.string():
-            raise
-        texts = [value if value is None else _to_json(value) for value in column.to_pylist()]
+    has_no_cast = pa.types.is_nested(column.type) or isinstance(column.type, pa.UuidType)
+    if has_no_cast and kind == pa.string():
+        texts = [None if value is None else _to_text(value) for value in column.to_pylist()]
         found = pa.chunked_array([texts], kind)
+    else:
+        found = cast(column, kind)
     found.validate(full=True)  # also the bytes of texts in lists and structs
     return found
 
 
-def _to_json(value: object) -> str:
+def _to_text(value: object) -> str:
+    if isinstance(value, UUID):
+        return str(value)
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
-def _is_uuid(kind: pa.DataType) -> bool:
-    return isinstance(kind, pa.UuidType)
-
-
 # Rows
+
+
+def find_chunks(group: pq.RowGroupMetaData, columns: Sequence[str]) -> list[pq.ColumnChunkMetaData]:
+    """Return what the footer has of some columns in a row group."""
+    chunks = map(group.column, range(group.num_columns))
+    return [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+
+
+def measure_dictionary(footer: pq.FileMetaData, column: str | None) -> int:
+    """Return the bytes of the largest dictionary page; a footer has no sizes of other pages."""
+    groups = map(footer.row_group, range(footer.num_row_groups if column else 0))
+    chunks = (chunk for group in groups for chunk in find_chunks(group, [str(column)]))
+    sizes = [c.data_page_offset - c.dictionary_page_offset for c in chunks if c.has_dictionary_page]
+    return max(sizes, default=0)
 
 
 class Cursor:
@@ -218,18 +202,19 @@ class Cursor:
         ]
         self._starts: list[int] = [0, *accumulate(group.num_rows for group in self._groups)]
         self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._held: pa.Table | None = None
+        self._held = pa.table({})
+        """Rows of the last batch that were not returned yet."""
         self._at = -1
-        """Row of the first row of `_held`, or else of the next batch."""
+        """Number of the row that follows."""
 
     def read(self, first: int, rows: int, size: int) -> Iterator[pa.Table]:
-        """Yield rows in tables of `size` rows, but for the last."""
+        """Yield rows in tables of at most `size` rows; each is of one row group."""
         end = first + rows
         with reading(f"{self.path}, rows {first:,} to {end - 1:,},"):
             try:
                 self._seek(first, size)
                 while self._at < end:
-                    yield self._take(min(size, end - self._at)).select(self.columns)
+                    yield self._take(min(size, end - self._at))
             except Exception:
                 self._at = -1  # the next read opens its row group anew
                 raise
@@ -237,26 +222,24 @@ class Cursor:
     def limit_seek(self, row: int, cost: int) -> int:
         """Return a row of the same row group that a seek reaches for about `cost` bytes at most."""
         number = self._find_group(row)
-        size = sum(column.total_compressed_size for column in self._find_columns(number))
+        chunks = find_chunks(self._groups[number], self.columns)
+        size = sum(chunk.total_compressed_size for chunk in chunks)
         start = self._starts[number]
         return start + int((row - start) * min(1.0, cost / max(1, size)))
 
     def measure_row(self, first: int, rows: int) -> int:
         """Return the bytes of a mean row, decompressed, in the largest row group of some rows."""
+        groups = self._groups[self._find_group(first) : self._find_group(first + rows - 1) + 1]
         sizes: list[int] = [
-            sum(column.total_uncompressed_size for column in self._find_columns(number))
-            // max(1, self._groups[number].num_rows)
-            for number in range(self._find_group(first), self._find_group(first + rows - 1) + 1)
+            sum(chunk.total_uncompressed_size for chunk in find_chunks(group, self.columns))
+            // max(1, group.num_rows)
+            for group in groups
         ]
         return max(sizes)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def _find_columns(self, group: int) -> Iterator[pq.ColumnChunkMetaData]:
-        columns = map(self._groups[group].column, range(self._groups[group].num_columns))
-        return (each for each in columns if each.path_in_schema.partition(".")[0] in self.columns)
 
     def _find_group(self, row: int) -> int:
         return bisect_right(self._starts, row) - 1
@@ -265,7 +248,7 @@ class Cursor:
         group = self._find_group(first)
         if not self._starts[group] <= self._at <= first:
             self._batches = self._read_groups(group, size)
-            self._at, self._held = self._starts[group], None
+            self._at, self._held = self._starts[group], pa.table({})
         while self._at < first:
             self._take(min(size, first - self._at))
 
@@ -273,15 +256,15 @@ class Cursor:
         for number in range(group, len(self._groups)):  # alone, so that a broken one costs no other
             yield from self._file.iter_batches(size, [number], self.columns, use_threads=False)
 
-    def _take(self, count: int) -> pa.Table:
-        while self._held is None or self._held.num_rows < count:
+    def _take(self, most: int) -> pa.Table:
+        """Return the rows that follow, one at least, of one batch."""
+        while not self._held.num_rows:
             batch = next(self._batches, None)
             if batch is None:
                 raise ValueError("the file has fewer rows than its footer counts")
-            table = pa.Table.from_batches([batch])
-            self._held = table if self._held is None else pa.concat_tables([self._held, table])
-        table, self._held = self._held.slice(0, count), self._held.slice(count)
-        self._at += count
+            self._held = pa.Table.from_batches([batch]).select(self.columns)
+        table, self._held = self._held.slice(0, most), self._held.slice(most)
+        self._at += table.num_rows
         return table
 
 
@@ -289,8 +272,7 @@ class Cursors:
     """The file that is read now, a table or pages: a run of fragments of one file shares it."""
 
     def __init__(self) -> None:
-        self._cursor: Cursor | None = None
-        self._pages: Pages | None = None
+        self._held: Cursor | Pages | None = None
         self._path = ""
         self._is_stopped = False
 
@@ -300,13 +282,12 @@ class Cursors:
         Raises:
             InputError: the file cannot be read.
         """
-        held = self._cursor
-        if held is not None and (held.path, held.columns) == (path, list(columns)):
-            return held
-        self.close()
-        with reading(path):
-            self._cursor = Cursor(path, columns)
-        return self._cursor
+        held = self._held
+        if not isinstance(held, Cursor) or (held.path, held.columns) != (path, list(columns)):
+            self.close()
+            with reading(path):
+                self._held = held = Cursor(path, columns)
+        return held
 
     def open_pages(self, path: str, title: str) -> Pages:
         """Return the pages of a file.
@@ -314,22 +295,22 @@ class Cursors:
         Raises:
             PageError: the file cannot be read.
         """
-        if self._pages is None or self._path != path:
+        held = self._held
+        if not isinstance(held, Pages) or self._path != path:
             self.close()
-            self._pages, self._path = open_pages(path, title), path
+            self._held, self._path = (held := open_pages(path, title)), path
             if self._is_stopped:
-                self._pages.stop()
-        return self._pages
+                held.stop()
+        return held
 
     def stop(self) -> None:
         """End the reads of pages, also in another thread; see `Pages.stop`."""
         self._is_stopped = True
-        if (pages := self._pages) is not None:
-            pages.stop()
+        if isinstance(held := self._held, Pages):
+            held.stop()
 
     def close(self) -> None:
         """Close the file that is open, if there is one."""
-        for each in (self._cursor, self._pages):
-            if each is not None:
-                each.close()
-        self._cursor = self._pages = None
+        if self._held is not None:
+            self._held.close()
+            self._held = None

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import tempfile
+from dataclasses import fields
 
 from shared_engine._lazy import needs_extra
 from shared_engine.cli.options import (
@@ -22,11 +23,6 @@ from shared_engine.endpoints import read_key
 
 _HEADING_SECONDS, _PLAN_SECONDS = 2.0, 10.0
 """How long to measure the engine before a run, and for a plan."""
-_OF_JOB = (
-    *("role", "text_column", "image_column", "id_column", "columns", "types", "rows_per_file"),
-    *("delimiter", "pdf", "strict", "trust_sizes"),
-)
-"""Fields of a `Job` that are arguments of the same name."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -190,12 +186,9 @@ def run(args: argparse.Namespace) -> int:
         from shared_engine.bulk.job import Job
         from shared_engine.bulk.plan import plan
         from shared_engine.bulk.run import Work, find_work, run_local
-    job = Job(
-        inputs=tuple(map(_find_path, args.inputs)),
-        out=_find_path(args.out),
-        options=options,
-        **{name: getattr(args, name) for name in _OF_JOB},
-    )
+    inputs = tuple(map(_find_path, args.inputs))
+    settings = vars(args) | {"inputs": inputs, "out": _find_path(args.out), "options": options}
+    job = Job(**{field.name: settings[field.name] for field in fields(Job)})
     if args.ray is not None and not args.plan:
         with needs_extra("ray"):
             from shared_engine.distributed.bulk import run_ray

@@ -25,7 +25,8 @@ import pytest
 
 from shared_engine import ConfigurationError, Embedder, EngineError, Options
 from shared_engine.bulk.batch import EmbedBatch
-from shared_engine.bulk.job import Fragment, Job, list_fragments
+from shared_engine.bulk.job import Fragment, Job
+from shared_engine.bulk.run import find_work
 from shared_engine.cli.main import main
 from shared_engine.distributed.bulk import embed_fragments
 from shared_engine.distributed.nodes import Share, connect
@@ -193,7 +194,7 @@ def test_an_address_of_another_kind_is_no_cluster():
 
 def test_a_fragment_that_ends_every_worker_is_named(source: Path, tmp_path: Path) -> None:
     job = Job((str(source),), str(tmp_path / "out"), rows_per_file=ROWS)
-    (fragment,) = list_fragments(job)
+    (fragment,) = find_work(job).fragments
     deadly = DeadlyFragment(**dataclasses.asdict(fragment))
     with (
         connect("local"),

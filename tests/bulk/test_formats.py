@@ -263,6 +263,16 @@ def test_a_column_may_be_a_partition_of_one_file_and_a_number_in_another(tmp_pat
     assert [row["year"] for row in read(job)] == ["2024", "2024", "2025", "2026"]
 
 
+def test_a_partition_that_is_not_of_its_type_costs_its_rows(tmp_path, make_job):
+    for day in ("2024-01-01", "x"):
+        (tmp_path / "in" / f"day={day}").mkdir(parents=True)
+        pq.write_table(passages(2), tmp_path / "in" / f"day={day}" / "a.parquet")
+    job = make_job(tmp_path / "in", id_column=None, columns=("day",), types={"day": "date32"})
+    summary = run(job)
+    assert (summary.rows, summary.failed, summary.unread) == (2, 2, ())
+    assert {str(row["day"]) for row in read(job)} == {"2024-01-01"}
+
+
 @pytest.fixture
 def remote() -> Iterator[Any]:
     """A file system in memory, which pyarrow reaches through fsspec."""

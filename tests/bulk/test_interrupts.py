@@ -18,10 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared_engine import Embedder, Options
-from shared_engine.bulk import manifest
 from shared_engine.bulk.fragment import embed_fragment
-from shared_engine.bulk.job import list_fragments
-from shared_engine.bulk.run import begin
+from shared_engine.bulk.run import begin, find_work
 from shared_engine.errors import EngineClosedError
 from tests.bulk.conftest import passages
 from tests.conftest import ROOT
@@ -172,7 +170,7 @@ def test_a_stream_that_another_thread_closes_writes_no_file(make_job):
     with begin(job) as work, Embedder(job.options) as embedder:
         with pytest.raises(EngineClosedError, match="the run was stopped"):
             embed_fragment(job, embedder, work.missing[0], on_stream=lambda stream: stream.close())
-        assert manifest.find_done(job, list_fragments(job)) == {}
+        assert find_work(job).done == {}
 
 
 def test_leaving_a_block_by_an_error_cancels_its_work(hanging):

@@ -24,7 +24,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import fs
 
 from shared_engine import Embedder, Options
-from shared_engine.bulk.files import write_atomically
+from shared_engine.bulk.files import read_bytes, write_atomically
 from shared_engine.bulk.fragment import embed_fragment
 from shared_engine.bulk.job import Job
 from shared_engine.bulk.run import begin
@@ -111,20 +111,24 @@ def test_a_damaged_record_is_named(
         run(job)
 
 
+@pytest.mark.parametrize("is_remote", [False, True])
 def test_no_file_appears_after_another_engine_has_replaced_the_record(
-    remote: Any, make_job: Callable[..., Job]
+    is_remote: bool, remote: Any, make_job: Callable[..., Job]
 ) -> None:
-    """A file system without links lets the last of several processes write the record."""
-    job = replace(make_job(), out=OUT)
+    """The last of several processes that write the record together wins."""
+    remote.makedirs("/bucket")
+    job = replace(make_job(), out=OUT) if is_remote else make_job()
+    path = f"{job.out}/engine.json"
 
     def replace_record(*_: int) -> None:
-        record = json.loads(remote.cat("/bucket/out/engine.json")) | {"cache_key": "another"}
-        remote.pipe("/bucket/out/engine.json", json.dumps(record).encode())
+        record = json.loads(read_bytes(path) or b"") | {"cache_key": "another"}
+        with write_atomically(path) as name:
+            Path(name).write_text(json.dumps(record))
 
     said = pytest.raises(ConfigurationError, match="was begun with cache_key 'another'")
     with begin(job) as work, Embedder(job.options) as embedder, said:
         embed_fragment(job, embedder, work.missing[0], on_rows=replace_record)
-    assert not any(name.startswith("/vectors") for name in list_names(OUT))
+    assert not any(name.startswith("/vectors") for name in list_names(job.out))
 
 
 def test_a_file_that_is_not_finished_is_not_there(remote: Any) -> None:

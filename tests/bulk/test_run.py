@@ -25,8 +25,8 @@ import pytest
 from shared_engine import Embedder
 from shared_engine.bulk import manifest
 from shared_engine.bulk.fragment import embed_fragment
-from shared_engine.bulk.job import Job, list_fragments
-from shared_engine.bulk.run import begin, run_local
+from shared_engine.bulk.job import Job
+from shared_engine.bulk.run import begin, find_work, run_local
 from shared_engine.errors import (
     ConfigurationError,
     ConnectionFailedError,
@@ -163,9 +163,9 @@ def test_leading_zeros_of_an_id_in_a_csv_stay(tmp_path, make_job):
 
 def test_fragments_and_jobs_pickle_and_are_the_same_in_every_run(make_job):
     job = make_job()
-    fragments = list_fragments(job)
-    assert list_fragments(pickle.loads(pickle.dumps(job))) == fragments
-    assert pickle.loads(pickle.dumps(fragments)) == fragments == list_fragments(job)
+    fragments = find_work(job).fragments
+    assert find_work(pickle.loads(pickle.dumps(job))).fragments == fragments
+    assert pickle.loads(pickle.dumps(fragments)) == fragments == find_work(job).fragments
 
 
 # Resume
@@ -521,18 +521,6 @@ def test_files_that_cannot_be_read_or_lack_the_column_leave_the_others(tmp_path,
     assert run(job).is_complete
     assert not Path(job.out, "errors.parquet").exists()
     assert not list(Path(job.out).glob("**/.*"))
-
-
-def test_a_folder_that_knows_no_links_will_do(make_job, monkeypatch):
-    """As some file systems on a network."""
-
-    def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr("os.link", refuse)
-    assert run(make_job()).rows == 100
-    with pytest.raises(ConfigurationError, match="was begun with dimensions"):
-        run(make_job(options={"dimensions": 8}))
 
 
 @pytest.mark.parametrize(

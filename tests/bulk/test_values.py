@@ -222,6 +222,8 @@ def write_two(folder: Path, *columns: pa.Array) -> None:
         (pa.array([Decimal("1.05")]), pa.array([7]), ["1.05", "7"]),
         (pa.array([["a", None]]), pa.array(["é"]), ['["a", null]', "é"]),
         (pa.array([{"a": 1}]), pa.array([{"a": "é"}]), ['{"a": 1}', '{"a": "é"}']),
+        (pa.array([uuid.UUID(int=1).bytes], pa.uuid()), pa.array(["x"]),
+         [str(uuid.UUID(int=1)), "x"]),
     ],
 )  # fmt: skip
 def test_types_that_differ_between_files_change_no_value_and_cost_no_row(
@@ -288,12 +290,22 @@ def test_a_type_that_parquet_cannot_hold_costs_its_file_only(
     assert f"column '{place}' holds {column.type}, unknown to Parquet" in str(lost.error)
 
 
+BROKEN = {
+    "offsets": ([0, 5, 1, 6], b"abcdef"),
+    "bytes": ([0, 2, 4, 6], b"abcd\xe9f"),
+}
+
+
+@pytest.mark.parametrize("part", BROKEN)
 @pytest.mark.parametrize("place", ["text", "lang"])
-def test_a_broken_arrow_file_costs_no_other(place: str, tmp_path: Path, make_job: Make) -> None:
+def test_a_broken_arrow_file_costs_no_other(
+    place: str, part: str, tmp_path: Path, make_job: Make
+) -> None:
     (tmp_path / "in").mkdir()
     write(passages(3), tmp_path / "in" / "a.parquet")
-    offsets = pa.array([0, 5, 1, 6], pa.int32()).buffers()[1]
-    column = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"abcdef")])
+    offsets, texts = BROKEN[part]
+    buffers = [None, pa.array(offsets, pa.int32()).buffers()[1], pa.py_buffer(texts)]
+    column = pa.Array.from_buffers(pa.string(), 3, buffers)
     table = passages(3).set_column(passages(3).column_names.index(place), place, column)
     write(table, tmp_path / "in" / "b.feather")
     summary = run(make_job(tmp_path / "in"))
@@ -375,20 +387,18 @@ BYTES = pa.Array.from_buffers(
 
 
 @pytest.mark.parametrize(
-    ("suffix", "column", "kept"),
+    ("column", "kept"),
     [
-        (".parquet", BYTES, ["a", "é"]),
-        (".feather", BYTES, ["a", "é"]),
-        (".feather", pa.DictionaryArray.from_arrays([0, 1, 2], BYTES), ["a", "é"]),
-        (".parquet", pa.ListArray.from_arrays([0, 1, 2, 3], BYTES), [["a"], ["é"]]),
-        (".parquet", pa.StructArray.from_arrays([BYTES], names=["of"]), [{"of": "a"}, {"of": "é"}]),
+        (BYTES, ["a", "é"]),
+        (pa.ListArray.from_arrays([0, 1, 2, 3], BYTES), [["a"], ["é"]]),
+        (pa.StructArray.from_arrays([BYTES], names=["of"]), [{"of": "a"}, {"of": "é"}]),
     ],
 )
 def test_a_kept_value_of_other_bytes_than_utf_8_costs_its_row(
-    suffix: str, column: pa.Array, kept: list[Any], tmp_path: Path, make_job: Make
+    column: pa.Array, kept: list[Any], tmp_path: Path, make_job: Make
 ) -> None:
-    write(passages(3).append_column("value", column), tmp_path / f"in{suffix}")
-    job = make_job(tmp_path / f"in{suffix}", columns=("value",))
+    write(passages(3).append_column("value", column), tmp_path / "in.parquet")
+    job = make_job(tmp_path / "in.parquet", columns=("value",))
     summary = run(job)
     assert (summary.rows, summary.failed) == (2, 1)
     assert pq.read_table(Path(job.out, "vectors"))["value"].to_pylist() == kept
@@ -459,7 +469,7 @@ def test_a_cursor_reads_any_run(jumps: list[tuple[int, int, int]], tmp_path_fact
     for first, most, size in jumps:
         rows = min(most, 100 - first)
         tables = list(cursor.read(first, rows, size))
-        assert all(table.num_rows == size for table in tables[:-1])
+        assert all(0 < table.num_rows <= size for table in tables)
         assert pa.concat_tables(tables)["n"].to_pylist() == list(range(first, first + rows))
 
 
