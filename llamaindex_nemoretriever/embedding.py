@@ -6,26 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
+from llama_index.core.base.embeddings.base import Embedding
+from llama_index.core.callbacks.schema import CBEventType, EventPayload
+from llama_index.core.embeddings import MultiModalEmbedding
+from llama_index.core.instrumentation.events.embedding import (
+    EmbeddingEndEvent,
+    EmbeddingStartEvent,
+)
+from llama_index.core.schema import BaseNode, ImageType
+from llama_index.core.utils import get_tqdm_iterable
+from llama_index_instrumentation import get_dispatcher
 from pydantic import ConfigDict, Field, model_validator
 
 from llamaindex_nemoretriever.nodes import list_inputs
 from shared_engine import images
-from shared_engine._lazy import needs_extra
 from shared_engine.adapter import EmbeddingAdapter
 from shared_engine.documents import EmbeddingInput, wrap_images
 from shared_engine.threads import run_off_loop
-
-with needs_extra("llamaindex"):
-    from llama_index.core.base.embeddings.base import Embedding
-    from llama_index.core.callbacks.schema import CBEventType, EventPayload
-    from llama_index.core.embeddings import MultiModalEmbedding
-    from llama_index.core.instrumentation.events.embedding import (
-        EmbeddingEndEvent,
-        EmbeddingStartEvent,
-    )
-    from llama_index.core.schema import BaseNode, ImageType
-    from llama_index.core.utils import get_tqdm_iterable
-    from llama_index_instrumentation import get_dispatcher
 
 dispatcher = get_dispatcher(__name__)
 
