@@ -45,11 +45,6 @@ class PixtralTower:
     """The tower and connector on one device. Not thread-safe: the encoder's thread owns it."""
 
     def __init__(self, checkpoint: Checkpoint, weights: Weights, placement: Placement) -> None:
-        """Load the weights.
-
-        Raises:
-            CheckpointError: a tensor is missing or has another shape.
-        """
         vision, config = checkpoint.vision, checkpoint.config
         assert isinstance(vision, PixtralVision)
         tower = vision.tower

@@ -63,11 +63,6 @@ class VisionTower:
     """The tower and connector on one device. Not thread-safe: the encoder's thread owns it."""
 
     def __init__(self, checkpoint: Checkpoint, weights: Weights, placement: Placement) -> None:
-        """Load the weights.
-
-        Raises:
-            CheckpointError: a tensor is missing or has another shape.
-        """
         vision = checkpoint.vision
         assert isinstance(vision, TiledVision)
         tower = vision.tower
@@ -95,11 +90,11 @@ class VisionTower:
             _layer(weights, f"vision_model.encoder.layers.{n}", hidden, inner)
             for n in range(tower.layers)
         ]
-        self._norm = _norm(weights, "vision_model.post_layernorm", hidden)
+        self._norm = _read(weights, "vision_model.post_layernorm", hidden)
         out = checkpoint.config.hidden_size
-        self._connector_norm = _norm(weights, "mlp1.0", 4 * hidden)
-        self._connector_up = _linear(weights, "mlp1.1", out, 4 * hidden)
-        self._connector_down = _linear(weights, "mlp1.3", out, out)
+        self._connector_norm = _read(weights, "mlp1.0", 4 * hidden)
+        self._connector_up = _read(weights, "mlp1.1", out, 4 * hidden)
+        self._connector_down = _read(weights, "mlp1.3", out, out)
 
     def __call__(
         self, images: Sequence[Tiles | KeyedImage], on_pause: Callable[[], None] = no_pause
@@ -178,25 +173,19 @@ class VisionTower:
 
 
 def _layer(weights: Weights, at: str, hidden: int, inner: int) -> SiglipLayer:
-    projections = [
-        _linear(weights, f"{at}.self_attn.{name}_proj", hidden, hidden) for name in "qkv"
-    ]
+    projections = [_read(weights, f"{at}.self_attn.{name}_proj", hidden, hidden) for name in "qkv"]
     return SiglipLayer(
-        attention_norm=_norm(weights, f"{at}.layer_norm1", hidden),
+        attention_norm=_read(weights, f"{at}.layer_norm1", hidden),
         qkv=Affine(
             torch.cat([projection.weight for projection in projections]),
             torch.cat([projection.bias for projection in projections]),
         ),
-        out=_linear(weights, f"{at}.self_attn.out_proj", hidden, hidden),
-        mlp_norm=_norm(weights, f"{at}.layer_norm2", hidden),
-        up=_linear(weights, f"{at}.mlp.fc1", inner, hidden),
-        down=_linear(weights, f"{at}.mlp.fc2", hidden, inner),
+        out=_read(weights, f"{at}.self_attn.out_proj", hidden, hidden),
+        mlp_norm=_read(weights, f"{at}.layer_norm2", hidden),
+        up=_read(weights, f"{at}.mlp.fc1", inner, hidden),
+        down=_read(weights, f"{at}.mlp.fc2", hidden, inner),
     )
 
 
-def _linear(weights: Weights, name: str, out: int, into: int) -> Affine:
-    return Affine(weights(f"{name}.weight", out, into), weights(f"{name}.bias", out))
-
-
-def _norm(weights: Weights, name: str, size: int) -> Affine:
-    return Affine(weights(f"{name}.weight", size), weights(f"{name}.bias", size))
+def _read(weights: Weights, name: str, *shape: int) -> Affine:
+    return Affine(weights(f"{name}.weight", *shape), weights(f"{name}.bias", shape[0]))
