@@ -85,6 +85,18 @@ def test_a_reader_that_crashed_is_replaced(save):
         assert opened.read(1).text == "good"
 
 
+def test_a_file_that_is_gone_when_its_reader_is_replaced_is_named_at_every_page(save):
+    path = save(GOOD, GOOD, GOOD)
+    with open_pages(path, "a.pdf") as opened:
+        opened._reader._process.kill()
+        with pytest.raises(PageError, match="SIGKILL"):
+            opened.read(0)
+        path.unlink()
+        for index in (1, 2):
+            with pytest.raises(PageError, match=rf"page {index + 1}, cannot be read: No such file"):
+                opened.read(index)
+
+
 def test_a_read_is_ended_by_another_thread(save):
     with open_pages(save(pdfs.ENDLESS)) as opened:
         threading.Timer(0.2, opened.stop).start()
