@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +26,6 @@ from shared_engine.local.layers import no_pause
 from shared_engine.local.memory import Buffer, to_device
 from shared_engine.local.resize import cut_on_device
 from shared_engine.local.vision import TiledVision
-from shared_engine.local.vision_cache import KeyedImage, VisionCache
 from shared_engine.local.weights import Weights
 
 if TYPE_CHECKING:
@@ -66,12 +64,10 @@ class VisionTower:
         vision = checkpoint.vision
         assert isinstance(vision, TiledVision)
         tower = vision.tower
-        self.context_token = vision.context_token
         self._device, self._dtype = placement.device, placement.dtype
         self._patch = tower.patch_size
         self._side = vision.patches_per_side
         self._heads, self._eps = tower.heads, tower.layer_norm_eps
-        self._cache = VisionCache(vision)
         self._buffer = Buffer(placement)
         # A patch costs about half of a token.
         fitting = 2 * placement.max_batch_tokens // vision.patches_per_tile
@@ -96,22 +92,16 @@ class VisionTower:
         self._connector_up = _read(weights, "mlp1.1", out, 4 * hidden)
         self._connector_down = _read(weights, "mlp1.3", out, out)
 
-    def __call__(
-        self, images: Sequence[Tiles | KeyedImage], on_pause: Callable[[], None] = no_pause
-    ) -> Tensor:
+    def __call__(self, images: Sequence[Tiles], on_pause: Callable[[], None] = no_pause) -> Tensor:
         """Return the rows of all images in order: (rows, width), P / 4 for each tile.
 
         Rows of a tile are ordered from left to right, then from top to bottom. Tiles of several
         images share a forward pass.
 
         Args:
-            images: Tiles (n, size, size, 3), or pictures to cut on the device; with a key, the
-                rows come from the cache if it has them.
+            images: Tiles (n, size, size, 3), or pictures to cut on the device.
             on_pause: Called twice in every layer; it may call this tower.
         """
-        return self._cache(images, partial(self._encode, on_pause=on_pause))
-
-    def _encode(self, images: Sequence[Tiles], on_pause: Callable[[], None]) -> Tensor:
         tiles = torch.cat([self._tiles(image) for image in images])  # (n, size, size, 3)
         passes = torch.split(tiles, self._tiles_per_pass)
         return torch.cat(
