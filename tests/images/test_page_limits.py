@@ -67,6 +67,19 @@ def test_a_picture_beyond_the_limit_of_memory_fails(save, tmp_path):
         opened.read(0)
 
 
+def test_a_picture_beyond_the_limit_of_pixels_is_not_called_broken(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "a.png"
+    Image.new("L", (9, 9)).save(path)
+    path.write_bytes(pdfs.claim_size(path.read_bytes(), 10_000, 8_001))
+    with open_pages(path) as opened, pytest.raises(PageError) as caught:
+        opened.read(0)
+    assert str(caught.value) == (
+        "a.png, page 1, has more than 80 million pixels, the limit; save a smaller picture"
+    )
+
+
 def test_a_file_of_many_such_pages_ends(save, monkeypatch):
     monkeypatch.setattr(pages, "_MOST_ENDED", 2)
     with open_pages(save(*[pdfs.ENDLESS] * 2, GOOD, seconds=0.1)) as opened:
