@@ -1,21 +1,17 @@
 """NVIDIA NeMo Retriever models for LangChain, loaded when they are first used."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__all__ = ["NeMoRetrieverEmbeddings", "NeMoRetrieverRerank"]
+from shared_engine._lazy import attach
 
 if TYPE_CHECKING:
-    from langchain_nemoretriever.embeddings import NeMoRetrieverEmbeddings
-    from langchain_nemoretriever.rerank import NeMoRetrieverRerank
+    from langchain_nemoretriever.embeddings import (
+        NeMoRetrieverEmbeddings as NeMoRetrieverEmbeddings,
+    )
+    from langchain_nemoretriever.rerank import NeMoRetrieverRerank as NeMoRetrieverRerank
 else:
-    _MODULES = {"NeMoRetrieverEmbeddings": "embeddings", "NeMoRetrieverRerank": "rerank"}
-
-    def __getattr__(name: str) -> Any:
-        if name in _MODULES:
-            return getattr(import_module(f"langchain_nemoretriever.{_MODULES[name]}"), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+    __getattr__, __dir__ = attach(
+        __name__,
+        {"embeddings": ("NeMoRetrieverEmbeddings",), "rerank": ("NeMoRetrieverRerank",)},
+        extra="langchain",
+    )

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from langchain_core.embeddings import Embeddings
+
 from langchain_nemoretriever.serializing import SerializableOptions
-from shared_engine._lazy import needs_extra
 from shared_engine.adapter import EmbeddingAdapter
 from shared_engine.documents import EmbeddingInput, pair_with_images, wrap_images
-
-with needs_extra("langchain"):
-    from langchain_core.embeddings import Embeddings
 
 
 class NeMoRetrieverEmbeddings(EmbeddingAdapter, Embeddings, SerializableOptions):

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from langchain_core.callbacks import Callbacks
+from langchain_core.cross_encoders import BaseCrossEncoder
+from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import Field
 
 from langchain_nemoretriever.serializing import SerializableOptions
-from shared_engine._lazy import needs_extra
 from shared_engine.adapter import RerankAdapter
 from shared_engine.documents import EmbeddingInput
 from shared_engine.reranker import RankedDocument
-
-with needs_extra("langchain"):
-    from langchain_core.callbacks import Callbacks
-    from langchain_core.cross_encoders import BaseCrossEncoder
-    from langchain_core.documents import BaseDocumentCompressor, Document
 
 
 class NeMoRetrieverRerank(

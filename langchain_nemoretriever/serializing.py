@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from shared_engine._lazy import needs_extra
-from shared_engine.options import EngineOptions
+from langchain_core.load.serializable import Serializable
 
-with needs_extra("langchain"):
-    from langchain_core.load.serializable import Serializable
+from shared_engine.options import EngineOptions
 
 
 class SerializableOptions(Serializable):

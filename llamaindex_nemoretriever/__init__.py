@@ -1,21 +1,15 @@
 """NVIDIA NeMo Retriever models for LlamaIndex, loaded when they are first used."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__all__ = ["NeMoRetrieverEmbedding", "NeMoRetrieverRerank"]
+from shared_engine._lazy import attach
 
 if TYPE_CHECKING:
-    from llamaindex_nemoretriever.embedding import NeMoRetrieverEmbedding
-    from llamaindex_nemoretriever.rerank import NeMoRetrieverRerank
+    from llamaindex_nemoretriever.embedding import NeMoRetrieverEmbedding as NeMoRetrieverEmbedding
+    from llamaindex_nemoretriever.rerank import NeMoRetrieverRerank as NeMoRetrieverRerank
 else:
-    _MODULES = {"NeMoRetrieverEmbedding": "embedding", "NeMoRetrieverRerank": "rerank"}
-
-    def __getattr__(name: str) -> Any:
-        if name in _MODULES:
-            return getattr(import_module(f"llamaindex_nemoretriever.{_MODULES[name]}"), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+    __getattr__, __dir__ = attach(
+        __name__,
+        {"embedding": ("NeMoRetrieverEmbedding",), "rerank": ("NeMoRetrieverRerank",)},
+        extra="llamaindex",
+    )

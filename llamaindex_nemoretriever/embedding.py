@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from llama_index.core.base.embeddings.base import Embedding
+from llama_index.core.callbacks.schema import CBEventType, EventPayload
+from llama_index.core.embeddings import MultiModalEmbedding
+from llama_index.core.instrumentation.events.embedding import (
+    EmbeddingEndEvent,
+    EmbeddingStartEvent,
+)
+from llama_index.core.schema import BaseNode, ImageType
+from llama_index.core.utils import get_tqdm_iterable
+from llama_index_instrumentation import get_dispatcher
 from pydantic import ConfigDict, Field, model_validator
 
 from llamaindex_nemoretriever.nodes import list_inputs
 from shared_engine import images
-from shared_engine._lazy import needs_extra
 from shared_engine.adapter import EmbeddingAdapter
 from shared_engine.documents import EmbeddingInput, wrap_images
 from shared_engine.threads import run_off_loop
-
-with needs_extra("llamaindex"):
-    from llama_index.core.base.embeddings.base import Embedding
-    from llama_index.core.callbacks.schema import CBEventType, EventPayload
-    from llama_index.core.embeddings import MultiModalEmbedding
-    from llama_index.core.instrumentation.events.embedding import (
-        EmbeddingEndEvent,
-        EmbeddingStartEvent,
-    )
-    from llama_index.core.schema import BaseNode, ImageType
-    from llama_index.core.utils import get_tqdm_iterable
-    from llama_index_instrumentation import get_dispatcher
 
 dispatcher = get_dispatcher(__name__)
 
@@ -55,6 +52,11 @@ class NeMoRetrieverEmbedding(EmbeddingAdapter, MultiModalEmbedding):
         description="Texts per call of the engine, which forms its own batches by tokens.",
     )
 
+    if not TYPE_CHECKING:  # as in `EngineOptions`
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__("model" if name == "model_name" else name, value)
+
     @model_validator(mode="before")
     @classmethod
     def _model_from_model_name(cls, data: Any) -> Any:
@@ -62,13 +64,13 @@ class NeMoRetrieverEmbedding(EmbeddingAdapter, MultiModalEmbedding):
 
     @model_validator(mode="after")
     def _model_name_from_model(self) -> NeMoRetrieverEmbedding:
-        self.model_name = self.model or ""
+        vars(self)["model_name"] = self.model or ""
         return self
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Copy as pydantic does; `model_name` in `update` sets `model`."""
         copy = super().model_copy(update=update and _one_model(dict(update)), deep=deep)
-        copy.model_name = copy.model or ""
+        vars(copy)["model_name"] = copy.model or ""
         return copy
 
     @classmethod

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from shared_engine._lazy import needs_extra
-from shared_engine.documents import EmbeddingInput
+from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, Node
 
-with needs_extra("llamaindex"):
-    from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, Node
+from shared_engine.documents import EmbeddingInput
 
 
 def list_inputs(nodes: Iterable[BaseNode]) -> list[EmbeddingInput]:

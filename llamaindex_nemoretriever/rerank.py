@@ -6,21 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from llama_index.core.callbacks.schema import CBEventType, EventPayload
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
+from llama_index_instrumentation import get_dispatcher
 from pydantic import ConfigDict, Field
 
 from llamaindex_nemoretriever.nodes import list_inputs
-from shared_engine._lazy import needs_extra
 from shared_engine.adapter import RerankAdapter
 from shared_engine.documents import EmbeddingInput
 from shared_engine.errors import InputTypeError
 from shared_engine.reranker import RankedDocument
-
-with needs_extra("llamaindex"):
-    from llama_index.core.callbacks.schema import CBEventType, EventPayload
-    from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
-    from llama_index.core.postprocessor.types import BaseNodePostprocessor
-    from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
-    from llama_index_instrumentation import get_dispatcher
 
 dispatcher = get_dispatcher(__name__)
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from shared_engine.catalogue import AvailableModel
 from shared_engine.documents import EmbeddingInput, Modality, Role
@@ -111,14 +111,15 @@ class Rows:
         )
 
 
-class StepStats(NamedTuple):
+@dataclass
+class StepStats:
     """Counts of a device since it started."""
 
-    steps: int
-    tokens: int
-    """Cost of those steps in tokens; full steps would cost `steps * max_batch_tokens`."""
     max_batch_tokens: int
     """The most tokens in one step."""
+    steps: int = 0
+    tokens: int = 0
+    """Cost of those steps in tokens; full steps would cost `steps * max_batch_tokens`."""
     started_requests: int = 0
     """Requests with an input in one of those steps."""
     wait_seconds: float = 0.0
@@ -131,28 +132,23 @@ class Backend(ABC):
     `submit` is all that a backend must implement; the other members state facts, with a default.
     """
 
+    base_url: str | None = None
+    """Address of the server; None in this process."""
+    dimensions: tuple[int, ...] = ()
+    """Vector sizes, ascending; the last is the full size. Empty if only a server knows. (1,) for a
+    reranker: a score."""
+    failure: Exception | None = None
+    """The error that broke the device for good; None while it works."""
+
     @property
     def model(self) -> str | None:
         """Name of the model; None while only a server knows it."""
         return None
 
     @property
-    def base_url(self) -> str | None:
-        """Address of the server; None in this process."""
-        return None
-
-    @property
     def modalities(self) -> frozenset[Modality]:
         """Kinds of input that it takes."""
         return frozenset({"text"})
-
-    @property
-    def dimensions(self) -> tuple[int, ...]:
-        """Vector sizes, ascending; the last is the full size. Empty if only a server knows.
-
-        (1,) for a reranker: a score.
-        """
-        return ()
 
     @property
     def score_kind(self) -> ScoreKind:
@@ -168,11 +164,6 @@ class Backend(ABC):
     def gpu_memory(self) -> Mapping[str, int]:
         """Bytes of each GPU, by its name, that the allocator of this process holds."""
         return {}
-
-    @property
-    def failure(self) -> Exception | None:
-        """The error that broke the device for good; None while it works."""
-        return None
 
     @property
     def description(self) -> str:

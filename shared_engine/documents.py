@@ -186,7 +186,12 @@ def validate_document(item: object, role: Role, modalities: frozenset[Modality])
     if text is not None:
         _check_encodable(text)
     if image is not None:
-        image = _accept(image, role)
+        if role == "query":
+            raise UnsupportedModalityError(
+                "has an image, but queries are text only; to search by image, embed it with "
+                'role="document"'
+            )
+        image = images.accept(image)
         text = None if document.modality == "image" else text  # a blank one
     return EmbeddingInput(text, image)
 
@@ -222,12 +227,3 @@ def _check_encodable(text: str) -> None:
             f"{exc.start}, which cannot be encoded; decode its source again, or use "
             'text.encode("utf-8", "replace").decode()'
         ) from None
-
-
-def _accept(image: object, role: Role) -> object:
-    if role == "query":
-        raise UnsupportedModalityError(
-            "has an image, but queries are text only; to search by image, embed it with "
-            'role="document"'
-        )
-    return images.accept(image)

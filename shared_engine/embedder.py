@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from shared_engine.backend import Rows
@@ -24,7 +23,6 @@ from shared_engine.errors import ConfigurationError
 from shared_engine.model import Model
 from shared_engine.options import Options
 from shared_engine.pipeline import Documents, EmbeddingPipeline
-from shared_engine.registry import Lease
 from shared_engine.stream import AsyncStream, Stream
 from shared_engine.threads import result_of
 
@@ -39,18 +37,9 @@ class Embedder(Model[Options]):
     loops. Pickles, copies and forks carry the options; equal options share one loaded model.
     """
 
+    _options_type = Options
+    _pipeline_type = EmbeddingPipeline
     _pipeline: EmbeddingPipeline
-
-    def __init__(
-        self, options: Options | str | Path | None = None, *, _lease: Lease | None = None
-    ) -> None:
-        """Create an embedder.
-
-        Args:
-            options: Options, or the name or folder of a model; None is the default model.
-        """
-        super().__init__(Options.of(options), _lease=_lease)
-        self._pipeline = EmbeddingPipeline(self._lease, self.options, self._used)
 
     def embed(self, documents: Documents, role: Role = "document") -> NDArray[Any]:
         """Embed documents and return their vectors.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from shared_engine.backend import Backend, Rows
@@ -30,13 +31,22 @@ are finished in a thread."""
 class Model(Generic[OptionsT]):
     """A model in this process or at a server; the base of `Embedder` and `Reranker`."""
 
-    _pipeline: Pipeline[OptionsT]
+    _options_type: type[OptionsT]
+    _pipeline_type: type[Pipeline[OptionsT]]
 
-    def __init__(self, options: OptionsT, *, _lease: Lease | None = None) -> None:
-        self.options = options
-        self._lease = _lease or Lease(options)
+    def __init__(
+        self, options: OptionsT | str | Path | None = None, *, _lease: Lease | None = None
+    ) -> None:
+        """Create the object; the model is loaded at first use.
+
+        Args:
+            options: Options, or the name or folder of a model; None is the default model.
+        """
+        self.options: OptionsT = self._options_type.of(options)
+        self._lease = _lease or Lease(self.options)
         self._owns_lease = _lease is None
         self._used = TokenCount()
+        self._pipeline = self._pipeline_type(self._lease, self.options, self._used)
 
     def _unwrap(self, rows: Rows) -> NDArray[Any]:
         """Finish rows, and return their values or raise their errors."""

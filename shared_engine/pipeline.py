@@ -132,8 +132,7 @@ class Pipeline(ABC, Generic[OptionsT]):
         except BaseException as exc:
             spans.end_span(span, {}, exc)
             raise
-        if span is not None:
-            future.add_done_callback(end)
+        future.add_done_callback(end)
         return future
 
     def _find_dimensions(self, backend: Backend) -> int | None:

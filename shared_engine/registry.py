@@ -35,6 +35,7 @@ class Engine:
         self._choice = choice
         self._lock = threading.Lock()
         self._backend: Backend | None = None
+        self._is_closed = False
 
     def load(self) -> Backend:
         """Return the backend; the first call loads the model."""
@@ -42,6 +43,8 @@ class Engine:
             if self._backend is None:
                 if _exiting:
                     raise EngineClosedError("the interpreter is shutting down")
+                if self._is_closed:  # by another thread, since this one took it from a lease
+                    raise EngineClosedError("this object was closed; create a new one")
                 self._backend = self._create()
             return self._backend
 
@@ -62,6 +65,7 @@ class Engine:
     def close(self, cancel: bool, wait: bool) -> None:
         """Close the backend if it was created."""
         with self._lock:
+            self._is_closed = True
             backend, self._backend = self._backend, None
         if backend is not None:
             _closing.add(backend)

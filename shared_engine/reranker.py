@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared_engine.backend import Rows, ScoreKind
@@ -23,7 +22,6 @@ from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverEr
 from shared_engine.model import Model
 from shared_engine.options import RerankOptions
 from shared_engine.pipeline import Documents, ScoringPipeline
-from shared_engine.registry import Lease
 from shared_engine.threads import result_of
 
 if TYPE_CHECKING:
@@ -49,18 +47,9 @@ class Reranker(Model[RerankOptions]):
     loops. Pickles, copies and forks carry the options; equal options share one loaded model.
     """
 
+    _options_type = RerankOptions
+    _pipeline_type = ScoringPipeline
     _pipeline: ScoringPipeline
-
-    def __init__(
-        self, options: RerankOptions | str | Path | None = None, *, _lease: Lease | None = None
-    ) -> None:
-        """Create a reranker.
-
-        Args:
-            options: Options, or the name or folder of a model; None is the default model.
-        """
-        super().__init__(RerankOptions.of(options), _lease=_lease)
-        self._pipeline = ScoringPipeline(self._lease, self.options, self._used)
 
     def score(self, query: str, documents: Documents) -> NDArray[np.float32]:
         """Score documents for a query; a higher score is a better answer.

@@ -40,8 +40,8 @@ def start_span(
     kind: Kind,
     attributes: Mapping[str, Any],
     headers: Mapping[str, str] | None = None,
-) -> Span | None:
-    """Return a span that has begun, or None without a tracer provider.
+) -> Span:
+    """Return a span that has begun.
 
     Args:
         headers: Headers of a request, whose `traceparent` is the parent without a current span.
@@ -52,8 +52,7 @@ def start_span(
     parent = None
     if headers is not None and not trace.get_current_span().get_span_context().is_valid:
         parent = TraceContextTextMapPropagator().extract(headers)
-    span = tracer.start_span(name, parent, trace.SpanKind[kind], _known(attributes))
-    return span if span.get_span_context().is_valid else None
+    return tracer.start_span(name, parent, trace.SpanKind[kind], _known(attributes))
 
 
 def make_current(span: Span | None) -> AbstractContextManager[object]:
@@ -65,21 +64,17 @@ def make_current(span: Span | None) -> AbstractContextManager[object]:
     return trace.use_span(span, record_exception=False, set_status_on_exception=False)
 
 
-def write_context(span: Span | None, headers: MutableMapping[str, str]) -> None:
+def write_context(span: Span, headers: MutableMapping[str, str]) -> None:
     """Write `traceparent` into the headers of a request, but no baggage: it may hold user data."""
-    if span is not None:
-        from opentelemetry.trace.propagation import set_span_in_context, tracecontext
+    from opentelemetry.trace.propagation import set_span_in_context, tracecontext
 
-        context = set_span_in_context(span)
-        tracecontext.TraceContextTextMapPropagator().inject(headers, context)
+    tracecontext.TraceContextTextMapPropagator().inject(headers, set_span_in_context(span))
 
 
 def end_span(
-    span: Span | None, attributes: Mapping[str, Any], error: BaseException | str | None = None
+    span: Span, attributes: Mapping[str, Any], error: BaseException | str | None = None
 ) -> None:
-    """End a span, if there is one; an error is recorded by its class or status alone."""
-    if span is None:
-        return
+    """End a span; an error is recorded by its class or status alone."""
     span.set_attributes(_known(attributes))
     if error is not None:
         from opentelemetry import trace

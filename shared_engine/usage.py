@@ -6,24 +6,22 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 from shared_engine.threads import after_fork
 
 
+@dataclass(eq=False)
 class TokenCount:
     """A sum of tokens; several threads may add to it."""
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        """Tokens so far, prefixes and special tokens included."""
+    tokens: int = 0
+    """Tokens so far, prefixes and special tokens included."""
 
     def add(self, tokens: int) -> None:
         """Add the tokens of some inputs."""
         with _lock:
             self.tokens += tokens
-
-    def __repr__(self) -> str:
-        return f"TokenCount(tokens={self.tokens})"
 
 
 _counting: ContextVar[tuple[TokenCount, ...]] = ContextVar("counting", default=())

@@ -507,6 +507,15 @@ def test_first_calls_at_once_lose_no_count(checkpoint):
             sys.setswitchinterval(interval)
 
 
+def test_an_engine_that_was_closed_while_a_call_waited_for_it_loads_no_second_model(checkpoint):
+    embedder = Embedder(Options(model=str(checkpoint), max_tokens=61))  # its own engine
+    loaded = embedder.load()
+    (engine,) = [e for e in engines._engines.values() if e.load() is loaded]
+    embedder.close()
+    with pytest.raises(EngineClosedError, match="this object was closed"):  # as in that call
+        engine.load()
+
+
 async def test_a_vector_does_not_wait_for_the_programs_own_jobs(checkpoint):
     from langchain_nemoretriever import NeMoRetrieverEmbeddings
     from llamaindex_nemoretriever import NeMoRetrieverEmbedding

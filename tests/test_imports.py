@@ -278,9 +278,10 @@ def test_an_adapter_loads_its_framework_and_us(python, theirs, package, name):
 
 
 @pytest.mark.parametrize("package", ["langchain_nemoretriever", "llamaindex_nemoretriever"])
-def test_a_package_alone_loads_next_to_nothing(python, package):
-    modules = loaded(python, f"import {package}") & {*OURS, *HEAVY, *LATER, "pydantic"}
-    assert modules == {package}
+def test_an_adapter_alone_loads_the_engine_and_no_framework(python, package):
+    modules = loaded(python, f"import {package}")
+    assert not modules & (HEAVY | LATER)
+    assert {module for module in modules if module.startswith(package)} == {package}
 
 
 @pytest.mark.parametrize(

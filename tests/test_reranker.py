@@ -295,14 +295,14 @@ def test_encoded_images_are_kept_for_the_next_query(vl_folder):
     with make(vl_folder) as kept, make(vl_folder, vision_cache_bytes=0) as without:
         counts: dict[Reranker, list[int]] = {}
         for reranker in (kept, without):
-            tower = reranker.load()._encoders[0]._vision
-            encode, counts[reranker] = tower._encode, []
+            encoder = reranker.load()._encoders[0]
+            encode, counts[reranker] = encoder._vision, []
 
             def counting(tiles, on_pause, encode=encode, count=counts[reranker]):
                 count.append(len(tiles))
                 return encode(tiles, on_pause)
 
-            tower._encode = counting
+            encoder._vision = counting
         for query in (QUERY, "another query"):
             first = kept.score(query, documents)
             np.testing.assert_allclose(first, without.score(query, documents), atol=1e-5)
@@ -315,7 +315,7 @@ def test_the_cache_of_images_is_bounded(vl_folder):
     with make(vl_folder, vision_cache_bytes=2 * rows) as reranker:
         for _ in range(2):
             reranker.score(QUERY, documents)
-        cache = reranker.load()._encoders[0]._vision._cache
+        cache = reranker.load()._encoders[0]._vision_cache
         assert sum(rows.nbytes for rows in cache._rows.values()) == 2 * rows
 
 

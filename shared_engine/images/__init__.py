@@ -6,13 +6,10 @@ from shared_engine._lazy import attach
 
 if TYPE_CHECKING:
     from shared_engine.images.encode import encode_data_url as encode_data_url
-    from shared_engine.images.sources import MAX_BYTES as MAX_BYTES
     from shared_engine.images.sources import accept as accept
     from shared_engine.images.sources import decode_data_url as decode_data_url
     from shared_engine.images.sources import describe as describe
     from shared_engine.images.sources import draw_sample as draw_sample
-    from shared_engine.images.tiles import Picture as Picture
-    from shared_engine.images.tiles import Tiles as Tiles
     from shared_engine.images.tiles import cut_tiles as cut_tiles
     from shared_engine.images.tiles import decode_picture as decode_picture
     from shared_engine.images.tiles import resize_image as resize_image
@@ -21,7 +18,7 @@ else:
         __name__,
         {
             "encode": ("encode_data_url",),
-            "sources": ("MAX_BYTES", "accept", "decode_data_url", "describe", "draw_sample"),
-            "tiles": ("Picture", "Tiles", "cut_tiles", "decode_picture", "resize_image"),
+            "sources": ("accept", "decode_data_url", "describe", "draw_sample"),
+            "tiles": ("cut_tiles", "decode_picture", "resize_image"),
         },
     )

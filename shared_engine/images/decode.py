@@ -13,7 +13,7 @@ from io import BytesIO
 from itertools import islice
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
@@ -233,8 +233,13 @@ def read_orientation(picture: Image.Image) -> int:
 
 def _convert(picture: Image.Image) -> Image.Image:
     """Return a picture in mode "L" or "RGB", transparency over white; itself if it is that."""
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        return _scale_grey(picture)
+    if picture.mode.startswith("I;16"):  # convert() would clip it; of 16-bit colour it keeps these
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F", "LAB"):
+        raise ValueError(
+            f"its pixels are 32-bit grey or LAB (Pillow's mode {picture.mode}), which are not "
+            "supported; convert it to 8-bit grey or RGB"
+        )
     if picture.has_transparency_data:
         layer = picture.convert("LA") if picture.mode == "La" else picture
         layer = layer if layer.mode == "RGBA" else layer.convert("RGBA")
@@ -243,23 +248,4 @@ def _convert(picture: Image.Image) -> Image.Image:
         return opaque
     if picture.mode in ("L", "RGB"):
         return picture
-    if picture.mode == "LAB":
-        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.buildTransform(lab, rgb, "LAB", "RGB").apply(picture)
     return picture.convert("L" if picture.mode == "1" else "RGB")
-
-
-def _scale_grey(picture: Image.Image) -> Image.Image:
-    """Return grey of 16 or 32 bits as 8 bits; Pillow would clip it at 255.
-
-    16 bits lose the lower 8, as 16-bit colour does in Pillow. For 32 bits the file does not define
-    white: it is 1, 255 or 65535, the first that no value exceeds, else the largest value.
-    """
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    grey = np.array(picture, np.float32)
-    np.nan_to_num(grey, copy=False, posinf=0.0, neginf=0.0)
-    largest = grey.max()
-    white = next((white for white in (1, 255, 65_535) if largest <= white), largest)
-    grey *= np.float32(1 / 256 if white == 65_535 else 255 / white)
-    return Image.fromarray(np.clip(grey, 0, 255, out=grey).astype(np.uint8))

@@ -143,7 +143,7 @@ def _answer(shared: BinaryIO, seconds: float) -> Iterator[dict[str, Any]]:
 def _errors_of_page() -> Iterator[None]:
     try:
         yield
-    except MemoryError:
+    except (MemoryError, _UnreadableError):
         raise
     except Exception as exc:  # Pillow raises many types
         raise _UnreadableError(
@@ -396,7 +396,8 @@ def _read_image(
     picture.seek(frames[place.page - 1])
     count = math.prod(picture.size)
     if count > MAX_PIXELS:
-        raise ValueError(f"it has more than {MAX_PIXELS // 1_000_000} million pixels, the limit")
+        limit = f"{MAX_PIXELS // 1_000_000} million pixels"
+        raise _UnreadableError(f"has more than {limit}, the limit; save a smaller picture")
     with OpenedImage(picture, None, read_orientation(picture), count).decode() as image:
         left, top, right, bottom = map(int, _find_box(image.size, place, PIXELS * _LINE))
         part = image.crop((left, top, right, bottom)).convert("RGB")

@@ -175,6 +175,8 @@ class Pages:
                     raise _EndedError("was not read")
                 found = self._reader.ask(*each)
                 if "error" in found:
+                    if each is self._request:  # the child has no file that a later read could ask
+                        self.close()
                     raise PageError(f"{title} {found['error']}")
         except _EndedError as exc:
             self.close()

@@ -66,9 +66,7 @@ class LocalBackend(Backend):
 
     model = ""
     modalities: frozenset[Modality] = frozenset()
-    dimensions: tuple[int, ...] = ()
     description = ""
-    failure: Exception | None = None
 
     def __init__(self, options: EngineOptions, load: Callable[..., Encoder] = Encoder) -> None:
         """Find or download the checkpoint, load it, and start the worker threads.
@@ -146,15 +144,8 @@ class LocalBackend(Backend):
 
     @property
     def step_stats(self) -> StepStats:
-        """Numbers of steps and tokens of all devices, and the current step size in tokens."""
-        scheduler = self._scheduler
-        return StepStats(
-            scheduler.steps,
-            scheduler.tokens,
-            scheduler.max_batch_tokens,
-            scheduler.started_jobs,
-            scheduler.wait_seconds,
-        )
+        """Counts of all devices, and the current step size in tokens."""
+        return self._scheduler.stats
 
     @property
     def gpu_memory(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Condition, Lock
+from threading import Condition
 
 import torch
 
@@ -82,16 +82,8 @@ class DeviceLock:
 
 def lock_of(device: torch.device) -> DeviceLock:
     """Return the lock of a device, the same for every model in this process."""
-    with _creating:
-        return _locks.setdefault(str(device), DeviceLock())
-
-
-def _start_afresh() -> None:
-    global _creating  # noqa: PLW0603 - a thread of the fork's parent may hold it
-    _creating = Lock()
-    _locks.clear()
+    return _locks.setdefault(str(device), DeviceLock())  # atomic
 
 
 _locks: dict[str, DeviceLock] = {}
-_creating = Lock()
-after_fork(_start_afresh)
+after_fork(_locks.clear)  # the threads that held them stayed with the parent

@@ -68,14 +68,7 @@ class Layers:
         placement: Placement,
         names: LayerNames = LLAMA,
     ) -> None:
-        """Load the weights.
-
-        Args:
-            prefix: The beginning of the name of every tensor.
-
-        Raises:
-            CheckpointError: a tensor is missing or has another shape.
-        """
+        """Load the weights, whose names begin with `prefix`."""
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.eps = config.rms_norm_eps
         self.attend = placement.kernel

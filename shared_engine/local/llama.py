@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,11 +38,11 @@ from shared_engine.local.pixtral import PixtralTower
 from shared_engine.local.pooling import pool
 from shared_engine.local.siglip import VisionTower
 from shared_engine.local.vision import PixtralVision
+from shared_engine.local.vision_cache import KeyedImage, VisionCache
 from shared_engine.local.weights import Weights
 
 if TYPE_CHECKING:
     from shared_engine.images.tiles import Tiles
-    from shared_engine.local.vision_cache import KeyedImage
 
 
 _WARM_LENGTH = 512
@@ -107,6 +108,8 @@ class Encoder:
         if checkpoint.vision is not None:
             tower = PixtralTower if isinstance(checkpoint.vision, PixtralVision) else VisionTower
             self._vision = tower(checkpoint, weights, placement)
+            self._context_token = checkpoint.vision.context_token
+            self._vision_cache = VisionCache(checkpoint.vision)
         self._scoring, self._head = checkpoint.scoring, None
         if self._scoring is not None:
             # float32: around 20, logits in bfloat16 are 0.125 apart.
@@ -221,8 +224,9 @@ class Encoder:
         ids = np.concatenate(sequences)
         x = F.embedding(to_device(ids, self.device), self._embedding)  # (T, hidden)
         if images and self._vision:
-            image_rows = np.flatnonzero(ids[:tokens] == self._vision.context_token)
-            x[to_device(image_rows, self.device)] = self._vision(images, on_pause)
+            image_rows = np.flatnonzero(ids[:tokens] == self._context_token)
+            encode = partial(self._vision, on_pause=on_pause)
+            x[to_device(image_rows, self.device)] = self._vision_cache(images, encode)
         hidden = self._forward(x, positions, layout, self._buffers, on_pause)  # (T, hidden)
         return pool(hidden, layout, count)
 

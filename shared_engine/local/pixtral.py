@@ -30,7 +30,6 @@ from shared_engine.local.elementwise import rms_norm
 from shared_engine.local.layers import LayerNames, Layers, no_pause
 from shared_engine.local.memory import Buffers, to_device
 from shared_engine.local.vision import PixtralVision
-from shared_engine.local.vision_cache import KeyedImage, VisionCache
 from shared_engine.local.weights import Weights
 
 if TYPE_CHECKING:
@@ -45,18 +44,11 @@ class PixtralTower:
     """The tower and connector on one device. Not thread-safe: the encoder's thread owns it."""
 
     def __init__(self, checkpoint: Checkpoint, weights: Weights, placement: Placement) -> None:
-        """Load the weights.
-
-        Raises:
-            CheckpointError: a tensor is missing or has another shape.
-        """
         vision, config = checkpoint.vision, checkpoint.config
         assert isinstance(vision, PixtralVision)
         tower = vision.tower
-        self.context_token = vision.context_token
         self._device, self._dtype = placement.device, placement.dtype
         self._patch, self._count_patches = tower.patch_size, vision.count_patches
-        self._cache = VisionCache(vision)
         self._buffers = Buffers(placement)
         kernel, _ = attention.select_kernel(placement.device, placement.dtype, tower)
         operators, _ = elementwise.select(placement.device, placement.dtype, tower)
@@ -85,26 +77,15 @@ class PixtralTower:
         self._mean = (255 * torch.tensor(PIXTRAL_MEAN)).to(placement.device)
         self._std = (255 * torch.tensor(PIXTRAL_STD)).to(placement.device)
 
-    def __call__(
-        self, images: Sequence[Tiles | KeyedImage], on_pause: Callable[[], None] = no_pause
-    ) -> Tensor:
+    def __call__(self, images: Sequence[Tiles], on_pause: Callable[[], None] = no_pause) -> Tensor:
         """Return the rows of all images in order: (rows, width), one for 2 x 2 patches.
 
         Rows of an image are ordered from left to right, then from top to bottom.
 
         Args:
-            images: Pixels (1, height, width, 3) of each image; with a key, the rows come from the
-                cache if it has them.
+            images: Pixels (1, height, width, 3) of each image.
             on_pause: Called twice in every layer; it may call this tower.
         """
-        return self._cache(images, partial(self._encode, on_pause=on_pause))
-
-    def warm_up(self) -> None:
-        """Compute an image."""
-        side = self._patch * min(_WARM_SIDE, len(self._angles))
-        self([np.zeros((1, side, side, 3), np.uint8)])
-
-    def _encode(self, images: Sequence[Tiles], on_pause: Callable[[], None]) -> Tensor:
         pixels = [to_device(np.asarray(image)[0], self._device) for image in images]
         patches = torch.cat([self._cut(each) for each in pixels])
         angles = torch.cat([self._angles_of(each) for each in pixels])  # (P, d / 2)
@@ -120,6 +101,11 @@ class PixtralTower:
         rotation = angles.cos().to(self._dtype), angles.sin().to(self._dtype)
         self._layers(x, rotation, Layout(lengths, ends), self._buffers, on_pause=on_pause)
         return self._connect(x)[: count // 4]
+
+    def warm_up(self) -> None:
+        """Compute an image."""
+        side = self._patch * min(_WARM_SIDE, len(self._angles))
+        self([np.zeros((1, side, side, 3), np.uint8)])
 
     def _cut(self, pixels: Tensor) -> Tensor:
         """Return the normalized pixels of every patch, by channel: (h * w, 3 * p * p)."""

@@ -27,7 +27,7 @@ from itertools import groupby
 from threading import Condition
 from weakref import WeakKeyDictionary
 
-from shared_engine.backend import Flow, Rows
+from shared_engine.backend import Flow, Rows, StepStats
 from shared_engine.documents import EmbeddingInput
 from shared_engine.errors import EngineClosedError
 from shared_engine.local.jobs import Job, TokenSequence
@@ -65,7 +65,7 @@ class Scheduler:
     """The queue of one model's devices. Any thread may `put`; worker threads take from it."""
 
     def __init__(self, max_batch_tokens: int) -> None:
-        self.max_batch_tokens = max_batch_tokens
+        self.stats = StepStats(max_batch_tokens)
         self._changed = Condition()
         self._jobs: dict[Future[Rows], Job] = {}
         self._queues: WeakKeyDictionary[Flow | Job, FlowQueue] = WeakKeyDictionary()
@@ -79,14 +79,6 @@ class Scheduler:
         self._initial_batch_tokens = max_batch_tokens
         self._full_steps = 0
         self._closed = False
-        self.steps = 0
-        """Number of steps formed."""
-        self.tokens = 0
-        """Cost of those steps in tokens."""
-        self.started_jobs = 0
-        """Number of jobs with a sequence in one of those steps."""
-        self.wait_seconds = 0.0
-        """Seconds that those jobs waited for their first step."""
 
     def put(self, job: Job, sequences: list[TokenSequence] | None = None) -> None:
         """Accept a job.
@@ -118,18 +110,20 @@ class Scheduler:
     def shrink(self, tokens: int) -> None:
         """Limit steps to this number of tokens; a lower limit stays."""
         with self._changed:
-            self.max_batch_tokens = max(1, min(self.max_batch_tokens, tokens))
+            self.stats.max_batch_tokens = max(1, min(self.stats.max_batch_tokens, tokens))
             self._full_steps = 0
 
     def grow(self, tokens: int) -> None:
         """Count a step that fitted in memory; after enough full steps, double a reduced limit."""
         with self._changed:
-            is_full = 2 * tokens >= self.max_batch_tokens
-            if not is_full or self.max_batch_tokens == self._initial_batch_tokens:
+            is_full = 2 * tokens >= self.stats.max_batch_tokens
+            if not is_full or self.stats.max_batch_tokens == self._initial_batch_tokens:
                 return
             self._full_steps += 1
             if self._full_steps == PATIENCE:
-                self.max_batch_tokens = min(2 * self.max_batch_tokens, self._initial_batch_tokens)
+                self.stats.max_batch_tokens = min(
+                    2 * self.stats.max_batch_tokens, self._initial_batch_tokens
+                )
                 self._full_steps = 0
 
     def _forget(self, future: Future[Rows]) -> None:
@@ -171,7 +165,7 @@ class Scheduler:
             chunk: list[tuple[Job, int]] = []
             budget = TEXTS_PER_CHUNK
             flows = len(self._to_prepare)
-            ahead = self.max_batch_tokens * max(1, STEPS_AHEAD // max(1, flows))
+            ahead = self.stats.max_batch_tokens * max(1, STEPS_AHEAD // max(1, flows))
             for _ in range(flows):
                 queue = self._to_prepare.popleft()
                 while queue.jobs and queue.ready_cost < ahead and budget > 0:
@@ -239,15 +233,15 @@ class Scheduler:
             queries = self._to_run[True]
             if not queries or self._query_steps >= QUERY_STEPS_IN_A_ROW:
                 return []
-            before = self.tokens
+            before = self.stats.tokens
             step = self._fill_step(queries)
             # Counted by tokens: a search is small, and a step of documents has dozens of pauses.
-            self._query_steps += (self.tokens - before) / self.max_batch_tokens
+            self._query_steps += (self.stats.tokens - before) / self.stats.max_batch_tokens
             return step
 
     def _fill_step(self, queues: deque[FlowQueue]) -> list[TokenSequence]:
         step: list[TokenSequence] = []
-        quantum = free = self.max_batch_tokens
+        quantum = free = self.stats.max_batch_tokens
         skipped: list[FlowQueue] = []
         while queues:
             queue = queues.popleft()
@@ -268,16 +262,16 @@ class Scheduler:
                 if free < quantum / 10:  # full enough not to search for smaller sequences
                     break
         queues.extendleft(reversed(skipped))
-        self.steps += 1
-        self.tokens += quantum - free
+        self.stats.steps += 1
+        self.stats.tokens += quantum - free
         self._changed.notify_all()  # more chunks may be prepared in advance
         return step
 
     def _count_start(self, job: Job) -> None:
         if not job.has_started:
             job.has_started = True
-            self.started_jobs += 1
-            self.wait_seconds += time.perf_counter() - job.accepted
+            self.stats.started_requests += 1
+            self.stats.wait_seconds += time.perf_counter() - job.accepted
 
     def close(self, cancel: bool = False) -> None:
         """Refuse new jobs; with `cancel`, also cancel the jobs that are not finished."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +26,6 @@ from shared_engine.local.layers import no_pause
 from shared_engine.local.memory import Buffer, to_device
 from shared_engine.local.resize import cut_on_device
 from shared_engine.local.vision import TiledVision
-from shared_engine.local.vision_cache import KeyedImage, VisionCache
 from shared_engine.local.weights import Weights
 
 if TYPE_CHECKING:
@@ -63,20 +61,13 @@ class VisionTower:
     """The tower and connector on one device. Not thread-safe: the encoder's thread owns it."""
 
     def __init__(self, checkpoint: Checkpoint, weights: Weights, placement: Placement) -> None:
-        """Load the weights.
-
-        Raises:
-            CheckpointError: a tensor is missing or has another shape.
-        """
         vision = checkpoint.vision
         assert isinstance(vision, TiledVision)
         tower = vision.tower
-        self.context_token = vision.context_token
         self._device, self._dtype = placement.device, placement.dtype
         self._patch = tower.patch_size
         self._side = vision.patches_per_side
         self._heads, self._eps = tower.heads, tower.layer_norm_eps
-        self._cache = VisionCache(vision)
         self._buffer = Buffer(placement)
         # A patch costs about half of a token.
         fitting = 2 * placement.max_batch_tokens // vision.patches_per_tile
@@ -95,28 +86,22 @@ class VisionTower:
             _layer(weights, f"vision_model.encoder.layers.{n}", hidden, inner)
             for n in range(tower.layers)
         ]
-        self._norm = _norm(weights, "vision_model.post_layernorm", hidden)
+        self._norm = _read(weights, "vision_model.post_layernorm", hidden)
         out = checkpoint.config.hidden_size
-        self._connector_norm = _norm(weights, "mlp1.0", 4 * hidden)
-        self._connector_up = _linear(weights, "mlp1.1", out, 4 * hidden)
-        self._connector_down = _linear(weights, "mlp1.3", out, out)
+        self._connector_norm = _read(weights, "mlp1.0", 4 * hidden)
+        self._connector_up = _read(weights, "mlp1.1", out, 4 * hidden)
+        self._connector_down = _read(weights, "mlp1.3", out, out)
 
-    def __call__(
-        self, images: Sequence[Tiles | KeyedImage], on_pause: Callable[[], None] = no_pause
-    ) -> Tensor:
+    def __call__(self, images: Sequence[Tiles], on_pause: Callable[[], None] = no_pause) -> Tensor:
         """Return the rows of all images in order: (rows, width), P / 4 for each tile.
 
         Rows of a tile are ordered from left to right, then from top to bottom. Tiles of several
         images share a forward pass.
 
         Args:
-            images: Tiles (n, size, size, 3), or pictures to cut on the device; with a key, the
-                rows come from the cache if it has them.
+            images: Tiles (n, size, size, 3), or pictures to cut on the device.
             on_pause: Called twice in every layer; it may call this tower.
         """
-        return self._cache(images, partial(self._encode, on_pause=on_pause))
-
-    def _encode(self, images: Sequence[Tiles], on_pause: Callable[[], None]) -> Tensor:
         tiles = torch.cat([self._tiles(image) for image in images])  # (n, size, size, 3)
         passes = torch.split(tiles, self._tiles_per_pass)
         return torch.cat(
@@ -178,25 +163,19 @@ class VisionTower:
 
 
 def _layer(weights: Weights, at: str, hidden: int, inner: int) -> SiglipLayer:
-    projections = [
-        _linear(weights, f"{at}.self_attn.{name}_proj", hidden, hidden) for name in "qkv"
-    ]
+    projections = [_read(weights, f"{at}.self_attn.{name}_proj", hidden, hidden) for name in "qkv"]
     return SiglipLayer(
-        attention_norm=_norm(weights, f"{at}.layer_norm1", hidden),
+        attention_norm=_read(weights, f"{at}.layer_norm1", hidden),
         qkv=Affine(
             torch.cat([projection.weight for projection in projections]),
             torch.cat([projection.bias for projection in projections]),
         ),
-        out=_linear(weights, f"{at}.self_attn.out_proj", hidden, hidden),
-        mlp_norm=_norm(weights, f"{at}.layer_norm2", hidden),
-        up=_linear(weights, f"{at}.mlp.fc1", inner, hidden),
-        down=_linear(weights, f"{at}.mlp.fc2", hidden, inner),
+        out=_read(weights, f"{at}.self_attn.out_proj", hidden, hidden),
+        mlp_norm=_read(weights, f"{at}.layer_norm2", hidden),
+        up=_read(weights, f"{at}.mlp.fc1", inner, hidden),
+        down=_read(weights, f"{at}.mlp.fc2", hidden, inner),
     )
 
 
-def _linear(weights: Weights, name: str, out: int, into: int) -> Affine:
-    return Affine(weights(f"{name}.weight", out, into), weights(f"{name}.bias", out))
-
-
-def _norm(weights: Weights, name: str, size: int) -> Affine:
-    return Affine(weights(f"{name}.weight", size), weights(f"{name}.bias", size))
+def _read(weights: Weights, name: str, *shape: int) -> Affine:
+    return Affine(weights(f"{name}.weight", *shape), weights(f"{name}.bias", shape[0]))

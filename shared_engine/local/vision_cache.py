@@ -55,19 +55,17 @@ class VisionCache:
         Args:
             encode: The vision tower: from images to their rows, one for 2 x 2 patches.
         """
-        found = [self._find(image) for image in images]
+        keys = [image.key if isinstance(image, KeyedImage) else None for image in images]
+        found = [self._rows.get(key) if key else None for key in keys]
         missing = [image for image, rows in zip(images, found, strict=True) if rows is None]
         tiles = [image.tiles if isinstance(image, KeyedImage) else image for image in missing]
         sizes = [self._count_patches(image) // 4 for image in tiles]
         encoded = iter(torch.split(encode(tiles), sizes) if tiles else ())
         out = [next(encoded) if rows is None else rows for rows in found]
-        for image, rows in zip(images, out, strict=True):
-            if isinstance(image, KeyedImage):
-                self._keep(image.key, rows)
+        for key, rows in zip(keys, out, strict=True):
+            if key:
+                self._keep(key, rows)
         return torch.cat(out)
-
-    def _find(self, image: Tiles | KeyedImage) -> Tensor | None:
-        return self._rows.get(image.key) if isinstance(image, KeyedImage) else None
 
     def _keep(self, key: bytes, rows: Tensor) -> None:
         if key in self._rows:

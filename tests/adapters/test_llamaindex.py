@@ -28,7 +28,7 @@ from pydantic import ValidationError
 
 from langchain_nemoretriever import NeMoRetrieverEmbeddings
 from llamaindex_nemoretriever import NeMoRetrieverEmbedding
-from shared_engine import InputTypeError, Options, UnsupportedModalityError
+from shared_engine import ConfigurationError, InputTypeError, Options, UnsupportedModalityError
 from shared_engine.registry import _engines
 from tests.support.adapters import LLAMAINDEX_CLONES, TEXTS, same
 from tests.support.llamaindex import Callbacks, Recorder
@@ -313,6 +313,8 @@ def test_model_and_model_name_are_one(checkpoint: Path) -> None:
         assert (copy.model, copy.model_name, copy.embedder.options.model) == (name, name, name)
     with pytest.raises(ValueError, match="are one option"):
         default.model_copy(update={"model": name, "model_name": "another"})
+    with pytest.raises(ConfigurationError, match="model= cannot change; copy the object"):
+        default.model_name = name  # it would be shown and not used
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])

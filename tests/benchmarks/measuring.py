@@ -221,11 +221,11 @@ class Timed:
         self.spans: list[float] = []
         """Seconds of each call."""
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call, and wait for the device."""
         start = time.perf_counter()
         try:
-            out = self.inner(*args)
+            out = self.inner(*args, **kwargs)
             synchronise(self._device)
             return out
         finally:

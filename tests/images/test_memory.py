@@ -32,7 +32,7 @@ LARGE: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{f"png {mode}": (mode, "PNG", {}) for mode in ("1", "L", "P", "LA", "RGB", "RGBA", "I;16")},
     **{
         f"tiff {mode}": (mode, "TIFF", {"compression": "tiff_adobe_deflate"})
-        for mode in ("1", "L", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "LAB")
+        for mode in ("1", "L", "RGB", "RGBA", "CMYK", "I;16")
     },
     **{f"jpeg {mode}": (mode, "JPEG", {}) for mode in ("L", "RGB", "CMYK")},
     "jpeg progressive": ("RGB", "JPEG", {"progressive": True}),

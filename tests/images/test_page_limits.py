@@ -67,6 +67,19 @@ def test_a_picture_beyond_the_limit_of_memory_fails(save, tmp_path):
         opened.read(0)
 
 
+def test_a_picture_beyond_the_limit_of_pixels_is_not_called_broken(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "a.png"
+    Image.new("L", (9, 9)).save(path)
+    path.write_bytes(pdfs.claim_size(path.read_bytes(), 10_000, 8_001))
+    with open_pages(path) as opened, pytest.raises(PageError) as caught:
+        opened.read(0)
+    assert str(caught.value) == (
+        "a.png, page 1, has more than 80 million pixels, the limit; save a smaller picture"
+    )
+
+
 def test_a_file_of_many_such_pages_ends(save, monkeypatch):
     monkeypatch.setattr(pages, "_MOST_ENDED", 2)
     with open_pages(save(*[pdfs.ENDLESS] * 2, GOOD, seconds=0.1)) as opened:
@@ -83,6 +96,18 @@ def test_a_reader_that_crashed_is_replaced(save):
         with pytest.raises(PageError, match=r"^a\.pdf, page 1, is broken.* ended \(SIGKILL\)"):
             opened.read(0)
         assert opened.read(1).text == "good"
+
+
+def test_a_file_that_is_gone_when_its_reader_is_replaced_is_named_at_every_page(save):
+    path = save(GOOD, GOOD, GOOD)
+    with open_pages(path, "a.pdf") as opened:
+        opened._reader._process.kill()
+        with pytest.raises(PageError, match="SIGKILL"):
+            opened.read(0)
+        path.unlink()
+        for index in (1, 2):
+            with pytest.raises(PageError, match=rf"page {index + 1}, cannot be read: No such file"):
+                opened.read(index)
 
 
 def test_a_read_is_ended_by_another_thread(save):

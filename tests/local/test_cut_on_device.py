@@ -88,14 +88,14 @@ def test_a_resize_equals_pillow(sides, wanted):
 def test_the_tiles_of_a_picture_are_those_that_pillow_cuts(source, max_tiles):
     expected = images.cut_tiles(source, max_tiles, 64)
     picture = images.decode_picture(source, max_tiles, 64)
-    assert isinstance(picture, images.Picture)
+    assert isinstance(picture, image_tiles.Picture)
     assert len(picture) == len(expected)
     check_levels(resize.cut_on_device(picture, 64, CPU).numpy(), expected)
 
 
 def test_a_very_large_picture_does_not_wait_for_a_device(monkeypatch):
     monkeypatch.setattr(image_tiles, "_LARGEST_PICTURE", 200 * 100)
-    assert isinstance(images.decode_picture(page(0, 200, 100), 2, 64), images.Picture)
+    assert isinstance(images.decode_picture(page(0, 200, 100), 2, 64), image_tiles.Picture)
     cut = images.decode_picture(page(0, 201, 100), 2, 64)
     assert np.array_equal(cut, images.cut_tiles(page(0, 201, 100), 2, 64))
 

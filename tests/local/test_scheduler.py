@@ -96,7 +96,7 @@ def test_an_image_costs_its_patches_too():
     scheduler.put(one)
     scheduler.add([TokenSequence(*pair, ids(20), patches=60) for pair in scheduler.next_chunk()])
     assert [[s.row for s in scheduler.next_step()] for _ in range(2)] == [[0, 1], [2]]
-    assert (scheduler.steps, scheduler.tokens) == (2, 150)
+    assert (scheduler.stats.steps, scheduler.stats.tokens) == (2, 150)
 
 
 def test_one_step_serves_many_small_callers():
@@ -162,7 +162,7 @@ def test_a_pause_of_a_step_of_documents_is_for_queries_only():
     gone.future.cancel()
     assert not scheduler.take_queries()
     assert scheduler.next_step()[0].job.request.role == "document"
-    assert (scheduler.steps, scheduler.tokens) == (3, 23)
+    assert (scheduler.stats.steps, scheduler.stats.tokens) == (3, 23)
 
 
 @pytest.mark.parametrize(("tokens", "served"), [(1, 50), (10, QUERY_STEPS_IN_A_ROW)])
@@ -213,9 +213,9 @@ def test_a_step_that_was_shrunk_is_not_raised_by_another_device(asked):
     scheduler = Scheduler(1000)
     for tokens in asked:
         scheduler.shrink(tokens)
-    assert scheduler.max_batch_tokens == 400
+    assert scheduler.stats.max_batch_tokens == 400
     scheduler.shrink(0)
-    assert scheduler.max_batch_tokens == 1
+    assert scheduler.stats.max_batch_tokens == 1
 
 
 def simulate_memory(scheduler: Scheduler, holds: Callable[[int], int], steps: int) -> list[int]:
@@ -225,7 +225,7 @@ def simulate_memory(scheduler: Scheduler, holds: Callable[[int], int], steps: in
     """
     failed = []
     for step in range(steps):
-        tokens = scheduler.max_batch_tokens
+        tokens = scheduler.stats.max_batch_tokens
         while tokens > holds(step):
             failed.append(step)
             tokens //= 2
@@ -238,16 +238,16 @@ def test_a_step_grows_back_after_memory_was_short_for_a_while():
     scheduler = Scheduler(2048)
     failed = simulate_memory(scheduler, lambda step: 100 if step == 5 else 10**6, 30)
     assert set(failed) == {5}
-    assert scheduler.max_batch_tokens <= 128
+    assert scheduler.stats.max_batch_tokens <= 128
     simulate_memory(scheduler, lambda _: 10**6, 10 * PATIENCE)
-    assert scheduler.max_batch_tokens == 2048
+    assert scheduler.stats.max_batch_tokens == 2048
 
 
 def test_a_step_that_is_always_too_large_is_tried_rarely():
     scheduler = Scheduler(2048)
     failed = simulate_memory(scheduler, lambda _: 1500, 100 * PATIENCE)
     assert 90 < len(failed) <= 100
-    assert scheduler.max_batch_tokens in (1024, 2048)
+    assert scheduler.stats.max_batch_tokens in (1024, 2048)
 
 
 def test_steps_that_are_not_full_do_not_count_for_growth():
@@ -255,11 +255,11 @@ def test_steps_that_are_not_full_do_not_count_for_growth():
     scheduler.shrink(1000)
     for _ in range(10 * PATIENCE):
         scheduler.grow(499)
-    assert scheduler.max_batch_tokens == 1000
+    assert scheduler.stats.max_batch_tokens == 1000
     scheduler.shrink(10**6)
     for _ in range(PATIENCE):
         scheduler.grow(500)
-    assert scheduler.max_batch_tokens == 2000
+    assert scheduler.stats.max_batch_tokens == 2000
 
 
 # Ahead of the device

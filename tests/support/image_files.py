@@ -252,15 +252,6 @@ FORMATS: dict[str, tuple[bytes, Image.Image]] = {
         encoded(Image.frombytes("I;16B", (90, 60), WIDE.astype(">u2").tobytes()), "TIFF"),
         L.convert("RGB"),
     ),
-    "tiff 32-bit": (encoded(Image.fromarray(WIDE.astype(np.int32)), "TIFF"), L.convert("RGB")),
-    "tiff float to 1": (
-        encoded(Image.fromarray((np.asarray(L) / 255).astype(np.float32)), "TIFF"),
-        L.convert("RGB"),
-    ),
-    "tiff float to 255, nan": (
-        encoded(Image.fromarray(np.where(_ALPHA < 9, np.nan, _ALPHA).astype(np.float32)), "TIFF"),
-        grey(np.where(_ALPHA < 9, 0, _ALPHA)),
-    ),
     "tiff alpha": (encoded(RGBA, "TIFF"), over_white(RGBA)),
     "tiff cmyk": (encoded(CMYK, "TIFF"), CMYK.convert("RGB")),
 }
