@@ -1,51 +1,95 @@
 """NVIDIA NeMo Retriever models: one engine for Python, LangChain and LlamaIndex."""
 
 from shared_engine._version import __version__ as __version__
-from shared_engine.backend import Backend as Backend
-from shared_engine.backend import Request as Request
-from shared_engine.catalogue import CATALOGUE as CATALOGUE
-from shared_engine.catalogue import ModelSpec as ModelSpec
-from shared_engine.documents import EmbeddingInput as EmbeddingInput
-from shared_engine.documents import Modality as Modality
-from shared_engine.documents import Role as Role
-from shared_engine.embedder import Embedder as Embedder
-from shared_engine.errors import AuthenticationError as AuthenticationError
-from shared_engine.errors import CheckpointError as CheckpointError
-from shared_engine.errors import ConfigurationError as ConfigurationError
-from shared_engine.errors import ConnectionFailedError as ConnectionFailedError
-from shared_engine.errors import DeviceMemoryError as DeviceMemoryError
-from shared_engine.errors import EngineClosedError as EngineClosedError
-from shared_engine.errors import EngineError as EngineError
-from shared_engine.errors import ImageError as ImageError
-from shared_engine.errors import ImageTooLargeError as ImageTooLargeError
-from shared_engine.errors import InputError as InputError
-from shared_engine.errors import InputTooLongError as InputTooLongError
-from shared_engine.errors import InputTypeError as InputTypeError
-from shared_engine.errors import InvalidRequestError as InvalidRequestError
-from shared_engine.errors import MalformedResponseError as MalformedResponseError
-from shared_engine.errors import MissingExtraError as MissingExtraError
-from shared_engine.errors import ModelNotFoundError as ModelNotFoundError
-from shared_engine.errors import ModelRetiredError as ModelRetiredError
-from shared_engine.errors import NeMoRetrieverError as NeMoRetrieverError
-from shared_engine.errors import NonFiniteVectorError as NonFiniteVectorError
-from shared_engine.errors import OutputError as OutputError
-from shared_engine.errors import PageError as PageError
-from shared_engine.errors import PartialResultError as PartialResultError
-from shared_engine.errors import PayloadTooLargeError as PayloadTooLargeError
-from shared_engine.errors import PermissionDeniedError as PermissionDeniedError
-from shared_engine.errors import RateLimitError as RateLimitError
-from shared_engine.errors import RemoteError as RemoteError
-from shared_engine.errors import RequestTimeoutError as RequestTimeoutError
-from shared_engine.errors import ServerError as ServerError
-from shared_engine.errors import UnsupportedDimensionsError as UnsupportedDimensionsError
-from shared_engine.errors import UnsupportedModalityError as UnsupportedModalityError
-from shared_engine.options import Options as Options
-from shared_engine.options import RerankOptions as RerankOptions
-from shared_engine.reranker import RankedDocument as RankedDocument
-from shared_engine.reranker import Reranker as Reranker
-from shared_engine.stream import AsyncStream as AsyncStream
-from shared_engine.stream import Stream as Stream
-from shared_engine.usage import TokenCount as TokenCount
-from shared_engine.usage import track_usage as track_usage
-from shared_engine.vectors import EmbeddingType as EmbeddingType
-from shared_engine.vectors import quantize as quantize
+from shared_engine.backend import Backend, Request
+from shared_engine.catalogue import CATALOGUE, ModelSpec
+from shared_engine.documents import EmbeddingInput, Modality, Role
+from shared_engine.embedder import Embedder
+from shared_engine.errors import (
+    AuthenticationError,
+    CheckpointError,
+    ConfigurationError,
+    ConnectionFailedError,
+    DeviceMemoryError,
+    EngineClosedError,
+    EngineError,
+    ImageError,
+    ImageTooLargeError,
+    InputError,
+    InputTooLongError,
+    InputTypeError,
+    InvalidRequestError,
+    MalformedResponseError,
+    MissingExtraError,
+    ModelNotFoundError,
+    ModelRetiredError,
+    NeMoRetrieverError,
+    NonFiniteVectorError,
+    OutputError,
+    PageError,
+    PartialResultError,
+    PayloadTooLargeError,
+    PermissionDeniedError,
+    RateLimitError,
+    RemoteError,
+    RequestTimeoutError,
+    ServerError,
+    UnsupportedDimensionsError,
+    UnsupportedModalityError,
+)
+from shared_engine.options import Options, RerankOptions
+from shared_engine.reranker import RankedDocument, Reranker
+from shared_engine.stream import AsyncStream, Stream
+from shared_engine.usage import TokenCount, track_usage
+from shared_engine.vectors import EmbeddingType, quantize
+
+__all__ = [
+    "CATALOGUE",
+    "AsyncStream",
+    "AuthenticationError",
+    "Backend",
+    "CheckpointError",
+    "ConfigurationError",
+    "ConnectionFailedError",
+    "DeviceMemoryError",
+    "Embedder",
+    "EmbeddingInput",
+    "EmbeddingType",
+    "EngineClosedError",
+    "EngineError",
+    "ImageError",
+    "ImageTooLargeError",
+    "InputError",
+    "InputTooLongError",
+    "InputTypeError",
+    "InvalidRequestError",
+    "MalformedResponseError",
+    "MissingExtraError",
+    "Modality",
+    "ModelNotFoundError",
+    "ModelRetiredError",
+    "ModelSpec",
+    "NeMoRetrieverError",
+    "NonFiniteVectorError",
+    "Options",
+    "OutputError",
+    "PageError",
+    "PartialResultError",
+    "PayloadTooLargeError",
+    "PermissionDeniedError",
+    "RankedDocument",
+    "RateLimitError",
+    "RemoteError",
+    "Request",
+    "RequestTimeoutError",
+    "RerankOptions",
+    "Reranker",
+    "Role",
+    "ServerError",
+    "Stream",
+    "TokenCount",
+    "UnsupportedDimensionsError",
+    "UnsupportedModalityError",
+    "quantize",
+    "track_usage",
+]

@@ -19,6 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
 from typing import TypeAlias
@@ -145,7 +146,7 @@ class LocalBackend(Backend):
     @property
     def step_stats(self) -> StepStats:
         """Counts of all devices, and the current step size in tokens."""
-        return self._scheduler.stats
+        return replace(self._scheduler.stats)
 
     @property
     def gpu_memory(self) -> dict[str, int]:
