@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING
 
 from shared_engine._lazy import attach
 
+__all__ = ["NeMoRetrieverEmbedding", "NeMoRetrieverRerank"]
+
 if TYPE_CHECKING:
-    from llamaindex_nemoretriever.embedding import NeMoRetrieverEmbedding as NeMoRetrieverEmbedding
-    from llamaindex_nemoretriever.rerank import NeMoRetrieverRerank as NeMoRetrieverRerank
+    from llamaindex_nemoretriever.embedding import NeMoRetrieverEmbedding
+    from llamaindex_nemoretriever.rerank import NeMoRetrieverRerank
 else:
     __getattr__, __dir__ = attach(
         __name__,
