@@ -192,7 +192,8 @@ def _read_qrels(path: Path) -> Iterator[tuple[str, str, int]]:
     for line, content in _read_lines(path):
         try:
             text = content.decode("utf-8-sig").rstrip("\r\n")
-            cells = next(csv.reader([text], delimiter="\t")) if "\t" in text else text.split()
+            rows = csv.reader([text], delimiter="\t", strict=True)
+            cells = next(rows) if "\t" in text else text.split()
             if columns is None:
                 columns = _find_columns(cells)
                 width = len(cells)
@@ -201,10 +202,10 @@ def _read_qrels(path: Path) -> Iterator[tuple[str, str, int]]:
             query, document, score = (cells[column] for column in columns)
             if len(cells) != width or not float(score).is_integer():
                 raise ValueError
-        except (ValueError, KeyError, csv.Error):
+        except (ValueError, LookupError, csv.Error):
             raise InputError(
                 f"{path}, line {line}: expected query-id, corpus-id and an integer score, "
-                "separated by tabs, or TREC's four columns"
+                f"separated by tabs, or TREC's four columns; not {content[:80]!r}"
             ) from None
         yield query, document, int(float(score))
 
