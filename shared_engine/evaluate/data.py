@@ -112,7 +112,7 @@ def read_folder(folder: Path, split: str | None = None) -> RetrievalData:
             raise ConfigurationError(
                 f"{folder / name} is missing; expected corpus.jsonl, queries.jsonl and qrels/*.tsv"
             )
-    path = _find_split(folder, split)
+    path = find_split(folder, split)
     judged: Qrels = {}
     changed = 0
     for query, document, score in _read_qrels(path):
@@ -142,7 +142,8 @@ def read_folder(folder: Path, split: str | None = None) -> RetrievalData:
     return RetrievalData(folder, path.stem, corpus, queries, qrels, counts)
 
 
-def _find_split(folder: Path, split: str | None) -> Path:
+def find_split(folder: Path, split: str | None = None) -> Path:
+    """Return the file of a split; by default "test", or the only one."""
     paths = {path.stem: path for path in sorted((folder / "qrels").glob("*.tsv"))}
     name = split or ("test" if len(paths) != 1 else next(iter(paths)))
     if name not in paths:
