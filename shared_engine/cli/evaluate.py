@@ -35,7 +35,7 @@ examples:
 """
 _NEED_FOLDER = (
     *("against", "split", "no-bm25", "rerank", "hybrid", "rescore", "ignore-identical-ids"),
-    *("cache", "plot"),
+    *("candidates", "cache", "plot"),
 )
 """Options that `--mteb` does not have."""
 
@@ -66,7 +66,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--embedding-types",
         nargs="+",
         choices=get_args(EmbeddingType),
-        default=["float", "int8", "binary"],
+        default=[],
         metavar="TYPE",
         help="Number types of vectors, of %(choices)s. Default: float int8 binary.",
     )
@@ -106,10 +106,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verb.add_argument(
         "--candidates",
         type=int,
-        default=100,
         metavar="N",
         help="Documents of a query that --rerank and --rescore order; the others follow in the "
-        "order of the search. Default: %(default)s.",
+        "order of the search. Default: 100.",
     )
     verb.add_argument(
         "--ignore-identical-ids",
@@ -137,14 +136,15 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default=[],
         metavar="TASK",
         help="Tasks of MTEB to run instead of FOLDER, by name or as rows of the model cards: qa, "
-        "miracl, mlqa, mldr, vidore. They use the first of --dimensions and of --embedding-types. "
+        "miracl, mlqa, mldr, vidore. They accept one of --dimensions and one of --embedding-types. "
         "Default: none.",
     )
     verb.add_argument(
         "--data",
         type=Path,
         metavar="FOLDER",
-        help="Data of the only --mteb task, in BEIR's layout. Default: downloaded by MTEB.",
+        help="Data of the only --mteb task, in BEIR's layout: its splits, or "
+        "else test or the only one. Default: downloaded by MTEB.",
     )
     verb.set_defaults(run=run)
     add_logging(verb, "warning")
@@ -165,14 +165,14 @@ def _evaluate(args: argparse.Namespace, options: Options) -> int:
         args.folder,
         [EngineModel(options), *(find_model(name, options) for name in args.against)],
         dimensions=args.dimensions,
-        embedding_types=args.embedding_types,
+        embedding_types=args.embedding_types or ("float", "int8", "binary"),
         split=args.split,
         cache=args.cache,
         bm25=not args.no_bm25,
         rerankers=[find_reranker(name, options) for name in args.rerank],
         hybrid=args.hybrid,
         rescored=args.rescore,
-        candidates=args.candidates,
+        candidates=100 if args.candidates is None else args.candidates,
         ignore_identical_ids=args.ignore_identical_ids,
         progress=lambda line: print(line, file=sys.stderr),
     )
@@ -193,16 +193,22 @@ def _check_usage(args: argparse.Namespace) -> None:
         raise ConfigurationError(f"--plot {args.plot}: expected a name with suffix .svg or .png")
     if bool(args.mteb) == bool(args.folder) or (args.data and args.folder):
         raise ConfigurationError("expected FOLDER, or --mteb TASK with an optional --data")
-    given = [f"--{name}" for name in _NEED_FOLDER if getattr(args, name.replace("-", "_"))]
-    if args.mteb and given:
-        raise ConfigurationError(f"{given[0]} needs FOLDER, not --mteb")
+    if not args.mteb:
+        return
+    for name in _NEED_FOLDER:
+        if getattr(args, name.replace("-", "_")):
+            raise ConfigurationError(f"--{name} needs FOLDER, not --mteb")
+    for name in ("dimensions", "embedding-types"):
+        if len(values := getattr(args, name.replace("-", "_"))) > 1:
+            raise ConfigurationError(f"--{name} {values}: expected one value with --mteb")
 
 
 def _run_tasks(args: argparse.Namespace, options: Options) -> int:
     from shared_engine.evaluate import run_tasks, write_tasks
 
     options = options.replace(
-        dimensions=next(iter(args.dimensions), None), embedding_type=args.embedding_types[0]
+        dimensions=next(iter(args.dimensions), None),
+        embedding_type=next(iter(args.embedding_types), "float"),
     )
     rows = run_tasks(args.mteb, options, args.data)
     print(write_tasks(rows))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ from shared_engine.errors import ConfigurationError, InputError
 
 Qrels = dict[str, dict[str, int]]
 """Scores by query and document; a document is relevant if its score is greater than 0."""
+MAX_SCORE = 1_000_000
+"""Of either sign. trec_eval's memory and time grow with the largest score of a query."""
+_INVALID_ID = re.compile("[\0\ud800-\udfff]")
+"""trec_eval truncates an id at a NUL, and crashes on a lone surrogate."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def read_folder(folder: Path, split: str | None = None) -> RetrievalData:
             raise ConfigurationError(
                 f"{folder / name} is missing; expected corpus.jsonl, queries.jsonl and qrels/*.tsv"
             )
-    path = _find_split(folder, split)
+    path = find_split(folder, split)
     judged: Qrels = {}
     changed = 0
     for query, document, score in _read_qrels(path):
@@ -137,7 +142,8 @@ def read_folder(folder: Path, split: str | None = None) -> RetrievalData:
     return RetrievalData(folder, path.stem, corpus, queries, qrels, counts)
 
 
-def _find_split(folder: Path, split: str | None) -> Path:
+def find_split(folder: Path, split: str | None = None) -> Path:
+    """Return the file of a split; by default "test", or the only one."""
     paths = {path.stem: path for path in sorted((folder / "qrels").glob("*.tsv"))}
     name = split or ("test" if len(paths) != 1 else next(iter(paths)))
     if name not in paths:
@@ -158,7 +164,7 @@ def _read_collection(path: Path, only: Container[str] | None = None) -> Collecti
             if only is not None and name not in only:
                 continue
             image = b"" if document.image is None else document.image.read_bytes()
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise InputError(f"{path}, line {line}: {exc}") from None
         except OSError as exc:
             reason = f"cannot read {document.image}: {exc.strerror}"
@@ -177,6 +183,8 @@ def _parse_row(content: bytes, path: Path) -> tuple[str, EmbeddingInput]:
     name = row.get("_id", row.get("id")) if isinstance(row, dict) else None
     if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":
         raise ValueError('expected {"_id": "...", "text": "..."}')
+    if _INVALID_ID.search(str(name)):
+        raise ValueError(f"id {name!r}: expected no NUL and no lone surrogate; change the id")
     for key in ("title", "text", "image"):
         if not isinstance(row.get(key), (str, type(None))):
             raise ValueError(f"{key!r} is not a string")
@@ -192,21 +200,25 @@ def _read_qrels(path: Path) -> Iterator[tuple[str, str, int]]:
     for line, content in _read_lines(path):
         try:
             text = content.decode("utf-8-sig").rstrip("\r\n")
-            cells = next(csv.reader([text], delimiter="\t")) if "\t" in text else text.split()
+            rows = csv.reader([text], delimiter="\t", strict=True)
+            cells = next(rows) if "\t" in text else text.split()
             if columns is None:
                 columns = _find_columns(cells)
                 width = len(cells)
                 if not _is_number(cells[-1]):
                     continue
             query, document, score = (cells[column] for column in columns)
-            if len(cells) != width or not float(score).is_integer():
+            value = float(score)
+            is_score = value.is_integer() and abs(value) <= MAX_SCORE
+            if len(cells) != width or not is_score or _INVALID_ID.search(text):
                 raise ValueError
-        except (ValueError, KeyError, csv.Error):
+        except (ValueError, LookupError, csv.Error):
             raise InputError(
-                f"{path}, line {line}: expected query-id, corpus-id and an integer score, "
-                "separated by tabs, or TREC's four columns"
+                f"{path}, line {line}: expected query-id, corpus-id and an integer score "
+                f"from {-MAX_SCORE:,} to {MAX_SCORE:,}, separated by tabs, or TREC's four "
+                f"columns, without NUL; not {content[:80]!r}"
             ) from None
-        yield query, document, int(float(score))
+        yield query, document, int(value)
 
 
 def _find_columns(cells: list[str]) -> list[int]:

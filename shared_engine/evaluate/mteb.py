@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError
-from shared_engine.evaluate.data import Collection, read_folder
+from shared_engine.evaluate.data import Collection, find_split, read_folder
 from shared_engine.evaluate.models import WINDOW
 from shared_engine.evaluate.search import decode
 from shared_engine.options import Options
@@ -126,7 +127,8 @@ def run_tasks(
         names: MTEB's names of tasks, or keys of CARDS.
         options: The model, and the size and type of its vectors.
         folder: Data of the only task in BEIR's layout, instead of MTEB's hub. A task with subsets
-            has a subfolder for each; missing ones are skipped.
+            has a subfolder for each; missing ones are skipped. The splits of the task that it
+            has are measured; if it has none, "test" or the only one, under its own name.
 
     Raises:
         ConfigurationError: a task is unknown or is not a retrieval task, or its data is missing.
@@ -197,24 +199,28 @@ def _use_folder(task: AbsTaskRetrieval, folder: Path) -> AbsTaskRetrieval:
             f"{folder} has no subfolder for a subset of {task.metadata.name}; expected some of "
             f"{', '.join(task.hf_subsets)}"
         )
-    split = task.eval_splits[0]
+    paths = list(folders.values())
+    splits = [
+        split
+        for split in task.eval_splits
+        if all((path / "qrels" / f"{split}.tsv").exists() for path in paths)
+    ] or [find_split(paths[0]).stem]
 
     def load_data(self: Any, **_: Any) -> None:
         self.dataset = {}
-        for name, path in folders.items():
-            data = read_folder(path)
-            found = {
+        for (name, path), split in product(folders.items(), splits):
+            data = read_folder(path, split)
+            self.dataset.setdefault(name, {})[split] = {
                 "corpus": _make_dataset(data.corpus),
                 "queries": _make_dataset(data.queries),
                 "relevant_docs": data.qrels,
                 "top_ranked": None,
             }
-            self.dataset[name] = {split: found}
         self.data_loaded = True
 
     local: AbsTaskRetrieval = type(type(task).__name__, (type(task),), {"load_data": load_data})()
     local.hf_subsets = list(folders)
-    return local.filter_eval_splits([split])
+    return local.filter_eval_splits(splits)
 
 
 def _make_dataset(collection: Collection) -> Dataset:

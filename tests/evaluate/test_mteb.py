@@ -115,6 +115,24 @@ def test_an_invalid_task_is_refused(folder, options):
         run_tasks(["qa"], options, folder)
 
 
+@pytest.mark.parametrize(
+    ("files", "measured"),
+    [
+        (["dev", "test"], {"dev": 1}),  # the only split of the task is dev
+        (["test", "train"], {"test": 0}),
+        (["train"], {"train": 0}),
+    ],
+)
+def test_the_splits_of_a_folder_have_their_own_names(options, tmp_path, files, measured):
+    """The judgements of dev can be met, those of the others cannot."""
+    corpus = [{"_id": "d0", "text": "alpha"}, {"_id": "d1", "text": "beta"}]
+    for split in files:
+        qrels = [("q0", "d0" if split == "dev" else "gone", 1)]
+        write_beir(tmp_path, corpus, [{"_id": "q0", "text": "alpha"}], qrels, split)
+    rows = run_tasks(["MSMARCO"], options, tmp_path)
+    assert {row["split"]: row["Recall@5"] for row in rows} == measured
+
+
 def test_the_tasks_of_the_cards_are_there():
     import mteb
 

@@ -324,6 +324,12 @@ def test_the_command_refuses_what_cannot_be(folder: Path, checkpoint: Path, caps
         (["--mteb", "NQ", "--hybrid"], "--hybrid needs FOLDER, not --mteb"),
         (["--mteb", "NQ", "--against", "st:any"], "--against needs FOLDER, not --mteb"),
         (["--mteb", "NQ", "--no-bm25"], "--no-bm25 needs FOLDER, not --mteb"),
+        (["--mteb", "NQ", "--candidates", 9], "--candidates needs FOLDER, not --mteb"),
+        (["--mteb", "NQ", "--dimensions", 32, 16], "--dimensions [32, 16]: expected one value"),
+        (
+            ["--mteb", "NQ", "--embedding-types", "int8", "float"],
+            "--embedding-types ['int8', 'float']: ",
+        ),
     ):
         assert run(*wrong, "--model", checkpoint, "--device", "cpu") == 2
         assert message in capsys.readouterr().err
