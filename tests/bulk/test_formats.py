@@ -130,12 +130,24 @@ def test_fields_are_cut_at_the_delimiter(given, delimiter, tmp_path, checkpoint,
         ("**", ["a.csv", "b[1].csv", "sub/c.csv"]),
         ("b[1].csv", ["b[1].csv"]),
         ("[ab]*.csv", ["a.csv", "b[1].csv"]),
+        ("_*/*.csv", ["_old/d.csv"]),
+        ("**/_o*/*.csv", ["_old/d.csv"]),
+        (".h*.csv", [".hidden.csv"]),
+        ("_*.csv", ["_e.csv"]),
     ],
 )
 def test_a_pattern_gives_the_files_of_a_folder(pattern, names, tmp_path, make_job):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     (tmp_path / "in" / "_old").mkdir()
-    for name in ("a.csv", "b[1].csv", "sub/c.csv", "_old/d.csv", ".hidden.csv", "notes.md"):
+    for name in (
+        "a.csv",
+        "b[1].csv",
+        "sub/c.csv",
+        "_old/d.csv",
+        ".hidden.csv",
+        "_e.csv",
+        "notes.md",
+    ):
         (tmp_path / "in" / name).write_text("text\na\n")
     job = make_job(tmp_path / "in" / pattern, id_column=None, columns=())
     assert run(job).is_complete
@@ -153,8 +165,21 @@ def test_files_of_other_formats_in_a_folder_are_told(tmp_path, make_job, caplog)
 
 
 def test_a_pattern_that_no_file_has_is_named(tmp_path, make_job):
-    with pytest.raises(ConfigurationError, match=r"\*\.csv does not exist"):
+    with pytest.raises(ConfigurationError, match=r"\*\.csv does not exist$"):
         run(make_job(tmp_path / "*.csv"))
+    (tmp_path / "data[1]").mkdir()
+    (tmp_path / "data[1]" / "a.csv").write_text("text\na\n")
+    with pytest.raises(ConfigurationError, match=r"does not exist; .* write a \[ .* as \[\[\]$"):
+        run(make_job(tmp_path / "data[1]" / "*.csv"))
+    assert run(make_job(tmp_path / "data[[]1]" / "*.csv", id_column=None, columns=())).rows == 1
+
+
+@pytest.mark.parametrize("given", ["out", "out/*.csv", "out/a.csv", "out/vectors"])
+def test_inputs_inside_of_the_folder_of_results_are_named(given, tmp_path, make_job):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.csv").write_text("text\na\n")
+    with pytest.raises(ConfigurationError, match=r"is inside --out .*; use another --out"):
+        make_job(tmp_path / given)
 
 
 def test_a_text_file_in_a_folder_is_not_data_unless_it_is_named(tmp_path, make_job):
@@ -283,7 +308,7 @@ def remote() -> Iterator[Any]:
 
 def write_remote(remote: Any) -> None:
     table = passages(20)
-    names = ("a.parquet", "lang=x/b.csv.gz", "c d.arrow", "_old/d.csv", "e.md", "state.json",
+    names = ("a.parquet", "lang=x/b.csv.gz", "c d.arrow", "_old/d.csv.gz", "e.md", "state.json",
              "dataset_info.json")  # fmt: skip
     for name in (f"in/{name}" for name in names):
         remote.makedirs("/bucket/" + name.rpartition("/")[0], exist_ok=True)
@@ -306,6 +331,7 @@ def write_remote(remote: Any) -> None:
         ("memory://bucket/in/a.parquet", ["a.parquet"]),
         ("memory://bucket/in/*.parquet", ["a.parquet"]),
         ("memory://bucket/*/lang=*/b*", ["in/lang=x/b.csv.gz"]),
+        ("memory://bucket/in/_o*/*", ["_old/d.csv.gz"]),
     ],
 )
 def test_tables_of_other_file_systems(url, titles, remote, make_job):
@@ -329,6 +355,7 @@ def test_tables_of_other_file_systems(url, titles, remote, make_job):
     [
         (["memory://bucket/none"], "memory://bucket/none does not exist"),
         (["memory://bucket/in/*.feather"], "does not exist"),
+        (["memory://bucket/in[1]/*.csv"], r"does not exist; .* as \[\[\]$"),
         (["memory://bucket/in?endpoint=here"], "options after . are not read"),
         (["memory://bucket/in", "{here}"], "inputs are local paths and URLs"),
         (["no-such://bucket/in"], "no-such://bucket cannot be opened"),
