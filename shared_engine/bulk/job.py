@@ -76,7 +76,8 @@ class Job:
     rows_per_file: int | None = None
     """Maximum number of rows in a fragment, and so in a file of vectors; None: by kind of input."""
     delimiter: str | None = None
-    """Character between the fields of CSV and TSV files; None is a comma and a tab."""
+    """Character between the fields of CSV and TSV files; None is a comma and a tab. A file's first
+    line `sep=;`, as Excel reads it, goes before."""
     pdf: pages.Layer = "picture"
     """Part of a PDF page to embed."""
     strict: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import decimal
 import gzip
+import io
 import json
 import os
 import uuid
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared_engine import Embedder, Options
+from shared_engine.bulk.convert import convert
 from shared_engine.bulk.job import Job
 from shared_engine.cli.main import main
 from shared_engine.errors import ConfigurationError, InputError
@@ -104,6 +106,45 @@ def test_utf_16_and_utf_32_are_named(suffix, codec, tmp_path, make_job):
         InputError, match=f"it is {codec[:6].upper()}; convert it first, as by iconv"
     ):
         run(make_job(path, id_column=None, columns=(), strict=True))
+
+
+def _write_table(open_file):
+    with io.BytesIO() as file:
+        table = passages(1)
+        with open_file(file, table.schema) as writer:
+            writer.write_table(table)
+        return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(b"key,text\n0,a\n"), r"gzip; add \.gz"),
+        (bz2.compress(b"key,text\n0,a\n"), r"bzip2; add \.bz2"),
+        (pa.compress(b"key,text\n0,a\n", "zstd", asbytes=True), r"Zstandard; add \.zst"),
+        (_write_table(pq.ParquetWriter), r"a Parquet file; end its name in \.parquet"),
+        (_write_table(pa.ipc.new_file), r"an Arrow file; end its name in \.arrow"),
+        (b"PK\x03\x04\x14\0\x08\x08", "an Excel or ZIP file; export the sheet as CSV"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel file; export the sheet as CSV"),
+    ],
+    ids=["gzip", "bzip2", "zstd", "parquet", "arrow", "xlsx", "xls"],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_file_of_another_format_is_named_with_what_to_do(suffix, content, said, tmp_path):
+    path = tmp_path / f"in{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^in cannot be read: it is (compressed by )?{said}"):
+        convert(str(path), "in", str(tmp_path / "out.parquet"), ["key"], 9, "")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("delimiter", [";", "\t", ","])
+def test_the_first_line_of_excel_gives_the_delimiter(delimiter, end, tmp_path):
+    lines = [f"\ufeffsep={delimiter}", f"key{delimiter}text", f"1{delimiter}a", ""]
+    (tmp_path / "in.csv").write_text(end.join(lines), newline="")
+    target = str(tmp_path / "out.parquet")
+    convert(str(tmp_path / "in.csv"), "in", target, ["key", "text"], 9, "")
+    assert pq.read_table(target).select(["key", "text"]).to_pylist() == [{"key": "1", "text": "a"}]
 
 
 @pytest.mark.parametrize(("given", "delimiter"), [(";", ";"), (r"\t", "\t"), ("|", "|")])
