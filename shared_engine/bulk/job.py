@@ -77,7 +77,7 @@ class Job:
     """Maximum number of rows in a fragment, and so in a file of vectors; None: by kind of input."""
     delimiter: str | None = None
     """Character between the fields of CSV and TSV files; None is a comma and a tab. A file's first
-    line `sep=;`, as Excel reads it, goes before."""
+    line `sep=;`, as Excel reads it, overrides it."""
     pdf: pages.Layer = "picture"
     """Part of a PDF page to embed."""
     strict: bool = False
@@ -98,7 +98,7 @@ class Job:
             if self.has_written(os.path.join(path, "")):
                 raise ConfigurationError(
                     f"{path} is inside --out {self.out}, whose files are results and no inputs; "
-                    "use another --out, as a new folder in it"
+                    "use another --out, such as a new folder in it"
                 )
         if is_url(self.out) and "?" in self.out:
             raise ConfigurationError(f"{self.out}: {OPTIONS_HINT}")
