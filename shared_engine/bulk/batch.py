@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from shared_engine.backend import Rows
-from shared_engine.bulk.tables import cast_rows, require_columns, require_texts
+from shared_engine.bulk.rows import make_document
+from shared_engine.bulk.tables import cast_rows, require_columns, require_texts, simplify
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import InputError, InputTypeError
@@ -50,7 +51,8 @@ class EmbedBatch:
 
         Args:
             text_column: column of texts; default: "text", unless there is an image column.
-            image_column: column of images; with a text column, both are one document.
+            image_column: column of images, as `nemoretriever embed` takes them; with a text column,
+                both are one document.
             vector_column: name of the new column.
             error_column: name of a column for the reasons of rows that fail, null in the others.
                 Without it, such a row ends the pipeline.
@@ -102,16 +104,22 @@ class EmbedBatch:
         columns: list[list[Any]] = []
         for name in wanted:
             column = batch[name]
-            if isinstance(column, pa.ChunkedArray) and name == self._text_column:
-                require_texts(column.type, name, "the batch")
-                column, wrong = cast_rows(column, pa.string())
-            is_arrow = isinstance(column, pa.ChunkedArray)
-            columns.append(column.to_pylist() if is_arrow else list(column))
-        documents = columns[0]
-        if self._text_column is None:
-            documents = [EmbeddingInput(image=image) for image in documents]
-        elif self._image_column is not None:
-            documents = list(map(EmbeddingInput, *columns))
+            if isinstance(column, pa.ChunkedArray):
+                kind = simplify(column.type)
+                if name == self._text_column:
+                    require_texts(kind, name, "the batch")
+                    kind = pa.string()
+                column, reasons = cast_rows(column, kind)
+                wrong |= {row: f"column {name!r} {why}" for row, why in reasons.items()}
+                column = column.to_pylist()
+            columns.append(list(column))
+        documents = columns[-1]
+        if self._image_column is not None:
+            texts = columns[0] if self._text_column is not None else [None] * len(documents)
+            documents = [
+                make_document(*row) or EmbeddingInput()
+                for row in zip(texts, documents, strict=True)
+            ]
         size = max(1, len(documents))
         for rows in self._embedder.stream(documents, self._role, size, errors="return"):
             bad = {row: InputError(reason, index=row) for row, reason in wrong.items()}

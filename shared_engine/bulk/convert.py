@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -135,25 +136,32 @@ def _open_text(path: str, newline: str | None) -> TextIO:
     system, inner = locate(path)
     compression = _COMPRESSED.get(os.path.splitext(path.lower())[1])
     file = io.BufferedReader(system.open_input_stream(inner, compression=compression), _BUFFER)
-    head = file.peek(4)[:4]
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
+    head = file.peek(8)[:8]
+    problem = next((what for start, what in _NO_TEXT.items() if head.startswith(start)), "")
+    if not problem and (head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head[:4]):
+        codec = "UTF-32" if b"\0\0" in head[:4] else "UTF-16"
+        problem = f"{codec}; convert it first, as by iconv -f {codec} -t UTF-8"
+    if problem:
         file.close()
-        codec = "UTF-32" if b"\0\0" in head else "UTF-16"
-        raise ValueError(f"it is {codec}; convert it first, as by iconv -f {codec} -t UTF-8")
+        raise ValueError(f"it is {problem}")
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
 
 
 def _read_csv(path: str, columns: Sequence[str], delimiter: str) -> Iterator[_Record]:
     """Yield records, without blank lines; empty fields are None.
 
-    A record with a quote that is not closed, or closed in the middle of a field, ends with its
-    first line, so that it costs no other.
+    A first line such as `sep=;`, as Excel reads it, gives the delimiter. A record with a quote that
+    is not closed, or closed in the middle of a field, ends with its first line, so that it costs no
+    other.
     """
     limit = csv.field_size_limit(_LONGEST)
     try:
         with _open_text(path, newline="") as file:
             taken: list[str] = []
-            again: deque[str] = deque()
+            again = deque([file.readline()])
+            if found := re.fullmatch(r"sep=(.)\r?\n?", again[0]):  # Excel's, before the names
+                delimiter = found[1]
+                again.clear()
 
             def take_line() -> str:
                 taken.append(again.popleft() if again else file.readline())
@@ -317,6 +325,16 @@ TEXT: dict[str, Callable[[str, Sequence[str], str], Iterator[_Record]]] = {
 """Formats of text, by suffix; their converted tables have the column REASON."""
 _ARROW = (".arrow", ".feather")
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+_NO_TEXT = {
+    b"\x1f\x8b": "compressed by gzip; add .gz to its name",
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard; add .zst to its name",
+    b"BZh91AY&": "compressed by bzip2; add .bz2 to its name",
+    b"PK\x03\x04": "an Excel or ZIP file; export the sheet as CSV, or unpack the file",
+    b"\xd0\xcf\x11\xe0": "an Excel file; export the sheet as CSV",
+    b"PAR1\x15": "a Parquet file; end its name in .parquet",
+    b"ARROW1\0\0": "an Arrow file; end its name in .arrow",
+}
+"""First bytes of other formats, by which a file with a suffix of text is named."""
 SUFFIXES = (*TEXT, *_ARROW)
 """Formats to convert."""
 

@@ -18,8 +18,11 @@ from pyarrow.fs import FileType
 
 from shared_engine.bulk import convert, tables
 from shared_engine.bulk.urls import (
+    HIDDEN,
     OPTIONS_HINT,
+    explain_missing,
     find_path,
+    is_hidden,
     is_url,
     list_remote,
     locate,
@@ -45,8 +48,6 @@ TABLES = ".tables"
 _INFO = re.compile(r"dataset_(info|infos|dict)\.json")
 _BESIDE_INFO = re.compile(r"state\.json|cache-.*\.arrow")
 """Names of the other files that Hugging Face's `datasets` writes into a folder of tables."""
-_HIDDEN = "._"
-"""First characters of hidden names; Spark and Hive begin those of their own files with _."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Job:
     rows_per_file: int | None = None
     """Maximum number of rows in a fragment, and so in a file of vectors; None: by kind of input."""
     delimiter: str | None = None
-    """Character between the fields of CSV and TSV files; None is a comma and a tab."""
+    """Character between the fields of CSV and TSV files; None is a comma and a tab. A file's first
+    line `sep=;`, as Excel reads it, overrides it."""
     pdf: pages.Layer = "picture"
     """Part of a PDF page to embed."""
     strict: bool = False
@@ -92,6 +94,12 @@ class Job:
         for path in (*self.inputs, self.out):
             if path.startswith("file:") or not (os.path.isabs(path) or is_url(path)):
                 raise ConfigurationError(f"{path}: expected an absolute path or a URL")
+        for path in self.inputs:
+            if self.has_written(os.path.join(path, "")):
+                raise ConfigurationError(
+                    f"{path} is inside --out {self.out}, whose files are results and no inputs; "
+                    "use another --out, such as a new folder in it"
+                )
         if is_url(self.out) and "?" in self.out:
             raise ConfigurationError(f"{self.out}: {OPTIONS_HINT}")
         if "vector" in self.columns or ("id" in self.columns and self.id_column != "id"):
@@ -324,7 +332,7 @@ def _list_files(given: str) -> tuple[str, list[str]]:
                 raise ConfigurationError(f"{path}: copy images and PDFs to a local folder first")
         return folder, _choose_data(files) if folder == given.rstrip("/") else files
     if os.path.isdir(given):
-        return given, _choose_data(list(pages.walk(given, _HIDDEN)))
+        return given, _choose_data(list(pages.walk(given, HIDDEN)))
     if os.path.exists(given):
         return os.path.dirname(given), [given]
     folder = given
@@ -332,10 +340,10 @@ def _list_files(given: str) -> tuple[str, list[str]]:
         folder = os.path.dirname(folder)
     found: dict[str, None] = {}
     for path in sorted(glob.glob(given, recursive=True)):
-        if not any(name[0] in _HIDDEN for name in os.path.relpath(path, folder).split(os.sep)):
+        if not is_hidden(os.path.relpath(path, folder), os.path.relpath(given, folder)):
             found |= dict.fromkeys(_list_files(path)[1])
     if not found:
-        raise ConfigurationError(f"{given} does not exist")
+        raise ConfigurationError(explain_missing(given))
     return folder, list(found)
 
 
@@ -376,7 +384,7 @@ def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], 
     is_table = not pictures and _find_kind(path) == "table"
     has_images = not is_table or job.image_column is not None
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
-    stem = re.sub(r"[*?[]", "_", Path(path).stem[:40])
+    stem = re.sub(r"[*?[]", "_", Path(path).stem[:40]).lstrip(HIDDEN)  # or readers skip its vectors
     stem += f"-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
     mark, table, page = "", "", 0
     names: tuple[str, ...] = ()

@@ -90,8 +90,7 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
         texts = found if texts is None else list(map(join_title, texts, found))
     images = None
     if (image := job.image_column) is not None:
-        is_text = simplify(table[image].type) == pa.string()
-        images = (read(image, pa.string()) if is_text else table[image]).to_pylist()
+        images = read(image, simplify(table[image].type)).to_pylist()
     for name, value in job.find_columns(fragment.title)[1].items():
         table = table.append_column(name, pa.array([value] * count, pa.string()))
     columns = [read(field.name, field.type) for field in list(schema)[1:]]
@@ -99,7 +98,7 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
     good: list[int] = []
     nothing = [None] * count
     for row, (text, picture) in enumerate(zip(texts or nothing, images or nothing, strict=True)):
-        document = _make_document(text, picture, os.path.dirname(fragment.source))
+        document = make_document(text, picture, os.path.dirname(fragment.source))
         if document is None:
             reasons.setdefault(row, "has no text" if image is None else "has no text and no image")
         elif row not in reasons:
@@ -114,13 +113,17 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
     return Window(pa.table(kept, names=["", *schema.names]), documents, refused)
 
 
-def _make_document(text: str | None, image: Any, folder: str) -> str | EmbeddingInput | None:
-    """Return the document of a row; None if it has neither a text nor an image."""
-    if not text or text.isspace():
+def make_document(text: str | None, image: Any, folder: str = "") -> str | EmbeddingInput | None:
+    """Return the document of a row; None if it has neither a text nor an image.
+
+    Args:
+        folder: where paths of images start; default: the working directory.
+    """
+    if text is None or not str(text).strip():
         text = None
     if isinstance(image, dict):  # as Hugging Face's datasets hold it
         image = image.get("bytes") or image.get("path")
-    if not image:
+    if image is None or (isinstance(image, (bytes, str)) and not image):
         return text
     if isinstance(image, str) and ":" not in image[:8]:
         path = os.path.join(folder, image)

@@ -16,6 +16,8 @@ from pyarrow import fs
 from shared_engine.errors import ConfigurationError, first_line
 
 OPTIONS_HINT = "options after ? are not read: set AWS_ENDPOINT_URL and the like"
+HIDDEN = "._"
+"""First characters of hidden names; Spark and Hive begin those of their own files with _."""
 
 
 def is_url(path: str) -> bool:
@@ -26,6 +28,25 @@ def is_url(path: str) -> bool:
 def find_path(url: str) -> str:
     """Return the path of a `file:///` URL; a path and any other URL stay as they are."""
     return url2pathname(url.removeprefix("file://")) if url.startswith("file:///") else url
+
+
+def is_hidden(path: str, pattern: str) -> bool:
+    """Return whether a path has a hidden name that the pattern does not spell out.
+
+    >>> is_hidden("_old/a.csv", "*/a.csv"), is_hidden("_old/a.csv", "_o*/*.csv")
+    (True, False)
+    """
+    shown = [part for part in pattern.split("/") if part.startswith(tuple(HIDDEN))]
+    return any(
+        name.startswith(tuple(HIDDEN)) and not any(fnmatchcase(name, part) for part in shown)
+        for name in path.split("/")
+    )
+
+
+def explain_missing(given: str) -> str:
+    """Return the message for a path, a URL or a pattern that no file has."""
+    hint = "; in a pattern, write a [ of a name as [[]" if "[" in given else ""
+    return f"{given} does not exist{hint}"
 
 
 def locate(path: str) -> tuple[Any, str]:
@@ -79,12 +100,11 @@ def list_remote(url: str) -> tuple[str, list[str]]:
     files: list[str] = []
     for name in (info.path.removeprefix(base) for info in found if info.is_file):
         parts = name.split("/")
-        is_hidden = any(part[:1] in "._" for part in parts[1:])
         is_match = len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
-        if not is_hidden and (is_match or folder == pattern):
+        if (is_match or folder == pattern) and not is_hidden(name, pattern[len(folder) :]):
             files.append(folder + name)
     if not files:
-        raise ConfigurationError(f"{url} does not exist" + f" ({OPTIONS_HINT})" * ("?" in url))
+        raise ConfigurationError(explain_missing(url) + f" ({OPTIONS_HINT})" * ("?" in url))
     return folder, sorted(files)
 
 

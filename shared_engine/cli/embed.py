@@ -101,7 +101,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         type=lambda text: "\t" if text == r"\t" else text,
         metavar="CHARACTER",
         help=r"Character between the fields of CSV files, such as ';' or '\t'. Default: a comma, "
-        "in TSV files a tab.",
+        "in TSV files a tab. A first line such as sep=; in a file overrides it.",
     )
     verb.add_argument(
         "--rows-per-file",

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pypdfium2
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from pypdfium2 import raw
 
@@ -375,9 +375,11 @@ def _open_image(file: BinaryIO, max_pages: int) -> Iterator[_Document]:
     except MemoryError:
         raise
     except Exception as exc:  # Pillow raises many types
+        # Pillow's message for an unknown format is the file object.
+        reason = "" if isinstance(exc, UnidentifiedImageError) else f" ({first_line(exc)})"
         raise _UnreadableError(
             f"is neither a PDF nor a picture that can be read ({', '.join(FORMATS)}), or it is "
-            f"broken or too large ({first_line(exc)}); save it as a PDF or PNG"
+            f"broken or too large{reason}; save it as a PDF or PNG"
         ) from exc
     with picture:
         found = [(0, picture.size)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -24,6 +25,8 @@ from PIL import Image
 
 from shared_engine._lazy import needs_extra
 from shared_engine.errors import EngineClosedError, EngineError, PageError
+
+_log = logging.getLogger("shared_engine")
 
 Layer = Literal["picture", "text", "both"]
 """Part of a page to read: its picture, its text, or both."""
@@ -211,20 +214,25 @@ def open_pages(
 def walk(folder: str | os.PathLike[str], hidden: str = ".") -> Iterator[str]:
     """Yield the files below a folder, without hidden ones and those in hidden folders.
 
-    Links to folders are followed; a folder that several paths reach is read once.
+    Links to folders are followed; a folder that several paths reach is read once. A warning names
+    folders that cannot be read.
 
     Args:
         folder: where to look.
         hidden: first characters of hidden names.
     """
     seen: set[str] = set()
-    for where, folders, files in os.walk(folder, followlinks=True):
+    unread: list[OSError] = []
+    for where, folders, files in os.walk(folder, onerror=unread.append, followlinks=True):
         if (real := os.path.realpath(where)) in seen:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if name[0] not in hidden)
         yield from (os.path.join(where, name) for name in sorted(files) if name[0] not in hidden)
+    if unread:
+        first = f"{unread[0].filename} ({unread[0].strerror})"
+        _log.warning("%d folders cannot be read, the first: %s", len(unread), first)
 
 
 class _EndedError(Exception):

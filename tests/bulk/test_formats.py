@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import decimal
 import gzip
+import io
 import json
 import os
 import uuid
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared_engine import Embedder, Options
+from shared_engine.bulk.convert import convert
 from shared_engine.bulk.job import Job
 from shared_engine.cli.main import main
 from shared_engine.errors import ConfigurationError, InputError
@@ -106,6 +108,45 @@ def test_utf_16_and_utf_32_are_named(suffix, codec, tmp_path, make_job):
         run(make_job(path, id_column=None, columns=(), strict=True))
 
 
+def _write_table(open_file):
+    with io.BytesIO() as file:
+        table = passages(1)
+        with open_file(file, table.schema) as writer:
+            writer.write_table(table)
+        return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(b"key,text\n0,a\n"), r"gzip; add \.gz"),
+        (bz2.compress(b"key,text\n0,a\n"), r"bzip2; add \.bz2"),
+        (pa.compress(b"key,text\n0,a\n", "zstd", asbytes=True), r"Zstandard; add \.zst"),
+        (_write_table(pq.ParquetWriter), r"a Parquet file; end its name in \.parquet"),
+        (_write_table(pa.ipc.new_file), r"an Arrow file; end its name in \.arrow"),
+        (b"PK\x03\x04\x14\0\x08\x08", "an Excel or ZIP file; export the sheet as CSV"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel file; export the sheet as CSV"),
+    ],
+    ids=["gzip", "bzip2", "zstd", "parquet", "arrow", "xlsx", "xls"],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_file_of_another_format_is_named_with_what_to_do(suffix, content, said, tmp_path):
+    path = tmp_path / f"in{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^in cannot be read: it is (compressed by )?{said}"):
+        convert(str(path), "in", str(tmp_path / "out.parquet"), ["key"], 9, "")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("delimiter", [";", "\t", ","])
+def test_the_first_line_of_excel_gives_the_delimiter(delimiter, end, tmp_path):
+    lines = [f"\ufeffsep={delimiter}", f"key{delimiter}text", f"1{delimiter}a", ""]
+    (tmp_path / "in.csv").write_text(end.join(lines), newline="")
+    target = str(tmp_path / "out.parquet")
+    convert(str(tmp_path / "in.csv"), "in", target, ["key", "text"], 9, "")
+    assert pq.read_table(target).select(["key", "text"]).to_pylist() == [{"key": "1", "text": "a"}]
+
+
 @pytest.mark.parametrize(("given", "delimiter"), [(";", ";"), (r"\t", "\t"), ("|", "|")])
 def test_fields_are_cut_at_the_delimiter(given, delimiter, tmp_path, checkpoint, capsys):
     path = tmp_path / "in.csv"
@@ -130,12 +171,24 @@ def test_fields_are_cut_at_the_delimiter(given, delimiter, tmp_path, checkpoint,
         ("**", ["a.csv", "b[1].csv", "sub/c.csv"]),
         ("b[1].csv", ["b[1].csv"]),
         ("[ab]*.csv", ["a.csv", "b[1].csv"]),
+        ("_*/*.csv", ["_old/d.csv"]),
+        ("**/_o*/*.csv", ["_old/d.csv"]),
+        (".h*.csv", [".hidden.csv"]),
+        ("_*.csv", ["_e.csv"]),
     ],
 )
 def test_a_pattern_gives_the_files_of_a_folder(pattern, names, tmp_path, make_job):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     (tmp_path / "in" / "_old").mkdir()
-    for name in ("a.csv", "b[1].csv", "sub/c.csv", "_old/d.csv", ".hidden.csv", "notes.md"):
+    for name in (
+        "a.csv",
+        "b[1].csv",
+        "sub/c.csv",
+        "_old/d.csv",
+        ".hidden.csv",
+        "_e.csv",
+        "notes.md",
+    ):
         (tmp_path / "in" / name).write_text("text\na\n")
     job = make_job(tmp_path / "in" / pattern, id_column=None, columns=())
     assert run(job).is_complete
@@ -153,8 +206,21 @@ def test_files_of_other_formats_in_a_folder_are_told(tmp_path, make_job, caplog)
 
 
 def test_a_pattern_that_no_file_has_is_named(tmp_path, make_job):
-    with pytest.raises(ConfigurationError, match=r"\*\.csv does not exist"):
+    with pytest.raises(ConfigurationError, match=r"\*\.csv does not exist$"):
         run(make_job(tmp_path / "*.csv"))
+    (tmp_path / "data[1]").mkdir()
+    (tmp_path / "data[1]" / "a.csv").write_text("text\na\n")
+    with pytest.raises(ConfigurationError, match=r"does not exist; .* write a \[ .* as \[\[\]$"):
+        run(make_job(tmp_path / "data[1]" / "*.csv"))
+    assert run(make_job(tmp_path / "data[[]1]" / "*.csv", id_column=None, columns=())).rows == 1
+
+
+@pytest.mark.parametrize("given", ["out", "out/*.csv", "out/a.csv", "out/vectors"])
+def test_inputs_inside_of_the_folder_of_results_are_named(given, tmp_path, make_job):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.csv").write_text("text\na\n")
+    with pytest.raises(ConfigurationError, match=r"is inside --out .*; use another --out"):
+        make_job(tmp_path / given)
 
 
 def test_a_text_file_in_a_folder_is_not_data_unless_it_is_named(tmp_path, make_job):
@@ -283,7 +349,7 @@ def remote() -> Iterator[Any]:
 
 def write_remote(remote: Any) -> None:
     table = passages(20)
-    names = ("a.parquet", "lang=x/b.csv.gz", "c d.arrow", "_old/d.csv", "e.md", "state.json",
+    names = ("a.parquet", "lang=x/b.csv.gz", "c d.arrow", "_old/d.csv.gz", "e.md", "state.json",
              "dataset_info.json")  # fmt: skip
     for name in (f"in/{name}" for name in names):
         remote.makedirs("/bucket/" + name.rpartition("/")[0], exist_ok=True)
@@ -306,6 +372,7 @@ def write_remote(remote: Any) -> None:
         ("memory://bucket/in/a.parquet", ["a.parquet"]),
         ("memory://bucket/in/*.parquet", ["a.parquet"]),
         ("memory://bucket/*/lang=*/b*", ["in/lang=x/b.csv.gz"]),
+        ("memory://bucket/in/_o*/*", ["_old/d.csv.gz"]),
     ],
 )
 def test_tables_of_other_file_systems(url, titles, remote, make_job):
@@ -329,6 +396,7 @@ def test_tables_of_other_file_systems(url, titles, remote, make_job):
     [
         (["memory://bucket/none"], "memory://bucket/none does not exist"),
         (["memory://bucket/in/*.feather"], "does not exist"),
+        (["memory://bucket/in[1]/*.csv"], r"does not exist; .* as \[\[\]$"),
         (["memory://bucket/in?endpoint=here"], "options after . are not read"),
         (["memory://bucket/in", "{here}"], "inputs are local paths and URLs"),
         (["no-such://bucket/in"], "no-such://bucket cannot be opened"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from shared_engine.bulk import fragment
+from shared_engine.bulk import EmbedBatch, fragment
 from shared_engine.bulk.job import Job
 from shared_engine.bulk.run import begin, find_work, run_local
 from shared_engine.errors import ConfigurationError
@@ -212,6 +213,38 @@ def test_a_column_of_images(way, run, tmp_path):
     sent = [item for body in run.nim.bodies for item in body["input"] if "data:image" in item]
     assert len(sent) == 5
     assert sum(item.startswith("a ") or " a" in item[:3] for item in sent) <= 1
+
+
+_BYTES = pa.array([b"a.png", b"caf\xe9.png", b"a.png", b"", b"a.png"], pa.binary())
+_NOT_UTF_8 = pa.Array.from_buffers(pa.string(), 5, _BYTES.buffers())
+
+
+@pytest.mark.parametrize(
+    ("images", "bad"),
+    [
+        (_NOT_UTF_8, {1: "column 'image' holds a value that is no string: it is not UTF-8"}),
+        (pa.StructArray.from_arrays([_NOT_UTF_8], ["path"]), {1: "column 'image' holds a value"}),
+        ([picture(0), b"", b"no picture", None, picture(1)], {2: "cannot be used"}),
+        ([{"bytes": picture(n), "path": None} for n in range(5)], {}),
+        ([{"bytes": b"", "path": "a.png"}] * 5, {}),
+        ([""] * 5, {4: "neither text nor image|no text and no image"}),
+    ],
+    ids=["path", "path in a struct", "bytes", "struct", "struct of a path", "nothing"],
+)
+def test_a_batch_for_ray_takes_images_as_a_job_does(images, bad, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(picture(7))
+    images = images if isinstance(images, pa.Array) else pa.array(images)
+    table = pa.table({"image": images, "title": ["a", "b", "c", "d", " "]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    _, rows, errors = run(tmp_path / "in.parquet", image_column="image", text_column="title")
+    options = run.nim.embedder(model=VL).options
+    batch = EmbedBatch("title", "image", options=options, error_column="error")(table)
+    reasons = {n: why for n, why in enumerate(batch["error"].to_pylist()) if why}
+    for found in (reasons, {row["index"]: row["reason"] for row in errors}):
+        assert found.keys() == bad.keys()
+        assert all(re.search(bad[row], found[row]) for row in bad), found
+    assert [v for v in batch["vector"].to_pylist() if v] == rows["vector"].to_pylist()
 
 
 @pytest.mark.parametrize(("size", "windows"), [(10_000, [8]), (400_000, [2] * 4), (10**9, [8])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -234,10 +235,11 @@ def test_a_file_that_cannot_be_read_is_named_with_what_to_do(
     save: Callable[..., Path], content: bytes, reason: str
 ) -> None:
     with (
-        pytest.raises(PageError, match=f"^a {reason}.*; .*(save|copy)"),
+        pytest.raises(PageError, match=f"^a {reason}.*; .*(save|copy)") as caught,
         open_pages(save(content), "a", max_pages=2),
     ):
         pytest.fail("it must not open")
+    assert not re.search("/|<", str(caught.value)), "a path of this machine, or an object"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -269,6 +271,23 @@ def test_hidden_files_and_folders_are_skipped(tmp_path: Path) -> None:
     assert "_e/f.pdf" not in [
         Path(p).relative_to(tmp_path).as_posix() for p in walk(tmp_path, "._")
     ]
+
+
+def test_a_folder_that_cannot_be_read_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "c.pdf").touch()
+    found = walk(tmp_path)
+    assert next(found) == str(tmp_path / "c.pdf")
+    for name in ("a", "b"):
+        (tmp_path / name).rmdir()  # also root cannot read it now
+    assert not list(found)
+    (message,) = caplog.messages
+    assert (
+        message == f"2 folders cannot be read, the first: {tmp_path}/a (No such file or directory)"
+    )
 
 
 def test_its_examples_hold() -> None:
