@@ -191,6 +191,7 @@ def test_an_invalid_body_is_refused(served: Running, content: bytes) -> None:
     response = served.client.post("/embeddings", content=content, headers=headers)
     assert response.status_code == 400
     assert response.json()["type"] == "request_validation_error"
+    assert "EmbeddingsRequest" not in response.text
 
 
 def test_errors_have_the_messages_that_clients_match(served: Running) -> None:
@@ -216,6 +217,10 @@ def test_errors_have_the_messages_that_clients_match(served: Running) -> None:
         ({"input": ["a", 7]}, 400, "invalid_request", "not token ids"),
         ({"input": [7, 8]}, 400, "invalid_request", "check_embedding_ctx_length=False"),
         ({"input": [[7, 8], [9]]}, 400, "invalid_request", "check_embedding_ctx_length=False"),
+        ({"input": ["a", None]}, 400, "invalid_request", r"^input\.1: .* valid string$"),
+        ({"input": [["a"]]}, 400, "invalid_request", r"^input\.0: .* valid string$"),
+        ({"input": [[]]}, 400, "invalid_request", r"^input\.0: .* valid string$"),
+        ({"input": [True]}, 400, "invalid_request", r"^input\.0: .* valid string$"),
         ({"input": [[123_456] * 99_000]}, 413, "too_large", "check_embedding_ctx_length=False"),
     ],
 )
