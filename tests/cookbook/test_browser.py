@@ -498,6 +498,7 @@ def test_the_command_prints_its_address_and_keeps_the_handbook(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, str(ROOT / "cookbook/pages"), "--port", "0", "--device", "cpu"]
+    command += ["--allowed-host", "myserver"]
     for start in ("first", "second"):
         begun = time.monotonic()
         with subprocess.Popen(
@@ -512,8 +513,10 @@ def test_the_command_prints_its_address_and_keeps_the_handbook(
                 time.sleep(0.2)
             seconds = time.monotonic() - begun
             print(f"{start} start: the handbook's pages are shown after {seconds:.1f} s")
+            named = httpx.get(address, headers={"Host": "myserver"})
             process.send_signal(signal.SIGINT)
             process.stdout.read()
         assert "files.pdf" in home
+        assert named.status_code == 200
         assert process.returncode == 1
     assert seconds < 40

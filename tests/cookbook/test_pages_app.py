@@ -587,7 +587,9 @@ def test_another_page_of_the_browser_can_change_nothing(
 def test_another_name_of_this_machine_is_not_answered(app: App) -> None:
     headers = {"Host": "evil.example", "Origin": "http://evil.example"}
     for method in ("GET", "POST"):
-        assert app.client.request(method, "/", headers=headers).status_code == 421
+        reply = app.client.request(method, "/", headers=headers)
+        assert reply.status_code == 421
+        assert reply.json()["message"].endswith("start the server with --allowed-host NAME")
 
 
 @pytest.mark.parametrize("address", ["/", "/nowhere", "/static/pages.css", "/progress"])
