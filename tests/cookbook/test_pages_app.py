@@ -324,10 +324,10 @@ def test_nothing_is_embedded_twice(
     add = Index.add
     monkeypatch.setattr(Index, "add", lambda *a: (embedded.append(len(a[1])), add(*a))[1])
     app.send(("two.pdf", two_pages))
-    html = app.send(("other.pdf", two_pages), ("two.pdf", two_pages))
+    html = app.send(("C:\\\u202eother.pdf", two_pages), ("two.pdf", two_pages))
     assert embedded == [2]
     assert html.count("two.pdf is here already, byte for byte") == 2
-    assert "You sent it as other.pdf" in html
+    assert "You sent it as other.pdf." in html
     for number in re.findall(r"/messages/(\d+)/dismiss", html):
         app.client.post(f"/messages/{number}/dismiss")
     assert "here already" not in app.look("/")
