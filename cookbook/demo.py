@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import sysconfig
 import textwrap
@@ -413,6 +414,8 @@ def start(
         options.error(f"--limit {args.limit}: must be 1 or more")
     if not all(question.strip() for question in args.question or ()):
         options.error("--question: expected a question, got a blank text")
+    if re.search(r"[\ud800-\udfff]", "".join(args.question or ())):
+        options.error("--question: expected UTF-8, got bytes that are not")
     try:
         run(args)
     except (NeMoRetrieverError, OSError) as exc:

@@ -184,6 +184,7 @@ class KeywordRetriever(BaseRetriever):
 
     passages: list[Document]
     bm25: Any
+    """None where no passage has a word of two letters."""
     k: int
 
     @classmethod
@@ -191,14 +192,18 @@ class KeywordRetriever(BaseRetriever):
         """Return one that searches these passages."""
         import bm25s
 
-        bm25 = bm25s.BM25()
         texts = [passage.page_content for passage in passages]
-        bm25.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
+        tokens = bm25s.tokenize(texts, return_ids=False, show_progress=False)
+        bm25 = bm25s.BM25() if any(tokens) else None
+        if bm25:
+            bm25.index(tokens, show_progress=False)
         return cls(passages=passages, bm25=bm25, k=min(k, len(passages)))
 
     def _get_relevant_documents(self, query: str, **_: Any) -> list[Document]:
         import bm25s
 
+        if self.bm25 is None:
+            return []
         tokens = bm25s.tokenize(query, show_progress=False)
         rows, scores = self.bm25.retrieve(tokens, k=self.k, show_progress=False)
         return [
@@ -414,8 +419,8 @@ def ask(
     stream: Iterable[dict[str, Any]],
     embeddings: NeMoRetrieverEmbeddings,
     folders: Sequence[Path] = (),
-) -> None:
-    """Print an answer while it comes, and then its sources, with the address of each file.
+) -> bool:
+    """Print an answer while it comes, and then its sources; return whether it came to its end.
 
     Args:
         folders: Where the files of the sources are.
@@ -423,12 +428,14 @@ def ask(
     print(f"\n{escape(question)}")
     found: list[Document] = []
     answer = ""
+    is_complete = True
     try:
         for part in stream:
             found += part.get("sources", [])
             answer += part.get("answer", "")
             print(escape(part.get("answer", "")), end="", flush=True)
     except ConnectionError as exc:  # the sources are found, and the next question may be answered
+        is_complete = False
         print(escape(f"No answer: {exc}."), end="")
     print(" The nearest sections:" if answer == NO_ANSWER and found else "")
     sources = take_sources(found, len(found))
@@ -444,6 +451,7 @@ def ask(
             if path.exists():
                 print(" " * 6 + find_address(path, known["place"]))
         print(" " * 6 + escape(textwrap.shorten(text, WIDTH - 6, placeholder=" ...")))
+    return is_complete
 
 
 def find_address(path: Path, place: str) -> str:
@@ -550,11 +558,14 @@ def run(args: argparse.Namespace) -> None:
         judge = make_judge(store, embeddings, args.min_score)
         chain = make_chain(retriever, answerer.chat, judge, answerer.prompt, answerer.shown)
         agent = make_agent(retriever, answerer.chat, judge, str(what)) if args.agent else None
+        results = []
         for question in questions_to_ask(args.question, args.docs):
             stream = (
                 stream_agent(agent, question) if agent else chain.stream({"question": question})
             )
-            ask(question, stream, embeddings, folders)
+            results.append(ask(question, stream, embeddings, folders))
+        if results and not any(results):
+            sys.exit(1)
 
 
 def options() -> argparse.ArgumentParser:

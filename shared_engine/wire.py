@@ -27,16 +27,15 @@ def split_role_suffix(model: str) -> tuple[str, Role | None]:
 
 
 def build_error(message: str, index: int | None = None) -> dict[str, object]:
-    """Return the body of an error, as a NIM sends it.
+    """Return the body of an error.
 
     Args:
         index: Position of the failed input, for our own client; a NIM does not send it.
 
     >>> build_error("is too long", 3)
-    {'error': 'is too long', 'message': 'is too long', 'index': 3}
+    {'message': 'is too long', 'index': 3}
     """
-    body: dict[str, object] = {"error": message, "message": message}
-    return body if index is None else {**body, "index": index}
+    return {"message": message} if index is None else {"message": message, "index": index}
 
 
 def read_error_index(body: object) -> int | None:

@@ -53,6 +53,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     web = options.add_argument_group("in the browser")
     web.add_argument("--host", default="127.0.0.1", help="interface to bind (default: %(default)s)")
+    web.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name by which browsers reach the app, in addition to localhost and IP "
+        "addresses; repeatable (default: none)",
+    )
     web.add_argument("--port", type=int, default=PORT, help="port to bind (default: %(default)s)")
     web.add_argument("--llm-url", help="address of a NIM with a vision language model")
     web.add_argument(
@@ -102,7 +110,7 @@ def serve(args: Namespace) -> None:
             reranker=load_reranker(args),
             min_score=args.min_score,
             answerer=choose_answerer(args),
-            allowed_hosts=(args.host,),
+            allowed_hosts=(args.host, *args.allowed_host),
             **({"max_pages": args.limit} if args.limit else {}),
         )
         send_first(args, folder, app.state.jobs)

@@ -31,7 +31,7 @@ from anyio import CapacityLimiter, to_thread
 from demo import escape, ordinal
 from pages.access import HEADERS, VIEWED, RequireOrigin, SecureHeaders
 from pages.answer import Answerer
-from pages.files import THUMB, File, Files, Page
+from pages.files import THUMB, File, Files, Page, clean
 from pages.index import Index
 from pages.jobs import Jobs
 from pages.search import Query, Search
@@ -278,7 +278,7 @@ class _Pages:
         return RedirectResponse(f"/?picture={id_}#results", 303)
 
     def _take_picture(self, upload: UploadFile) -> str:
-        name = upload.filename or "The picture"
+        name = clean(upload.filename or "The picture")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "sent")
             with path.open("wb") as out:

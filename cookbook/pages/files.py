@@ -148,7 +148,7 @@ class Files:
             if known := self.get(id_):
                 return known
             folder = self._folder / id_
-            _write(Path(scratch, "name.json"), {"name": _clean(name), "added": time.time()})
+            _write(Path(scratch, "name.json"), {"name": clean(name), "added": time.time()})
             with self._lock:
                 try:
                     return _read(folder)
@@ -188,10 +188,10 @@ def _clear_leftovers(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _clean(name: str) -> str:
+def clean(name: str) -> str:
     r"""Return a name that is safe to show: one short line, without folders.
 
-    >>> _clean("C:\\fakepath\\a\x00b.pdf"), _clean("../../etc/passwd"), _clean("/")
+    >>> clean("C:\\fakepath\\a\x00b.pdf"), clean("../../etc/passwd"), clean("/")
     ('ab.pdf', 'passwd', 'unnamed')
     """
     last = re.split(r"[/\\]", name)[-1]

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Literal
 
-from pages.files import File, Files, Page
+from pages.files import File, Files, Page, clean
 from pages.index import Index
 
 from shared_engine import EngineClosedError, NeMoRetrieverError, PageError
@@ -91,7 +91,7 @@ class Jobs:
         One that has no pages has failed when this returns.
         """
         file = self._files.receive(name, content)
-        return self._start(file, name, is_sent=True)
+        return self._start(file, clean(name), is_sent=True)
 
     def cancel(self, id_: int) -> None:
         """Give a file up that is not finished, and delete what was made of it."""

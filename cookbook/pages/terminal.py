@@ -130,15 +130,22 @@ def read_pages(source: Path) -> list[Page]:
 
 def ingest(
     pages: Sequence[Page], collection: Collection, model: NeMoRetrieverEmbedding, folder: Path
-) -> None:
-    """Bring the collection up to date with the pages, whose pictures are kept in the folder."""
+) -> list[Page]:
+    """Bring the collection up to date, with pictures in the folder; return the pages that it has.
+
+    A page that cannot be drawn is named and skipped.
+    """
     from llama_index.core.ingestion import IngestionPipeline
     from llama_index.core.schema import ImageNode
     from llama_index.vector_stores.chroma import ChromaVectorStore
 
-    def node(page: Page) -> ImageNode:
+    def node(page: Page) -> ImageNode | None:
         path = folder / f"{page.id}.png"
-        page.render(PIXELS).save(path, compress_level=1)
+        try:
+            page.render(PIXELS).save(path, compress_level=1)
+        except PageError as exc:
+            show("Skipped", str(exc))
+            return None
         shown = {"name": page.name, "image": str(path)}
         return ImageNode(id_=page.id, image_path=str(path), metadata=shown)
 
@@ -158,12 +165,17 @@ def ingest(
     with tqdm(total=len(new), desc="Embedding", unit=" pages", disable=not new) as bar:
         for first in range(0, len(new), BATCH):
             batch = new[first : first + BATCH]
-            pipeline.run(nodes=[node(page) for page in batch])
+            nodes = [made for page in batch if (made := node(page))]
+            pipeline.run(nodes=nodes)
+            stored |= {made.id_ for made in nodes}
             bar.update(len(batch))
     seconds = time.perf_counter() - start
-    rate = f" in {seconds:.1f} s ({len(new) / seconds:.1f} a second)" if new else ""
-    kept = len(pages) - len(new)
-    print(f"{len(new):,} embedded{rate}, {kept:,} unchanged, {len(gone):,} removed")
+    kept = [page for page in pages if page.id in stored]
+    unchanged = len(pages) - len(new)
+    added = len(kept) - unchanged
+    rate = f" in {seconds:.1f} s ({added / seconds:.1f} a second)" if new else ""
+    print(f"{added:,} embedded{rate}, {unchanged:,} unchanged, {len(gone):,} removed")
+    return kept
 
 
 class Found(NamedTuple):
@@ -395,8 +407,6 @@ def run(args: Namespace) -> None:
         handbook.write(args.store / "handbook")
     source = (args.pdf or args.store / "handbook").resolve()
     pages = choose_pages(args, source, model.is_slow)
-    if not pages:
-        sys.exit(f"\n{source} has no page of a PDF.")
 
     from chromadb.errors import ChromaError
 
@@ -404,9 +414,11 @@ def run(args: Namespace) -> None:
     name = f"pages-{hashlib.sha256(str(source).encode()).hexdigest()[:16]}"
     try:
         client, collection = open_collection(folder, name)
-        ingest(pages, collection, model.embed_model, folder / name)
+        pages = ingest(pages, collection, model.embed_model, folder / name)
     except ChromaError as exc:
         sys.exit(f"\nThe store does not work ({exc}). Delete its folder to start it anew.")
+    if not pages:
+        sys.exit(f"\n{source} has no page of a PDF.")
 
     search = Search(client, collection, model.options, rerank)
     print("\nCosine similarity of the results of each framework, and its time:")

@@ -101,8 +101,7 @@ class RequireHost:
             await self._app(scope, receive, send)
             return
         message = (
-            f"host {shorten(host)!r} is not allowed; start the server with --allowed-host NAME, or "
-            "with a key"
+            f"host {shorten(host)!r} is not allowed; start the server with --allowed-host NAME"
         )
         await refuse(HTTPRefusal(421, "host", message))(scope, receive, send)
 

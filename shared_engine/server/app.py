@@ -243,11 +243,9 @@ class _Server:
     async def answer(self, path: str, request: Request) -> Response:
         """Compute the inputs of a request."""
         request.state.route = path
-        request.state.is_of_nim_client = False
         try:
             if (endpoint := self._endpoints.get(path)) is None:
                 raise HTTPRefusal(404, "not_served", f"{path} needs {_NEEDED[path]}")
-            request.state.is_of_nim_client = endpoint.is_of_nim
             response = Response(
                 await self._compute(endpoint, request), media_type="application/json"
             )
@@ -255,13 +253,13 @@ class _Server:
             response = Response(status_code=499)  # as nginx logs it; nobody receives it
             self._metrics.errors.labels("disconnected").inc()
         except HTTPRefusal as refusal:
-            response = refuse(refusal, _is_nim_client(request))
+            response = refuse(refusal)
             self._metrics.errors.labels(refusal.kind).inc()
         except Exception:
             _log.exception("a request failed")
             where = f"see the log of the server at request {request_id.get()}"
             failure = HTTPRefusal(500, "internal", f"internal error; {where}")
-            response = refuse(failure, _is_nim_client(request))
+            response = refuse(failure)
             self._metrics.errors.labels("internal").inc()
         self._metrics.requests.labels(path, str(response.status_code)).inc()
         return response
@@ -278,8 +276,6 @@ class _Server:
             most = min(self._limits.max_inputs, endpoint.max_inputs or self._limits.max_inputs)
             body = await _run(is_large, partial(parse_request, endpoint.body, content, most))
             del content
-            if "input_type" in body.model_fields_set:  # OpenAI's clients do not send it
-                request.state.is_of_nim_client = True
             request.state.inputs = body.count
             work = await _run(is_large, lambda: endpoint.prepare(body, backend))
             hold(max(0, work.measure() - size))  # texts may take more memory than their JSON
@@ -360,10 +356,6 @@ class _Server:
     async def metrics_text(self, _: Request) -> Response:
         """Return the metrics for Prometheus."""
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-def _is_nim_client(request: Request) -> bool:
-    return request.state.is_of_nim_client and "x-stainless-lang" not in request.headers
 
 
 async def _cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

@@ -95,7 +95,7 @@ class EmbeddingsRequest(RequestBody):
             return [_infer_input(text) for text in self.input]
         kinds = self.modality * len(self.input) if len(self.modality) == 1 else self.modality
         if len(kinds) != len(self.input):
-            message = f"List should have 1 item, or one for each of the {len(self.input)} inputs"
+            message = f"List should have 1 item, or one for each input: {len(self.input)}"
             raise refuse_field("value_error", ("modality",), message, len(self.modality))
         for kind in kinds:
             if kind not in modalities:

@@ -46,8 +46,6 @@ class Endpoint(ABC, Generic[BodyT]):
 
     path: ClassVar[str]
     body: type[BodyT]
-    is_of_nim: ClassVar[bool] = False
-    """Whether only the clients of a NIM use the path."""
     max_inputs: ClassVar[int | None] = None
     """The most inputs of a request, where the protocol limits them."""
     too_long_status: ClassVar[int] = 400

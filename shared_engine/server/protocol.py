@@ -22,6 +22,7 @@ SMALL_BODY = 64 * 1024
 """Bytes that are parsed without a check before, on the event loop."""
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 """A string of JSON, closed or not: the search for the next one starts after it."""
+_NOT_AN_OBJECT = "Input should be an object"
 
 
 class RequestBody(BaseModel):
@@ -36,7 +37,7 @@ class RequestBody(BaseModel):
     most_bytes: ClassVar[int]
     """The most bytes of JSON around the strings of one input, indentation included."""
     advice: ClassVar[str] = ""
-    """End of the messages about too many inputs, and about inputs that are no strings."""
+    """End of the messages about too many inputs, and about inputs that are token ids."""
 
     model: str
 
@@ -61,7 +62,9 @@ def parse_request(kind: type[BodyT], content: bytes | bytearray, max_inputs: int
         found = from_json(content, allow_inf_nan=False)
     except ValueError as exc:
         raise refuse_field("json_invalid", (), f"Invalid JSON: {exc}", None) from None
-    for key in found if isinstance(found, dict) else ():
+    if not isinstance(found, dict):
+        raise refuse_field("dict_type", (), _NOT_AN_OBJECT, found)
+    for key in found:
         if key not in kind.model_fields:
             message = f"unknown field, expected one of {', '.join(kind.model_fields)}"
             raise refuse_field("extra_forbidden", (key,), message, found[key])
@@ -70,7 +73,9 @@ def parse_request(kind: type[BodyT], content: bytes | bytearray, max_inputs: int
     except ValidationError as exc:
         error = exc.errors(include_url=False)[0]
         place, message = error["loc"], error["msg"]
-        if error["type"] == "string_type" and place[0] == kind.inputs_field:
+        if error["type"] == "model_type":  # pydantic's message has the name of our class
+            message = _NOT_AN_OBJECT
+        elif place[0] == kind.inputs_field and _is_tokens(error["input"]):
             message += kind.advice
         raise refuse_field(
             error["type"], place, message, error["input"], error.get("ctx")
@@ -80,6 +85,16 @@ def parse_request(kind: type[BodyT], content: bytes | bytearray, max_inputs: int
             f"{body.count} inputs in one request; the limit is {max_inputs}. Send several requests"
         )
     return body
+
+
+def _is_tokens(value: object) -> bool:
+    """Return whether a value is a token id or a list of them.
+
+    >>> _is_tokens(7), _is_tokens([7, 8]), _is_tokens(["a"]), _is_tokens(None)
+    (True, True, False, False)
+    """
+    tokens = value if isinstance(value, list) and value else [value]
+    return all(type(token) is int for token in tokens)
 
 
 def _check_structure(kind: type[RequestBody], content: bytes | bytearray, max_inputs: int) -> None:

@@ -131,7 +131,6 @@ class RankingEndpoint(Endpoint[RankingRequest]):
     """Answers with the logit of each passage, the highest first."""
 
     path = "/v1/ranking"
-    is_of_nim = True
     body = RankingRequest
     max_inputs = 512
     too_long_status = 422  # of a NIM since 1.9.1

@@ -94,6 +94,7 @@ def _write(scope: Scope, state: dict[str, Any], status: int, seconds: float) -> 
     }
     line = "{client} {method} {path} {status} in {seconds:.3f} s".format_map(fields)
     counts = {name: state[name] for name in ("inputs", "tokens") if name in state}
-    line = ", ".join([line, *(f"{count} {name}" for name, count in counts.items())])
+    words = (name.removesuffix("s") if count == 1 else name for name, count in counts.items())
+    line = ", ".join([line, *map("{} {}".format, counts.values(), words)])
     level = logging.DEBUG if _PROBE.fullmatch(scope["path"]) else logging.INFO
     _log.log(level, "%s", line, extra={"fields": fields | counts})

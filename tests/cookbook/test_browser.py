@@ -253,6 +253,43 @@ def test_a_scan_says_how_it_can_be_found(site: str, open_page: Callable[..., Pag
     page.wait_for_selector("text=ocrmypdf")
 
 
+def test_progress_is_updated_in_place_and_only_changes_are_announced(
+    site: str, open_page: Callable[..., Page], two_pages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pages.jobs.BATCH", 1)
+    add_pages, batches = Index.add, threading.Semaphore(1)
+
+    def add_when_allowed(index: Index, new: Any) -> None:
+        assert batches.acquire(timeout=60)
+        add_pages(index, new)
+
+    monkeypatch.setattr(Index, "add", add_when_allowed)
+    page = open_page(site)
+    add(page, two_pages)
+    page.wait_for_selector(".job label:has-text('of 2 pages')")
+    button = page.locator(".job button").element_handle()
+    page.focus(".job button")
+    page.evaluate(
+        """() => {
+            window.announced = [];
+            const note = ({target, addedNodes}) => [target, ...addedNodes].forEach((node) => {
+                const element = node.nodeType === 1 ? node : node.parentElement;
+                const live = element?.closest("[aria-live]")?.getAttribute("aria-live");
+                if (live === "polite") announced.push(element.closest("p")?.textContent);
+            });
+            const watcher = new MutationObserver((changes) => changes.forEach(note));
+            watcher.observe(document.getElementById("progress"), {childList: true, subtree: true});
+        }"""
+    )
+    page.wait_for_selector(".job label:has-text('1 of 2 pages')")
+    page.wait_for_timeout(1200)  # two polls
+    assert page.evaluate("button => button === document.activeElement", button)
+    assert page.evaluate("announced") == []
+    batches.release()
+    page.wait_for_selector("text=two.pdf, page 2")
+    assert "Files in progress: 0" in page.evaluate("announced")
+
+
 def test_files_can_be_dropped(site: str, open_page: Callable[..., Page], two_pages: Path) -> None:
     page = open_page(site)
     page.evaluate(
@@ -498,6 +535,7 @@ def test_the_command_prints_its_address_and_keeps_the_handbook(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, str(ROOT / "cookbook/pages"), "--port", "0", "--device", "cpu"]
+    command += ["--allowed-host", "myserver"]
     for start in ("first", "second"):
         begun = time.monotonic()
         with subprocess.Popen(
@@ -512,8 +550,10 @@ def test_the_command_prints_its_address_and_keeps_the_handbook(
                 time.sleep(0.2)
             seconds = time.monotonic() - begun
             print(f"{start} start: the handbook's pages are shown after {seconds:.1f} s")
+            named = httpx.get(address, headers={"Host": "myserver"})
             process.send_signal(signal.SIGINT)
             process.stdout.read()
         assert "files.pdf" in home
+        assert named.status_code == 200
         assert process.returncode == 1
     assert seconds < 40

@@ -324,10 +324,10 @@ def test_nothing_is_embedded_twice(
     add = Index.add
     monkeypatch.setattr(Index, "add", lambda *a: (embedded.append(len(a[1])), add(*a))[1])
     app.send(("two.pdf", two_pages))
-    html = app.send(("other.pdf", two_pages), ("two.pdf", two_pages))
+    html = app.send(("C:\\\u202eother.pdf", two_pages), ("two.pdf", two_pages))
     assert embedded == [2]
     assert html.count("two.pdf is here already, byte for byte") == 2
-    assert "You sent it as other.pdf" in html
+    assert "You sent it as other.pdf." in html
     for number in re.findall(r"/messages/(\d+)/dismiss", html):
         app.client.post(f"/messages/{number}/dismiss")
     assert "here already" not in app.look("/")
@@ -587,7 +587,9 @@ def test_another_page_of_the_browser_can_change_nothing(
 def test_another_name_of_this_machine_is_not_answered(app: App) -> None:
     headers = {"Host": "evil.example", "Origin": "http://evil.example"}
     for method in ("GET", "POST"):
-        assert app.client.request(method, "/", headers=headers).status_code == 421
+        reply = app.client.request(method, "/", headers=headers)
+        assert reply.status_code == 421
+        assert reply.json()["message"].endswith("start the server with --allowed-host NAME")
 
 
 @pytest.mark.parametrize("address", ["/", "/nowhere", "/static/pages.css", "/progress"])

@@ -99,6 +99,26 @@ def test_embeds_what_is_new_or_changed_and_forgets_what_is_gone(
     assert len(list((tmp_path / "store").rglob("*.png"))) == 2
 
 
+def test_a_broken_page_is_skipped_and_the_others_are_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NVIDIA_BASE_URL", raising=False)
+    model = build_vl_checkpoint(tmp_path / "vl", VLShape(image_size=64))
+    text = pdfs.Leaf("BT /F1 9 Tf 9 9 Td (words) Tj ET")
+    content = pdfs.write(text, text)
+    broken = content.replace(b"5 0 obj <</Type/Page/", b"5 0 obj <</Type/")
+    (tmp_path / "a.pdf").write_bytes(broken)
+    arguments = ["--terminal", "--device", "cpu", "--model", str(model)]
+    arguments += ["--pdf", str(tmp_path / "a.pdf"), "--store", str(tmp_path / "store")]
+    for added in (1, 0):
+        main(arguments)
+        output = capsys.readouterr().out
+        assert re.search("Skipped +a.pdf, page 2,", output)
+        assert f"\n{added} embedded" in output
+        assert "a.pdf, page 1: smaller" in output
+        assert "page 2: smaller" not in output
+
+
 def test_both_frameworks_rerank_what_is_asked_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

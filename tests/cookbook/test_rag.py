@@ -8,6 +8,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from langchain_nemoretriever import NeMoRetrieverEmbeddings, NeMoRetrieverRerank
 from tests.conftest import ROOT
 from tests.cookbook.questions import FROM_ELSEWHERE, HELD_OUT, UNANSWERED
 from tests.support import pdfs
+from tests.support.chat_server import serve_chat
 from tests.support.rerankers import build_reranker
 
 ENVIRONMENT = ("NVIDIA_BASE_URL", "NVIDIA_API_KEY")
@@ -348,9 +350,48 @@ def test_sources_are_shown_where_the_language_model_fails(
         yield {"sources": sections}
         raise ConnectionError("the prompt is too long")
 
-    rag.ask("what?", stream(), embeddings)
+    assert not rag.ask("what?", stream(), embeddings)
     printed = capsys.readouterr().out
     assert "No answer: the prompt is too long.\n  [1] " in printed
+
+
+def test_passages_without_a_word_are_found_by_their_vectors(
+    rag: ModuleType, tmp_path: Path, embeddings: NeMoRetrieverEmbeddings
+) -> None:
+    (tmp_path / "1.txt").write_text("a")
+    retriever = make_retriever(rag, tmp_path, InMemoryVectorStore(embeddings))
+    assert [found.metadata["source"] for found in retriever.invoke("a question")] == ["1.txt"]
+
+
+def test_a_question_that_is_not_utf8_is_refused(
+    rag: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        rag.start(rag.run, rag.options(), ["--question", "what?", "--question", "caf\udce9"])
+    assert "--question: expected UTF-8" in capsys.readouterr().err
+
+
+def test_a_run_without_any_answer_fails(
+    rag: ModuleType,
+    docs: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["--model", str(checkpoint), "--device", "cpu", "--docs", str(docs)]
+    arguments += ["--store", str(tmp_path / "store"), "--min-score", "-1"]
+    with serve_chat() as server:
+        for statuses in ([500, 200], [500, 500]):
+
+            def questions(*_: object, statuses: list[int] = statuses) -> Iterator[str]:
+                for server.status in statuses:
+                    yield "apples?"
+
+            server.status = 200  # it is asked for a word at the start
+            monkeypatch.setattr(rag, "questions_to_ask", questions)
+            with pytest.raises(SystemExit) if 200 not in statuses else nullcontext() as raised:
+                rag.start(rag.run, rag.options(), [*arguments, "--llm-url", server.url])
+    assert raised.value.code == 1
 
 
 @pytest.mark.parametrize("content", [{}, {"broken.pdf": b"%PDF"}, {"a.png": b"x"}, {"a.md": b" "}])

@@ -191,6 +191,7 @@ def test_an_invalid_body_is_refused(served: Running, content: bytes) -> None:
     response = served.client.post("/embeddings", content=content, headers=headers)
     assert response.status_code == 400
     assert response.json()["type"] == "request_validation_error"
+    assert "EmbeddingsRequest" not in response.text
 
 
 def test_errors_have_the_messages_that_clients_match(served: Running) -> None:
@@ -201,9 +202,8 @@ def test_errors_have_the_messages_that_clients_match(served: Running) -> None:
     response = served.post(input=["short", LONG])
     assert response.status_code == 400
     words = r"Input length \d+ exceeds maximum allowed token size 2048"
-    assert re.fullmatch(words, response.json()["error"])
+    assert re.fullmatch(words, response.json()["message"])
     assert response.json()["index"] == 1
-    assert response.json()["message"] == response.json()["error"]
 
 
 @pytest.mark.parametrize(
@@ -217,6 +217,10 @@ def test_errors_have_the_messages_that_clients_match(served: Running) -> None:
         ({"input": ["a", 7]}, 400, "invalid_request", "not token ids"),
         ({"input": [7, 8]}, 400, "invalid_request", "check_embedding_ctx_length=False"),
         ({"input": [[7, 8], [9]]}, 400, "invalid_request", "check_embedding_ctx_length=False"),
+        ({"input": ["a", None]}, 400, "invalid_request", r"^input\.1: .* valid string$"),
+        ({"input": [["a"]]}, 400, "invalid_request", r"^input\.0: .* valid string$"),
+        ({"input": [[]]}, 400, "invalid_request", r"^input\.0: .* valid string$"),
+        ({"input": [True]}, 400, "invalid_request", r"^input\.0: .* valid string$"),
         ({"input": [[123_456] * 99_000]}, 413, "too_large", "check_embedding_ctx_length=False"),
     ],
 )
@@ -276,13 +280,49 @@ def test_a_slash_at_the_end_is_ignored(served: Running) -> None:
 def test_wrong_paths_and_methods(served: Running) -> None:
     assert served.post(model="nvidia/another").status_code == 404
     assert served.post(model="nvidia/another").json()["type"] == "model_not_found"
-    assert served.client.post("/embeddings/embeddings").status_code == 404
     response = served.client.get("/embeddings")
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert response.json()["message"] == "GET /v1/embeddings: expected the method POST"
     response = served.client.post(
         "/embeddings", content="{}", headers={"Content-Type": "text/plain"}
     )
     assert response.status_code == 415
+
+
+@pytest.mark.parametrize(
+    "path", ["/embeddings", "/embed", "/v1", "/v1/v1/embeddings", "//v1/embeddings", "/v1/chat"]
+)
+def test_a_wrong_path_is_named_with_where_the_paths_are(served: Running, path: str) -> None:
+    root = served.url.removesuffix("/v1")
+    response = httpx.post(root + path, json={"model": NAME, "input": "a"})
+    advice = "no such path; the paths of the API begin with /v1, and GET / lists them"
+    assert response.status_code == 404
+    assert response.json()["message"] == f"POST {path}: {advice}"
+    assert response.json()["error"]["message"] == f"POST {path}: {advice}"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "code"),
+    [
+        ("/embeddings", {"model": f"{NAME}-query"}, "invalid_request"),  # in prepare
+        ("/embeddings", {"dimensions": 17}, "invalid_request"),
+        ("/embeddings", {"truncate": "end"}, "invalid_request"),  # in the parser
+        ("/embeddings", {"model": "another"}, "model_not_found"),
+        ("/embeddings", {"input": LONG}, "input_too_long"),
+        ("/embeddings", {"input": ["a"] * 9000}, "too_large"),
+        ("/ranking", {}, "not_served"),
+        ("/nowhere", {}, "route"),
+    ],
+)
+def test_every_refusal_has_the_same_fields(
+    served: Running, path: str, fields: dict[str, Any], code: str
+) -> None:
+    body = {"model": NAME, "input": "a", "input_type": "passage", **fields}
+    found = served.client.post(path, json=body).json()
+    assert found["message"]
+    error = found["error"]
+    assert error.pop("message")
+    assert error == {"type": "invalid_request_error", "code": code, "param": None}
 
 
 def test_a_model_without_dynamic_dimensions_forbids_the_field(tmp_path: Path) -> None:
@@ -665,7 +705,7 @@ def test_openai_client(served: Running) -> None:
         assert client.models.retrieve(NAME).id == NAME
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             client.models.retrieve("another/model")
-        with pytest.raises(openai.NotFoundError, match="Not Found"):
+        with pytest.raises(openai.NotFoundError, match="GET /v1/files: no such path"):
             client.files.list()
 
 

@@ -78,10 +78,14 @@ def test_the_access_log_has_counts_and_no_probes(served: Running, capsys) -> Non
 def test_text_lines_have_the_time_and_the_request(served: Running, capsys) -> None:
     with log_to_stderr("debug", "text"):
         served.client.get("/health/live", headers={"x-request-id": "abc"})
-    line = capsys.readouterr().err
+        served.post(input="a")
+        served.post(input=["a", "b"])
+    probe, one, two = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
-        r"\S+T\S+Z DEBUG: 127.0.0.1 GET /v1/health/live 200 in 0.\d+ s \[request abc\]\n", line
+        r"\S+T\S+Z DEBUG: 127.0.0.1 GET /v1/health/live 200 in 0.\d+ s \[request abc\]", probe
     )
+    assert re.search(r" s, 1 input, \d+ tokens \[", one)
+    assert re.search(r" s, 2 inputs, \d+ tokens \[", two)
 
 
 def test_no_key_of_an_address_is_logged(served: Running, capsys) -> None:

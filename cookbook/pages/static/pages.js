@@ -69,32 +69,35 @@ function count(progress) {
   return Number(progress.dataset.active);
 }
 
-// A button that has the focus, or is being pressed, must not be replaced; what is beside it may.
-function isHeld(shown, fresh) {
-  const active = document.activeElement;
-  const action = shown.contains(active) && active.form?.getAttribute("action");
-  return shown.matches(":active") || (action && fresh.querySelector(`form[action="${action}"]`));
+// A row stays in place while its job goes on, so that its button keeps the focus and a press.
+function updateRow(shown, fresh) {
+  const texts = fresh.querySelectorAll("[data-text]");
+  for (const [number, old] of shown.querySelectorAll("[data-text]").entries()) {
+    const { textContent } = texts[number];
+    if (old.textContent !== textContent) old.textContent = textContent;
+  }
+  const bar = shown.querySelector("progress");
+  for (const { name, value } of fresh.querySelector("progress")?.attributes ?? []) bar.setAttribute(name, value);
 }
 
-function updateBars(shown, fresh) {
-  for (const old of shown.querySelectorAll(".job progress")) {
-    const bar = fresh.querySelector(`#${old.id}`);
-    if (!bar) continue;
-    shown.querySelector(`label[for="${old.id}"]`).replaceWith(fresh.querySelector(`label[for="${old.id}"]`));
-    old.replaceWith(bar);
+function update(shown, fresh) {
+  const ids = new Set([...fresh.children].map((row) => row.id));
+  for (const row of [...shown.children]) if (!ids.has(row.id)) row.remove();
+  for (const [number, row] of [...fresh.children].entries()) {
+    const old = shown.children[number];
+    if (old?.id === row.id) updateRow(old, row);
+    else shown.insertBefore(row, old ?? null);
   }
 }
 
 async function follow() {
   const shown = document.getElementById("progress");
-  if (!shown || !(count(shown) || shown.dataset.held)) return;
+  if (!shown || !count(shown)) return;
   try {
     const fresh = (await get("/progress")).getElementById("progress");
     const hasFinished = count(fresh) < count(shown);
     shown.dataset.active = count(fresh);
-    shown.dataset.held = isHeld(shown, fresh) ? "true" : "";
-    if (shown.dataset.held) updateBars(shown, fresh);
-    else shown.replaceChildren(...fresh.childNodes);
+    update(shown, fresh);
     if (hasFinished) {
       const files = (await get("/")).getElementById("files-here");
       document.getElementById("files-here").replaceChildren(...files.childNodes);
