@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared_engine.bulk.files import make_folder, write_atomically, writing
-from shared_engine.bulk.tables import cast, reading, require_columns, simplify
+from shared_engine.bulk.tables import BYTES, cast, reading, require_columns, simplify
 from shared_engine.bulk.urls import is_url, locate, open_parquet
 
 REASON = "nemoretriever:reason"
@@ -295,10 +295,26 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
         reader = open_reader(source, options=options)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
-            batch.validate(full=True)  # no reader does, and a wrong offset may end the process
+            for column in batch.columns:
+                _check_buffers(column)
             for first in range(0, batch.num_rows, rows):
                 some = pa.Table.from_batches([batch.slice(first, rows)])
                 yield pa.table([cast(some[f.name], f.type) for f in schema], schema=schema)
+
+
+def _check_buffers(array: pa.Array) -> None:
+    """Check offsets and indices of an array, as no reader does: a wrong one may end the process.
+
+    Texts may hold any bytes; those that are not UTF-8 fail their rows later.
+    """
+    try:
+        array.validate(full=True)
+    except pa.ArrowInvalid:
+        if pa.types.is_dictionary(array.type):
+            pa.DictionaryArray.from_arrays(array.indices, array.dictionary)  # checks the indices
+            array = array.dictionary
+        array.validate()  # or the view would read out of bounds
+        array.view(simplify(array.type, BYTES)).validate(full=True)
 
 
 def _require_parquet(schema: pa.Schema) -> None:

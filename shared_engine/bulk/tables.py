@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from uuid import UUID
@@ -49,22 +49,32 @@ _SAME_VALUES = {
     pa.large_string(): pa.string(), pa.string_view(): pa.string(),
     pa.large_binary(): pa.binary(), pa.binary_view(): pa.binary(),
 }  # fmt: skip
+BYTES = {
+    pa.string(): pa.binary(), pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}  # fmt: skip
+"""Types of the bytes of texts."""
 
 
-def simplify(kind: pa.DataType) -> pa.DataType:  # noqa: PLR0911
+def simplify(  # noqa: PLR0911
+    kind: pa.DataType, simpler: Mapping[pa.DataType, pa.DataType] = _SAME_VALUES
+) -> pa.DataType:
     """Return the type to keep values of a type as: without views, dictionaries, long offsets.
+
+    Args:
+        simpler: types to replace, also in lists, structs and maps.
 
     >>> simplify(pa.dictionary(pa.int8(), pa.large_string()))
     DataType(string)
     """
 
     def inner(field: pa.Field) -> pa.Field:
-        return field.with_type(simplify(field.type))
+        return field.with_type(simplify(field.type, simpler))
 
     if pa.types.is_dictionary(kind):
-        return simplify(kind.value_type)
+        return simplify(kind.value_type, simpler)
     if isinstance(kind, pa.JsonType):
-        return simplify(kind.storage_type)
+        return simplify(kind.storage_type, simpler)
     if pa.types.is_list(kind):
         return pa.list_(inner(kind.value_field))
     if pa.types.is_fixed_size_list(kind):
@@ -75,7 +85,7 @@ def simplify(kind: pa.DataType) -> pa.DataType:  # noqa: PLR0911
         return pa.large_list(inner(kind.value_field))
     if pa.types.is_struct(kind):
         return pa.struct([inner(field) for field in kind])
-    return _SAME_VALUES.get(kind, kind)
+    return simpler.get(kind, kind)
 
 
 def cast(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:

@@ -290,22 +290,25 @@ def test_a_type_that_parquet_cannot_hold_costs_its_file_only(
     assert f"column '{place}' holds {column.type}, unknown to Parquet" in str(lost.error)
 
 
-BROKEN = {
-    "offsets": ([0, 5, 1, 6], b"abcdef"),
-    "bytes": ([0, 2, 4, 6], b"abcd\xe9f"),
-}
+OFFSETS = pa.array([0, 5, 1, 6], pa.int32()).buffers()[1]
+BROKEN = pa.Array.from_buffers(pa.string(), 3, [None, OFFSETS, pa.py_buffer(b"abcdef")])
+"""Texts with an offset before the one that it follows."""
 
 
-@pytest.mark.parametrize("part", BROKEN)
-@pytest.mark.parametrize("place", ["text", "lang"])
+@pytest.mark.parametrize(
+    ("place", "column"),
+    [
+        ("text", BROKEN),
+        ("lang", BROKEN),
+        ("lang", pa.ListArray.from_arrays([0, 1, 2, 3], BROKEN)),
+        ("lang", pa.DictionaryArray.from_arrays([0, 1, 9], ["a", "b", "c"], safe=False)),
+    ],
+)
 def test_a_broken_arrow_file_costs_no_other(
-    place: str, part: str, tmp_path: Path, make_job: Make
+    place: str, column: pa.Array, tmp_path: Path, make_job: Make
 ) -> None:
     (tmp_path / "in").mkdir()
     write(passages(3), tmp_path / "in" / "a.parquet")
-    offsets, texts = BROKEN[part]
-    buffers = [None, pa.array(offsets, pa.int32()).buffers()[1], pa.py_buffer(texts)]
-    column = pa.Array.from_buffers(pa.string(), 3, buffers)
     table = passages(3).set_column(passages(3).column_names.index(place), place, column)
     write(table, tmp_path / "in" / "b.feather")
     summary = run(make_job(tmp_path / "in"))
@@ -386,19 +389,25 @@ BYTES = pa.Array.from_buffers(
 """Texts as a writer without checks leaves them; most readers refuse a file that holds these."""
 
 
+OTHER_BYTES = [
+    (BYTES, ["a", "é"]),
+    (pa.ListArray.from_arrays([0, 1, 2, 3], BYTES), [["a"], ["é"]]),
+    (pa.StructArray.from_arrays([BYTES], names=["of"]), [{"of": "a"}, {"of": "é"}]),
+]
+
+
 @pytest.mark.parametrize(
-    ("column", "kept"),
+    ("suffix", "column", "kept"),
     [
-        (BYTES, ["a", "é"]),
-        (pa.ListArray.from_arrays([0, 1, 2, 3], BYTES), [["a"], ["é"]]),
-        (pa.StructArray.from_arrays([BYTES], names=["of"]), [{"of": "a"}, {"of": "é"}]),
+        *((suffix, *each) for suffix in (".parquet", ".feather") for each in OTHER_BYTES),
+        (".feather", pa.DictionaryArray.from_arrays([0, 1, 2], BYTES), ["a", "é"]),
     ],
 )
 def test_a_kept_value_of_other_bytes_than_utf_8_costs_its_row(
-    column: pa.Array, kept: list[Any], tmp_path: Path, make_job: Make
+    suffix: str, column: pa.Array, kept: list[Any], tmp_path: Path, make_job: Make
 ) -> None:
-    write(passages(3).append_column("value", column), tmp_path / "in.parquet")
-    job = make_job(tmp_path / "in.parquet", columns=("value",))
+    write(passages(3).append_column("value", column), tmp_path / f"in{suffix}")
+    job = make_job(tmp_path / f"in{suffix}", columns=("value",))
     summary = run(job)
     assert (summary.rows, summary.failed) == (2, 1)
     assert pq.read_table(Path(job.out, "vectors"))["value"].to_pylist() == kept
