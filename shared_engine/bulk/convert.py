@@ -12,7 +12,7 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -43,7 +43,7 @@ def convert(  # noqa: PLR0917
     path: str,
     title: str,
     target: str,
-    columns: Sequence[str],
+    columns: Mapping[str, bool],
     rows: int,
     fingerprint: str,
     delimiter: str | None = None,
@@ -53,6 +53,7 @@ def convert(  # noqa: PLR0917
     Args:
         title: name of the table in messages.
         target: the Parquet file, written as a whole or not at all.
+        columns: names, each with whether the column is only kept; JSON in others is refused.
         rows: the most rows in a row group.
         fingerprint: changes when the table does; a target with the same one is kept.
         delimiter: between the fields of CSV and TSV; None is a comma and a tab.
@@ -81,7 +82,7 @@ def convert(  # noqa: PLR0917
 
 
 def _read_groups(
-    path: str, title: str, columns: Sequence[str], rows: int, delimiter: str | None
+    path: str, title: str, columns: Mapping[str, bool], rows: int, delimiter: str | None
 ) -> Iterator[Any]:
     """Yield the schema, then the row groups of a table."""
     with reading(title):
@@ -95,7 +96,9 @@ def _read_groups(
 # Text
 
 
-def _make_groups(records: Iterator[_Record], columns: Sequence[str], rows: int) -> Iterator[Any]:
+def _make_groups(
+    records: Iterator[_Record], columns: Mapping[str, bool], rows: int
+) -> Iterator[Any]:
     """Yield the schema, then the row groups of records."""
     schema = pa.schema([(name, pa.string()) for name in (*columns, REASON)])
     yield schema
@@ -115,7 +118,7 @@ def _make_groups(records: Iterator[_Record], columns: Sequence[str], rows: int) 
         yield pa.table(values, schema=schema)
 
 
-def _check(record: _Record, columns: Sequence[str]) -> list[str | None]:
+def _check(record: _Record, columns: Mapping[str, bool]) -> list[str | None]:
     """Return a row: values and no reason, or no values and the reason."""
     if not isinstance(record, str):
         for name, value in zip(columns, record, strict=True):
@@ -143,7 +146,7 @@ def _open_text(path: str, newline: str | None) -> TextIO:
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
 
 
-def _read_csv(path: str, columns: Sequence[str], delimiter: str) -> Iterator[_Record]:
+def _read_csv(path: str, columns: Mapping[str, bool], delimiter: str) -> Iterator[_Record]:
     """Yield records, without blank lines; empty fields are None.
 
     A record with a quote that is not closed, or closed in the middle of a field, ends with its
@@ -166,7 +169,7 @@ def _read_csv(path: str, columns: Sequence[str], delimiter: str) -> Iterator[_Re
             names = next(filter(None, records), [])
             if not names:
                 return  # an empty file, as Spark writes them
-            require_columns(columns, names, path)
+            require_columns(list(columns), names, path)
             where = [names.index(name) for name in columns]
             while True:
                 taken.clear()
@@ -210,7 +213,22 @@ def _to_text(value: Any) -> str | None:
     return orjson.dumps(value, lambda number: orjson.Fragment(str(number)), passed).decode()
 
 
-def _read_json(path: str, columns: Sequence[str], _: str) -> Iterator[_Record]:
+def _take_members(found: dict[str, Any], columns: Mapping[str, bool]) -> _Record:
+    """Return the wanted members of an object, or why one that is not only kept is no text.
+
+    A missing value of pandas is NaN.
+    """
+    record: list[str | None] = []
+    for name, is_kept in columns.items():
+        value = found.get(name)
+        if not is_kept and isinstance(value, (list, dict, bool)):
+            return f"holds a {type(value).__name__} in column {name!r}; expected a text"
+        is_missing = not is_kept and isinstance(value, _Number) and value == "NaN"
+        record.append(None if is_missing else _to_text(value))
+    return record
+
+
+def _read_json(path: str, columns: Mapping[str, bool], _: str) -> Iterator[_Record]:
     """Yield the wanted members of each object; an object without one of them has None.
 
     Raises:
@@ -229,7 +247,7 @@ def _read_json(path: str, columns: Sequence[str], _: str) -> Iterator[_Record]:
                 found = _decode(_require_whole(line, file))
                 if not isinstance(found, dict):
                     raise ValueError(f"it is a {type(found).__name__}")
-                record = [_to_text(found.get(name)) for name in columns]
+                record = _take_members(found, columns)
             except (ValueError, TypeError, RecursionError) as exc:
                 record = f"is not a JSON object: {exc}"
                 bad += 1
@@ -250,9 +268,9 @@ def _read_json(path: str, columns: Sequence[str], _: str) -> Iterator[_Record]:
         require_columns(sorted(missing), list(names), path)
 
 
-def _read_lines(path: str, columns: Sequence[str], _: str) -> Iterator[_Record]:
+def _read_lines(path: str, columns: Mapping[str, bool], _: str) -> Iterator[_Record]:
     """Yield each line that is not blank as the value of a column `text`."""
-    require_columns(columns, ["text"], path)
+    require_columns(list(columns), ["text"], path)
     with _open_text(path, newline=None) as file:
         while line := file.readline(_LONGEST):
             if line.isspace():
@@ -275,7 +293,7 @@ def _require_whole(line: str, file: TextIO) -> str:
 # Arrow
 
 
-def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
+def _read_arrow(path: str, columns: Mapping[str, bool], rows: int) -> Iterator[Any]:
     """Yield the schema, then the row groups of an Arrow file or stream.
 
     One of its batches is in memory, of the wanted columns only.
@@ -287,7 +305,7 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
         open_reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
         found = open_reader(source).schema
         source.seek(0)
-        require_columns(columns, found.names, path)
+        require_columns(list(columns), found.names, path)
         schema = pa.schema([(name, simplify(found.field(name).type)) for name in columns])
         _require_parquet(schema)
         yield schema
@@ -325,7 +343,7 @@ def _require_parquet(schema: pa.Schema) -> None:
             raise ValueError(f"column {name!r} holds {kind}, unknown to Parquet") from None
 
 
-TEXT: dict[str, Callable[[str, Sequence[str], str], Iterator[_Record]]] = {
+TEXT: dict[str, Callable[[str, Mapping[str, bool], str], Iterator[_Record]]] = {
     **dict.fromkeys((".csv", ".tsv"), _read_csv),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json),
     ".txt": _read_lines,

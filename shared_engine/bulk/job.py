@@ -127,18 +127,20 @@ class Job:
         """Return whether a file is in the folder of results."""
         return path.startswith(os.path.join(self.out, ""))
 
-    def find_columns(self, title: str) -> tuple[list[str], dict[str, str | None]]:
-        """Return the columns to read of a table, each once, and the kept ones that its path gives.
+    def find_columns(self, title: str) -> tuple[dict[str, bool], dict[str, str | None]]:
+        """Return the columns to read of a table, and the kept ones that its path gives.
+
+        Each column to read has a flag: whether it is only kept.
 
         Args:
             title: path of the table; a folder `lang=de` gives a column `lang`, as Hive writes it.
         """
         wanted = (self.id_column, *self.text_columns, self.image_column)
-        found = list(dict.fromkeys(name for name in wanted if name is not None))
+        found = dict.fromkeys((name for name in wanted if name is not None), False)
         kept = [name for name in self.kept_columns if name not in found]
         schema = pa.schema([(name, pa.string()) for name in kept])
         given = get_partition_keys(partitioning(schema, flavor="hive").parse(title))
-        return [*found, *(name for name in kept if name not in given)], given
+        return found | dict.fromkeys((name for name in kept if name not in given), True), given
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,7 +421,7 @@ def _open_table(  # noqa: PLR0917
     with tables.reading(title), open_parquet(path) as file:
         found, count = file.schema_arrow, file.metadata.num_rows
         page = tables.measure_dictionary(file.metadata, job.image_column)
-    tables.require_columns(wanted, found.names, title)
+    tables.require_columns(list(wanted), found.names, title)
     for name in job.text_columns:
         tables.require_texts(found.field(name).type, name, title)
     kind = pa.string()

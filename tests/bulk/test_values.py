@@ -430,6 +430,13 @@ def test_other_bytes_cost_their_row_only_where_files_differ_in_type(
     assert values == ['["a"]', '["é"]', "7"]
 
 
+def test_a_missing_text_of_pandas_is_missing(tmp_path: Path, make_job: Make) -> None:
+    table = pa.table({"text": [1.5, float("nan"), None]})
+    job = make_job(table, id_column=None, columns=("text",))
+    assert run(job).failed == 2
+    assert pq.read_table(Path(job.out, "vectors"))["text"].to_pylist() == [1.5]
+
+
 def test_a_column_that_holds_no_texts_is_named_with_its_type(
     tmp_path: Path, make_job: Make
 ) -> None:
