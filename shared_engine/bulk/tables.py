@@ -10,6 +10,7 @@ from itertools import accumulate
 from uuid import UUID
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shared_engine.bulk.urls import open_parquet
@@ -145,7 +146,8 @@ def require_texts(kind: pa.DataType, name: str, title: str) -> None:
 def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, dict[int, str]]:
     """Return a column as another type, and the reasons of rows with values that it cannot hold.
 
-    Every value has a text: UUIDs, lists, structs and maps, which become JSON, and bytes in UTF-8.
+    Every value has a text: lists, structs and maps become JSON, a duration has its unit, and bytes
+    are UTF-8.
     """
     try:
         return _cast_checked(column, kind), {}
@@ -165,12 +167,19 @@ def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArr
 
 def _cast_checked(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     has_no_cast = pa.types.is_nested(column.type) or isinstance(column.type, pa.UuidType)
-    if has_no_cast and kind == pa.string():
+    if kind == pa.string() and pa.types.is_duration(column.type):
+        count = column.cast(pa.int64()).cast(kind)
+        found = pc.binary_join_element_wise(count, column.type.unit, " ")
+    elif kind == pa.string() and has_no_cast:
         texts = [None if value is None else _to_text(value) for value in column.to_pylist()]
         found = pa.chunked_array([texts], kind)
     else:
         found = cast(column, kind)
     found.validate(full=True)  # also the bytes of texts in lists and structs
+    if pa.types.is_floating(kind):
+        infinite = cast(column.filter(pc.is_inf(found)), pa.string())
+        if pc.any(pc.match_substring_regex(infinite, "[0-9]")).as_py():  # not in "inf"
+            raise pa.ArrowInvalid("it is out of range")
     return found
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,7 @@ def write_two(folder: Path, *columns: pa.Array) -> None:
         (pa.array([{"a": 1}]), pa.array([{"a": "é"}]), ['{"a": 1}', '{"a": "é"}']),
         (pa.array([uuid.UUID(int=1).bytes], pa.uuid()), pa.array(["x"]),
          [str(uuid.UUID(int=1)), "x"]),
+        (pa.array([timedelta(days=1)]), pa.array(["x"]), ["86400000000 us", "x"]),
     ],
 )  # fmt: skip
 def test_types_that_differ_between_files_change_no_value_and_cost_no_row(
@@ -587,6 +588,25 @@ def test_kept_columns_get_the_types_that_are_named(
     assert "column 'price' holds a value that is no double" in error["reason"]
     with pytest.raises(ConfigurationError, match="was begun with types"):
         run(make_job(path, id_column=None, columns=("zip", "price", "day")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "column"),
+    [
+        ("double", pa.array(["1e400", "-1e400", "inf", None, "-Infinity", "nan"])),
+        ("float", pa.array([1e39, -1e39, float("inf"), None, float("-inf"), float("nan")])),
+    ],
+)
+def test_a_number_that_its_type_cannot_hold_costs_its_row(
+    kind: str, column: pa.Array, tmp_path: Path, make_job: Make
+) -> None:
+    table = passages(6).append_column("value", column)
+    job = make_job(table, columns=("value",), types={"value": kind})
+    assert run(job).failed == 2
+    found = pq.read_table(Path(job.out, "vectors"))["value"].to_pylist()
+    assert str(found) == "[inf, None, -inf, nan]"
+    (reason, _) = pq.read_table(Path(job.out, "errors.parquet"))["reason"].to_pylist()
+    assert reason == f"column 'value' holds a value that is no {kind}: it is out of range"
 
 
 def write_rows(rows: list[dict[str, str | None]], path: Path) -> None:
