@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -134,12 +135,16 @@ class Job:
 
         Args:
             title: path of the table; a folder `lang=de` gives a column `lang`, as Hive writes it.
+
+        Raises:
+            InputError: the name of a folder is not UTF-8.
         """
         wanted = (self.id_column, *self.text_columns, self.image_column)
         found = dict.fromkeys((name for name in wanted if name is not None), False)
         kept = [name for name in self.kept_columns if name not in found]
         schema = pa.schema([(name, pa.string()) for name in kept])
-        given = get_partition_keys(partitioning(schema, flavor="hive").parse(title))
+        with tables.reading(title):
+            given = get_partition_keys(partitioning(schema, flavor="hive").parse(title))
         return found | dict.fromkeys((name for name in kept if name not in given), True), given
 
 
@@ -250,9 +255,10 @@ def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
             return f"{found.size}-{found.mtime_ns}"
         sizes, times = hashlib.sha256(), hashlib.sha256()
         for name in names:
-            picture = os.stat(os.path.join(source, name))
-            sizes.update(f"{name} {picture.st_size}\n".encode())
-            times.update(f"{picture.st_mtime_ns}\n".encode())
+            with suppress(OSError):  # a link to no file: the row will have the error
+                picture = os.stat(os.path.join(source, name))
+                sizes.update(f"{name} {picture.st_size}\n".encode())
+                times.update(f"{picture.st_mtime_ns}\n".encode())
     return f"{sizes.hexdigest()[:16]}-{times.hexdigest()[:16]}"
 
 

@@ -251,6 +251,14 @@ def test_folders_of_hive_partitions_are_columns(suffix, tmp_path, make_job):
     check_texts(rows, ["a", "b", "c"] * 2)
 
 
+def test_a_partition_that_is_not_utf_8_costs_its_files_only(tmp_path, make_job):
+    for folder in ("lang=%ff", "lang=de"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / "a.csv").write_text("text\na\n")
+    summary = run(make_job(tmp_path / "in", id_column=None))
+    assert (summary.rows, [each.title for each in summary.unread]) == (1, ["lang=%ff/a.csv"])
+
+
 def test_a_column_may_be_a_partition_of_one_file_and_a_number_in_another(tmp_path, make_job):
     (tmp_path / "in" / "year=2024").mkdir(parents=True)
     pq.write_table(passages(2), tmp_path / "in" / "year=2024" / "a.parquet")
