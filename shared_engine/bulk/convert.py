@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from shared_engine.bulk.files import make_folder, write_atomically, writing
 from shared_engine.bulk.tables import BYTES, cast, reading, require_columns, simplify
 from shared_engine.bulk.urls import is_url, locate, open_parquet
+from shared_engine.errors import InputError
 
 REASON = "nemoretriever:reason"
 """Column of a converted text table: why a record cannot be read; null in all other rows."""
@@ -77,7 +78,10 @@ def convert(  # noqa: PLR0917
             pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
         ):
             for group in groups:
-                writer.write_table(group)
+                try:
+                    writer.write_table(group)
+                except pa.ArrowInvalid as exc:  # such as seconds that overflow as milliseconds
+                    raise InputError(f"{title} cannot be read: {exc}") from exc
             writer.add_key_value_metadata(facts)
 
 

@@ -92,8 +92,7 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
         texts = found if texts is None else list(map(join_title, texts, found))
     images = None
     if (image := job.image_column) is not None:
-        is_text = simplify(table[image].type) == pa.string()
-        images = (read(image, pa.string()) if is_text else table[image]).to_pylist()
+        images = read(image, simplify(table[image].type)).to_pylist()
     for name, value in job.find_columns(fragment.title)[1].items():
         table = table.append_column(name, pa.array([value] * count, pa.string()))
     columns = [read(field.name, field.type) for field in list(schema)[1:]]

@@ -316,6 +316,17 @@ def test_a_broken_arrow_file_costs_no_other(
     assert (summary.rows, [each.title for each in summary.unread]) == (3, ["b.feather"])
 
 
+def test_a_time_that_parquet_cannot_hold_costs_its_file_only(
+    tmp_path: Path, make_job: Make
+) -> None:
+    (tmp_path / "in").mkdir()
+    write(passages(3), tmp_path / "in" / "a.parquet")
+    times = pa.array([0, 2**62], pa.timestamp("s"))
+    write(passages(2).set_column(2, "lang", times), tmp_path / "in" / "b.feather")
+    summary = run(make_job(tmp_path / "in"))
+    assert (summary.rows, [each.title for each in summary.unread]) == (3, ["b.feather"])
+
+
 @pytest.mark.parametrize(
     "column",
     [
@@ -525,14 +536,15 @@ def test_empty_cells_of_images_are_missing(tmp_path: Path, make_job: Make) -> No
     assert error["reason"] == "has no text and no image"
 
 
+@pytest.mark.parametrize("is_struct", [False, True])
 def test_a_path_of_an_image_that_is_not_utf_8_costs_its_row_only(
-    tmp_path: Path, make_job: Make
+    is_struct: bool, tmp_path: Path, make_job: Make
 ) -> None:
     paths = pa.array([b"caf\xe9.png", None], pa.binary())
-    table = pa.table({
-        "text": ["a", "b"], "key": [1, 2],
-        "image": pa.Array.from_buffers(pa.string(), 2, paths.buffers()),
-    })  # fmt: skip
+    images = pa.Array.from_buffers(pa.string(), 2, paths.buffers())
+    if is_struct:
+        images = pa.StructArray.from_arrays([pa.nulls(2, pa.binary()), images], ["bytes", "path"])
+    table = pa.table({"text": ["a", "b"], "key": [1, 2], "image": images})
     write(table, tmp_path / "in.parquet")
     job = make_job(tmp_path / "in.parquet", image_column="image", text_column="text", columns=())
     summary = run(job)
