@@ -21,6 +21,7 @@ from shared_engine.bulk import convert, tables
 from shared_engine.bulk.urls import (
     OPTIONS_HINT,
     find_path,
+    is_hidden,
     is_url,
     list_remote,
     locate,
@@ -46,8 +47,8 @@ TABLES = ".tables"
 _INFO = re.compile(r"dataset_(info|infos|dict)\.json")
 _BESIDE_INFO = re.compile(r"state\.json|cache-.*\.arrow")
 """Names of the other files that Hugging Face's `datasets` writes into a folder of tables."""
-_HIDDEN = "._"
-"""First characters of hidden names; Spark and Hive begin those of their own files with _."""
+_LOG = re.compile(r"(.*)/(_delta_log/.*|metadata/[^/]*\.metadata\.json)")
+"""Files that list the current ones of a Delta or Iceberg table."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,7 @@ def find_sources(job: Job) -> list[Source]:
         ConfigurationError: an input does not exist, is inside another one, or of another kind.
     """
     listed = [_list_files(given) for given in job.inputs]
+    _refuse_lakes([path for _, files in listed for path in files])
     try:
         root = os.path.commonpath([folder for folder, _ in listed])
     except ValueError:
@@ -316,6 +318,14 @@ def find_sources(job: Job) -> list[Source]:
     return sources
 
 
+def _refuse_lakes(files: list[str]) -> None:
+    for log in filter(None, map(_LOG.fullmatch, files)):
+        raise ConfigurationError(
+            f"{log[1]} is a Delta or Iceberg table, whose files also hold removed rows; export it "
+            "to Parquet first"
+        )
+
+
 def _log_skipped(job: Job, files: list[str]) -> None:
     skipped = [each for each in files if _find_kind(each) is None and not job.has_written(each)]
     if skipped:
@@ -332,7 +342,7 @@ def _list_files(given: str) -> tuple[str, list[str]]:
                 raise ConfigurationError(f"{path}: copy images and PDFs to a local folder first")
         return folder, _choose_data(files) if folder == given.rstrip("/") else files
     if os.path.isdir(given):
-        return given, _choose_data(list(pages.walk(given, _HIDDEN)))
+        return given, _choose_data(list(pages.walk(given, is_hidden)))
     if os.path.exists(given):
         return os.path.dirname(given), [given]
     folder = given
@@ -340,7 +350,7 @@ def _list_files(given: str) -> tuple[str, list[str]]:
         folder = os.path.dirname(folder)
     found: dict[str, None] = {}
     for path in sorted(glob.glob(given, recursive=True)):
-        if not any(name[0] in _HIDDEN for name in os.path.relpath(path, folder).split(os.sep)):
+        if not any(map(is_hidden, os.path.relpath(path, folder).split(os.sep))):
             found |= dict.fromkeys(_list_files(path)[1])
     if not found:
         raise ConfigurationError(f"{given} does not exist")

@@ -79,13 +79,23 @@ def list_remote(url: str) -> tuple[str, list[str]]:
     files: list[str] = []
     for name in (info.path.removeprefix(base) for info in found if info.is_file):
         parts = name.split("/")
-        is_hidden = any(part[:1] in "._" for part in parts[1:])
         is_match = len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
-        if not is_hidden and (is_match or folder == pattern):
+        if not any(map(is_hidden, parts)) and (is_match or folder == pattern):
             files.append(folder + name)
     if not files:
         raise ConfigurationError(f"{url} does not exist" + f" ({OPTIONS_HINT})" * ("?" in url))
     return folder, sorted(files)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is skipped: Spark and Hive begin names of their own with _.
+
+    The log of a Delta table is not skipped, because a job refuses it.
+
+    >>> [is_hidden(name) for name in (".a", "_SUCCESS", "_day=1", "_delta_log")]
+    [True, True, False, False]
+    """
+    return name[:1] == "." or (name[:1] == "_" and "=" not in name and name != "_delta_log")
 
 
 def open_parquet(path: str, **options: Any) -> pq.ParquetFile:
