@@ -173,7 +173,7 @@ def _read_csv(path: str, columns: Mapping[str, bool], delimiter: str) -> Iterato
             names = next(filter(None, records), [])
             if not names:
                 return  # an empty file, as Spark writes them
-            require_columns(list(columns), names, path)
+            require_columns(columns, names, path)
             where = [names.index(name) for name in columns]
             while True:
                 taken.clear()
@@ -274,7 +274,7 @@ def _read_json(path: str, columns: Mapping[str, bool], _: str) -> Iterator[_Reco
 
 def _read_lines(path: str, columns: Mapping[str, bool], _: str) -> Iterator[_Record]:
     """Yield each line that is not blank as the value of a column `text`."""
-    require_columns(list(columns), ["text"], path)
+    require_columns(columns, ["text"], path)
     with _open_text(path, newline=None) as file:
         while line := file.readline(_LONGEST):
             if line.isspace():
@@ -309,7 +309,7 @@ def _read_arrow(path: str, columns: Mapping[str, bool], rows: int) -> Iterator[A
         open_reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
         found = open_reader(source).schema
         source.seek(0)
-        require_columns(list(columns), found.names, path)
+        require_columns(columns, found.names, path)
         schema = pa.schema([(name, simplify(found.field(name).type)) for name in columns])
         _require_parquet(schema)
         yield schema

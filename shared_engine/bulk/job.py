@@ -437,7 +437,7 @@ def _open_table(  # noqa: PLR0917
     with tables.reading(title), open_parquet(path) as file:
         found, count = file.schema_arrow, file.metadata.num_rows
         page = tables.measure_dictionary(file.metadata, job.image_column)
-    tables.require_columns(list(wanted), found.names, title)
+    tables.require_columns(wanted, found.names, title)
     for name in job.text_columns:
         tables.require_texts(found.field(name).type, name, title)
     kind = pa.string()

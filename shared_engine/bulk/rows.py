@@ -61,7 +61,7 @@ def open_table(job: Job, fragment: Fragment, cursors: Cursors) -> Cursor:
     """
     wanted, _ = job.find_columns(fragment.title)
     is_text = find_suffix(fragment.source) in TEXT
-    return cursors.open(fragment.table, [*wanted, *[REASON] * is_text])
+    return cursors.open(fragment.table, [*wanted, REASON] if is_text else list(wanted))
 
 
 def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: int) -> Window:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from uuid import UUID
@@ -32,7 +32,7 @@ def reading(title: str) -> Iterator[None]:
         raise InputError(f"{title} cannot be read: {str(exc) or type(exc).__name__}") from exc
 
 
-def require_columns(wanted: Sequence[str], found: Sequence[str], title: str) -> None:
+def require_columns(wanted: Iterable[str], found: Sequence[str], title: str) -> None:
     """Check that a table has each column, once.
 
     Raises:
