@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared_engine.bulk.files import make_folder, write_atomically, writing
-from shared_engine.bulk.tables import cast, reading, require_columns, simplify
+from shared_engine.bulk.tables import BYTES, cast, reading, require_columns, simplify
 from shared_engine.bulk.urls import is_url, locate, open_parquet
+from shared_engine.errors import InputError
 
 REASON = "nemoretriever:reason"
 """Column of a converted text table: why a record cannot be read; null in all other rows."""
@@ -44,7 +45,7 @@ def convert(  # noqa: PLR0917
     path: str,
     title: str,
     target: str,
-    columns: Sequence[str],
+    columns: Mapping[str, bool],
     rows: int,
     fingerprint: str,
     delimiter: str | None = None,
@@ -54,6 +55,7 @@ def convert(  # noqa: PLR0917
     Args:
         title: name of the table in messages.
         target: the Parquet file, written as a whole or not at all.
+        columns: names, each with whether the column is only kept; JSON in others is refused.
         rows: the most rows in a row group.
         fingerprint: changes when the table does; a target with the same one is kept.
         delimiter: between the fields of CSV and TSV; None is a comma and a tab.
@@ -77,12 +79,15 @@ def convert(  # noqa: PLR0917
             pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
         ):
             for group in groups:
-                writer.write_table(group)
+                try:
+                    writer.write_table(group)
+                except pa.ArrowInvalid as exc:  # such as seconds that overflow as milliseconds
+                    raise InputError(f"{title} cannot be read: {exc}") from exc
             writer.add_key_value_metadata(facts)
 
 
 def _read_groups(
-    path: str, title: str, columns: Sequence[str], rows: int, delimiter: str | None
+    path: str, title: str, columns: Mapping[str, bool], rows: int, delimiter: str | None
 ) -> Iterator[Any]:
     """Yield the schema, then the row groups of a table."""
     with reading(title):
@@ -96,7 +101,9 @@ def _read_groups(
 # Text
 
 
-def _make_groups(records: Iterator[_Record], columns: Sequence[str], rows: int) -> Iterator[Any]:
+def _make_groups(
+    records: Iterator[_Record], columns: Mapping[str, bool], rows: int
+) -> Iterator[Any]:
     """Yield the schema, then the row groups of records."""
     schema = pa.schema([(name, pa.string()) for name in (*columns, REASON)])
     yield schema
@@ -116,7 +123,7 @@ def _make_groups(records: Iterator[_Record], columns: Sequence[str], rows: int) 
         yield pa.table(values, schema=schema)
 
 
-def _check(record: _Record, columns: Sequence[str]) -> list[str | None]:
+def _check(record: _Record, columns: Mapping[str, bool]) -> list[str | None]:
     """Return a row: values and no reason, or no values and the reason."""
     if not isinstance(record, str):
         for name, value in zip(columns, record, strict=True):
@@ -147,7 +154,7 @@ def _open_text(path: str, newline: str | None) -> TextIO:
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
 
 
-def _read_csv(path: str, columns: Sequence[str], delimiter: str) -> Iterator[_Record]:
+def _read_csv(path: str, columns: Mapping[str, bool], delimiter: str) -> Iterator[_Record]:
     """Yield records, without blank lines; empty fields are None.
 
     A first line such as `sep=;`, as Excel reads it, gives the delimiter. A record with a quote that
@@ -218,7 +225,22 @@ def _to_text(value: Any) -> str | None:
     return orjson.dumps(value, lambda number: orjson.Fragment(str(number)), passed).decode()
 
 
-def _read_json(path: str, columns: Sequence[str], _: str) -> Iterator[_Record]:
+def _take_members(found: dict[str, Any], columns: Mapping[str, bool]) -> _Record:
+    """Return the wanted members of an object, or why one that is not only kept is no text.
+
+    A missing value of pandas is NaN.
+    """
+    record: list[str | None] = []
+    for name, is_kept in columns.items():
+        value = found.get(name)
+        if not is_kept and isinstance(value, (list, dict, bool)):
+            return f"holds a {type(value).__name__} in column {name!r}; expected a text"
+        is_missing = not is_kept and isinstance(value, _Number) and value == "NaN"
+        record.append(None if is_missing else _to_text(value))
+    return record
+
+
+def _read_json(path: str, columns: Mapping[str, bool], _: str) -> Iterator[_Record]:
     """Yield the wanted members of each object; an object without one of them has None.
 
     Raises:
@@ -237,7 +259,7 @@ def _read_json(path: str, columns: Sequence[str], _: str) -> Iterator[_Record]:
                 found = _decode(_require_whole(line, file))
                 if not isinstance(found, dict):
                     raise ValueError(f"it is a {type(found).__name__}")
-                record = [_to_text(found.get(name)) for name in columns]
+                record = _take_members(found, columns)
             except (ValueError, TypeError, RecursionError) as exc:
                 record = f"is not a JSON object: {exc}"
                 bad += 1
@@ -258,7 +280,7 @@ def _read_json(path: str, columns: Sequence[str], _: str) -> Iterator[_Record]:
         require_columns(sorted(missing), list(names), path)
 
 
-def _read_lines(path: str, columns: Sequence[str], _: str) -> Iterator[_Record]:
+def _read_lines(path: str, columns: Mapping[str, bool], _: str) -> Iterator[_Record]:
     """Yield each line that is not blank as the value of a column `text`."""
     require_columns(columns, ["text"], path)
     with _open_text(path, newline=None) as file:
@@ -283,7 +305,7 @@ def _require_whole(line: str, file: TextIO) -> str:
 # Arrow
 
 
-def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
+def _read_arrow(path: str, columns: Mapping[str, bool], rows: int) -> Iterator[Any]:
     """Yield the schema, then the row groups of an Arrow file or stream.
 
     One of its batches is in memory, of the wanted columns only.
@@ -303,10 +325,26 @@ def _read_arrow(path: str, columns: Sequence[str], rows: int) -> Iterator[Any]:
         reader = open_reader(source, options=options)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
-            batch.validate(full=True)  # no reader does, and a wrong offset may end the process
+            for column in batch.columns:
+                _check_buffers(column)
             for first in range(0, batch.num_rows, rows):
                 some = pa.Table.from_batches([batch.slice(first, rows)])
                 yield pa.table([cast(some[f.name], f.type) for f in schema], schema=schema)
+
+
+def _check_buffers(array: pa.Array) -> None:
+    """Check offsets and indices of an array, as no reader does: a wrong one may end the process.
+
+    Texts may hold any bytes; those that are not UTF-8 fail their rows later.
+    """
+    try:
+        array.validate(full=True)
+    except pa.ArrowInvalid:
+        if pa.types.is_dictionary(array.type):
+            pa.DictionaryArray.from_arrays(array.indices, array.dictionary)  # checks the indices
+            array = array.dictionary
+        array.validate()  # or the view would read out of bounds
+        array.view(simplify(array.type, BYTES)).validate(full=True)
 
 
 def _require_parquet(schema: pa.Schema) -> None:
@@ -317,7 +355,7 @@ def _require_parquet(schema: pa.Schema) -> None:
             raise ValueError(f"column {name!r} holds {kind}, unknown to Parquet") from None
 
 
-TEXT: dict[str, Callable[[str, Sequence[str], str], Iterator[_Record]]] = {
+TEXT: dict[str, Callable[[str, Mapping[str, bool], str], Iterator[_Record]]] = {
     **dict.fromkeys((".csv", ".tsv"), _read_csv),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json),
     ".txt": _read_lines,

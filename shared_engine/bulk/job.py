@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,6 @@ from pyarrow.fs import FileType
 
 from shared_engine.bulk import convert, tables
 from shared_engine.bulk.urls import (
-    HIDDEN,
     OPTIONS_HINT,
     explain_missing,
     find_path,
@@ -27,6 +27,7 @@ from shared_engine.bulk.urls import (
     list_remote,
     locate,
     open_parquet,
+    skips,
 )
 from shared_engine.documents import Role
 from shared_engine.errors import ConfigurationError, InputError, NeMoRetrieverError, PageError
@@ -48,6 +49,8 @@ TABLES = ".tables"
 _INFO = re.compile(r"dataset_(info|infos|dict)\.json")
 _BESIDE_INFO = re.compile(r"state\.json|cache-.*\.arrow")
 """Names of the other files that Hugging Face's `datasets` writes into a folder of tables."""
+_LOG = re.compile(r"(.*)/(_delta_log/.*|metadata/[^/]*\.metadata\.json)")
+"""Files that list the current ones of a Delta or Iceberg table."""
 
 
 @dataclass(frozen=True)
@@ -135,18 +138,24 @@ class Job:
         """Return whether a file is in the folder of results."""
         return path.startswith(os.path.join(self.out, ""))
 
-    def find_columns(self, title: str) -> tuple[list[str], dict[str, str | None]]:
-        """Return the columns to read of a table, each once, and the kept ones that its path gives.
+    def find_columns(self, title: str) -> tuple[dict[str, bool], dict[str, str | None]]:
+        """Return the columns to read of a table, and the kept ones that its path gives.
+
+        Each column to read has a flag: whether it is only kept.
 
         Args:
             title: path of the table; a folder `lang=de` gives a column `lang`, as Hive writes it.
+
+        Raises:
+            InputError: the name of a folder is not UTF-8.
         """
         wanted = (self.id_column, *self.text_columns, self.image_column)
-        found = list(dict.fromkeys(name for name in wanted if name is not None))
+        found = dict.fromkeys((name for name in wanted if name is not None), False)
         kept = [name for name in self.kept_columns if name not in found]
         schema = pa.schema([(name, pa.string()) for name in kept])
-        given = get_partition_keys(partitioning(schema, flavor="hive").parse(title))
-        return [*found, *(name for name in kept if name not in given)], given
+        with tables.reading(title):
+            given = get_partition_keys(partitioning(schema, flavor="hive").parse(title))
+        return found | dict.fromkeys((name for name in kept if name not in given), True), given
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +265,10 @@ def take_fingerprint(source: str, names: tuple[str, ...] = ()) -> str:
             return f"{found.size}-{found.mtime_ns}"
         sizes, times = hashlib.sha256(), hashlib.sha256()
         for name in names:
-            picture = os.stat(os.path.join(source, name))
-            sizes.update(f"{name} {picture.st_size}\n".encode())
-            times.update(f"{picture.st_mtime_ns}\n".encode())
+            with suppress(OSError):  # a link to no file: the row will have the error
+                picture = os.stat(os.path.join(source, name))
+                sizes.update(f"{name} {picture.st_size}\n".encode())
+                times.update(f"{picture.st_mtime_ns}\n".encode())
     return f"{sizes.hexdigest()[:16]}-{times.hexdigest()[:16]}"
 
 
@@ -269,6 +279,7 @@ def find_sources(job: Job) -> list[Source]:
         ConfigurationError: an input does not exist, is inside another one, or of another kind.
     """
     listed = [_list_files(given) for given in job.inputs]
+    _refuse_lakes([path for _, files in listed for path in files])
     try:
         root = os.path.commonpath([folder for folder, _ in listed])
     except ValueError:
@@ -316,6 +327,14 @@ def find_sources(job: Job) -> list[Source]:
     return sources
 
 
+def _refuse_lakes(files: list[str]) -> None:
+    for log in filter(None, map(_LOG.fullmatch, files)):
+        raise ConfigurationError(
+            f"{log[1]} is a Delta or Iceberg table, whose files also hold removed rows; export it "
+            "to Parquet first"
+        )
+
+
 def _log_skipped(job: Job, files: list[str]) -> None:
     skipped = [each for each in files if _find_kind(each) is None and not job.has_written(each)]
     if skipped:
@@ -332,7 +351,7 @@ def _list_files(given: str) -> tuple[str, list[str]]:
                 raise ConfigurationError(f"{path}: copy images and PDFs to a local folder first")
         return folder, _choose_data(files) if folder == given.rstrip("/") else files
     if os.path.isdir(given):
-        return given, _choose_data(list(pages.walk(given, HIDDEN)))
+        return given, _choose_data(list(pages.walk(given, is_hidden)))
     if os.path.exists(given):
         return os.path.dirname(given), [given]
     folder = given
@@ -340,7 +359,7 @@ def _list_files(given: str) -> tuple[str, list[str]]:
         folder = os.path.dirname(folder)
     found: dict[str, None] = {}
     for path in sorted(glob.glob(given, recursive=True)):
-        if not is_hidden(os.path.relpath(path, folder), os.path.relpath(given, folder)):
+        if not skips(os.path.relpath(given, folder), os.path.relpath(path, folder)):
             found |= dict.fromkeys(_list_files(path)[1])
     if not found:
         raise ConfigurationError(explain_missing(given))
@@ -384,7 +403,7 @@ def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], 
     is_table = not pictures and _find_kind(path) == "table"
     has_images = not is_table or job.image_column is not None
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
-    stem = re.sub(r"[*?[]", "_", Path(path).stem[:40]).lstrip(HIDDEN)  # or readers skip its vectors
+    stem = re.sub(r"[*?[]", "_", Path(path).stem[:40]).lstrip("._")  # or readers skip its vectors
     stem += f"-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
     mark, table, page = "", "", 0
     names: tuple[str, ...] = ()

@@ -61,7 +61,7 @@ def open_table(job: Job, fragment: Fragment, cursors: Cursors) -> Cursor:
     """
     wanted, _ = job.find_columns(fragment.title)
     is_text = find_suffix(fragment.source) in TEXT
-    return cursors.open(fragment.table, [*wanted, REASON] if is_text else wanted)
+    return cursors.open(fragment.table, [*wanted, REASON] if is_text else list(wanted))
 
 
 def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: int) -> Window:
@@ -87,6 +87,8 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
     texts: list[str | None] | None = None
     for name in job.text_columns:
         found = read(name, pa.string()).to_pylist()
+        if pa.types.is_floating(table[name].type):  # a missing value of pandas is NaN
+            found = [None if text == "nan" else text for text in found]
         texts = found if texts is None else list(map(join_title, texts, found))
     images = None
     if (image := job.image_column) is not None:

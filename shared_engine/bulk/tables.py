@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from uuid import UUID
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shared_engine.bulk.urls import open_parquet
@@ -31,7 +32,7 @@ def reading(title: str) -> Iterator[None]:
         raise InputError(f"{title} cannot be read: {str(exc) or type(exc).__name__}") from exc
 
 
-def require_columns(wanted: Sequence[str], found: Sequence[str], title: str) -> None:
+def require_columns(wanted: Iterable[str], found: Sequence[str], title: str) -> None:
     """Check that a table has each column, once.
 
     Raises:
@@ -49,22 +50,32 @@ _SAME_VALUES = {
     pa.large_string(): pa.string(), pa.string_view(): pa.string(),
     pa.large_binary(): pa.binary(), pa.binary_view(): pa.binary(),
 }  # fmt: skip
+BYTES = {
+    pa.string(): pa.binary(), pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}  # fmt: skip
+"""Types of the bytes of texts."""
 
 
-def simplify(kind: pa.DataType) -> pa.DataType:  # noqa: PLR0911
+def simplify(  # noqa: PLR0911
+    kind: pa.DataType, simpler: Mapping[pa.DataType, pa.DataType] = _SAME_VALUES
+) -> pa.DataType:
     """Return the type to keep values of a type as: without views, dictionaries, long offsets.
+
+    Args:
+        simpler: types to replace, also in lists, structs and maps.
 
     >>> simplify(pa.dictionary(pa.int8(), pa.large_string()))
     DataType(string)
     """
 
     def inner(field: pa.Field) -> pa.Field:
-        return field.with_type(simplify(field.type))
+        return field.with_type(simplify(field.type, simpler))
 
     if pa.types.is_dictionary(kind):
-        return simplify(kind.value_type)
+        return simplify(kind.value_type, simpler)
     if isinstance(kind, pa.JsonType):
-        return simplify(kind.storage_type)
+        return simplify(kind.storage_type, simpler)
     if pa.types.is_list(kind):
         return pa.list_(inner(kind.value_field))
     if pa.types.is_fixed_size_list(kind):
@@ -75,7 +86,7 @@ def simplify(kind: pa.DataType) -> pa.DataType:  # noqa: PLR0911
         return pa.large_list(inner(kind.value_field))
     if pa.types.is_struct(kind):
         return pa.struct([inner(field) for field in kind])
-    return _SAME_VALUES.get(kind, kind)
+    return simpler.get(kind, kind)
 
 
 def cast(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
@@ -135,7 +146,8 @@ def require_texts(kind: pa.DataType, name: str, title: str) -> None:
 def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, dict[int, str]]:
     """Return a column as another type, and the reasons of rows with values that it cannot hold.
 
-    Every value has a text: UUIDs, lists, structs and maps, which become JSON, and bytes in UTF-8.
+    Every value has a text: lists, structs and maps become JSON, a duration has its unit, and bytes
+    are UTF-8.
     """
     try:
         return _cast_checked(column, kind), {}
@@ -155,12 +167,19 @@ def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArr
 
 def _cast_checked(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     has_no_cast = pa.types.is_nested(column.type) or isinstance(column.type, pa.UuidType)
-    if has_no_cast and kind == pa.string():
+    if kind == pa.string() and pa.types.is_duration(column.type):
+        count = column.cast(pa.int64()).cast(kind)
+        found = pc.binary_join_element_wise(count, column.type.unit, " ")
+    elif kind == pa.string() and has_no_cast:
         texts = [None if value is None else _to_text(value) for value in column.to_pylist()]
         found = pa.chunked_array([texts], kind)
     else:
         found = cast(column, kind)
     found.validate(full=True)  # also the bytes of texts in lists and structs
+    if pa.types.is_floating(kind):
+        infinite = cast(column.filter(pc.is_inf(found)), pa.string())
+        if pc.any(pc.match_substring_regex(infinite, "[0-9]")).as_py():  # not in "inf"
+            raise pa.ArrowInvalid("it is out of range")
     return found
 
 

@@ -16,8 +16,6 @@ from pyarrow import fs
 from shared_engine.errors import ConfigurationError, first_line
 
 OPTIONS_HINT = "options after ? are not read: set AWS_ENDPOINT_URL and the like"
-HIDDEN = "._"
-"""First characters of hidden names; Spark and Hive begin those of their own files with _."""
 
 
 def is_url(path: str) -> bool:
@@ -30,15 +28,15 @@ def find_path(url: str) -> str:
     return url2pathname(url.removeprefix("file://")) if url.startswith("file:///") else url
 
 
-def is_hidden(path: str, pattern: str) -> bool:
+def skips(pattern: str, path: str) -> bool:
     """Return whether a path has a hidden name that the pattern does not spell out.
 
-    >>> is_hidden("_old/a.csv", "*/a.csv"), is_hidden("_old/a.csv", "_o*/*.csv")
+    >>> skips("*/a.csv", "_old/a.csv"), skips("_o*/*.csv", "_old/a.csv")
     (True, False)
     """
-    shown = [part for part in pattern.split("/") if part.startswith(tuple(HIDDEN))]
+    shown = [part for part in pattern.split("/") if is_hidden(part)]
     return any(
-        name.startswith(tuple(HIDDEN)) and not any(fnmatchcase(name, part) for part in shown)
+        is_hidden(name) and not any(fnmatchcase(name, part) for part in shown)
         for name in path.split("/")
     )
 
@@ -101,11 +99,22 @@ def list_remote(url: str) -> tuple[str, list[str]]:
     for name in (info.path.removeprefix(base) for info in found if info.is_file):
         parts = name.split("/")
         is_match = len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
-        if (is_match or folder == pattern) and not is_hidden(name, pattern[len(folder) :]):
+        if (is_match or folder == pattern) and not skips(pattern[len(folder) :], name):
             files.append(folder + name)
     if not files:
         raise ConfigurationError(explain_missing(url) + f" ({OPTIONS_HINT})" * ("?" in url))
     return folder, sorted(files)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is skipped: Spark and Hive begin names of their own with _.
+
+    The log of a Delta table is not skipped, because a job refuses it.
+
+    >>> [is_hidden(name) for name in (".a", "_SUCCESS", "_day=1", "_delta_log")]
+    [True, True, False, False]
+    """
+    return name[:1] == "." or (name[:1] == "_" and "=" not in name and name != "_delta_log")
 
 
 def open_parquet(path: str, **options: Any) -> pq.ParquetFile:

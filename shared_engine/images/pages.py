@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from tempfile import TemporaryFile
@@ -211,7 +211,10 @@ def open_pages(
     return Pages(path, os.path.basename(path) if name is None else name, max_pages)
 
 
-def walk(folder: str | os.PathLike[str], hidden: str = ".") -> Iterator[str]:
+def walk(
+    folder: str | os.PathLike[str],
+    is_hidden: Callable[[str], bool] = lambda name: name[0] == ".",
+) -> Iterator[str]:
     """Yield the files below a folder, without hidden ones and those in hidden folders.
 
     Links to folders are followed; a folder that several paths reach is read once. A warning names
@@ -219,7 +222,7 @@ def walk(folder: str | os.PathLike[str], hidden: str = ".") -> Iterator[str]:
 
     Args:
         folder: where to look.
-        hidden: first characters of hidden names.
+        is_hidden: whether a name is hidden.
     """
     seen: set[str] = set()
     unread: list[OSError] = []
@@ -228,8 +231,8 @@ def walk(folder: str | os.PathLike[str], hidden: str = ".") -> Iterator[str]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if name[0] not in hidden)
-        yield from (os.path.join(where, name) for name in sorted(files) if name[0] not in hidden)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield from (os.path.join(where, name) for name in sorted(files) if not is_hidden(name))
     if unread:
         first = f"{unread[0].filename} ({unread[0].strerror})"
         _log.warning("%d folders cannot be read, the first: %s", len(unread), first)

@@ -197,6 +197,28 @@ def test_a_pattern_gives_the_files_of_a_folder(pattern, names, tmp_path, make_jo
     assert run(job).rows == (pattern in ("**/*.csv", "s*", "**")), "more files are missing work"
 
 
+@pytest.mark.parametrize("is_url", [False, True])
+@pytest.mark.parametrize("log", ["_delta_log/00.json", "metadata/v1.metadata.json"])
+def test_a_delta_or_iceberg_table_is_refused(log, is_url, tmp_path, make_job):
+    for name in ("data/part=1/a.csv", "data/" + log):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text\na\n")
+    job = make_job(tmp_path, id_column=None, columns=())
+    if is_url:
+        job = replace(job, inputs=(f"local://{tmp_path}",))
+    with pytest.raises(ConfigurationError, match="/data is a Delta or Iceberg table"):
+        run(job)
+
+
+def test_a_partition_of_spark_may_begin_with_an_underscore(tmp_path, make_job):
+    for folder in ("_day=1", "_temporary"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / "a.csv").write_text("text\na\n")
+    job = make_job(tmp_path / "in", id_column=None, columns=("_day",))
+    assert run(job).rows == 1
+    assert [row["_day"] for row in read(job)] == ["1"]
+
+
 def test_files_of_other_formats_in_a_folder_are_told(tmp_path, make_job, caplog):
     (tmp_path / "in").mkdir()
     for name in ("a.csv", "b.csv.xz", "c.avro"):
@@ -315,6 +337,14 @@ def test_folders_of_hive_partitions_are_columns(suffix, tmp_path, make_job):
     rows = read(job)
     assert [(row["lang"], row["day"]) for row in rows[::3]] == list(folders.values())
     check_texts(rows, ["a", "b", "c"] * 2)
+
+
+def test_a_partition_that_is_not_utf_8_costs_its_files_only(tmp_path, make_job):
+    for folder in ("lang=%ff", "lang=de"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / "a.csv").write_text("text\na\n")
+    summary = run(make_job(tmp_path / "in", id_column=None))
+    assert (summary.rows, [each.title for each in summary.unread]) == (1, ["lang=%ff/a.csv"])
 
 
 def test_a_column_may_be_a_partition_of_one_file_and_a_number_in_another(tmp_path, make_job):

@@ -76,6 +76,20 @@ def test_a_folder_of_pictures(run, tmp_path):
         run(tmp_path / "in", columns=("path",), rows_per_file=18)
 
 
+def test_a_link_to_no_file_costs_its_row_only(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(picture(1))
+    for name, target in (
+        ("gone.png", "nowhere"),
+        ("gone.tif", "nowhere"),
+        ("loop.png", "loop.png"),
+    ):
+        (tmp_path / "in" / name).symlink_to(target)
+    summary, table, _ = run(tmp_path / "in")
+    assert (summary.failed, summary.unread) == (3, ())
+    assert table["id"].to_pylist() == ["a.png"]
+
+
 def test_the_name_of_a_folder_of_pictures_may_look_like_that_of_a_file(run, tmp_path):
     (tmp_path / "scan.pdf").mkdir()
     (tmp_path / "scan.pdf" / "1.png").write_bytes(picture(1))

@@ -37,7 +37,7 @@ _table = st.lists(st.tuples(_field, _field), max_size=8).map(
 
 def convert(path: Path, columns: list[str], rows: int = 5) -> pa.Table:
     target = path.with_name("target.parquet")
-    convert_.convert(str(path), path.name, str(target), columns, rows, "mark")
+    convert_.convert(str(path), path.name, str(target), dict.fromkeys(columns, True), rows, "mark")
     return pq.read_table(target)
 
 
@@ -98,6 +98,29 @@ def test_values_of_json_lines_stay_as_texts(rows, tmp_path_factory):
                 assert json.loads(text) == value
             else:
                 assert text == json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("NaN", "has no {}"),
+        ('["a", "b"]', "holds a list in column '{}'; expected a text"),
+        ('{"de": "x"}', "holds a dict in column '{}'; expected a text"),
+        ("true", "holds a bool in column '{}'; expected a text"),
+    ],
+)
+def test_texts_and_ids_of_json_lines_are_texts_or_numbers(value, reason, tmp_path, make_job):
+    rows = [('"a"', '"text"', value), ('"b"', value, "1"), (value, '"text"', "1"),
+            (value, '"text"', "1")]  # fmt: skip
+    lines = ['{{"id": {}, "text": {}, "lang": {}}}\n'.format(*row) for row in rows]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    job = make_job(tmp_path / "in.jsonl", id_column="id")
+    assert run(job).failed == 3
+    (kept,) = pq.read_table(Path(job.out, "vectors")).to_pylist()
+    assert (kept["id"], kept["lang"].replace(":", ": ").replace(",", ", ")) == ("a", value)
+    reasons = pq.read_table(Path(job.out, "errors.parquet"))["reason"].to_pylist()
+    assert reasons[0] == reason.format("text")
+    assert all(each.startswith(reason.format("id")) for each in reasons[1:])
 
 
 def test_digits_of_json_numbers_stay(tmp_path):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,7 @@ def write_two(folder: Path, *columns: pa.Array) -> None:
         (pa.array([{"a": 1}]), pa.array([{"a": "é"}]), ['{"a": 1}', '{"a": "é"}']),
         (pa.array([uuid.UUID(int=1).bytes], pa.uuid()), pa.array(["x"]),
          [str(uuid.UUID(int=1)), "x"]),
+        (pa.array([timedelta(days=1)]), pa.array(["x"]), ["86400000000 us", "x"]),
     ],
 )  # fmt: skip
 def test_types_that_differ_between_files_change_no_value_and_cost_no_row(
@@ -290,24 +291,38 @@ def test_a_type_that_parquet_cannot_hold_costs_its_file_only(
     assert f"column '{place}' holds {column.type}, unknown to Parquet" in str(lost.error)
 
 
-BROKEN = {
-    "offsets": ([0, 5, 1, 6], b"abcdef"),
-    "bytes": ([0, 2, 4, 6], b"abcd\xe9f"),
-}
+OFFSETS = pa.array([0, 5, 1, 6], pa.int32()).buffers()[1]
+BROKEN = pa.Array.from_buffers(pa.string(), 3, [None, OFFSETS, pa.py_buffer(b"abcdef")])
+"""Texts with an offset before the one that it follows."""
 
 
-@pytest.mark.parametrize("part", BROKEN)
-@pytest.mark.parametrize("place", ["text", "lang"])
+@pytest.mark.parametrize(
+    ("place", "column"),
+    [
+        ("text", BROKEN),
+        ("lang", BROKEN),
+        ("lang", pa.ListArray.from_arrays([0, 1, 2, 3], BROKEN)),
+        ("lang", pa.DictionaryArray.from_arrays([0, 1, 9], ["a", "b", "c"], safe=False)),
+    ],
+)
 def test_a_broken_arrow_file_costs_no_other(
-    place: str, part: str, tmp_path: Path, make_job: Make
+    place: str, column: pa.Array, tmp_path: Path, make_job: Make
 ) -> None:
     (tmp_path / "in").mkdir()
     write(passages(3), tmp_path / "in" / "a.parquet")
-    offsets, texts = BROKEN[part]
-    buffers = [None, pa.array(offsets, pa.int32()).buffers()[1], pa.py_buffer(texts)]
-    column = pa.Array.from_buffers(pa.string(), 3, buffers)
     table = passages(3).set_column(passages(3).column_names.index(place), place, column)
     write(table, tmp_path / "in" / "b.feather")
+    summary = run(make_job(tmp_path / "in"))
+    assert (summary.rows, [each.title for each in summary.unread]) == (3, ["b.feather"])
+
+
+def test_a_time_that_parquet_cannot_hold_costs_its_file_only(
+    tmp_path: Path, make_job: Make
+) -> None:
+    (tmp_path / "in").mkdir()
+    write(passages(3), tmp_path / "in" / "a.parquet")
+    times = pa.array([0, 2**62], pa.timestamp("s"))
+    write(passages(2).set_column(2, "lang", times), tmp_path / "in" / "b.feather")
     summary = run(make_job(tmp_path / "in"))
     assert (summary.rows, [each.title for each in summary.unread]) == (3, ["b.feather"])
 
@@ -386,19 +401,25 @@ BYTES = pa.Array.from_buffers(
 """Texts as a writer without checks leaves them; most readers refuse a file that holds these."""
 
 
+OTHER_BYTES = [
+    (BYTES, ["a", "é"]),
+    (pa.ListArray.from_arrays([0, 1, 2, 3], BYTES), [["a"], ["é"]]),
+    (pa.StructArray.from_arrays([BYTES], names=["of"]), [{"of": "a"}, {"of": "é"}]),
+]
+
+
 @pytest.mark.parametrize(
-    ("column", "kept"),
+    ("suffix", "column", "kept"),
     [
-        (BYTES, ["a", "é"]),
-        (pa.ListArray.from_arrays([0, 1, 2, 3], BYTES), [["a"], ["é"]]),
-        (pa.StructArray.from_arrays([BYTES], names=["of"]), [{"of": "a"}, {"of": "é"}]),
+        *((suffix, *each) for suffix in (".parquet", ".feather") for each in OTHER_BYTES),
+        (".feather", pa.DictionaryArray.from_arrays([0, 1, 2], BYTES), ["a", "é"]),
     ],
 )
 def test_a_kept_value_of_other_bytes_than_utf_8_costs_its_row(
-    column: pa.Array, kept: list[Any], tmp_path: Path, make_job: Make
+    suffix: str, column: pa.Array, kept: list[Any], tmp_path: Path, make_job: Make
 ) -> None:
-    write(passages(3).append_column("value", column), tmp_path / "in.parquet")
-    job = make_job(tmp_path / "in.parquet", columns=("value",))
+    write(passages(3).append_column("value", column), tmp_path / f"in{suffix}")
+    job = make_job(tmp_path / f"in{suffix}", columns=("value",))
     summary = run(job)
     assert (summary.rows, summary.failed) == (2, 1)
     assert pq.read_table(Path(job.out, "vectors"))["value"].to_pylist() == kept
@@ -419,6 +440,13 @@ def test_other_bytes_cost_their_row_only_where_files_differ_in_type(
     assert (summary.rows, summary.failed) == (3, 1)
     values = pq.read_table(Path(job.out, "vectors"))["value"].to_pylist()
     assert values == ['["a"]', '["é"]', "7"]
+
+
+def test_a_missing_text_of_pandas_is_missing(tmp_path: Path, make_job: Make) -> None:
+    table = pa.table({"text": [1.5, float("nan"), None]})
+    job = make_job(table, id_column=None, columns=("text",))
+    assert run(job).failed == 2
+    assert pq.read_table(Path(job.out, "vectors"))["text"].to_pylist() == [1.5]
 
 
 def test_a_column_that_holds_no_texts_is_named_with_its_type(
@@ -508,14 +536,15 @@ def test_empty_cells_of_images_are_missing(tmp_path: Path, make_job: Make) -> No
     assert error["reason"] == "has no text and no image"
 
 
+@pytest.mark.parametrize("is_struct", [False, True])
 def test_a_path_of_an_image_that_is_not_utf_8_costs_its_row_only(
-    tmp_path: Path, make_job: Make
+    is_struct: bool, tmp_path: Path, make_job: Make
 ) -> None:
     paths = pa.array([b"caf\xe9.png", None], pa.binary())
-    table = pa.table({
-        "text": ["a", "b"], "key": [1, 2],
-        "image": pa.Array.from_buffers(pa.string(), 2, paths.buffers()),
-    })  # fmt: skip
+    images = pa.Array.from_buffers(pa.string(), 2, paths.buffers())
+    if is_struct:
+        images = pa.StructArray.from_arrays([pa.nulls(2, pa.binary()), images], ["bytes", "path"])
+    table = pa.table({"text": ["a", "b"], "key": [1, 2], "image": images})
     write(table, tmp_path / "in.parquet")
     job = make_job(tmp_path / "in.parquet", image_column="image", text_column="text", columns=())
     summary = run(job)
@@ -571,6 +600,25 @@ def test_kept_columns_get_the_types_that_are_named(
     assert "column 'price' holds a value that is no double" in error["reason"]
     with pytest.raises(ConfigurationError, match="was begun with types"):
         run(make_job(path, id_column=None, columns=("zip", "price", "day")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "column"),
+    [
+        ("double", pa.array(["1e400", "-1e400", "inf", None, "-Infinity", "nan"])),
+        ("float", pa.array([1e39, -1e39, float("inf"), None, float("-inf"), float("nan")])),
+    ],
+)
+def test_a_number_that_its_type_cannot_hold_costs_its_row(
+    kind: str, column: pa.Array, tmp_path: Path, make_job: Make
+) -> None:
+    table = passages(6).append_column("value", column)
+    job = make_job(table, columns=("value",), types={"value": kind})
+    assert run(job).failed == 2
+    found = pq.read_table(Path(job.out, "vectors"))["value"].to_pylist()
+    assert str(found) == "[inf, None, -inf, nan]"
+    (reason, _) = pq.read_table(Path(job.out, "errors.parquet"))["reason"].to_pylist()
+    assert reason == f"column 'value' holds a value that is no {kind}: it is out of range"
 
 
 def write_rows(rows: list[dict[str, str | None]], path: Path) -> None:
