@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from shared_engine import Embedder
 from shared_engine.bulk.job import Job
@@ -25,6 +27,20 @@ def passages(count: int) -> pa.Table:
 
 def run(job: Job) -> Summary:
     return run_local(job, Embedder(job.options), show_progress=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def memory_file_system() -> Iterator[None]:
+    """Let several threads read one file in memory: fsspec gives them one position."""
+
+    def open_file(files: MemoryFileSystem, path: str, mode: str = "rb", **more: Any) -> Any:
+        found = original(files, path, mode, **more)
+        return BytesIO(found.getvalue()) if mode == "rb" else found
+
+    original = MemoryFileSystem._open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "_open", open_file)
+        yield
 
 
 @pytest.fixture
