@@ -74,6 +74,7 @@ QUESTIONS = (
 )
 PASSAGE = 900  # characters of a passage, beside its headings: most sections are one
 BATCH = 64  # passages between two saves
+CHECKED = 1000  # passages that are looked up together: databases limit the variables of a query
 TOP = 3  # sources of an answer
 CANDIDATES = 12  # of each search, before the two are fused
 CANDIDATES_TO_RERANK = 40  # of each search, and of both after they are fused
@@ -162,10 +163,12 @@ def bring_up_to_date(
     try:
         records = SQLRecordManager(namespace, engine=engine)
         records.create_schema()
-        known = records.list_keys()
-        if known and len(store.get_by_ids(known)) < len(known):  # the store was deleted or cut
-            store.delete(known)
-            records.delete_keys(known)
+        keys = records.list_keys()
+        for first in range(0, len(keys), CHECKED):
+            known = keys[first : first + CHECKED]
+            if len(store.get_by_ids(known)) < len(known):  # the store was deleted or cut
+                store.delete(known)
+                records.delete_keys(known)
         return index(
             tqdm(passages, desc="Indexing", unit=" passages", leave=False),
             records,

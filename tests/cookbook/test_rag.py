@@ -463,6 +463,27 @@ def test_a_store_that_lost_its_vectors_is_filled_again(
         assert len(store.similarity_search("anything", k=9)) == 3
 
 
+def test_a_store_is_asked_for_few_passages_at_once(
+    rag: ModuleType,
+    docs: Path,
+    tmp_path: Path,
+    embeddings: NeMoRetrieverEmbeddings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SQLite below Chroma takes 32,766 ids."""
+    passages = rag.split(rag.read(docs, docs)[0])
+    store = InMemoryVectorStore(embeddings)
+    rag.bring_up_to_date(passages, store, tmp_path, "test")
+    store.delete([next(iter(store.store))])
+    asked: list[int] = []
+    get_by_ids = store.get_by_ids
+    monkeypatch.setattr(store, "get_by_ids", lambda ids: asked.append(len(ids)) or get_by_ids(ids))
+    monkeypatch.setattr(rag, "CHECKED", 2)
+    done = rag.bring_up_to_date(passages, store, tmp_path, "test")
+    assert (sorted(asked), len(store.store)) == ([1, 2], 3)
+    assert done["num_added"] + done["num_skipped"] == 3
+
+
 @pytest.mark.parametrize("parent", [False, True])
 def test_retrievers_find_passages_or_whole_sections(
     rag: ModuleType, docs: Path, embeddings: NeMoRetrieverEmbeddings, parent: bool
