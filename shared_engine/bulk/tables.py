@@ -165,6 +165,14 @@ def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArr
     return pa.chunked_array(parts), reasons
 
 
+def read_texts(column: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str]]:
+    """Return the texts of a column, None for missing ones, and the reasons of `cast_rows`."""
+    if pa.types.is_floating(column.type):  # a missing value of pandas is NaN
+        column = pc.if_else(pc.is_nan(column), None, column)
+    texts, reasons = cast_rows(column, pa.string())
+    return texts.to_pylist(), reasons
+
+
 def _cast_checked(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     has_no_cast = pa.types.is_nested(column.type) or isinstance(column.type, pa.UuidType)
     if kind == pa.string() and pa.types.is_duration(column.type):

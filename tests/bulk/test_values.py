@@ -447,6 +447,8 @@ def test_a_missing_text_of_pandas_is_missing(tmp_path: Path, make_job: Make) -> 
     job = make_job(table, id_column=None, columns=("text",))
     assert run(job).failed == 2
     assert pq.read_table(Path(job.out, "vectors"))["text"].to_pylist() == [1.5]
+    batch = EmbedBatch(options=job.options, error_column="error")(table)
+    assert [error is None for error in batch["error"].to_pylist()] == [True, False, False]
 
 
 def test_a_column_that_holds_no_texts_is_named_with_its_type(
