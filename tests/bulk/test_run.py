@@ -302,6 +302,22 @@ def test_a_source_that_changed_is_noticed(make_job):
         run(job)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"role": "query"}, {"id_column": None}, {"columns": ()}, {"rows_per_file": 31},
+        {"delimiter": ";"}, {"pdf": "text"}, {"image_column": "text"}, {"text_column": "lang"},
+        {"types": {"lang": "binary"}},
+    ],
+)  # fmt: skip
+def test_each_setting_of_a_job_is_that_of_all_its_runs(other, make_job):
+    run(make_job())
+    (name,) = other
+    shown = {"text_column": "text_columns"}.get(name, name)
+    with pytest.raises(ConfigurationError, match=rf"was begun with {shown}\b"):
+        run(make_job(text_column=other.pop("text_column", "text"), **other))
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
 def test_data_that_moved_and_lost_its_times_goes_on_when_told(suffix, tmp_path, make_job):
     (tmp_path / "in").mkdir()

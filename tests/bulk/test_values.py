@@ -553,6 +553,15 @@ def test_a_path_of_an_image_that_is_not_utf_8_costs_its_row_only(
     assert (summary.rows, summary.failed, summary.unread) == (1, 1, ())
 
 
+def test_a_batch_tells_the_bad_rows_of_both_columns(make_job: Make) -> None:
+    paths = pa.array([None, None, b"caf\xe9.png"], pa.binary())
+    images = pa.Array.from_buffers(pa.string(), 3, paths.buffers())
+    embed = EmbedBatch("text", "image", options=make_job().options, error_column="error")
+    told = embed(pa.table({"text": BYTES, "image": images}))["error"].to_pylist()
+    assert told[0] is None
+    assert [reason.split()[1] for reason in told[1:]] == ["'text'", "'image'"]
+
+
 def test_ids_and_plans_do_not_stop_at_a_file_that_cannot_be_read(
     tmp_path: Path, make_job: Make
 ) -> None:
