@@ -15,6 +15,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import orjson
@@ -48,7 +49,7 @@ def convert(  # noqa: PLR0917
     columns: Mapping[str, bool],
     rows: int,
     fingerprint: str,
-    delimiter: str | None = None,
+    dialect: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write some columns of a table to a Parquet file, unless it holds them already.
 
@@ -58,21 +59,21 @@ def convert(  # noqa: PLR0917
         columns: names, each with whether the column is only kept; JSON in others is refused.
         rows: the most rows in a row group.
         fingerprint: changes when the table does; a target with the same one is kept.
-        delimiter: between the fields of CSV and TSV; None is a comma and a tab.
+        dialect: of CSV and TSV, in the terms of `csv.reader`.
 
     Raises:
         InputError: the table cannot be read.
         ConfigurationError: a column is missing, or there twice.
         OutputError: the target cannot be written.
     """
-    facts = {"fingerprint": fingerprint, "columns": json.dumps([*columns, delimiter])}
+    facts = {"fingerprint": fingerprint, "columns": json.dumps([*columns, dict(dialect)])}
     with suppress(pa.ArrowException, OSError), open_parquet(target) as file:
         found = file.metadata.metadata or {}
         if all(found.get(name.encode()) == value.encode() for name, value in facts.items()):
             return
     with writing(target):
         make_folder(os.path.dirname(target))
-        groups = _read_groups(path, title, columns, max(rows, 1024), delimiter)
+        groups = _read_groups(path, title, columns, max(rows, 1024), dialect)
         schema = next(groups)
         with (
             write_atomically(target) as temporary,
@@ -87,15 +88,15 @@ def convert(  # noqa: PLR0917
 
 
 def _read_groups(
-    path: str, title: str, columns: Mapping[str, bool], rows: int, delimiter: str | None
+    path: str, title: str, columns: Mapping[str, bool], rows: int, dialect: Mapping[str, Any]
 ) -> Iterator[Any]:
     """Yield the schema, then the row groups of a table."""
     with reading(title):
         if (suffix := find_suffix(path)) in _ARROW:
             yield from _read_arrow(path, columns, rows)
         else:
-            delimiter = delimiter or {".csv": ",", ".tsv": "\t"}.get(suffix, "")
-            yield from _make_groups(TEXT[suffix](path, columns, delimiter), columns, rows)
+            dialect = {"delimiter": "\t" if suffix == ".tsv" else ",", **dialect}
+            yield from _make_groups(TEXT[suffix](path, columns, dialect), columns, rows)
 
 
 # Text
@@ -154,12 +155,12 @@ def _open_text(path: str, newline: str | None) -> TextIO:
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
 
 
-def _read_csv(path: str, columns: Mapping[str, bool], delimiter: str) -> Iterator[_Record]:
+def _read_csv(path: str, columns: Mapping[str, bool], dialect: dict[str, Any]) -> Iterator[_Record]:
     """Yield records, without blank lines; empty fields are None.
 
     A first line such as `sep=;`, as Excel reads it, gives the delimiter. A record with a quote that
     is not closed, or closed in the middle of a field, ends with its first line, so that it costs no
-    other.
+    other. So does a record of TSV whose lines are each a record if quotation marks are text.
     """
     limit = csv.field_size_limit(_LONGEST)
     try:
@@ -167,7 +168,7 @@ def _read_csv(path: str, columns: Mapping[str, bool], delimiter: str) -> Iterato
             taken: list[str] = []
             again = deque([file.readline()])
             if found := re.fullmatch(r"sep=(.)\r?\n?", again[0]):  # Excel's, before the names
-                delimiter = found[1]
+                dialect["delimiter"] = found[1]
                 again.clear()
 
             def take_line() -> str:
@@ -175,7 +176,7 @@ def _read_csv(path: str, columns: Mapping[str, bool], delimiter: str) -> Iterato
                 return taken[-1]
 
             def parse() -> Iterator[list[str]]:
-                return csv.reader(iter(take_line, ""), delimiter=delimiter, strict=True)
+                return csv.reader(iter(take_line, ""), strict=True, **dialect)
 
             records = parse()
             names = next(filter(None, records), [])
@@ -183,16 +184,21 @@ def _read_csv(path: str, columns: Mapping[str, bool], delimiter: str) -> Iterato
                 return  # an empty file, as Spark writes them
             require_columns(columns, names, path)
             where = [names.index(name) for name in columns]
+            tabs = {len(names) - 1}
+            is_tsv = dialect["delimiter"] == "\t" and len(names) > 1
             while True:
                 taken.clear()
                 try:
                     record = next(records)
+                    if is_tsv and len(taken) > 1 and {line.count("\t") for line in taken} == tabs:
+                        raise csv.Error("a quoted field holds the start of another record")
                 except StopIteration:
                     return
                 except csv.Error as exc:
                     again.extendleft(reversed(taken[1:]))
                     records = parse()
-                    yield f"is not valid CSV: {exc}"
+                    hint = "; --no-quotes takes quotation marks as text" * ('"' in taken[0])
+                    yield f"is not valid CSV: {exc}{hint}"
                     continue
                 if len(record) == len(names):
                     yield [record[number] or None for number in where]
@@ -240,7 +246,7 @@ def _take_members(found: dict[str, Any], columns: Mapping[str, bool]) -> _Record
     return record
 
 
-def _read_json(path: str, columns: Mapping[str, bool], _: str) -> Iterator[_Record]:
+def _read_json(path: str, columns: Mapping[str, bool], _: object) -> Iterator[_Record]:
     """Yield the wanted members of each object; an object without one of them has None.
 
     Raises:
@@ -280,7 +286,7 @@ def _read_json(path: str, columns: Mapping[str, bool], _: str) -> Iterator[_Reco
         require_columns(sorted(missing), list(names), path)
 
 
-def _read_lines(path: str, columns: Mapping[str, bool], _: str) -> Iterator[_Record]:
+def _read_lines(path: str, columns: Mapping[str, bool], _: object) -> Iterator[_Record]:
     """Yield each line that is not blank as the value of a column `text`."""
     require_columns(columns, ["text"], path)
     with _open_text(path, newline=None) as file:
@@ -355,7 +361,7 @@ def _require_parquet(schema: pa.Schema) -> None:
             raise ValueError(f"column {name!r} holds {kind}, unknown to Parquet") from None
 
 
-TEXT: dict[str, Callable[[str, Mapping[str, bool], str], Iterator[_Record]]] = {
+TEXT: dict[str, Callable[[str, Mapping[str, bool], dict[str, Any]], Iterator[_Record]]] = {
     **dict.fromkeys((".csv", ".tsv"), _read_csv),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json),
     ".txt": _read_lines,

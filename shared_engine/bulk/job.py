@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import hashlib
 import logging
@@ -81,6 +82,8 @@ class Job:
     delimiter: str | None = None
     """Character between the fields of CSV and TSV files; None is a comma and a tab. A file's first
     line `sep=;`, as Excel reads it, overrides it."""
+    quotes: bool = True
+    """Whether quotation marks around a field of CSV or TSV are no part of it."""
     pdf: pages.Layer = "picture"
     """Part of a PDF page to embed."""
     strict: bool = False
@@ -128,6 +131,12 @@ class Job:
         if not self.text_column:
             return ("text",) if self.image_column is None else ()
         return (self.text_column,) if isinstance(self.text_column, str) else self.text_column
+
+    @property
+    def dialect(self) -> dict[str, Any]:
+        """How CSV and TSV differ from the suffix's own, in the terms of `csv.reader`."""
+        dialect: dict[str, Any] = {} if self.quotes else {"quoting": csv.QUOTE_NONE}
+        return dialect | ({"delimiter": self.delimiter} if self.delimiter else {})
 
     @property
     def kept_columns(self) -> tuple[str, ...]:
@@ -441,7 +450,7 @@ def _open_table(  # noqa: PLR0917
     """
     wanted, given = job.find_columns(title)
     if is_converted := convert.find_suffix(path) in convert.SUFFIXES:
-        convert.convert(path, title, target, wanted, rows, mark, job.delimiter)
+        convert.convert(path, title, target, wanted, rows, mark, job.dialect)
     path = target if is_converted else path
     with tables.reading(title), open_parquet(path) as file:
         found, count = file.schema_arrow, file.metadata.num_rows

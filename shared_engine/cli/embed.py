@@ -104,6 +104,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "in TSV files a tab. A first line such as sep=; in a file overrides it.",
     )
     verb.add_argument(
+        "--no-quotes",
+        dest="quotes",
+        action="store_false",
+        help="Take quotation marks in CSV and TSV files as text, which no field begins or ends "
+        "with otherwise, as in the files of MS MARCO.",
+    )
+    verb.add_argument(
         "--rows-per-file",
         type=int,
         metavar="N",

@@ -162,6 +162,38 @@ def test_fields_are_cut_at_the_delimiter(given, delimiter, tmp_path, checkpoint,
     assert "delimiter=';;': expected one character" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("suffix", [".tsv", ".csv"])
+def test_quotation_marks_can_be_text(suffix, tmp_path, checkpoint, capsys):
+    tab = "\t" if suffix == ".tsv" else ","
+    texts = ['"Yes" he said', '"a', 'b"', 'five inches, 5"', '"whole"', '""']
+    path = tmp_path / f"in{suffix}"
+    path.write_text(f"key{tab}text\n" + "".join(
+        f"{row}{tab}{text.replace(',', '')}\n" for row, text in enumerate(texts)
+    ))  # fmt: skip
+    command = ["embed", str(path), "--model", str(checkpoint), "--columns", "text", "--out"]
+    assert main([*command, str(tmp_path / "out"), "--no-quotes"]) == 0
+    rows = pq.read_table(tmp_path / "out" / "vectors").to_pylist()
+    assert [row["text"] for row in rows] == [text.replace(",", "") for text in texts]
+    assert main([*command, str(tmp_path / "out")]) == 2
+    assert "was begun with quotes False, now it is True" in capsys.readouterr().err
+
+
+def test_two_quotes_of_two_lines_join_no_records_of_a_tsv(tmp_path, checkpoint, capsys):
+    path = tmp_path / "in.tsv"
+    path.write_text('key\ttext\n0\t"a\n1\tb"\n2\tc\n3\t"two\nlines"\n')
+    out = tmp_path / "out"
+    command = ["embed", str(path), "--model", str(checkpoint), "--columns", "text", "--out"]
+    assert main([*command, str(out)]) == 1
+    assert [row["text"] for row in pq.read_table(out / "vectors").to_pylist()] == [
+        'b"', "c", "two\nlines",
+    ]  # fmt: skip
+    (error,) = pq.read_table(out / "errors.parquet").to_pylist()
+    assert error["reason"] == (
+        "is not valid CSV: a quoted field holds the start of another record; --no-quotes takes "
+        "quotation marks as text"
+    )
+
+
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [
