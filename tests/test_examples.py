@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from shared_engine.catalogue import ModelSpec, lookup
+from shared_engine.cli.main import main
 from tests.conftest import ROOT
 from tests.support.checkpoints import PROMPTS, SHAPES, build_checkpoint
 from tests.support.faulty_nim import FaultyNim
@@ -177,6 +178,9 @@ def test_it_runs(  # noqa: PLR0917
         if DATABASE in code:
             address = request.getfixturevalue("postgres").info
             code = code.replace(DATABASE, f"@/{address.dbname}?host={address.host}")
+        if 'Path("vectors")' in code:  # what the command before the example writes
+            (tmp_path / "data.csv").write_text("text\nParis is the capital of France.\n")
+            assert main(["embed", "data.csv", "--columns", "text", "--out", "vectors"]) == 0
         compiled = compile(
             code, example.place, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
         )

@@ -40,7 +40,7 @@ HELD_OUT = (
     ("We reach the internet through a corporate proxy", "nim.md#6"),
     ("Can colleagues on the same network reach the server by default?", "serving.md#1"),
     ("Where does Kubernetes ask whether it is healthy?", "serving.md#4"),
-    ("What happens to running requests when I press stop?", "serving.md#5"),
+    ("What happens to running requests when I press stop?", "serving.md#8"),
     ("Which exception class should my except clause name?", "errors.md#1"),
     ("The graphics card ran full during a large step", "errors.md#3"),
     ("The server says that my key is invalid", "errors.md#6"),
