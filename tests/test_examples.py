@@ -193,10 +193,10 @@ def test_it_runs(  # noqa: PLR0917
             pytest.skip(f"needs {error.name}")
         if inspect.iscoroutine(running):
             asyncio.run(running)
-    if (tmp_path / "store" / "chroma.sqlite3").exists():
+    for file in tmp_path.glob("*/chroma.sqlite3"):
         from chromadb import PersistentClient
 
-        for collection in PersistentClient(tmp_path / "store").list_collections():
+        for collection in PersistentClient(file.parent).list_collections():
             assert collection.configuration_json["hnsw"]["space"] == "cosine"
 
 
