@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constrain
 
 .PHONY: help demo pages rag test test-all check docs clean
 
-help:  ## list what there is to make
+help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: .venv/demo  ## set up and run the demo; MODEL=folder-or-id, ARGS='--question "..."'
@@ -31,11 +31,11 @@ rag: .venv/demo  ## ask documents, answered with sources; DOCS=folder, RERANK=mo
 	@$(BIN)/python cookbook/rag.py $(if $(MODEL),--model '$(MODEL)') $(if $(DOCS),--docs '$(DOCS)') \
 	  $(if $(RERANK),--rerank '$(RERANK)') $(ARGS)
 
-test: .venv/dev  ## run the tests but for the slow ones; ARGS='-k name'
+test: .venv/dev  ## run the fast tests; ARGS='-k name'
 	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile $(COVERAGE) $(ARGS)
 
 test-all: COVERAGE = --cov --cov-report=
-test-all: test  ## run them all, print coverage; ARGS='--data=folder' adds those of public data sets
+test-all: test  ## run all tests, print coverage; ARGS='--data=folder' adds those of public data sets
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(COVERAGE) --cov-append $(ARGS)
 	@$(BIN)/coverage report
 
@@ -48,7 +48,7 @@ docs: .venv/docs  ## build the site of the guide, the notebooks and the API in b
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet -f cookbook/docs/mkdocs.yml
 	@echo "Built. To read it: $(BIN)/python -m http.server -d build/site"
 
-clean:  ## remove what was made here: .venv, the demos' stores, caches
+clean:  ## remove .venv, the demos' stores and caches
 	rm -rf .venv .*_cache .hypothesis .benchmarks build dist cookbook/store
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

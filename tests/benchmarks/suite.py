@@ -1,4 +1,4 @@
-"""All that is said of speed, measured in one run beside what a user would take instead.
+"""All figures of speed, measured in one run beside what a user would take instead.
 
     python tests/benchmarks/suite.py                 # half an hour on two cores
     python tests/benchmarks/suite.py --quick         # a small one, into .benchmarks/
