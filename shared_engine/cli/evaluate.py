@@ -135,9 +135,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         nargs="+",
         default=[],
         metavar="TASK",
-        help="Tasks of MTEB to run instead of FOLDER, by name or as rows of the model cards: qa, "
-        "miracl, mlqa, mldr, vidore. They accept one of --dimensions and one of --embedding-types. "
-        "Default: none.",
+        help="Tasks of MTEB to run instead of FOLDER, such as NQ or MLQARetrieval. They accept one "
+        "of --dimensions and one of --embedding-types. Default: none.",
     )
     verb.add_argument(
         "--data",

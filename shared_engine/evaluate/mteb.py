@@ -1,9 +1,8 @@
-"""MTEB: a model for `mteb.evaluate`, its tasks with data from the hub or a folder, model cards."""
+"""MTEB: a model for `mteb.evaluate`, and its tasks with data from the hub or a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,53 +22,9 @@ from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError
 from shared_engine.evaluate.data import Collection, find_split, read_folder
 from shared_engine.evaluate.models import WINDOW
+from shared_engine.evaluate.report import format_table
 from shared_engine.evaluate.search import decode
 from shared_engine.options import Options
-
-
-@dataclass(frozen=True)
-class CardRow:
-    """A figure of a model card: Recall@5, averaged over several data sets."""
-
-    model: str
-    tasks: tuple[str, ...]
-    """MTEB's names of the public data sets."""
-    recall_at_5: float
-    of: str
-    """The data sets, in the card's words."""
-    subsets: tuple[str, ...] = ()
-
-
-_300M = "nvidia/llama-3.2-nemoretriever-300m-embed-v2"
-_VL = "nvidia/llama-3.2-nemoretriever-1b-vlm-embed-v1"
-_MLQA = tuple(f"{name}-{name}" for name in ("ara", "deu", "eng", "hin", "spa", "vie", "zho"))
-_VIDORE = tuple(
-    f"Vidore{name}Retrieval"
-    for name in (
-        *("ArxivQA", "DocVQA", "InfoVQA", "Tabfquad", "Tatdqa", "ShiftProject"),
-        *("SyntheticDocQAAI", "SyntheticDocQAEnergy", "SyntheticDocQAGovernmentReports"),
-        "SyntheticDocQAHealthcareIndustry",
-    )
-)
-
-CARDS = {
-    "qa": CardRow(
-        _300M, ("NQ", "HotpotQA", "FiQA2018"), 0.6292, "NQ, HotpotQA, FiQA, TechQA dataset"
-    ),
-    "miracl": CardRow(
-        _300M,
-        ("MIRACLRetrievalHardNegatives",),
-        0.6612,
-        "MIRACL (multilingual), an internal version with hard negatives",
-    ),
-    "mlqa": CardRow(
-        _300M, ("MLQARetrieval",), 0.7591, "MLQA dataset with different languages", _MLQA
-    ),
-    "mldr": CardRow(_300M, ("MultiLongDocRetrieval",), 0.5327, "MLDR"),
-    "vidore": CardRow(_VL, _VIDORE, 0.809, "DigitalCorpora-767, Earnings, ViDoRe V1"),
-}
-"""From the "Evaluation Results" of https://build.nvidia.com/nvidia/llama-3_2-nemoretriever-300m-\
-embed-v2 (2025-10-02) and .../llama-3_2-nemoretriever-1b-vlm-embed-v1 (2025-06-25)."""
 
 
 class MTEBModel(AbsEncoder):
@@ -124,7 +79,7 @@ def run_tasks(
     """Run tasks of MTEB and return the figures of each subset.
 
     Args:
-        names: MTEB's names of tasks, or keys of CARDS.
+        names: MTEB's names of tasks.
         options: The model, and the size and type of its vectors.
         folder: Data of the only task in BEIR's layout, instead of MTEB's hub. A task with subsets
             has a subfolder for each; missing ones are skipped. The splits of the task that it
@@ -133,7 +88,7 @@ def run_tasks(
     Raises:
         ConfigurationError: a task is unknown or is not a retrieval task, or its data is missing.
     """
-    tasks = [task for name in names for task in _find_tasks(name)]
+    tasks = list(map(_find_task, names))
     if folder is not None:
         if len(tasks) != 1:
             raise ConfigurationError(f"--data is for one task, but {len(tasks)} are selected")
@@ -155,38 +110,24 @@ def run_tasks(
     ]
 
 
-def write_tasks(rows: list[dict[str, Any]]) -> str:
-    """Return figures of tasks as a Markdown table, with those of the model cards."""
-    names = ("task", "subset", "split", "Recall@5", "nDCG@10")
-    lines = [f"| {' | '.join(names)} |", "| --- | --- | --- | ---: | ---: |"]
-    by_task: dict[str, list[float]] = {}
-    for row in rows:
-        figures = (f"{row[name]:.4f}" for name in names[3:])
-        lines.append(f"| {' | '.join([*(row[name] for name in names[:3]), *figures])} |")
-        by_task.setdefault(row["task"], []).append(row["Recall@5"])
-    for card in CARDS.values():
-        if measured := [task for task in card.tasks if task in by_task]:
-            mean = np.mean([np.mean(by_task[task]) for task in measured])
-            lines.append(
-                f"\nAverage Recall@5 of {', '.join(measured)}: {mean:.4f}. Model card of "
-                f"{card.model}: {card.recall_at_5:.4f}, averaged over {card.of}."
-            )
-    return "\n".join(lines)
+def write_tasks(rows: Iterable[dict[str, Any]]) -> str:
+    """Return figures of tasks as a Markdown table."""
+    texts = ("task", "subset", "split")
+    return format_table(
+        [{name: v if name in texts else f"{v:.4f}" for name, v in row.items()} for row in rows]
+    )
 
 
-def _find_tasks(name: str) -> Iterator[AbsTaskRetrieval]:
-    row = CARDS.get(name)
-    subsets = list(row.subsets) if row and row.subsets else None
-    for task_name in row.tasks if row else (name,):
-        try:
-            task = mteb.get_task(task_name, hf_subsets=subsets)
-        except (KeyError, ValueError) as exc:
-            raise ConfigurationError(f"--mteb {task_name}: {exc.args[0]}") from None
-        if not isinstance(task, AbsTaskRetrieval):
-            raise ConfigurationError(
-                f"--mteb {task_name}: expected a retrieval task, not {task.metadata.type}"
-            )
-        yield task
+def _find_task(name: str) -> AbsTaskRetrieval:
+    try:
+        task = mteb.get_task(name)
+    except (KeyError, ValueError) as exc:
+        raise ConfigurationError(f"--mteb {name}: {exc.args[0]}") from None
+    if not isinstance(task, AbsTaskRetrieval):
+        raise ConfigurationError(
+            f"--mteb {name}: expected a retrieval task, not {task.metadata.type}"
+        )
+    return task
 
 
 def _use_folder(task: AbsTaskRetrieval, folder: Path) -> AbsTaskRetrieval:
