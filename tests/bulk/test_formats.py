@@ -262,11 +262,6 @@ def test_files_of_other_formats_in_a_folder_are_told(tmp_path, make_job, caplog)
 def test_a_pattern_that_no_file_has_is_named(tmp_path, make_job):
     with pytest.raises(ConfigurationError, match=r"\*\.csv does not exist$"):
         run(make_job(tmp_path / "*.csv"))
-    (tmp_path / "data[1]").mkdir()
-    (tmp_path / "data[1]" / "a.csv").write_text("text\na\n")
-    with pytest.raises(ConfigurationError, match=r"does not exist; .* write a \[ .* as \[\[\]$"):
-        run(make_job(tmp_path / "data[1]" / "*.csv"))
-    assert run(make_job(tmp_path / "data[[]1]" / "*.csv", id_column=None, columns=())).rows == 1
 
 
 @pytest.mark.parametrize("given", ["out", "out/*.csv", "out/a.csv", "out/vectors"])
@@ -371,14 +366,6 @@ def test_folders_of_hive_partitions_are_columns(suffix, tmp_path, make_job):
     check_texts(rows, ["a", "b", "c"] * 2)
 
 
-def test_a_partition_that_is_not_utf_8_costs_its_files_only(tmp_path, make_job):
-    for folder in ("lang=%ff", "lang=de"):
-        (tmp_path / "in" / folder).mkdir(parents=True)
-        (tmp_path / "in" / folder / "a.csv").write_text("text\na\n")
-    summary = run(make_job(tmp_path / "in", id_column=None))
-    assert (summary.rows, [each.title for each in summary.unread]) == (1, ["lang=%ff/a.csv"])
-
-
 def test_a_column_may_be_a_partition_of_one_file_and_a_number_in_another(tmp_path, make_job):
     (tmp_path / "in" / "year=2024").mkdir(parents=True)
     pq.write_table(passages(2), tmp_path / "in" / "year=2024" / "a.parquet")
@@ -458,7 +445,6 @@ def test_tables_of_other_file_systems(url, titles, remote, make_job):
     [
         (["memory://bucket/none"], "memory://bucket/none does not exist"),
         (["memory://bucket/in/*.feather"], "does not exist"),
-        (["memory://bucket/in[1]/*.csv"], r"does not exist; .* as \[\[\]$"),
         (["memory://bucket/in?endpoint=here"], "options after . are not read"),
         (["memory://bucket/in", "{here}"], "inputs are local paths and URLs"),
         (["no-such://bucket/in"], "no-such://bucket cannot be opened"),
