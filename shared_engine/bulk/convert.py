@@ -46,7 +46,7 @@ def convert(  # noqa: PLR0917
     columns: Mapping[str, bool],
     rows: int,
     fingerprint: str,
-    dialect: Mapping[str, Any] | None = None,
+    dialect: Mapping[str, Any],
 ) -> None:
     """Write some columns of a table to a Parquet file, unless it holds them already.
 
@@ -56,14 +56,13 @@ def convert(  # noqa: PLR0917
         columns: names, each with whether the column is only kept; JSON in others is refused.
         rows: the most rows in a row group.
         fingerprint: changes when the table does; a target with the same one is kept.
-        dialect: of CSV and TSV, in the terms of `csv.reader`.
+        dialect: see `Job.dialect`.
 
     Raises:
         InputError: the table cannot be read.
         ConfigurationError: a column is missing, or there twice.
         OutputError: the target cannot be written.
     """
-    dialect = dialect or {}
     facts = {"fingerprint": fingerprint, "columns": json.dumps([*columns, dialect])}
     with suppress(pa.ArrowException, OSError), open_parquet(target) as file:
         found = file.metadata.metadata or {}
@@ -104,19 +103,17 @@ def _make_groups(
     """Yield the schema, then the row groups of records."""
     schema = pa.schema([(name, pa.string()) for name in (*columns, REASON)])
     yield schema
-    count = size = 0
+    size = 0
     values: list[list[str | None]] = [[] for _ in schema]
     for record in records:
-        row = _check(record, columns)
-        for column, value in zip(values, row, strict=True):
+        for column, value in zip(values, _check(record, columns), strict=True):
             column.append(value)
             size += len(value or "")
-        count += 1
-        if count == rows or size >= _GROUP_BYTES:
+        if len(values[0]) == rows or size >= _GROUP_BYTES:
             yield pa.table(values, schema=schema)
-            count = size = 0
+            size = 0
             values = [[] for _ in schema]
-    if count:
+    if values[0]:
         yield pa.table(values, schema=schema)
 
 
@@ -129,7 +126,10 @@ def _check(record: _Record, columns: Mapping[str, bool]) -> list[str | None]:
             return [*record, None]
         except UnicodeEncodeError as exc:
             name = list(columns)[record.index(exc.object)]
-            record = f"holds bytes that are not UTF-8 in column {name!r}, at {exc.start}"
+            record = (
+                f"holds bytes that are not UTF-8 in column {name!r}, at {exc.start}; convert the "
+                "file first, as by iconv -f CP1252 -t UTF-8"
+            )
     return [*(None for _ in columns), record]
 
 
@@ -141,8 +141,7 @@ def _open_text(path: str, newline: str | None) -> TextIO:
     head = file.peek(8)[:8]
     problem = next((what for start, what in _NO_TEXT.items() if head.startswith(start)), "")
     if not problem and (head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head[:4]):
-        codec = "UTF-32" if b"\0\0" in head[:4] else "UTF-16"
-        problem = f"{codec}; convert it first, as by iconv -f {codec} -t UTF-8"
+        problem = "UTF-16; convert it first, as by iconv -f UTF-16 -t UTF-8"
     if problem:
         file.close()
         raise ValueError(f"it is {problem}")
@@ -150,13 +149,14 @@ def _open_text(path: str, newline: str | None) -> TextIO:
 
 
 def _read_csv(path: str, columns: Mapping[str, bool], dialect: dict[str, Any]) -> Iterator[_Record]:
-    """Yield records, without blank lines; empty fields are None.
+    r"""Yield records, without blank lines; empty fields, and `\N` of databases, are None.
 
     A first line such as `sep=;`, as Excel reads it, gives the delimiter. A record with a quote that
     is not closed, or closed in the middle of a field, ends with its first line, so that it costs no
     other. So does a record of TSV whose lines are each a record if quotation marks are text.
     """
     limit = csv.field_size_limit(_LONGEST)
+    names: list[str] = list(dialect.pop("header", ()))
     try:
         with _open_text(path, newline="") as file:
             taken: list[str] = []
@@ -173,10 +173,11 @@ def _read_csv(path: str, columns: Mapping[str, bool], dialect: dict[str, Any]) -
                 return csv.reader(iter(take_line, ""), strict=True, **dialect)
 
             records = parse()
-            names = next(filter(None, records), [])
+            names = names or next(filter(None, records), [])
             if not names:
                 return  # an empty file, as Spark writes them
-            require_columns(columns, names, path)
+            hint = "; --delimiter and --header are for other delimiters, and files without names"
+            require_columns(columns, names, path, hint)
             where = [names.index(name) for name in columns]
             tabs = {len(names) - 1}
             is_tsv = dialect["delimiter"] == "\t" and len(names) > 1
@@ -192,10 +193,13 @@ def _read_csv(path: str, columns: Mapping[str, bool], dialect: dict[str, Any]) -
                     again.extendleft(reversed(taken[1:]))
                     records = parse()
                     hint = "; --no-quotes takes quotation marks as text" * ('"' in taken[0])
+                    if r"\"" in taken[0]:
+                        hint = """; write \\" as "", as Spark does with escape='"'"""
                     yield f"is not valid CSV: {exc}{hint}"
                     continue
                 if len(record) == len(names):
-                    yield [record[number] or None for number in where]
+                    values = (record[number] for number in where)
+                    yield [None if value in ("", r"\N") else value for value in values]
                 elif record:
                     yield f"has {len(record)} fields; expected {len(names)}"
     except csv.Error as exc:
@@ -343,8 +347,6 @@ _NO_TEXT = {
     b"BZh91AY&": "compressed by bzip2; add .bz2 to its name",
     b"PK\x03\x04": "an Excel or ZIP file; export the sheet as CSV, or unpack the file",
     b"\xd0\xcf\x11\xe0": "an Excel file; export the sheet as CSV",
-    b"PAR1\x15": "a Parquet file; end its name in .parquet",
-    b"ARROW1\0\0": "an Arrow file; end its name in .arrow",
 }
 """First bytes of other formats, by which a file with a suffix of text is named."""
 SUFFIXES = (*TEXT, *_ARROW)

@@ -81,6 +81,8 @@ class Job:
     line `sep=;`, as Excel reads it, overrides it."""
     quotes: bool = True
     """Whether quotation marks around a field of CSV or TSV are no part of it."""
+    header: tuple[str, ...] | None = None
+    """Names of the columns of CSV and TSV files that begin with a record; None: the first line."""
     pdf: pages.Layer = "picture"
     """Part of a PDF page to embed."""
     strict: bool = False
@@ -131,9 +133,10 @@ class Job:
 
     @property
     def dialect(self) -> dict[str, Any]:
-        """How CSV and TSV differ from the suffix's own, in the terms of `csv.reader`."""
+        """How CSV and TSV differ from others: arguments of `csv.reader`, and `header`."""
         dialect: dict[str, Any] = {} if self.quotes else {"quoting": csv.QUOTE_NONE}
-        return dialect | ({"delimiter": self.delimiter} if self.delimiter else {})
+        given = {"delimiter": self.delimiter, "header": self.header}
+        return dialect | {name: value for name, value in given.items() if value}
 
     @property
     def kept_columns(self) -> tuple[str, ...]:
@@ -438,7 +441,7 @@ def _open_table(
 
 
 def _find_page_schema(job: Job, title: str) -> Any:
-    for name in ("text_column", "image_column", "id_column", "types", "delimiter"):
+    for name in ("text_column", "image_column", "id_column", "types", "delimiter", "header"):
         if getattr(job, name):
             raise ConfigurationError(f"{name}: only for tables; images and PDFs have no columns")
     kinds = {"path": pa.string(), "page": pa.int32()}

@@ -33,7 +33,9 @@ def reading(title: str) -> Iterator[None]:
         raise InputError(f"{title} cannot be read: {str(exc) or type(exc).__name__}") from exc
 
 
-def require_columns(wanted: Iterable[str], found: Sequence[str], title: str) -> None:
+def require_columns(
+    wanted: Iterable[str], found: Sequence[str], title: str, hint: str = ""
+) -> None:
     """Check that a table has each column, once.
 
     Raises:
@@ -42,7 +44,7 @@ def require_columns(wanted: Iterable[str], found: Sequence[str], title: str) -> 
     for name in wanted:
         if (count := found.count(name)) != 1:
             problem = f"{count} columns {name!r}" if count else f"no column {name!r}"
-            raise ConfigurationError(f"{title} has {problem}; it has {', '.join(found)}")
+            raise ConfigurationError(f"{title} has {problem}; it has {', '.join(found)}{hint}")
 
 
 # Types

@@ -111,6 +111,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "with otherwise, as in the files of MS MARCO.",
     )
     verb.add_argument(
+        "--header",
+        type=_split,
+        metavar="A,B",
+        help="Names of the columns of CSV and TSV files without a line of names, such as id,text. "
+        "Default: the first line.",
+    )
+    verb.add_argument(
         "--rows-per-file",
         type=int,
         metavar="N",

@@ -305,7 +305,7 @@ def test_a_source_that_changed_is_noticed(make_job):
     [
         {"role": "query"}, {"id_column": None}, {"columns": ()}, {"rows_per_file": 31},
         {"delimiter": ";"}, {"pdf": "text"}, {"image_column": "text"}, {"text_column": "lang"},
-        {"types": {"lang": "binary"}}, {"quotes": False},
+        {"types": {"lang": "binary"}}, {"quotes": False}, {"header": ("key", "text")},
     ],
 )  # fmt: skip
 def test_each_setting_of_a_job_is_that_of_all_its_runs(other, make_job):
