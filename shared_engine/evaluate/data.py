@@ -197,7 +197,7 @@ def _read_qrels(path: Path) -> Iterator[tuple[str, str, int]]:
             cells = next(rows) if "\t" in text else text.split()
             if columns is None:
                 columns, width = _find_columns(cells), len(cells)
-                if not any(map(str.isdigit, cells[-1])):  # a header
+                if cells[-1][:1].isalpha():  # a header
                     continue
             query, document, score = (cells[column] for column in columns)
             value = float(score)

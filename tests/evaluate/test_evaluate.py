@@ -299,7 +299,7 @@ def names(data: RetrievalData) -> set[str]:
         ('"query-id"\t"corpus-id"\t"score"\n"q0"\t"d0"\t"1"\n', set()),
         ("score\tcorpus-id\tnote\tquery-id\n1.0\td0\t-\tq0\n", set()),
         ("q0\t0\td0\t1\n", set()),
-        ("qid iter docid rel\nq0 0 d0 1\n", set()),
+        ("qid iter docid rel2\nq0 0 d0 1\n", set()),
         ("q0 Q0  d0 1\n", set()),
         ("q0\td0\t2\nq0\td0\t1\n", {"judgements that change an earlier one: 1"}),
         ("q0\td0\t1\nq0\td0\t1\n", set()),
