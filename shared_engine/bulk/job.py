@@ -273,7 +273,6 @@ def find_sources(job: Job) -> list[Source]:
         ConfigurationError: an input does not exist, is inside another one, or of another kind.
     """
     listed = [_list_files(given) for given in job.inputs]
-    _check_others(job, [path for _, files in listed for path in files])
     try:
         root = os.path.commonpath([folder for folder, _ in listed])
     except ValueError:
@@ -316,6 +315,7 @@ def find_sources(job: Job) -> list[Source]:
                 f"inputs are of several kinds: {', '.join(kinds.values())}; embed tables, images "
                 "and PDF files by separate commands, each with its own --out"
             )
+    _check_others(job, [path for _, files in listed for path in files])
     if not kinds:
         raise ConfigurationError(
             f"no files to embed in {', '.join(job.inputs)} (a .txt file must be named)"
