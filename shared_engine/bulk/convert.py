@@ -176,7 +176,7 @@ def _read_csv(path: str, columns: Mapping[str, bool], dialect: dict[str, Any]) -
             names = names or next(filter(None, records), [])
             if not names:
                 return  # an empty file, as Spark writes them
-            hint = "; --delimiter and --header are for other delimiters, and files without names"
+            hint = " (--delimiter sets the delimiter, --header the names if the file has none)"
             require_columns(columns, names, path, hint)
             where = [names.index(name) for name in columns]
             tabs = {len(names) - 1}

@@ -172,7 +172,7 @@ def test_files_without_a_line_of_names_get_them(tmp_path, checkpoint, capsys):
                "--model", str(checkpoint), "--id-column", "id", "--columns", "text"]  # fmt: skip
     assert main(command) == 2
     told = capsys.readouterr().err
-    assert "no column 'id'; it has 0, \"Yes\" he said; --delimiter and --header are for" in told
+    assert 'it has 0, "Yes" he said (--delimiter sets the delimiter, --header the names' in told
     assert main([*command, "--header", "id, text"]) == 1
     rows = pq.read_table(tmp_path / "out" / "vectors").to_pylist()
     assert [(row["id"], row["text"]) for row in rows] == [("0", '"Yes" he said'), ("1", "a")]
