@@ -15,7 +15,6 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from types import MappingProxyType
 from typing import Any, TextIO
 
 import orjson
@@ -23,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared_engine.bulk.files import make_folder, write_atomically, writing
-from shared_engine.bulk.tables import BYTES, cast, reading, require_columns, simplify
+from shared_engine.bulk.tables import cast, reading, require_columns, simplify
 from shared_engine.bulk.urls import is_url, locate, open_parquet
 from shared_engine.errors import InputError
 
@@ -35,8 +34,6 @@ much is read before the record is given up."""
 _BUFFER = 1 << 20
 _GROUP_BYTES = 1 << 25
 """Bytes of values in a row group, about: a group is in memory while it is written."""
-_HEAD = 1_000
-"""Lines of JSON among which there must be an object, or the file is no JSON Lines."""
 
 _Record = list[str | None] | str
 """The values of the wanted columns, or why the record cannot be read."""
@@ -49,7 +46,7 @@ def convert(  # noqa: PLR0917
     columns: Mapping[str, bool],
     rows: int,
     fingerprint: str,
-    dialect: Mapping[str, Any] = MappingProxyType({}),
+    dialect: Mapping[str, Any],
 ) -> None:
     """Write some columns of a table to a Parquet file, unless it holds them already.
 
@@ -59,14 +56,14 @@ def convert(  # noqa: PLR0917
         columns: names, each with whether the column is only kept; JSON in others is refused.
         rows: the most rows in a row group.
         fingerprint: changes when the table does; a target with the same one is kept.
-        dialect: of CSV and TSV, in the terms of `csv.reader`.
+        dialect: see `Job.dialect`.
 
     Raises:
         InputError: the table cannot be read.
         ConfigurationError: a column is missing, or there twice.
         OutputError: the target cannot be written.
     """
-    facts = {"fingerprint": fingerprint, "columns": json.dumps([*columns, dict(dialect)])}
+    facts = {"fingerprint": fingerprint, "columns": json.dumps([*columns, dialect])}
     with suppress(pa.ArrowException, OSError), open_parquet(target) as file:
         found = file.metadata.metadata or {}
         if all(found.get(name.encode()) == value.encode() for name, value in facts.items()):
@@ -75,16 +72,14 @@ def convert(  # noqa: PLR0917
         make_folder(os.path.dirname(target))
         groups = _read_groups(path, title, columns, max(rows, 1024), dialect)
         schema = next(groups)
-        with (
-            write_atomically(target) as temporary,
-            pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
-        ):
-            for group in groups:
-                try:
-                    writer.write_table(group)
-                except pa.ArrowInvalid as exc:  # such as seconds that overflow as milliseconds
-                    raise InputError(f"{title} cannot be read: {exc}") from exc
-            writer.add_key_value_metadata(facts)
+        with write_atomically(target) as temporary:
+            try:
+                with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                    for group in groups:
+                        writer.write_table(group)
+                    writer.add_key_value_metadata(facts)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as exc:  # none of Parquet's types
+                raise InputError(f"{title} cannot be read: {exc}") from exc
 
 
 def _read_groups(
@@ -108,34 +103,33 @@ def _make_groups(
     """Yield the schema, then the row groups of records."""
     schema = pa.schema([(name, pa.string()) for name in (*columns, REASON)])
     yield schema
-    count = size = 0
+    size = 0
     values: list[list[str | None]] = [[] for _ in schema]
     for record in records:
-        row = _check(record, columns)
-        for column, value in zip(values, row, strict=True):
+        for column, value in zip(values, _check(record, columns), strict=True):
             column.append(value)
             size += len(value or "")
-        count += 1
-        if count == rows or size >= _GROUP_BYTES:
+        if len(values[0]) == rows or size >= _GROUP_BYTES:
             yield pa.table(values, schema=schema)
-            count = size = 0
+            size = 0
             values = [[] for _ in schema]
-    if count:
+    if values[0]:
         yield pa.table(values, schema=schema)
 
 
 def _check(record: _Record, columns: Mapping[str, bool]) -> list[str | None]:
     """Return a row: values and no reason, or no values and the reason."""
     if not isinstance(record, str):
-        for name, value in zip(columns, record, strict=True):
-            if value is not None and not value.isascii():
-                try:
-                    value.encode()
-                except UnicodeEncodeError as exc:
-                    record = f"holds bytes that are not UTF-8 in column {name!r}, at {exc.start}"
-                    break
-        else:
+        try:
+            for value in record:
+                (value or "").encode()
             return [*record, None]
+        except UnicodeEncodeError as exc:
+            name = list(columns)[record.index(exc.object)]
+            record = (
+                f"holds bytes that are not UTF-8 in column {name!r}, at {exc.start}; convert the "
+                "file first, as by iconv -f CP1252 -t UTF-8"
+            )
     return [*(None for _ in columns), record]
 
 
@@ -147,8 +141,7 @@ def _open_text(path: str, newline: str | None) -> TextIO:
     head = file.peek(8)[:8]
     problem = next((what for start, what in _NO_TEXT.items() if head.startswith(start)), "")
     if not problem and (head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head[:4]):
-        codec = "UTF-32" if b"\0\0" in head[:4] else "UTF-16"
-        problem = f"{codec}; convert it first, as by iconv -f {codec} -t UTF-8"
+        problem = "UTF-16; convert it first, as by iconv -f UTF-16 -t UTF-8"
     if problem:
         file.close()
         raise ValueError(f"it is {problem}")
@@ -156,13 +149,14 @@ def _open_text(path: str, newline: str | None) -> TextIO:
 
 
 def _read_csv(path: str, columns: Mapping[str, bool], dialect: dict[str, Any]) -> Iterator[_Record]:
-    """Yield records, without blank lines; empty fields are None.
+    r"""Yield records, without blank lines; empty fields, and ids and texts `\N`, are None.
 
     A first line such as `sep=;`, as Excel reads it, gives the delimiter. A record with a quote that
     is not closed, or closed in the middle of a field, ends with its first line, so that it costs no
     other. So does a record of TSV whose lines are each a record if quotation marks are text.
     """
     limit = csv.field_size_limit(_LONGEST)
+    names: list[str] = list(dialect.pop("header", ()))
     try:
         with _open_text(path, newline="") as file:
             taken: list[str] = []
@@ -179,11 +173,15 @@ def _read_csv(path: str, columns: Mapping[str, bool], dialect: dict[str, Any]) -
                 return csv.reader(iter(take_line, ""), strict=True, **dialect)
 
             records = parse()
-            names = next(filter(None, records), [])
+            names = names or next(filter(None, records), [])
             if not names:
                 return  # an empty file, as Spark writes them
-            require_columns(columns, names, path)
-            where = [names.index(name) for name in columns]
+            hint = " (--delimiter sets the delimiter, --header the names if the file has none)"
+            require_columns(columns, names, path, hint)
+            where = [  # a kept value stays as it is
+                (names.index(name), ("",) if is_kept else ("", r"\N"))
+                for name, is_kept in columns.items()
+            ]
             tabs = {len(names) - 1}
             is_tsv = dialect["delimiter"] == "\t" and len(names) > 1
             while True:
@@ -198,10 +196,12 @@ def _read_csv(path: str, columns: Mapping[str, bool], dialect: dict[str, Any]) -
                     again.extendleft(reversed(taken[1:]))
                     records = parse()
                     hint = "; --no-quotes takes quotation marks as text" * ('"' in taken[0])
+                    if r"\"" in taken[0]:
+                        hint = """; write \\" as "", as Spark does with escape='"'"""
                     yield f"is not valid CSV: {exc}{hint}"
                     continue
                 if len(record) == len(names):
-                    yield [record[number] or None for number in where]
+                    yield [None if record[at] in missing else record[at] for at, missing in where]
                 elif record:
                     yield f"has {len(record)} fields; expected {len(names)}"
     except csv.Error as exc:
@@ -255,7 +255,7 @@ def _read_json(path: str, columns: Mapping[str, bool], _: object) -> Iterator[_R
     """
     names: dict[str, None] = {}
     missing = set(columns)
-    good = bad = 0
+    has_good = has_bad = False
     with _open_text(path, newline="\n") as file:
         while line := file.readline(_LONGEST):
             if line.isspace():
@@ -268,21 +268,21 @@ def _read_json(path: str, columns: Mapping[str, bool], _: object) -> Iterator[_R
                 record = _take_members(found, columns)
             except (ValueError, TypeError, RecursionError) as exc:
                 record = f"is not a JSON object: {exc}"
-                bad += 1
-                if not good and (bad == _HEAD or line.strip() == "["):
+                has_bad = True
+                if not has_good and line.strip() == "[":
                     break
             else:
-                good += 1
-                missing.difference_update(found)
-                if good < _HEAD:
+                has_good = True
+                if missing:
+                    missing.difference_update(found)
                     names |= dict.fromkeys(found)
             yield record
-    if bad and not good:
+    if has_bad and not has_good:
         raise ValueError(
             "expected JSON Lines: an object in each line, and none over several "
             "(jq -c . makes them of objects, jq -c '.[]' of an array)"
         )
-    if good and missing:
+    if has_good and missing:
         require_columns(sorted(missing), list(names), path)
 
 
@@ -325,40 +325,14 @@ def _read_arrow(path: str, columns: Mapping[str, bool], rows: int) -> Iterator[A
         source.seek(0)
         require_columns(columns, found.names, path)
         schema = pa.schema([(name, simplify(found.field(name).type)) for name in columns])
-        _require_parquet(schema)
         yield schema
         options = pa.ipc.IpcReadOptions(included_fields=list(map(found.get_field_index, columns)))
         reader = open_reader(source, options=options)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
-            for column in batch.columns:
-                _check_buffers(column)
             for first in range(0, batch.num_rows, rows):
                 some = pa.Table.from_batches([batch.slice(first, rows)])
                 yield pa.table([cast(some[f.name], f.type) for f in schema], schema=schema)
-
-
-def _check_buffers(array: pa.Array) -> None:
-    """Check offsets and indices of an array, as no reader does: a wrong one may end the process.
-
-    Texts may hold any bytes; those that are not UTF-8 fail their rows later.
-    """
-    try:
-        array.validate(full=True)
-    except pa.ArrowInvalid:
-        if pa.types.is_dictionary(array.type):
-            pa.DictionaryArray.from_arrays(array.indices, array.dictionary)  # checks the indices
-            array = array.dictionary
-        array.validate()  # or the view would read out of bounds
-        array.view(simplify(array.type, BYTES)).validate(full=True)
-
-
-def _require_parquet(schema: pa.Schema) -> None:
-    for name, kind in zip(schema.names, schema.types, strict=True):
-        try:
-            pq.ParquetWriter(pa.BufferOutputStream(), pa.schema({name: kind})).close()
-        except pa.ArrowNotImplementedError:
-            raise ValueError(f"column {name!r} holds {kind}, unknown to Parquet") from None
 
 
 TEXT: dict[str, Callable[[str, Mapping[str, bool], dict[str, Any]], Iterator[_Record]]] = {
@@ -375,8 +349,6 @@ _NO_TEXT = {
     b"BZh91AY&": "compressed by bzip2; add .bz2 to its name",
     b"PK\x03\x04": "an Excel or ZIP file; export the sheet as CSV, or unpack the file",
     b"\xd0\xcf\x11\xe0": "an Excel file; export the sheet as CSV",
-    b"PAR1\x15": "a Parquet file; end its name in .parquet",
-    b"ARROW1\0\0": "an Arrow file; end its name in .arrow",
 }
 """First bytes of other formats, by which a file with a suffix of text is named."""
 SUFFIXES = (*TEXT, *_ARROW)

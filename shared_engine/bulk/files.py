@@ -5,7 +5,6 @@ A folder is a path, or a URL of an object store, where an object appears when it
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -109,7 +108,6 @@ def write_atomically(path: str) -> Iterator[str]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(folder)  # or a power failure may lose the name
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -148,15 +146,3 @@ def remove(path: str) -> None:
         system.delete_dir(inner)
     elif kind is fs.FileType.File:
         system.delete_file(inner)
-
-
-def _sync_folder(path: str) -> None:
-    try:
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as exc:  # some file systems sync no folder: the list of PostgreSQL
-        if exc.errno not in (errno.EACCES, errno.EISDIR, errno.EBADF, errno.EINVAL):
-            raise

@@ -144,9 +144,9 @@ def embed_fragment(  # noqa: PLR0917
 
 def find_window(job: Job, fragment: Fragment) -> int:
     """Return how many rows of a fragment are embedded together, at most."""
-    if fragment.kind == "table":
+    if fragment.table:
         return WINDOW if job.image_column is None else IMAGE_WINDOW
-    return WINDOW if fragment.kind == "pdf" and job.pdf == "text" else IMAGE_WINDOW
+    return WINDOW if fragment.is_pdf and job.pdf == "text" else IMAGE_WINDOW
 
 
 def embed_windows(  # noqa: PLR0917

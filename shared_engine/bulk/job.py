@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from pyarrow.dataset import get_partition_keys, partitioning
@@ -21,7 +21,6 @@ from pyarrow.fs import FileType
 from shared_engine.bulk import convert, tables
 from shared_engine.bulk.urls import (
     OPTIONS_HINT,
-    explain_missing,
     find_path,
     is_hidden,
     is_url,
@@ -43,8 +42,6 @@ IMAGES_PER_FILE = 500
 """Rows with images in a fragment: each takes as long as many texts."""
 _TABLES = (".parquet", *convert.SUFFIXES)
 """Suffixes of tables."""
-_LARGE_PAGE = 1 << 28
-"""Bytes of a page of images that are worth a warning."""
 TABLES = ".tables"
 """Folder of the converted tables, in the folder of results."""
 _INFO = re.compile(r"dataset_(info|infos|dict)\.json")
@@ -84,6 +81,8 @@ class Job:
     line `sep=;`, as Excel reads it, overrides it."""
     quotes: bool = True
     """Whether quotation marks around a field of CSV or TSV are no part of it."""
+    header: tuple[str, ...] | None = None
+    """Names of the columns of CSV and TSV files that begin with a record; None: the first line."""
     pdf: pages.Layer = "picture"
     """Part of a PDF page to embed."""
     strict: bool = False
@@ -134,9 +133,10 @@ class Job:
 
     @property
     def dialect(self) -> dict[str, Any]:
-        """How CSV and TSV differ from the suffix's own, in the terms of `csv.reader`."""
+        """How CSV and TSV differ from others: arguments of `csv.reader`, and `header`."""
         dialect: dict[str, Any] = {} if self.quotes else {"quoting": csv.QUOTE_NONE}
-        return dialect | ({"delimiter": self.delimiter} if self.delimiter else {})
+        given = {"delimiter": self.delimiter, "header": self.header}
+        return dialect | {name: value for name, value in given.items() if value}
 
     @property
     def kept_columns(self) -> tuple[str, ...]:
@@ -188,11 +188,9 @@ class Fragment:
     """Paths of its images from the folder."""
 
     @property
-    def kind(self) -> Literal["table", "pdf", "picture"]:
-        """Kind of its source."""
-        if self.table:
-            return "table"
-        return "picture" if self.names or _find_kind(self.source) == "picture" else "pdf"
+    def is_pdf(self) -> bool:
+        """Whether its rows are pages of a PDF."""
+        return not self.names and self.source.lower().endswith(".pdf")
 
 
 class Unread(NamedTuple):
@@ -209,10 +207,10 @@ class Source(NamedTuple):
     """A table, a PDF, a TIFF of several pages, or a folder with other images."""
 
     path: str
-    root: str
-    """The folder that its title starts from."""
-    pictures: tuple[str, ...] = ()
-    """Paths of its images."""
+    title: str
+    """Its path from the folder that all inputs share."""
+    names: tuple[str, ...] = ()
+    """Paths of its images from the folder."""
 
 
 def list_inputs(
@@ -232,29 +230,20 @@ def list_inputs(
     unread: list[Unread] = []
     schema: Any = None
     missing: ConfigurationError | None = None
-    large: list[str] = []
     for source in sources:
         try:
-            found, kinds, page = _cut_source(job, source, folder)
+            found, kinds = _cut_source(job, source, folder)
             schema = kinds if schema is None else _unify(schema, kinds)
             fragments += found
-            if page > _LARGE_PAGE:
-                large.append(source.path)
         except (InputError, ConfigurationError) as exc:
             if job.strict:
                 raise
             if isinstance(exc, ConfigurationError):
                 missing = missing or exc
                 exc = InputError(str(exc))
-            unread.append(Unread(os.path.relpath(source.path, source.root), None, 0, exc))
+            unread.append(Unread(source.title, None, 0, exc))
     if schema is None and missing is not None:
         raise missing
-    if large:
-        _log.warning(
-            "%d files have pages of images of over %d MB, which memory must hold, the first: %s; "
-            "write them with pyarrow's write_batch_size=1, or with smaller row groups",
-            *(len(large), _LARGE_PAGE >> 20, large[0]),
-        )
     return fragments, schema, unread
 
 
@@ -288,7 +277,6 @@ def find_sources(job: Job) -> list[Source]:
         ConfigurationError: an input does not exist, is inside another one, or of another kind.
     """
     listed = [_list_files(given) for given in job.inputs]
-    _refuse_lakes([path for _, files in listed for path in files])
     try:
         root = os.path.commonpath([folder for folder, _ in listed])
     except ValueError:
@@ -320,15 +308,18 @@ def find_sources(job: Job) -> list[Source]:
             if kind == "picture" and not _has_pages(path):
                 pictures.append(path)
             else:
-                sources.append(Source(path, root))
+                sources.append(Source(path, os.path.relpath(path, root)))
         if pictures:
-            sources.append(Source(given, root, tuple(pictures)))
+            folders = set(map(os.path.dirname, pictures))
+            folder = given if os.path.isdir(given) else os.path.commonpath(folders)
+            names = sorted(os.path.relpath(picture, folder) for picture in pictures)
+            sources.append(Source(folder, os.path.relpath(folder, root), tuple(names)))
         if len(kinds) > 1:
             raise ConfigurationError(
                 f"inputs are of several kinds: {', '.join(kinds.values())}; embed tables, images "
                 "and PDF files by separate commands, each with its own --out"
             )
-    _log_skipped(job, [path for _, files in listed for path in files])
+    _check_others(job, [path for _, files in listed for path in files])
     if not kinds:
         raise ConfigurationError(
             f"no files to embed in {', '.join(job.inputs)} (a .txt file must be named)"
@@ -336,15 +327,13 @@ def find_sources(job: Job) -> list[Source]:
     return sources
 
 
-def _refuse_lakes(files: list[str]) -> None:
+def _check_others(job: Job, files: list[str]) -> None:
+    """Refuse the tables of a lake, and log the files that are no data."""
     for log in filter(None, map(_LOG.fullmatch, files)):
         raise ConfigurationError(
             f"{log[1]} is a Delta or Iceberg table, whose files also hold removed rows; export it "
             "to Parquet first"
         )
-
-
-def _log_skipped(job: Job, files: list[str]) -> None:
     skipped = [each for each in files if _find_kind(each) is None and not job.has_written(each)]
     if skipped:
         first = skipped[0]
@@ -371,7 +360,7 @@ def _list_files(given: str) -> tuple[str, list[str]]:
         if not skips(os.path.relpath(given, folder), os.path.relpath(path, folder)):
             found |= dict.fromkeys(_list_files(path)[1])
     if not found:
-        raise ConfigurationError(explain_missing(given))
+        raise ConfigurationError(f"{given} does not exist")
     return folder, list(found)
 
 
@@ -405,31 +394,21 @@ def _has_pages(path: str) -> bool:
         return False
 
 
-def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], Any, int]:
-    """Return the fragments of a source, and the last two values of `_open_table`."""
-    path, root, pictures = source
-    title = os.path.relpath(path, root)
-    is_table = not pictures and _find_kind(path) == "table"
+def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], Any]:
+    """Return the fragments of a source, and the names and types of its id and kept columns."""
+    path, title, names = source
+    is_table = not names and _find_kind(path) == "table"
     has_images = not is_table or job.image_column is not None
     rows = job.rows_per_file or (IMAGES_PER_FILE if has_images else ROWS_PER_FILE)
     stem = re.sub(r"[*?[]", "_", Path(path).stem[:40]).lstrip("._")  # or readers skip its vectors
     stem += f"-{hashlib.sha256(title.encode()).hexdigest()[:16]}"
-    mark, table, page = "", "", 0
-    names: tuple[str, ...] = ()
-    if pictures:
-        if not os.path.isdir(path):
-            path = os.path.commonpath(list(map(os.path.dirname, pictures)))
-            title = os.path.relpath(path, root)
-        names = tuple(sorted(os.path.relpath(picture, path) for picture in pictures))
-        count = len(names)
-    else:
-        mark = take_fingerprint(path)
+    mark = "" if names else take_fingerprint(path)
+    table = ""
     if is_table:
-        target = f"{folder}/{stem}.parquet"
-        table, count, schema, page = _open_table(job, path, title, target, rows, mark)
+        table, count, schema = _open_table(job, source, f"{folder}/{stem}.parquet", rows, mark)
     else:
-        schema = _find_page_schema(job, title)
-        if not pictures:
+        schema, count = _find_page_schema(job, title), len(names)
+        if not names:
             with pages.open_pages(path, title) as found:
                 count = len(found)
     fragments = []
@@ -438,23 +417,20 @@ def _cut_source(job: Job, source: Source, folder: str) -> tuple[list[Fragment], 
         name, size = f"{stem}-{first:012d}", min(rows, count - first)
         fingerprint = mark or take_fingerprint(path, some)
         fragments.append(Fragment(name, path, title, first, size, fingerprint, table, some))
-    return fragments, schema, page
+    return fragments, schema
 
 
-def _open_table(  # noqa: PLR0917
-    job: Job, path: str, title: str, target: str, rows: int, mark: str
-) -> tuple[str, int, Any, int]:
-    """Return the Parquet file of a table, its rows, its schema, and its largest page of images.
-
-    The schema has the ids, as `id`, and the kept columns.
-    """
+def _open_table(
+    job: Job, source: Source, target: str, rows: int, mark: str
+) -> tuple[str, int, pa.Schema]:
+    """Return the Parquet file of a table, the number of its rows, and its schema as above."""
+    path, title, _ = source
     wanted, given = job.find_columns(title)
-    if is_converted := convert.find_suffix(path) in convert.SUFFIXES:
+    if convert.find_suffix(path) in convert.SUFFIXES:
         convert.convert(path, title, target, wanted, rows, mark, job.dialect)
-    path = target if is_converted else path
+        path = target
     with tables.reading(title), open_parquet(path) as file:
         found, count = file.schema_arrow, file.metadata.num_rows
-        page = tables.measure_dictionary(file.metadata, job.image_column)
     tables.require_columns(wanted, found.names, title)
     for name in job.text_columns:
         tables.require_texts(found.field(name).type, name, title)
@@ -465,11 +441,11 @@ def _open_table(  # noqa: PLR0917
     for name in job.kept_columns:
         kinds[name] = pa.string() if name in given else tables.simplify(found.field(name).type)
     kinds |= {name: pa.type_for_alias(alias) for name, alias in job.types.items()}
-    return path, count, pa.schema(kinds), page
+    return path, count, pa.schema(kinds)
 
 
 def _find_page_schema(job: Job, title: str) -> Any:
-    for name in ("text_column", "image_column", "id_column", "types", "delimiter"):
+    for name in ("text_column", "image_column", "id_column", "types", "delimiter", "header"):
         if getattr(job, name):
             raise ConfigurationError(f"{name}: only for tables; images and PDFs have no columns")
     kinds = {"path": pa.string(), "page": pa.int32()}

@@ -119,10 +119,7 @@ def read_schema(job: Job) -> Any:
     record = _read_record(job, "job.json")
     if record is None:
         raise ConfigurationError(f"{job.out} has no job.json; call run.begin first")
-    try:
-        return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(record.get("schema", ""))))
-    except (pa.ArrowException, OSError, TypeError, ValueError) as exc:
-        raise _report_damage(job, "job.json", exc) from exc
+    return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(record["schema"])))
 
 
 def describe_engine(job: Job, embedder: Embedder) -> dict[str, str]:
@@ -169,24 +166,16 @@ def _agree(job: Job, name: str, settings: dict[str, Any], **more: str) -> None:
 
 def _read_record(job: Job, name: str) -> dict[str, Any] | None:
     """Return a record that `_agree` wrote; None if there is none."""
+    path = os.path.join(job.out, name)
     with files.writing(job.out):
-        content = files.read_bytes(os.path.join(job.out, name))
-    if content is None:
-        return None
+        content = files.read_bytes(path)
     try:
-        found = orjson.loads(content)
-        if not isinstance(found, dict) or "version" not in found:
-            raise ValueError("it is not a record of a job")
+        return None if content is None else dict(orjson.loads(content))
     except ValueError as exc:
-        raise _report_damage(job, name, exc) from exc
-    return found
-
-
-def _report_damage(job: Job, name: str, error: Exception) -> ConfigurationError:
-    return ConfigurationError(
-        f"{os.path.join(job.out, name)} is damaged ({first_line(error)}); restore it, or remove it "
-        "if this command and its engine are those that began the folder"
-    )
+        raise ConfigurationError(
+            f"{path} is damaged ({first_line(exc)}); restore it, or remove it if this command and "
+            "its engine are those that began the folder"
+        ) from exc
 
 
 def find_done(job: Job, fragments: Sequence[Fragment]) -> dict[str, Done]:
@@ -261,7 +250,7 @@ def make_error_row(source: str, index: int | None, id_: Any, error: Exception) -
     return {"id": id_, "reason": reason, "kind": kind, "source": source, "index": index}
 
 
-def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
+def merge_errors(job: Job, id_type: pa.DataType, unread: Sequence[Unread]) -> int:
     """Write `errors.parquet` from the fragments' errors; return the number of failed rows.
 
     A file that cannot be read is a row without an index, a fragment one with that of its first row.
@@ -275,10 +264,7 @@ def merge_errors(job: Job, unread: Sequence[Unread]) -> int:
             files.remove(path)
             return 0
         rows = 0
-        schema = make_error_schema(pa.string())
-        if parts:
-            with open_parquet(parts[0]) as file:
-                schema = file.schema_arrow
+        schema = make_error_schema(id_type)
         with (
             files.write_atomically(path) as temporary,
             pq.ParquetWriter(temporary, schema) as writer,

@@ -117,7 +117,9 @@ def plan(
         if documents:
             most_rows = int(missing * most)
             tokens, rate = _measure(job, embedder, documents, size, seconds, most_rows)
-            kept_bytes = _measure_kept(kept) / len(documents)
+            written = pa.BufferOutputStream()
+            pq.write_table(pa.concat_tables(kept).drop_columns(""), written, compression="zstd")
+            kept_bytes = written.tell() / len(documents)
     return Plan(count, missing, tokens, rate, kept_bytes, widths, work.unread)
 
 
@@ -137,7 +139,7 @@ def _draw(job: Job, work: Work, size: int) -> tuple[list[str | EmbeddingInput], 
                 names=fragment.names[start : start + rows],
             )  # fmt: skip
             try:
-                if fragment.kind == "table":
+                if fragment.table:
                     cursor = open_table(job, fragment, cursors)
                     part = replace(part, first=cursor.limit_seek(part.first, _SEEK_BYTES))
                 for window in read_windows(job, part, work.schema, size, cursors):
@@ -179,11 +181,3 @@ def _measure(  # noqa: PLR0917
         if took >= seconds / 4:
             break
     return tokens, rate
-
-
-def _measure_kept(tables: list[pa.Table]) -> int:
-    """Return the bytes of ids and kept columns in a file."""
-    table = pa.concat_tables(tables)
-    out = pa.BufferOutputStream()
-    pq.write_table(table.select(range(1, table.num_columns)), out, compression="zstd")
-    return int(out.tell())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from shared_engine.bulk.convert import REASON, TEXT, find_suffix
 from shared_engine.bulk.job import Fragment, Job
-from shared_engine.bulk.tables import Cursor, Cursors, cast_rows, read_texts, reading, simplify
+from shared_engine.bulk.tables import Cursor, Cursors, cast_rows, reading, simplify
 from shared_engine.documents import EmbeddingInput, join_title
 from shared_engine.errors import PageError
 
@@ -39,10 +39,14 @@ def read_windows(
     Raises:
         InputError: the source cannot be read.
     """
-    if fragment.kind != "table":
+    if not fragment.table:
+        fields = pa.schema([pa.field("", pa.int64()), *schema])
         pages = _read_pages(job, fragment, cursors)
         while some := list(islice(pages, size)):
-            yield _from_pages(schema, some)
+            refused = [(row[""], row["id"], why) for row, why in some if isinstance(why, str)]
+            good = [each for each in some if not isinstance(each[1], str)]
+            kept = pa.Table.from_pylist([row for row, _ in good], schema=fields)
+            yield Window(kept, [document for _, document in good], refused)
         return
     cursor = open_table(job, fragment, cursors)
     first = fragment.first
@@ -69,14 +73,11 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
     if REASON in table.column_names:
         reasons = {row: why for row, why in enumerate(table[REASON].to_pylist()) if why}
 
-    def note(name: str, wrong: dict[int, str]) -> None:
-        for row, why in wrong.items():
-            reasons.setdefault(row, f"column {name!r} {why}")
-
     def read(name: str, kind: pa.DataType) -> pa.ChunkedArray:
         """Return a column as this type; rows whose value is not of it get a reason."""
         values, wrong = cast_rows(table[name], kind)
-        note(name, wrong)
+        for row, why in wrong.items():
+            reasons.setdefault(row, f"column {name!r} {why}")
         return values
 
     count = table.num_rows
@@ -89,8 +90,7 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
                 reasons.setdefault(row, f"has no id in column {job.id_column}")
     texts: list[str | None] | None = None
     for name in job.text_columns:
-        found, wrong = read_texts(table[name])
-        note(name, wrong)
+        found = read(name, pa.string()).to_pylist()
         texts = found if texts is None else list(map(join_title, texts, found))
     images = None
     if (image := job.image_column) is not None:
@@ -147,7 +147,7 @@ def _read_pages(
         yield row, EmbeddingInput(image=path)
     if fragment.names:
         return
-    layer = job.pdf if fragment.kind == "pdf" else "picture"
+    layer = job.pdf if fragment.is_pdf else "picture"
     pages = cursors.open_pages(fragment.source, fragment.title)
     for number in range(fragment.first, fragment.first + fragment.rows):
         place = pages.places[number]
@@ -161,19 +161,3 @@ def _read_pages(
             document = str(exc)
         id_ = f"{fragment.title}#page={place.page}{part}"
         yield {"": number, "id": id_, "path": fragment.source, "page": place.page}, document
-
-
-def _from_pages(
-    schema: Any, pages: Sequence[tuple[dict[str, Any], EmbeddingInput | str]]
-) -> Window:
-    documents: list[str | EmbeddingInput] = []
-    refused: list[tuple[int, Any, str]] = []
-    kept: list[dict[str, Any]] = []
-    for row, document in pages:
-        if isinstance(document, str):
-            refused.append((row[""], row["id"], document))
-        else:
-            documents.append(document)
-            kept.append(row)
-    fields = pa.schema([pa.field("", pa.int64()), *schema])
-    return Window(pa.Table.from_pylist(kept, schema=fields), documents, refused)

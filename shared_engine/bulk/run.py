@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
+import pyarrow as pa
 from tqdm.auto import tqdm
 
 from shared_engine.backend import Rows
@@ -22,7 +23,7 @@ from shared_engine.bulk.job import TABLES, Fragment, Job, Source, Unread, find_s
 from shared_engine.bulk.manifest import Done
 from shared_engine.bulk.tables import Cursors
 from shared_engine.embedder import Embedder
-from shared_engine.errors import InputError
+from shared_engine.errors import EngineClosedError, InputError
 from shared_engine.stream import Stream
 
 IN_FLIGHT = 8
@@ -120,14 +121,14 @@ def begin(job: Job) -> Iterator[Work]:
         yield work
 
 
-def finish(
-    job: Job, work: Work, done: Sequence[Done], unread: Sequence[Unread], seconds: float
-) -> Summary:
+def finish(job: Job, work: Work, outcomes: Sequence[Done | Unread], seconds: float) -> Summary:
     """Merge the errors of a job and return the counts of a run."""
     before = work.done.values()
-    lost = (*work.unread, *unread)
+    done = [each for each in outcomes if isinstance(each, Done)]
+    lost = (*work.unread, *(each for each in outcomes if isinstance(each, Unread)))
     manifest.remove_leftovers(job)  # of workers of a cluster that died
-    failed = manifest.merge_errors(job, lost)
+    id_type = pa.string() if work.schema is None else work.schema.field("id").type
+    failed = manifest.merge_errors(job, id_type, lost)
     if not lost and len(done) == len(work.missing):
         with suppress(OSError):  # a file that another node still has open may stay, as on NFS
             files.remove(os.path.join(job.out, TABLES))
@@ -180,19 +181,14 @@ def run_local(
             bar.close()
             if engine is not embedder:
                 engine.close(cancel=True)
-        return finish(job, work, running.done, running.unread, time.monotonic() - start)
-
-
-class _StoppedError(Exception):
-    """Ends a fragment because another ended the run."""
+        return finish(job, work, running.outcomes, time.monotonic() - start)
 
 
 class _Running:
     """Fragments in flight on one embedder."""
 
     def __init__(self, job: Job, embedder: Embedder, bar: Any) -> None:
-        self.done: list[Done] = []
-        self.unread: list[Unread] = []
+        self.outcomes: list[Done | Unread] = []
         self._job, self._embedder, self._bar = job, embedder, bar
         self._turn = threading.Semaphore(1)
         self._lock = threading.Lock()
@@ -232,8 +228,7 @@ class _Running:
     def _watch(self, stream: Stream[Rows]) -> None:
         with self._lock:
             self._streams.add(stream)
-        if self._failure is not None:  # `_stop` may not have seen the stream
-            raise _StoppedError
+        self._check_stopped()  # `_stop` may not have seen the stream
 
     def _embed(self, fragment: Fragment) -> None:
         with ExitStack() as turn:
@@ -248,20 +243,20 @@ class _Running:
                     cursors=self._cursors,
                     on_stream=self._watch,
                 )
-                self.done.append(done)
-            except InputError as exc:
-                if self._job.strict:
+                self.outcomes.append(done)
+            except BaseException as exc:
+                if self._job.strict or not isinstance(exc, InputError):
                     self._stop(exc)
                 else:
-                    self.unread.append(Unread(fragment.title, fragment.first, fragment.rows, exc))
-            except _StoppedError:
-                pass
-            except BaseException as exc:
-                self._stop(exc)
+                    lost = Unread(fragment.title, fragment.first, fragment.rows, exc)
+                    self.outcomes.append(lost)
+
+    def _check_stopped(self) -> None:
+        if self._failure is not None:
+            raise EngineClosedError("the run was stopped")
 
     def _advance(self, rows: int, failed: int, tokens: int) -> None:
-        if self._failure is not None:
-            raise _StoppedError
+        self._check_stopped()
         with self._lock:
             self._tokens += tokens
             rate = self._tokens / (time.monotonic() - self._start)

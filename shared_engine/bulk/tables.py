@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import accumulate
 from uuid import UUID
 
@@ -32,7 +33,9 @@ def reading(title: str) -> Iterator[None]:
         raise InputError(f"{title} cannot be read: {str(exc) or type(exc).__name__}") from exc
 
 
-def require_columns(wanted: Iterable[str], found: Sequence[str], title: str) -> None:
+def require_columns(
+    wanted: Iterable[str], found: Sequence[str], title: str, hint: str = ""
+) -> None:
     """Check that a table has each column, once.
 
     Raises:
@@ -41,7 +44,7 @@ def require_columns(wanted: Iterable[str], found: Sequence[str], title: str) -> 
     for name in wanted:
         if (count := found.count(name)) != 1:
             problem = f"{count} columns {name!r}" if count else f"no column {name!r}"
-            raise ConfigurationError(f"{title} has {problem}; it has {', '.join(found)}")
+            raise ConfigurationError(f"{title} has {problem}; it has {', '.join(found)}{hint}")
 
 
 # Types
@@ -50,32 +53,22 @@ _SAME_VALUES = {
     pa.large_string(): pa.string(), pa.string_view(): pa.string(),
     pa.large_binary(): pa.binary(), pa.binary_view(): pa.binary(),
 }  # fmt: skip
-BYTES = {
-    pa.string(): pa.binary(), pa.large_string(): pa.large_binary(),
-    pa.string_view(): pa.binary_view(),
-}  # fmt: skip
-"""Types of the bytes of texts."""
 
 
-def simplify(  # noqa: PLR0911
-    kind: pa.DataType, simpler: Mapping[pa.DataType, pa.DataType] = _SAME_VALUES
-) -> pa.DataType:
+def simplify(kind: pa.DataType) -> pa.DataType:  # noqa: PLR0911
     """Return the type to keep values of a type as: without views, dictionaries, long offsets.
-
-    Args:
-        simpler: types to replace, also in lists, structs and maps.
 
     >>> simplify(pa.dictionary(pa.int8(), pa.large_string()))
     DataType(string)
     """
 
     def inner(field: pa.Field) -> pa.Field:
-        return field.with_type(simplify(field.type, simpler))
+        return field.with_type(simplify(field.type))
 
     if pa.types.is_dictionary(kind):
-        return simplify(kind.value_type, simpler)
+        return simplify(kind.value_type)
     if isinstance(kind, pa.JsonType):
-        return simplify(kind.storage_type, simpler)
+        return simplify(kind.storage_type)
     if pa.types.is_list(kind):
         return pa.list_(inner(kind.value_field))
     if pa.types.is_fixed_size_list(kind):
@@ -86,7 +79,7 @@ def simplify(  # noqa: PLR0911
         return pa.large_list(inner(kind.value_field))
     if pa.types.is_struct(kind):
         return pa.struct([inner(field) for field in kind])
-    return simpler.get(kind, kind)
+    return _SAME_VALUES.get(kind, kind)
 
 
 def cast(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
@@ -146,8 +139,8 @@ def require_texts(kind: pa.DataType, name: str, title: str) -> None:
 def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, dict[int, str]]:
     """Return a column as another type, and the reasons of rows with values that it cannot hold.
 
-    Every value has a text: lists, structs and maps become JSON, a duration has its unit, and bytes
-    are UTF-8.
+    Every value has a text: lists, structs and maps become JSON, and bytes are UTF-8. As a text, NaN
+    is missing, as pandas writes it.
     """
     try:
         return _cast_checked(column, kind), {}
@@ -165,22 +158,13 @@ def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArr
     return pa.chunked_array(parts), reasons
 
 
-def read_texts(column: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str]]:
-    """Return the texts of a column, None for missing ones, and the reasons of `cast_rows`."""
-    if pa.types.is_floating(column.type):  # a missing value of pandas is NaN
-        column = pc.if_else(pc.is_nan(column), None, column)
-    texts, reasons = cast_rows(column, pa.string())
-    return texts.to_pylist(), reasons
-
-
 def _cast_checked(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    has_no_cast = pa.types.is_nested(column.type) or isinstance(column.type, pa.UuidType)
-    if kind == pa.string() and pa.types.is_duration(column.type):
-        count = column.cast(pa.int64()).cast(kind)
-        found = pc.binary_join_element_wise(count, column.type.unit, " ")
-    elif kind == pa.string() and has_no_cast:
+    has_no_cast = pa.types.is_nested(column.type) or pa.types.is_duration(column.type)
+    if kind == pa.string() and (has_no_cast or isinstance(column.type, pa.UuidType)):
         texts = [None if value is None else _to_text(value) for value in column.to_pylist()]
         found = pa.chunked_array([texts], kind)
+    elif kind == pa.string() and pa.types.is_floating(column.type):
+        found = pc.if_else(pc.is_nan(column), None, column).cast(kind)
     else:
         found = cast(column, kind)
     found.validate(full=True)  # also the bytes of texts in lists and structs
@@ -192,26 +176,12 @@ def _cast_checked(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray
 
 
 def _to_text(value: object) -> str:
-    if isinstance(value, UUID):
+    if isinstance(value, (UUID, timedelta)):
         return str(value)
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
 # Rows
-
-
-def find_chunks(group: pq.RowGroupMetaData, columns: Sequence[str]) -> list[pq.ColumnChunkMetaData]:
-    """Return what the footer has of some columns in a row group."""
-    chunks = map(group.column, range(group.num_columns))
-    return [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
-
-
-def measure_dictionary(footer: pq.FileMetaData, column: str | None) -> int:
-    """Return the bytes of the largest dictionary page; a footer has no sizes of other pages."""
-    groups = map(footer.row_group, range(footer.num_row_groups if column else 0))
-    chunks = (chunk for group in groups for chunk in find_chunks(group, [str(column)]))
-    sizes = [c.data_page_offset - c.dictionary_page_offset for c in chunks if c.has_dictionary_page]
-    return max(sizes, default=0)
 
 
 class Cursor:
@@ -248,21 +218,21 @@ class Cursor:
 
     def limit_seek(self, row: int, cost: int) -> int:
         """Return a row of the same row group that a seek reaches for about `cost` bytes at most."""
-        number = self._find_group(row)
-        chunks = find_chunks(self._groups[number], self.columns)
-        size = sum(chunk.total_compressed_size for chunk in chunks)
-        start = self._starts[number]
-        return start + int((row - start) * min(1.0, cost / max(1, size)))
+        start = self._starts[self._find_group(row)]
+        return min(row, start + cost // max(1, self.measure_row(row)))
 
-    def measure_row(self, first: int, rows: int) -> int:
+    def measure_row(self, first: int, rows: int = 1) -> int:
         """Return the bytes of a mean row, decompressed, in the largest row group of some rows."""
         groups = self._groups[self._find_group(first) : self._find_group(first + rows - 1) + 1]
-        sizes: list[int] = [
-            sum(chunk.total_uncompressed_size for chunk in find_chunks(group, self.columns))
-            // max(1, group.num_rows)
-            for group in groups
-        ]
-        return max(sizes)
+        return max(int(self._measure_group(each) / max(1, each.num_rows)) for each in groups)
+
+    def _measure_group(self, group: pq.RowGroupMetaData) -> int:
+        sizes: Iterator[int] = (
+            chunk.total_uncompressed_size
+            for chunk in map(group.column, range(group.num_columns))
+            if chunk.path_in_schema.partition(".")[0] in self.columns
+        )
+        return sum(sizes)
 
     def close(self) -> None:
         """Close the file."""

@@ -41,12 +41,6 @@ def skips(pattern: str, path: str) -> bool:
     )
 
 
-def explain_missing(given: str) -> str:
-    """Return the message for a path, a URL or a pattern that no file has."""
-    hint = "; in a pattern, write a [ of a name as [[]" if "[" in given else ""
-    return f"{given} does not exist{hint}"
-
-
 def locate(path: str) -> tuple[Any, str]:
     """Return the file system of a path or URL, and the path in it.
 
@@ -102,7 +96,7 @@ def list_remote(url: str) -> tuple[str, list[str]]:
         if (is_match or folder == pattern) and not skips(pattern[len(folder) :], name):
             files.append(folder + name)
     if not files:
-        raise ConfigurationError(explain_missing(url) + f" ({OPTIONS_HINT})" * ("?" in url))
+        raise ConfigurationError(f"{url} does not exist" + f" ({OPTIONS_HINT})" * ("?" in url))
     return folder, sorted(files)
 
 

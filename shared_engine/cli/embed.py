@@ -16,6 +16,7 @@ from shared_engine.cli.options import (
     add_key,
     add_logging,
     add_options,
+    find_given,
     read_options,
 )
 from shared_engine.cli.report import print_error
@@ -23,6 +24,12 @@ from shared_engine.endpoints import read_key
 
 _HEADING_SECONDS, _PLAN_SECONDS = 2.0, 10.0
 """How long to measure the engine before a run, and for a plan."""
+_OF_WORKERS = {
+    "workers": (int, "Number of engines on the cluster. Default: one per GPU, or one per node."),
+    "cpus_per_worker": (float, "Cores of each. Default: 1 with a GPU or NIM, else as many as fit."),
+    "gpus_per_worker": (float, "GPUs of each. Default: 1 for a local model if a node has GPUs."),
+}
+"""Arguments of `run_ray`, with their type and help; each of them runs the job on a cluster."""
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -111,6 +118,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "with otherwise, as in the files of MS MARCO.",
     )
     verb.add_argument(
+        "--header",
+        type=_split,
+        metavar="A,B",
+        help="Names of the columns of CSV and TSV files without a line of names, such as id,text. "
+        "Default: the first line.",
+    )
+    verb.add_argument(
         "--rows-per-file",
         type=int,
         metavar="N",
@@ -142,24 +156,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="Embed on a Ray cluster. Default address: RAY_ADDRESS, or a new cluster on this "
         "machine; auto: the cluster that runs on this machine.",
     )
-    verb.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="Number of engines on the cluster. Default: one per GPU, or one per node.",
-    )
-    verb.add_argument(
-        "--cpus-per-worker",
-        type=float,
-        metavar="N",
-        help="Cores of each engine. Default: 1 with a GPU or a NIM, else as many as fit.",
-    )
-    verb.add_argument(
-        "--gpus-per-worker",
-        type=float,
-        metavar="N",
-        help="GPUs of each engine. Default: 1 if a node has GPUs and the model runs there, else 0.",
-    )
+    for name, (kind, text) in _OF_WORKERS.items():
+        verb.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
     add_options(verb, (*LOCAL, *VECTORS, *REMOTE))
     add_key(verb)
     add_logging(verb, "warning")
@@ -196,16 +194,11 @@ def run(args: argparse.Namespace) -> int:
     inputs = tuple(map(_find_path, args.inputs))
     settings = vars(args) | {"inputs": inputs, "out": _find_path(args.out), "options": options}
     job = Job(**{field.name: settings[field.name] for field in fields(Job)})
-    if args.ray is not None and not args.plan:
+    share = find_given(args, _OF_WORKERS)
+    if (share or args.ray is not None) and not args.plan:
         with needs_extra("ray"):
             from shared_engine.distributed.bulk import run_ray
-        summary = run_ray(
-            job,
-            args.ray or None,
-            workers=args.workers,
-            cpus_per_worker=args.cpus_per_worker,
-            gpus_per_worker=args.gpus_per_worker,
-        )
+        summary = run_ray(job, args.ray or None, **share)
     else:
         from shared_engine.embedder import Embedder
 

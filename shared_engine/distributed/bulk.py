@@ -68,30 +68,25 @@ def run_ray(
     """
     import_ray()
     started = time.perf_counter()
-    done: list[Done] = []
-    unread: list[Unread] = []
+    outcomes: list[Done | Unread] = []
     with begin(job) as work:
         if work.missing:
             with connect(address):
                 count, share = find_share(
                     job.options, workers, cpus=cpus_per_worker, gpus=gpus_per_worker
                 )
-                with closing(embed_fragments(job, work.missing, count, share)) as outcomes:
-                    for fragment, outcome in outcomes:
-                        if isinstance(outcome, Done):
-                            done.append(outcome)
-                        elif isinstance(outcome, InputError) and not job.strict:
-                            lost = Unread(fragment.title, fragment.first, fragment.rows, outcome)
-                            unread.append(lost)
-                        else:
+                with closing(embed_fragments(job, work.missing, count, share)) as found:
+                    for outcome in found:
+                        if isinstance(outcome, NeMoRetrieverError):
                             raise outcome
-        return finish(job, work, done, unread, time.perf_counter() - started)
+                        outcomes.append(outcome)
+        return finish(job, work, outcomes, time.perf_counter() - started)
 
 
 def embed_fragments(
     job: Job, fragments: Sequence[Fragment], workers: int, share: Share
-) -> Generator[tuple[Fragment, Done | NeMoRetrieverError], None, None]:
-    """Yield fragments with their outcomes, as they end; closing the iterator ends the actors.
+) -> Generator[Done | Unread | NeMoRetrieverError, None, None]:
+    """Yield the outcomes of fragments, as they end; closing the iterator ends the actors.
 
     Args:
         job: the job of the fragments.
@@ -161,7 +156,7 @@ def embed_fragments(
                 for _ in range(AT_ONCE):
                     following = submit(actor, following)
             else:
-                yield fragments[number], outcome
+                yield outcome
                 submit(actor, number + 1)
     finally:
         for actor in {id(actor): actor for actor, _ in calls.values()}.values():
@@ -180,8 +175,8 @@ class Worker:
     def start(self) -> None:
         """Return: the actor has started."""
 
-    def embed(self, fragment: Fragment) -> Done | NeMoRetrieverError:
-        """Embed a fragment; return its error instead of raising it."""
+    def embed(self, fragment: Fragment) -> Done | Unread | NeMoRetrieverError:
+        """Embed a fragment; return an error that ends the run instead of raising it."""
         with ExitStack() as turn:
             turn.enter_context(self._reading)
             try:
@@ -189,6 +184,8 @@ class Worker:
                     self._job, self._embedder, fragment, on_read=turn.close, cursors=self._cursors
                 )
             except NeMoRetrieverError as exc:
-                return exc
+                if self._job.strict or not isinstance(exc, InputError):
+                    return exc
+                return Unread(fragment.title, fragment.first, fragment.rows, exc)
             except Exception:
                 return EngineError(f"{fragment.title}: {traceback.format_exc()}")

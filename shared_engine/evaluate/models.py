@@ -270,7 +270,6 @@ def embed(model: Model, collection: Collection, role: Role, cache: Path) -> NDAr
                 raise InputError(f"{collection.path}, {name!r}: {error.args[0]}") from error
             file.write(rows.vectors.astype("<f4").tobytes())
             file.flush()
-            os.fsync(file.fileno())  # after a power cut a hole would count as vectors
             done += len(rows)
     found: NDArray[np.float32] = np.load(path, mmap_mode="r")
     return found

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mteb
 import numpy as np
@@ -23,12 +22,12 @@ from shared_engine.embedder import Embedder
 from shared_engine.errors import ConfigurationError
 from shared_engine.evaluate.data import Collection, find_split, read_folder
 from shared_engine.evaluate.models import WINDOW
+from shared_engine.evaluate.report import format_table
 from shared_engine.evaluate.search import decode
 from shared_engine.options import Options
 
 
-@dataclass(frozen=True)
-class CardRow:
+class CardRow(NamedTuple):
     """A figure of a model card: Recall@5, averaged over several data sets."""
 
     model: str
@@ -37,11 +36,12 @@ class CardRow:
     recall_at_5: float
     of: str
     """The data sets, in the card's words."""
-    subsets: tuple[str, ...] = ()
+    subsets: tuple[str, ...] | None = None
 
 
 _300M = "nvidia/llama-3.2-nemoretriever-300m-embed-v2"
 _VL = "nvidia/llama-3.2-nemoretriever-1b-vlm-embed-v1"
+_HARD = "MIRACL (multilingual), an internal version with hard negatives"
 _MLQA = tuple(f"{name}-{name}" for name in ("ara", "deu", "eng", "hin", "spa", "vie", "zho"))
 _VIDORE = tuple(
     f"Vidore{name}Retrieval"
@@ -51,20 +51,10 @@ _VIDORE = tuple(
         "SyntheticDocQAHealthcareIndustry",
     )
 )
-
 CARDS = {
-    "qa": CardRow(
-        _300M, ("NQ", "HotpotQA", "FiQA2018"), 0.6292, "NQ, HotpotQA, FiQA, TechQA dataset"
-    ),
-    "miracl": CardRow(
-        _300M,
-        ("MIRACLRetrievalHardNegatives",),
-        0.6612,
-        "MIRACL (multilingual), an internal version with hard negatives",
-    ),
-    "mlqa": CardRow(
-        _300M, ("MLQARetrieval",), 0.7591, "MLQA dataset with different languages", _MLQA
-    ),
+    "qa": CardRow(_300M, ("NQ", "HotpotQA", "FiQA2018"), 0.6292, "NQ, HotpotQA, FiQA, TechQA"),
+    "miracl": CardRow(_300M, ("MIRACLRetrievalHardNegatives",), 0.6612, _HARD),
+    "mlqa": CardRow(_300M, ("MLQARetrieval",), 0.7591, "MLQA with different languages", _MLQA),
     "mldr": CardRow(_300M, ("MultiLongDocRetrieval",), 0.5327, "MLDR"),
     "vidore": CardRow(_VL, _VIDORE, 0.809, "DigitalCorpora-767, Earnings, ViDoRe V1"),
 }
@@ -155,31 +145,30 @@ def run_tasks(
     ]
 
 
-def write_tasks(rows: list[dict[str, Any]]) -> str:
+def write_tasks(rows: Sequence[dict[str, Any]]) -> str:
     """Return figures of tasks as a Markdown table, with those of the model cards."""
-    names = ("task", "subset", "split", "Recall@5", "nDCG@10")
-    lines = [f"| {' | '.join(names)} |", "| --- | --- | --- | ---: | ---: |"]
-    by_task: dict[str, list[float]] = {}
-    for row in rows:
-        figures = (f"{row[name]:.4f}" for name in names[3:])
-        lines.append(f"| {' | '.join([*(row[name] for name in names[:3]), *figures])} |")
-        by_task.setdefault(row["task"], []).append(row["Recall@5"])
+    texts = ("task", "subset", "split")
+    lines = [
+        format_table(
+            [{name: v if name in texts else f"{v:.4f}" for name, v in row.items()} for row in rows]
+        )
+    ]
     for card in CARDS.values():
-        if measured := [task for task in card.tasks if task in by_task]:
-            mean = np.mean([np.mean(by_task[task]) for task in measured])
+        found = [[row["Recall@5"] for row in rows if row["task"] == task] for task in card.tasks]
+        if means := [np.mean(values) for values in found if values]:
+            measured = [task for task, values in zip(card.tasks, found, strict=True) if values]
             lines.append(
-                f"\nAverage Recall@5 of {', '.join(measured)}: {mean:.4f}. Model card of "
+                f"Average Recall@5 of {', '.join(measured)}: {np.mean(means):.4f}. Model card of "
                 f"{card.model}: {card.recall_at_5:.4f}, averaged over {card.of}."
             )
-    return "\n".join(lines)
+    return "\n\n".join(lines)
 
 
 def _find_tasks(name: str) -> Iterator[AbsTaskRetrieval]:
     row = CARDS.get(name)
-    subsets = list(row.subsets) if row and row.subsets else None
     for task_name in row.tasks if row else (name,):
         try:
-            task = mteb.get_task(task_name, hf_subsets=subsets)
+            task = mteb.get_task(task_name, hf_subsets=row and row.subsets)
         except (KeyError, ValueError) as exc:
             raise ConfigurationError(f"--mteb {task_name}: {exc.args[0]}") from None
         if not isinstance(task, AbsTaskRetrieval):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,21 @@ def write_table(report: Report) -> str:
         lines.append("; ".join(f"{name}: {count:,}" for name, count in counts.items()))
     rows = list(map(_cells, report.rows))
     rows[0][_DIFFERENCE] = ""  # the first row against itself
+    lines += ["", format_table(rows), "", *(f"Left out: {reason}" for reason in report.left_out)]
+    return "\n".join(lines).rstrip()
+
+
+def format_table(rows: Sequence[dict[str, str]]) -> str:
+    """Return rows of equal keys as a Markdown table, without empty columns."""
     shown = [name for name in rows[0] if any(row[name] for row in rows)]
     columns = [[name, "---:", *(row[name] for row in rows)] for name in shown]
     columns[0][1] = "---"
     widths = [max(map(len, column)) for column in columns]
-    lines.append("")
-    for cells in zip(*columns, strict=True):
-        padded = [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]
-        lines.append(f"| {' | '.join(padded)} |")
-    lines += ["", *(f"Left out: {reason}" for reason in report.left_out)]
-    return "\n".join(lines).rstrip()
+    padded = (
+        [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]
+        for cells in zip(*columns, strict=True)
+    )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
 def _cells(row: Row) -> dict[str, str]:

@@ -103,8 +103,9 @@ def test_the_share_of_a_worker_is_given_to_the_cluster(command, monkeypatch):
     share = ["--workers", "3", "--cpus-per-worker", "2", "--gpus-per-worker", "0.5"]
     assert main([*command, "--ray", *share]) == 0
     assert main([*command, "--ray", "auto", *share]) == 0
+    assert main([*command, "--workers", "3"]) == 0
     asked = {"workers": 3, "cpus_per_worker": 2.0, "gpus_per_worker": 0.5}
-    assert given == [(None, asked), ("auto", asked)]
+    assert given == [(None, asked), ("auto", asked), (None, {"workers": 3})]
 
 
 def test_a_plan_leaves_out_what_it_cannot_read_and_names_it(command, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import decimal
 import gzip
-import io
 import json
 import os
 import uuid
@@ -97,23 +96,13 @@ def test_a_compressed_file_that_is_cut_off_is_named(tmp_path, make_job):
         run(make_job(path, columns=(), strict=True))
 
 
-@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("suffix", TEXTS)
-def test_utf_16_and_utf_32_are_named(suffix, codec, tmp_path, make_job):
+def test_utf_16_is_named(suffix, codec, tmp_path, make_job):
     path = tmp_path / f"in{suffix}.gz"
     path.write_bytes(gzip.compress(TEXTS[suffix].lstrip("\ufeff").encode(codec)))
-    with pytest.raises(
-        InputError, match=f"it is {codec[:6].upper()}; convert it first, as by iconv"
-    ):
+    with pytest.raises(InputError, match="it is UTF-16; convert it first, as by iconv"):
         run(make_job(path, id_column=None, columns=(), strict=True))
-
-
-def _write_table(open_file):
-    with io.BytesIO() as file:
-        table = passages(1)
-        with open_file(file, table.schema) as writer:
-            writer.write_table(table)
-        return file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -122,19 +111,17 @@ def _write_table(open_file):
         (gzip.compress(b"key,text\n0,a\n"), r"gzip; add \.gz"),
         (bz2.compress(b"key,text\n0,a\n"), r"bzip2; add \.bz2"),
         (pa.compress(b"key,text\n0,a\n", "zstd", asbytes=True), r"Zstandard; add \.zst"),
-        (_write_table(pq.ParquetWriter), r"a Parquet file; end its name in \.parquet"),
-        (_write_table(pa.ipc.new_file), r"an Arrow file; end its name in \.arrow"),
         (b"PK\x03\x04\x14\0\x08\x08", "an Excel or ZIP file; export the sheet as CSV"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel file; export the sheet as CSV"),
     ],
-    ids=["gzip", "bzip2", "zstd", "parquet", "arrow", "xlsx", "xls"],
+    ids=["gzip", "bzip2", "zstd", "xlsx", "xls"],
 )
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_a_file_of_another_format_is_named_with_what_to_do(suffix, content, said, tmp_path):
     path = tmp_path / f"in{suffix}"
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"^in cannot be read: it is (compressed by )?{said}"):
-        convert(str(path), "in", str(tmp_path / "out.parquet"), ["key"], 9, "")
+        convert(str(path), "in", str(tmp_path / "out.parquet"), {"key": False}, 9, "", {})
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -143,7 +130,7 @@ def test_the_first_line_of_excel_gives_the_delimiter(delimiter, end, tmp_path):
     lines = [f"\ufeffsep={delimiter}", f"key{delimiter}text", f"1{delimiter}a", ""]
     (tmp_path / "in.csv").write_text(end.join(lines), newline="")
     target = str(tmp_path / "out.parquet")
-    convert(str(tmp_path / "in.csv"), "in", target, ["key", "text"], 9, "")
+    convert(str(tmp_path / "in.csv"), "in", target, {"key": False, "text": False}, 9, "", {})
     assert pq.read_table(target).select(["key", "text"]).to_pylist() == [{"key": "1", "text": "a"}]
 
 
@@ -176,6 +163,43 @@ def test_quotation_marks_can_be_text(suffix, tmp_path, checkpoint, capsys):
     assert [row["text"] for row in rows] == [text.replace(",", "") for text in texts]
     assert main([*command, str(tmp_path / "out")]) == 2
     assert "was begun with quotes False, now it is True" in capsys.readouterr().err
+
+
+def test_files_without_a_line_of_names_get_them(tmp_path, checkpoint, capsys):
+    """As MS MARCO's, those of Spark and COPY, and a line that is empty."""
+    (tmp_path / "in.tsv").write_text('0\t"Yes" he said\tx\n1\ta\t\\N\n\n2\t\\N\tx\n3\tb\n')
+    command = ["embed", str(tmp_path / "in.tsv"), "--out", str(tmp_path / "out"), "--no-quotes",
+               "--model", str(checkpoint), "--id-column", "id",
+               "--columns", "text,note"]  # fmt: skip
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert 'it has 0, "Yes" he said, x (--delimiter sets the delimiter, --header the names' in told
+    assert main([*command, "--header", "id, text, note"]) == 1
+    rows = pq.read_table(tmp_path / "out" / "vectors").to_pylist()
+    assert [(row["id"], row["text"], row["note"]) for row in rows] == [
+        ("0", '"Yes" he said', "x"), ("1", "a", r"\N"),
+    ]  # fmt: skip
+    errors = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert [error["reason"] for error in errors] == ["has no text", "has 2 fields; expected 3"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (
+            rb'1,"he said \"hi\""',
+            r"""write \" as "", as Spark does with escape='"'""",
+        ),
+        (b'1,"he said "hi""', "--no-quotes takes quotation marks as text"),
+        (b"1,caf\xe9", "not UTF-8 in column 'text', at 3; convert the file first, as by iconv"),
+    ],
+)
+def test_a_reason_says_how_to_write_the_record(line, reason, tmp_path, make_job):
+    (tmp_path / "in.csv").write_bytes(b"key,text\n0,a\n" + line + b"\n")
+    job = make_job(tmp_path / "in.csv", columns=())
+    assert run(job).failed == 1
+    (error,) = pq.read_table(Path(job.out, "errors.parquet")).to_pylist()
+    assert reason in error["reason"]
 
 
 def test_two_quotes_of_two_lines_join_no_records_of_a_tsv(tmp_path, checkpoint, capsys):
@@ -262,11 +286,6 @@ def test_files_of_other_formats_in_a_folder_are_told(tmp_path, make_job, caplog)
 def test_a_pattern_that_no_file_has_is_named(tmp_path, make_job):
     with pytest.raises(ConfigurationError, match=r"\*\.csv does not exist$"):
         run(make_job(tmp_path / "*.csv"))
-    (tmp_path / "data[1]").mkdir()
-    (tmp_path / "data[1]" / "a.csv").write_text("text\na\n")
-    with pytest.raises(ConfigurationError, match=r"does not exist; .* write a \[ .* as \[\[\]$"):
-        run(make_job(tmp_path / "data[1]" / "*.csv"))
-    assert run(make_job(tmp_path / "data[[]1]" / "*.csv", id_column=None, columns=())).rows == 1
 
 
 @pytest.mark.parametrize("given", ["out", "out/*.csv", "out/a.csv", "out/vectors"])
@@ -458,7 +477,6 @@ def test_tables_of_other_file_systems(url, titles, remote, make_job):
     [
         (["memory://bucket/none"], "memory://bucket/none does not exist"),
         (["memory://bucket/in/*.feather"], "does not exist"),
-        (["memory://bucket/in[1]/*.csv"], r"does not exist; .* as \[\[\]$"),
         (["memory://bucket/in?endpoint=here"], "options after . are not read"),
         (["memory://bucket/in", "{here}"], "inputs are local paths and URLs"),
         (["no-such://bucket/in"], "no-such://bucket cannot be opened"),

@@ -18,7 +18,7 @@ from PIL import Image
 
 from shared_engine.bulk import EmbedBatch, fragment
 from shared_engine.bulk.job import Job
-from shared_engine.bulk.run import begin, find_work, run_local
+from shared_engine.bulk.run import begin, run_local
 from shared_engine.errors import ConfigurationError
 from shared_engine.images import pages
 from tests.support import pdfs
@@ -283,25 +283,6 @@ def test_large_images_of_a_table_are_read_a_few_at_a_time(
                 job, embedder, *work.missing, on_rows=lambda rows, *_: found.append(rows)
             )
     assert found == windows
-
-
-@pytest.mark.parametrize("options", [{}, {"write_batch_size": 1}, {"row_group_size": 2}])
-def test_pages_of_many_images_are_told_with_how_to_write_them(
-    options, tmp_path, monkeypatch, caplog
-):
-    """pyarrow writes up to 1,024 values into a page; a reader has a page as a whole."""
-    monkeypatch.setattr("shared_engine.bulk.job._LARGE_PAGE", 3 << 20)
-    (tmp_path / "in").mkdir()
-    images = [{"bytes": bytes([n]) * 8 + os.urandom(1 << 20), "path": None} for n in range(9)]
-    for name in ("a.parquet", "b.parquet"):
-        table = pa.table({"image": images, "text": [os.urandom(1 << 20)] * 9})
-        pq.write_table(table, tmp_path / "in" / name, **options)
-    find_work(Job((str(tmp_path / "in"),), str(tmp_path / "out"), image_column="image"))
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(told) == (not options)
-    if told:
-        assert told[0].startswith("2 files have pages of images of over 3 MB")
-        assert f"{tmp_path}/in/a.parquet; write them with pyarrow's write_batch_size=1" in told[0]
 
 
 @pytest.mark.parametrize("column", ["text_column", "image_column", "id_column"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -11,7 +10,6 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from stat import S_ISDIR
 from typing import Any
 
 import httpx
@@ -307,7 +305,7 @@ def test_a_source_that_changed_is_noticed(make_job):
     [
         {"role": "query"}, {"id_column": None}, {"columns": ()}, {"rows_per_file": 31},
         {"delimiter": ";"}, {"pdf": "text"}, {"image_column": "text"}, {"text_column": "lang"},
-        {"types": {"lang": "binary"}}, {"quotes": False},
+        {"types": {"lang": "binary"}}, {"quotes": False}, {"header": ("key", "text")},
     ],
 )  # fmt: skip
 def test_each_setting_of_a_job_is_that_of_all_its_runs(other, make_job):
@@ -537,29 +535,6 @@ def test_files_that_cannot_be_read_or_lack_the_column_leave_the_others(tmp_path,
     assert run(job).is_complete
     assert not Path(job.out, "errors.parquet").exists()
     assert not list(Path(job.out).glob("**/.*"))
-
-
-@pytest.mark.parametrize(
-    ("function", "number", "is_fine"),
-    [("open", errno.EACCES, True), ("fsync", errno.EINVAL, True), ("fsync", errno.EIO, False)],
-)
-def test_a_folder_that_cannot_be_synced_will_do(function, number, is_fine, make_job, monkeypatch):
-    """As on Windows, and on some file systems on a network; a disk that fails will not."""
-    real = getattr(os, function)
-
-    def refuse(what: str | int, *more: Any, **named: Any) -> Any:
-        is_folder = isinstance(what, int) and S_ISDIR(os.fstat(what).st_mode)
-        if is_folder or str(what).endswith("vectors"):
-            raise OSError(number, os.strerror(number))
-        return real(what, *more, **named)
-
-    job = make_job()
-    monkeypatch.setattr(manifest.os, function, refuse)
-    if is_fine:
-        assert run(job).rows == 100
-    else:
-        with pytest.raises(OutputError, match="Input/output error"):
-            run(job)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".feather", ".csv", ".jsonl"])

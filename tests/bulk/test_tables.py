@@ -28,7 +28,7 @@ def write(path: Path) -> None:
     pyarrow.csv.write_csv(passages(3), path)
 
 
-_field = st.one_of(st.none(), st.text(max_size=9), st.sampled_from(["00501", "1.10", "NA", " x "]))
+_field = st.one_of(st.none(), st.text(max_size=9), st.sampled_from(["00501", "1.10", r"\N", " x "]))
 _table = st.lists(st.tuples(_field, _field), max_size=8).map(
     lambda rows: pa.table({"a": [row[0] for row in rows], "b, \"c\"": [row[1] for row in rows]},
                           schema=pa.schema([("a", pa.string()), ("b, \"c\"", pa.string())]))
@@ -37,7 +37,9 @@ _table = st.lists(st.tuples(_field, _field), max_size=8).map(
 
 def convert(path: Path, columns: list[str], rows: int = 5) -> pa.Table:
     target = path.with_name("target.parquet")
-    convert_.convert(str(path), path.name, str(target), dict.fromkeys(columns, True), rows, "mark")
+    convert_.convert(
+        str(path), path.name, str(target), dict.fromkeys(columns, True), rows, "mark", {}
+    )
     return pq.read_table(target)
 
 
@@ -54,7 +56,11 @@ def test_texts_of_a_csv_stay_and_empty_ones_are_null(table, newline, tab, tmp_pa
         writer.writerows([value or "" for value in row.values()] for row in table.to_pylist())
     found = convert(path, table.column_names)
     assert found[convert_.REASON].null_count == table.num_rows
-    expected = [{n: value or None for n, value in row.items()} for row in table.to_pylist()]
+    null = ("", r"\N")
+    expected = [
+        {n: None if value in null else value for n, value in row.items()}
+        for row in table.to_pylist()
+    ]
     assert found.drop_columns(convert_.REASON).to_pylist() == expected
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import subprocess
 import sys
 import uuid
@@ -224,7 +225,7 @@ def write_two(folder: Path, *columns: pa.Array) -> None:
         (pa.array([{"a": 1}]), pa.array([{"a": "é"}]), ['{"a": 1}', '{"a": "é"}']),
         (pa.array([uuid.UUID(int=1).bytes], pa.uuid()), pa.array(["x"]),
          [str(uuid.UUID(int=1)), "x"]),
-        (pa.array([timedelta(days=1)]), pa.array(["x"]), ["86400000000 us", "x"]),
+        (pa.array([timedelta(days=1)]), pa.array(["x"]), ["1 day, 0:00:00", "x"]),
     ],
 )  # fmt: skip
 def test_types_that_differ_between_files_change_no_value_and_cost_no_row(
@@ -288,7 +289,7 @@ def test_a_type_that_parquet_cannot_hold_costs_its_file_only(
     table = table.set_column(table.column_names.index(place), place, column)
     write(table, tmp_path / "in" / "b.feather")
     (lost,) = run(make_job(tmp_path / "in")).unread
-    assert f"column '{place}' holds {column.type}, unknown to Parquet" in str(lost.error)
+    assert re.search(r"b\.feather cannot be read: .*to Parquet", str(lost.error))
 
 
 OFFSETS = pa.array([0, 5, 1, 6], pa.int32()).buffers()[1]
