@@ -369,7 +369,7 @@ def test_rows_are_read_as_others_write_them(folder, options, tmp_path):
         ("qrels/test.tsv", 'q0\t0\td0\t1\nq0\t0\td1\t"1\n', "test.tsv, line 2: expected query-id"),
         ("qrels/test.tsv", "qid\titer\tdocid\trel\nq0\td0\t1\n", "test.tsv, line 2: expected"),
         *(
-            ("qrels/test.tsv", f"q0\td0\t{score}\n", "an integer score up to 1,000,000")
+            ("qrels/test.tsv", f"q0\td0\t1\nq0\td1\t{score}\n", "an integer score up to 1,000,000")
             for score in (1_000_001, -1_000_001, 2**40, "1e30", "nan")
         ),
         ("qrels/test.tsv", "", "no query of queries.jsonl has a relevant document"),
