@@ -296,7 +296,7 @@ class LocalBackend(Backend):
         if not is_out_of_memory(error) or is_retry:
             return [(step, error)]
         if encoder.device.type == "cuda":
-            torch.cuda.empty_cache()
+            release_gpu_memory()
         if len(step) == 1:
             return self._start(step, encoder, is_retry=True)
         tokens = _cost(step)

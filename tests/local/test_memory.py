@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -69,6 +71,17 @@ def test_an_engine_on_a_cpu_keeps_no_workspace(calls, open_backend, checkpoint, 
     open_backend().close()
     assert calls[-2:] == ["workspaces", "cache"]
     on_cpu.close()
+
+
+def test_a_cache_that_torch_cannot_empty_is_left_as_it_is(calls, open_backend, monkeypatch):
+    """It refuses after a recording of graphs that failed; a worker must not end of it."""
+    refuse = mock.Mock(side_effect=RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    ended: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", ended.append)
+    open_backend().close()
+    assert refuse.called
+    assert not ended
 
 
 def test_each_encoder_is_loaded_with_its_gpu_as_the_current_one(checkpoint):
