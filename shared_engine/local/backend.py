@@ -31,6 +31,7 @@ import torch
 from shared_engine.backend import Backend, Request, Rows, StepStats
 from shared_engine.documents import Modality
 from shared_engine.errors import (
+    ConfigurationError,
     DeviceMemoryError,
     EngineClosedError,
     EngineError,
@@ -77,7 +78,8 @@ class LocalBackend(Backend):
 
         Raises:
             CheckpointError: the checkpoint is missing or not supported.
-            ConfigurationError: a device is not available.
+            ConfigurationError: a device is not available, has too little memory, or is not
+                supported by this torch.
         """
         self._checkpoint = resolve(options)
         self._files = list_files(self._checkpoint.folder)
@@ -88,7 +90,19 @@ class LocalBackend(Backend):
         self._tokenizer = TextTokenizer(self._checkpoint)
         # In a new thread: torch's OpenMP workers belong to the thread that computes first. If that
         # were the caller's thread, a child that it forks later would wait for these workers.
-        placements, self._encoders = run_in_own_thread(self._load, options, load)
+        try:
+            placements, self._encoders = run_in_own_thread(self._load, options, load)
+        except Exception as exc:
+            if is_out_of_memory(exc):
+                advice = "free memory there"
+            elif isinstance(exc, torch.AcceleratorError):
+                advice = "install a torch that supports this GPU"
+            else:
+                raise
+            raise ConfigurationError(
+                f"{self._checkpoint.name} cannot be loaded on device={options.device!r}: "
+                f"{first_line(exc)}; {advice}, or use another device, such as 'cpu'"
+            ) from exc.with_traceback(None)  # its frames hold the tensors that were loaded
         self._scheduler = Scheduler(placements[0].max_batch_tokens)
         self._dtype = placements[0].dtype
         self._cuts_on_device = placements[0].device.type == "cuda"
