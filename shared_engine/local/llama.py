@@ -130,13 +130,11 @@ class Encoder:
         if placement.device.type == "cuda":
             heads = config.heads + config.kv_heads
             qkv = (heads + config.kv_heads) * config.head_dim
-            self._buffers.mlp.reserve(
-                self._max_batch_tokens, max(qkv, 2 * config.intermediate_size)
-            )
+            rows = max(self._max_batch_tokens, checkpoint.longest)  # a longer text runs alone
+            gate_up = self._max_batch_tokens * 2 * config.intermediate_size
+            self._buffers.mlp.reserve(max(rows * qkv, gate_up))
             if placement.elementwise == EAGER:  # EAGER does not rotate in place
-                self._buffers.hidden.reserve(
-                    max(self._max_batch_tokens, checkpoint.longest), heads * config.head_dim
-                )
+                self._buffers.hidden.reserve(rows, heads * config.head_dim)
             self._graphs, why = self._record_graphs(placement)
             placement = replace(placement, reasons=f"{placement.reasons}; queries: {why}")
             self.description = placement.description

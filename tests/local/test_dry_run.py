@@ -261,11 +261,12 @@ def test_a_page_is_cut_on_the_device():
 
 @BRANCHES
 @pytest.mark.parametrize("fused", [True, False], ids=["Triton", "no Triton"])
-def test_a_gpus_buffers_never_grow(new_varlen, fused):
+@pytest.mark.parametrize("step", [None, 1024])
+def test_a_gpus_buffers_never_grow(new_varlen, fused, step):
     """Whatever grows leaves a hole in the device's memory that the next does not fit."""
     with fake_gpu(new_varlen=new_varlen, fused=fused):
         model = checkpoint("1B", with_images=True)
-        (placement,) = device.select_devices("cuda", "auto", None, model.config)
+        (placement,) = device.select_devices("cuda", "auto", step, model.config)
         encoder = Encoder(model, placement)
         buffers = [encoder._buffers.mlp, encoder._buffers.hidden, encoder._vision._buffer]
         before = [buffer._memory for buffer in buffers]

@@ -26,6 +26,7 @@ from shared_engine import local
 from shared_engine.local import attention, elementwise, graphs, llama, siglip
 
 CUDA = torch.device("cuda", 0)
+H100 = types.SimpleNamespace(multi_processor_count=132, major=9, minor=0)
 LAUNCH_NOTHING = ("empty", "new_empty", "empty_strided", "empty_like", "resize_", "device")
 COPIES = ("_to_copy", "to", "copy_")
 WAITS = {
@@ -253,6 +254,7 @@ def fake_gpu(
         "device": make_current,
         "current_device": lambda: current[0],
         "get_device_capability": lambda *_: capability,
+        "get_device_properties": lambda _: H100,
         "mem_get_info": lambda *_: (79_000 * 2**20, 80 * 2**30),
         "set_device": lambda *_: None,
         "current_stream": lambda *_: stream,
