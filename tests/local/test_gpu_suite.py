@@ -53,7 +53,7 @@ def test_the_summary_names_unexpected_figures():
     inside = {"value": 5, "unit": "ms", "expected": [4, 6], "is_inside": True}
     outside = {"value": 7, "unit": "ms", "expected": [4, 6], "is_inside": False}
     results = {
-        "about": {"is_tiny": False},
+        "about": {"is_h200": True},
         "300m": {"status": "done", "figures": {"a": inside, "b": outside}},
         "1b": {"status": "its process ended with -6", "figures": {"error: c": {"value": "no"}}},
     }
@@ -62,4 +62,5 @@ def test_the_summary_names_unexpected_figures():
         "1b: its process ended with -6",
         "1b, error: c: no",
     ]
-    assert run.summarize({"about": {"is_tiny": True}}) == "Nothing failed."
+    other = {"about": {"is_h200": False}, "300m": {"status": "done", "figures": {"b": outside}}}
+    assert run.summarize(other) == "Nothing failed."
