@@ -68,7 +68,6 @@ def select_kernel(
     reasons = [] if flash else ["flash needs bfloat16 or float16 and compute capability 8.0"]
     kernels = {
         varlen: "varlen flash kernel",
-        varlen_repeated: "varlen flash kernel, keys and values repeated",
         efficient: "memory-efficient kernel, keys and values repeated",
     }
     for kernel, name in kernels.items():
@@ -131,11 +130,6 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         q, k, v, ends, ends, longest, longest, no_dropout, is_causal, returns_mask, **_ONE_SPLIT
     )[0]
     return out
-
-
-def varlen_repeated(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Attend as `varlen` does, for versions of torch without support for grouped heads."""
-    return varlen(q, _repeat(k, q), _repeat(v, q), layout)
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:

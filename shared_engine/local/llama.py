@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared_engine.errors import first_line
-from shared_engine.local.attention import Layout, varlen, varlen_repeated
+from shared_engine.local.attention import Layout, varlen
 from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.config import Llama3Rope, Rope, YarnRope
 from shared_engine.local.device import Placement
@@ -143,8 +143,8 @@ class Encoder:
     @torch.inference_mode()
     def _record_graphs(self, placement: Placement) -> tuple[QueryGraphs | None, str]:
         """Return CUDA graphs for small steps of queries, or None, and the reason."""
-        if placement.kernel not in (varlen, varlen_repeated):
-            return None, "no CUDA graphs, because attention does not use a varlen kernel"
+        if placement.kernel is not varlen:
+            return None, "no CUDA graphs, because attention does not use the varlen kernel"
 
         def forward(ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
             x = F.embedding(ids, self._embedding)

@@ -56,8 +56,6 @@ def kernels(monkeypatch):
 
     def check(name: str, q: torch.Tensor, k: torch.Tensor, options: dict[str, object]) -> float:
         asked.append((name, (q.shape[1], k.shape[1], q.shape[2]), options))
-        if name == "varlen" and k.shape[1] != q.shape[1]:
-            name = "varlen, grouped"
         fault = refuse.get(name, 0.0)
         if isinstance(fault, Exception):
             raise fault
@@ -86,7 +84,7 @@ def kernels(monkeypatch):
 
 
 REFUSED = RuntimeError("Number of heads in key/value must match\n  a hundred lines of dispatcher")
-MISSING = dict.fromkeys(("varlen", "varlen, grouped", "efficient"), REFUSED)
+MISSING = dict.fromkeys(("varlen", "efficient"), REFUSED)
 
 
 @pytest.mark.parametrize(
@@ -94,17 +92,13 @@ MISSING = dict.fromkeys(("varlen", "varlen, grouped", "efficient"), REFUSED)
     [
         ("bfloat16", {}, "varlen", "varlen flash kernel"),
         ("float16", {}, "varlen", "varlen flash kernel"),
-        ("bfloat16", {"varlen, grouped": REFUSED}, "varlen_repeated", "key/value must match"),
-        ("bfloat16", {"varlen, grouped": 1.0}, "varlen_repeated", "varlen is not usable: its"),
-        ("bfloat16", {"varlen, grouped": TypeError("unexpected"), "varlen": REFUSED}, "efficient",
-         "varlen is not usable: unexpected"),
+        ("bfloat16", {"varlen": REFUSED}, "efficient", "key/value must match"),
+        ("bfloat16", {"varlen": 1.0}, "efficient", "varlen is not usable: its values differ"),
+        ("bfloat16", {"varlen": AssertionError()}, "efficient",
+         "varlen is not usable: AssertionError"),
         ("bfloat16", MISSING, "per_sequence", "efficient is not usable: Number of heads"),
         ("bfloat16", {**MISSING, "efficient": AttributeError("no such operator")}, "per_sequence",
          "efficient is not usable: no such operator"),
-        ("bfloat16", {"varlen, grouped": ValueError("Expect the same number of heads")},
-         "varlen_repeated", "varlen is not usable: Expect the same"),
-        ("bfloat16", dict.fromkeys(["varlen", "varlen, grouped"], AssertionError()), "efficient",
-         "varlen is not usable: AssertionError"),
         ("float32", {}, "efficient", "flash needs bfloat16 or float16"),
         ("float32", {"efficient": REFUSED}, "per_sequence", "one SDPA call"),
     ],
@@ -149,9 +143,9 @@ def test_a_first_attention_does_not_import_the_compiler(python):
 
 def test_a_gpu_that_is_lost_ends_the_choice(kernels, monkeypatch):
     lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    kernels[0]["varlen, grouped"] = lost
+    kernels[0]["varlen"] = lost
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # an error of one kernel
-    assert attention.select_kernel(CUDA, torch.bfloat16, CONFIG)[0] is attention.varlen_repeated
+    assert attention.select_kernel(CUDA, torch.bfloat16, CONFIG)[0] is attention.efficient
     monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=lost))
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
         attention.select_kernel(CUDA, torch.bfloat16, CONFIG)
@@ -165,7 +159,7 @@ def test_a_gpu_that_is_too_old_for_flash_has_one_call_per_step(kernels, monkeypa
 
 
 @pytest.mark.parametrize("lengths", [[1], [5, 5, 1, 7], [1200, 3]])
-@pytest.mark.parametrize("name", ["varlen", "varlen_repeated", "efficient"])
+@pytest.mark.parametrize("name", ["varlen", "efficient"])
 def test_every_kernel_is_called_for_what_per_sequence_computes(kernels, name, lengths):
     q, k, v = draw(sum(lengths), 6, 2, 8)
     ours = getattr(attention, name)(q, k, v, layout(lengths))

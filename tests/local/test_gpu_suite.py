@@ -14,10 +14,7 @@ from tests.benchmarks.gpu import run
 from tests.benchmarks.gpu.expected import EXPECTED
 from tests.conftest import ROOT
 
-ONLY_A_GPU = {
-    "step, 512 tokens, keys and values repeated",
-    "sentence-transformers, without padding",
-}
+ONLY_A_GPU = {"sentence-transformers, without padding"}
 
 
 @pytest.mark.slow

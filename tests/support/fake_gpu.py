@@ -226,15 +226,8 @@ def attend_efficiently(q: Any, k: Any, v: Any, *_: Any) -> tuple[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def fake_gpu(
-    *, new_varlen: bool = True, fused: bool = True, capability: Any = (9, 0), count: int = 1
-) -> Iterator:
-    """Let torch have fake GPUs, with Triton if `fused`; `new_varlen` is a torch from 2.12 on."""
-
-    def check_kernel(kernel: Any, *_: Any) -> None:
-        if kernel is attention.varlen and not new_varlen:
-            raise RuntimeError("as if it refused grouped heads")
-
+def fake_gpu(*, fused: bool = True, capability: Any = (9, 0), count: int = 1) -> Iterator:
+    """Let torch have fake GPUs, with Triton if `fused`."""
     current = [0]
 
     @contextlib.contextmanager
@@ -278,8 +271,7 @@ def fake_gpu(
             _flash_attention_forward=check_varlen,
             _efficient_attention_forward=attend_efficiently,
         )
-        splits = {"num_splits": 1} if new_varlen else {}
-        patch(attention, _ONE_SPLIT=splits, _check_kernel=check_kernel)
+        patch(attention, _check_kernel=lambda *_: None)
         patch(elementwise, _check_kernels=lambda *_: None)
         modules = {"shared_engine.local.fused": kernels if fused else None}
         stack.enter_context(mock.patch.dict(sys.modules, modules))

@@ -30,7 +30,6 @@ EXPECTED: dict[str, dict[str, tuple[float, float]]] = {
         "query during an ingest, p99": (1, 50),
         "the ingest keeps": (0.85, 1.05),
         "step, 512 tokens, torch's operators": (630, 782),
-        "step, 512 tokens, keys and values repeated": (700, 869),
     },
     "pages": {
         "1 tile": (267, 319),

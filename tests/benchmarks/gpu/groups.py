@@ -68,19 +68,16 @@ def measure_machine(bench: Bench) -> None:
             seconds = bench.time_on_device(fp8_steps.multiply, ours, theirs, bench.dtype)
             bench.add(f"product in fp8, {name}", tflop / seconds, "TFLOP/s")
     (bench.scratch / "peak").write_text(str(fastest * 1e12))
-    kernels = {"": attention.varlen, ", repeated": attention.varlen_repeated}
-    if bench.is_tiny:
-        kernels = {"": attention.per_sequence}
+    kernel = attention.per_sequence if bench.is_tiny else attention.varlen
     for corpus, title in CORPORA.items():
         counts = bench.lengths(corpus, 512 if bench.is_tiny else 16_384)
         q, k, v = draw(bench, counts.sum(), 48, 64).split([32, 8, 8], dim=1)
         ends = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=bench.device)
         layout = Layout(counts.tolist(), ends)
         tflop = 4 * 32 * 64 * float((counts.astype(float) ** 2).sum()) / 1e12
-        for suffix, kernel in kernels.items():
-            with bench.attempt(f"attention, {title}{suffix}"):
-                seconds = bench.time_on_device(kernel, q, k, v, layout)
-                bench.add(f"attention, {title}{suffix}", tflop / seconds, "TFLOP/s")
+        with bench.attempt(f"attention, {title}"):
+            seconds = bench.time_on_device(kernel, q, k, v, layout)
+            bench.add(f"attention, {title}", tflop / seconds, "TFLOP/s")
 
 
 def draw(bench: Bench, *shape: int) -> torch.Tensor:
@@ -179,7 +176,6 @@ def measure_variants(bench: Bench, kind: str, encoder: Any) -> None:
     eager = {"rotate": elementwise.EAGER.rotate, "gate": elementwise.EAGER.gate}
     changes = {"torch's operators": eager}
     if not bench.is_tiny:
-        changes["keys and values repeated"] = {"attend": attention.varlen_repeated}
         changes["memory-efficient attention"] = {"attend": attention.efficient}
     for change, values in changes.items():
         with bench.attempt(change), mock.patch.multiple(encoder._layers, **values):
