@@ -100,8 +100,8 @@ class _Bucket:
 def _make_recorder(device: torch.device) -> Record:
     """Return a function that records steps as CUDA graphs, which share a memory pool.
 
-    A memory pool belongs to one stream. Each model has its own stream, because graphs write to the
-    cuBLAS workspace of their stream, and a recording of another model would change it.
+    A memory pool belongs to one stream. Each model has its own stream, because the pool of the
+    first model that records on a stream holds its cuBLAS workspace.
     """
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return partial(_capture, device, stream, torch.cuda.graph_pool_handle())
@@ -110,19 +110,21 @@ def _make_recorder(device: torch.device) -> Record:
 def _capture(
     device: torch.device, stream: torch.cuda.Stream, pool: Any, step: Callable[[], None]
 ) -> Callable[[], Any]:
-    """Record a step as a CUDA graph; other threads may use the device during it."""
-    with torch.cuda.device(device):
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # `torch.cuda.graph` does not restore it after an error
-            step()  # libraries and Triton initialize here, outside the graph
-            graph = torch.cuda.CUDAGraph()
-            with (
-                recording,
-                torch.cuda.graph(
-                    graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-                ),
-            ):
-                step()
+    """Record a step as a CUDA graph; other threads may use the device during it.
+
+    Nothing but recordings runs on `stream`, so the pool of the graphs holds its cuBLAS workspace.
+    Otherwise replays would write to freed memory once torch's workspaces are cleared, as by
+    torch.compile, or by newer versions of torch at the end of the recording thread.
+    """
+    current = torch.cuda.current_stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(current):  # restored if the recording fails
+        step()  # libraries and Triton initialize here, outside the graph
+        graph = torch.cuda.CUDAGraph()
+        with (
+            recording,
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            step()
     return graph.replay
 
 

@@ -150,7 +150,7 @@ class FakeCuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stream, self.is_recording = "default", False
         self.overlapped = False
-        names = {"device": lambda _: nullcontext(), "current_stream": lambda: self.stream}
+        names = {"device": lambda _: nullcontext(), "current_stream": lambda _: self.stream}
         names |= {"stream": self.use, "CUDAGraph": mock.Mock, "graph": self.record}
         for name, value in {**names, "empty_cache": self.empty_cache}.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -190,6 +190,14 @@ def test_a_thread_uses_its_own_stream_after_a_recording_that_fails(cuda):
         graphs._capture(CUDA, mock.Mock(), None, step)
     assert cuda.stream == "default"
     assert not memory.recording.locked()
+
+
+def test_only_recordings_run_on_the_stream_of_the_graphs(cuda):
+    """Then the cuBLAS workspace of the stream lies in their pool, and lives as long as they do."""
+    streams: list[Any] = []
+    for _ in range(2):
+        graphs._capture(CUDA, "graphs", None, lambda: streams.append(cuda.stream))
+    assert streams == ["default", "graphs"] * 2
 
 
 def test_no_other_recording_and_no_release_of_memory_happens_during_one(cuda, monkeypatch):
