@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from shared_engine import Embedder, EmbeddingInput, Options
+from shared_engine import Embedder, EmbeddingInput, Options, Reranker, RerankOptions
 from shared_engine.local import attention, elementwise
 from shared_engine.local.attention import Layout
 from shared_engine.local.device import select_devices
 from tests.support.configs import config
+from tests.support.rerankers import build_reranker, build_vl_reranker
 from tests.support.vl_checkpoints import build_vl_checkpoint, page
 
 pytestmark = [
@@ -66,6 +67,21 @@ def test_the_choice_is_the_fast_one(embedder):
 def test_two_thousand_texts_as_on_a_cpu(checkpoint, on_cpu, dtype):
     with Embedder(Options(model=checkpoint, device="cuda", dtype=dtype)) as embedder:
         assert (embedder.embed(TEXTS) * on_cpu).sum(1).min() >= LEAST_COSINE[dtype]
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-3), ("bfloat16", 0.2)])
+@pytest.mark.parametrize("build", [build_reranker, build_vl_reranker])
+def test_scores_as_on_a_cpu(tmp_path, build, dtype, most):
+    """Of a single short pair by a graph, and of images that the second query finds encoded."""
+    documents: list[Any] = TEXTS[:50]
+    if build is build_vl_reranker:
+        documents += [EmbeddingInput(image=page(seed, 32, 32)) for seed in range(5)]
+    options = RerankOptions(model=build(tmp_path / "reranker"), device="cpu", dtype="float32")
+    with Reranker(options) as cpu, Reranker(options.replace(device="cuda", dtype=dtype)) as gpu:
+        for query in ("a search", "another one"):
+            expected = cpu.score(query, documents)
+            assert np.abs(gpu.score(query, documents) - expected).max() <= most
+            assert np.abs(gpu.score(query, documents[:1]) - expected[:1]).max() <= most
 
 
 def test_no_step_waits_for_the_device(embedder):

@@ -87,9 +87,10 @@ def draw(bench: Bench, *shape: int) -> torch.Tensor:
 def measure_tests(bench: Bench) -> None:
     """Run the tests that need a GPU. After an illegal access all others of a process fail, too."""
     files = ["tests/test_gpu.py"]
-    files += [f"tests/local/test_{name}.py" for name in ("llama", "siglip", "cut_on_device")]
+    names = ("llama", "siglip", "cut_on_device", "ministral", "pixtral")
+    files += [f"tests/local/test_{name}.py" for name in names]
     options = ["-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "--tb=short"]
-    options += ["-m", "gpu"]
+    options += ["--continue-on-collection-errors", "-m", "gpu"]
     if bench.is_tiny:
         files, options[-1] = ["tests/local/test_pooling.py"], "not slow"
     log = bench.results.with_name("tests.txt")
