@@ -23,7 +23,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
 from typing import TypeAlias
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -58,8 +57,6 @@ Running: TypeAlias = tuple[list[TokenSequence], PooledOutput | Exception]
 """A step, and its output or the error of its start."""
 
 _MAX_PREPARE_THREADS = 16
-_gpu_users: WeakSet[LocalBackend] = WeakSet()
-"""The backends of this process that use a GPU, from the start of loading to the last step."""
 _log = logging.getLogger("shared_engine")
 
 
@@ -129,12 +126,9 @@ class LocalBackend(Backend):
     def _load(
         self, options: EngineOptions, load: Callable[..., Encoder]
     ) -> tuple[list[Placement], dict[int, Encoder]]:
-        _gpu_users.add(self)
         placements = select_devices(
             options.device, options.dtype, options.max_batch_tokens, self._checkpoint.config
         )
-        if all(placement.device.type != "cuda" for placement in placements):
-            _gpu_users.discard(self)
         encoders = {}
         for number, placement in enumerate(placements):
             with make_current(placement.device):
@@ -262,9 +256,7 @@ class LocalBackend(Backend):
         self._run_steps(device)
         del self._encoders[device]
         if is_gpu:
-            if not self._encoders:
-                _gpu_users.discard(self)
-            release_gpu_memory(of_cublas=not _gpu_users)
+            release_gpu_memory()
 
     def _run_steps(self, device: int) -> None:
         # A GPU gets its next step before the last one is collected, so it does not wait for this

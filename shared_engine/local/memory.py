@@ -82,16 +82,7 @@ def pin_image(image: Tiles) -> Tiles:
     return replace(image, pixels=pinned(image.pixels))
 
 
-def release_gpu_memory(*, of_cublas: bool = False) -> None:
-    """Return unused memory of torch to the GPU, for other libraries and processes.
-
-    Args:
-        of_cublas: Also free the workspaces of cuBLAS, 32 MB for each stream and thread on an H100.
-            Running threads would lose theirs, so no engine of this process may compute on a GPU.
-    """
-    # Private, and missing in a torch without CUDA.
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if of_cublas and clear is not None:
-        clear()
+def release_gpu_memory() -> None:
+    """Return unused memory of torch to the GPU, for other libraries and processes."""
     with recording, contextlib.suppress(RuntimeError):  # after a recording that failed
         torch.cuda.empty_cache()
