@@ -50,6 +50,7 @@ EXPECTED: dict[str, dict[str, tuple[float, float]]] = {
         "full step": (21, 27),
         "texts, 512 tokens": (240, 293),
         "query alone, p50": (1.2, 1.5),
+        "rerank 40 candidates of 256 tokens": (40, 60),
         "step, 512 tokens, torch's operators": (215, 265),
     },
     "fresh": {"first vector": (6, 15)},

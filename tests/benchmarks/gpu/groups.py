@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shared_engine import Embedder, EmbeddingInput, images
+from shared_engine import Embedder, EmbeddingInput, Reranker, RerankOptions, images
 from shared_engine.local import attention, elementwise
 from shared_engine.local.attention import Layout
 from tests.benchmarks import measuring, search_latency, suite
 from tests.benchmarks.gpu import fp8_steps
 from tests.benchmarks.gpu.bench import CORPORA, Bench
+from tests.support.rerankers import TEXT, add_head
 from tests.support.vl_checkpoints import page
 
 ROOT = Path(__file__).parents[3]
@@ -120,6 +121,20 @@ def measure_300m(bench: Bench) -> None:
 
 def measure_1b(bench: Bench) -> None:
     measure_texts(bench, "1b")
+    with bench.attempt("rerank"):
+        measure_rerank(bench)
+
+
+def measure_rerank(bench: Bench) -> None:
+    """Score candidates with the same weights and a head."""
+    folder = Path(shutil.copytree(bench.checkpoint("1b"), bench.scratch / "reranker"))
+    add_head(folder, {"architectures": [TEXT]})
+    candidates = bench.source.texts([256] * 40)
+    dtype: Any = str(bench.dtype).removeprefix("torch.")
+    options = RerankOptions(model=str(folder), device=str(bench.device), dtype=dtype)
+    with Reranker(options) as reranker:
+        seconds = bench.time(reranker.score, "which of them answers a question?", candidates)
+        bench.add("rerank 40 candidates of 256 tokens", seconds * 1e3, "ms")
 
 
 def measure_texts(bench: Bench, kind: str) -> None:
