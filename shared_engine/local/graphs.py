@@ -37,9 +37,7 @@ Record = Callable[[Callable[[], None]], Callable[[], Any]]
 class QueryGraphs:
     """One recorded bucket of each size. Not thread-safe."""
 
-    def __init__(
-        self, forward: Forward, width: int, device: torch.device, record: Record | None = None
-    ) -> None:
+    def __init__(self, forward: Forward, width: int, device: torch.device) -> None:
         """Record `forward` in every bucket.
 
         The caller must keep all other tensors that `forward` reads or writes, because a graph holds
@@ -47,9 +45,8 @@ class QueryGraphs:
 
         Args:
             width: Width of the hidden states.
-            record: Replaces the recording of CUDA graphs.
         """
-        record = record or _make_recorder(device)
+        record = _make_recorder(device)
         self._device = device
         # The largest first: the others reuse its memory.
         self._buckets = {

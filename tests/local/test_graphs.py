@@ -47,8 +47,9 @@ def make_graphs(encoder: Encoder, log: list[int] | None = None) -> graphs.QueryG
         x = torch.nn.functional.embedding(ids, encoder._embedding)
         return encoder._forward(x, positions, layout, encoder._buffers)
 
-    with torch.inference_mode():
-        return graphs.QueryGraphs(forward, 64, encoder.device, record=lambda step: step)
+    recorder = mock.patch.object(graphs, "_make_recorder", return_value=lambda step: step)
+    with torch.inference_mode(), recorder:
+        return graphs.QueryGraphs(forward, 64, encoder.device)
 
 
 def draw(*lengths: int) -> list[np.ndarray]:
