@@ -130,11 +130,10 @@ class Encoder:
         if placement.device.type == "cuda":
             heads = config.heads + config.kv_heads
             qkv = (heads + config.kv_heads) * config.head_dim
-            rows = max(self._max_batch_tokens, checkpoint.longest)  # a longer text runs alone
-            gate_up = self._max_batch_tokens * 2 * config.intermediate_size
-            self._buffers.mlp.reserve(max(rows * qkv, gate_up))
+            tokens = self._max_batch_tokens
+            self._buffers.mlp.reserve(tokens, max(qkv, 2 * config.intermediate_size))
             if placement.elementwise == EAGER:  # EAGER does not rotate in place
-                self._buffers.hidden.reserve(rows, heads * config.head_dim)
+                self._buffers.hidden.reserve(tokens, heads * config.head_dim)
             self._graphs, why = self._record_graphs(placement)
             placement = replace(placement, reasons=f"{placement.reasons}; queries: {why}")
             self.description = placement.description
