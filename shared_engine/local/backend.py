@@ -98,7 +98,7 @@ class LocalBackend(Backend):
                 raise
             raise ConfigurationError(
                 f"{self._checkpoint.name} cannot be loaded on device={options.device!r}: "
-                f"{first_line(exc)}; {advice}, or use another device, such as 'cpu'"
+                f"{first_line(exc)}; {advice}, or use another device"
             ) from exc.with_traceback(None)  # its frames hold the tensors that were loaded
         self._scheduler = Scheduler(placements[0].max_batch_tokens)
         self._dtype = placements[0].dtype
