@@ -6,8 +6,9 @@
 - Preparation tokenizes texts and decodes images, a few steps in advance. The tokenizers library
   uses all cores in one call; images have one thread per core.
 - The caller's thread tokenizes the texts of searches, so they do not wait for documents.
-- On a CPU, a step of documents takes seconds. It pauses several times in every layer, and waiting
-  searches run in these pauses. Any step whose requests were all cancelled ends there.
+- On a CPU, a step of documents or of a rerank takes seconds. It pauses several times in every
+  layer, and waiting searches run in these pauses; within a rerank, those of other models. Any step
+  whose requests were all cancelled ends there.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ Running: TypeAlias = tuple[list[TokenSequence], PooledOutput | Exception]
 """A step, and its output or the error of its start."""
 
 _MAX_PREPARE_THREADS = 16
+_MAX_UNPAUSED_TOKENS = 256
+"""A step of searches that is longer, as of a rerank, yields the device to those of other models."""
 _log = logging.getLogger("shared_engine")
 
 
@@ -312,16 +315,19 @@ class LocalBackend(Backend):
         return [*self._start(step[:half], encoder), *self._start(step[half:], encoder)]
 
     def _pause(self, encoder: Encoder, step: list[TokenSequence]) -> None:
-        """Run waiting searches, of other models too, in a pause of a step of documents.
+        """Run waiting searches, of other models too, in a pause of a step.
 
         Raises:
             EngineClosedError: all requests of the step were cancelled. One long text takes minutes.
         """
         if all(sequence.job.is_cancelled for sequence in step):
             raise EngineClosedError("the requests of this step were cancelled")
-        if step[0].job.request.is_search:
+        is_search = step[0].job.request.is_search
+        if is_search and _cost(step) <= _MAX_UNPAUSED_TOKENS:
             return
-        lock_of(encoder.device).yield_device()
+        lock_of(encoder.device).yield_device(is_search)
+        if is_search:
+            return
         for running in self._start(self._scheduler.take_queries(), encoder):
             self._collect(*running)
 
