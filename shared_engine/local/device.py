@@ -20,7 +20,7 @@ sheets, in which other GPUs have about 2e12."""
 _STEP_SECONDS = 0.0126
 """A step at this rate, about 26 ms in practice (estimated): a query waits for two at most. On an
 H100, it is also 8 pages of one tile, which the vision tower computes in one pass."""
-_MIN_TOKENS, _MAX_TOKENS = 2_048, 16_384
+_MIN_TOKENS, _MAX_TOKENS = 1_024, 16_384
 """Step sizes between which more tokens use a GPU better (estimated)."""
 
 
@@ -160,5 +160,5 @@ def _select_step(device: torch.device, config: ModelConfig) -> tuple[int, str]:
     gpu = torch.cuda.get_device_properties(device)
     rate = gpu.multi_processor_count * _FLOP_PER_SM.get((gpu.major, gpu.minor), 2e12)
     fast = int(_STEP_SECONDS * rate / (2 * weights)) // 128 * 128
-    step = max(1_024, min(free, _MAX_TOKENS, max(_MIN_TOKENS, fast)))
+    step = max(_MIN_TOKENS, min(_MAX_TOKENS, fast, free))
     return step, f"for about {rate / 1e12:.0f} TFLOP/s; {free:,} MB are free"

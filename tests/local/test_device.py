@@ -27,7 +27,7 @@ FIND = device.find_bfloat16_instructions
         ("H100", 300, "1B", 1_024),
         ("A100", 79_000, "300M", 6_400),
         ("L4", 23_000, "300M", 2_304),  # 8 times slower than an H100
-        ("L4", 23_000, "1B", 2_048),
+        ("L4", 23_000, "1B", 1_024),
     ],
 )
 def test_a_gpus_step_takes_some_26_ms_and_fits_its_free_memory(
