@@ -52,21 +52,21 @@ def by_definition(q, k, v, cu):
 def kernels(monkeypatch):
     """Stand-ins for a GPU's kernels. `refuse` says what they raise, by name; `asked` what for."""
     refuse: dict[str, Exception | float] = {}
-    asked: list[tuple[str, tuple[int, ...], dict[str, object]]] = []
+    asked: list[tuple[int, ...]] = []
 
-    def check(name: str, q: torch.Tensor, k: torch.Tensor, options: dict[str, object]) -> float:
-        asked.append((name, (q.shape[1], k.shape[1], q.shape[2]), options))
+    def check(name: str, q: torch.Tensor, k: torch.Tensor) -> float:
+        asked.append((q.shape[1], k.shape[1], q.shape[2]))
         fault = refuse.get(name, 0.0)
         if isinstance(fault, Exception):
             raise fault
         return fault
 
-    def flash(q, k, v, *given, **options):
+    def flash(q, k, v, *given):
         cu, cu_k, longest, longest_k, dropout, is_causal, returns_mask = given
         assert (dropout, is_causal, returns_mask) == (0.0, False, False)
         assert cu is cu_k
         assert type(longest) is type(longest_k) is int
-        return by_definition(q, k, v, cu) + check("varlen", q, k, options), None
+        return by_definition(q, k, v, cu) + check("varlen", q, k), None
 
     def efficient(q, k, v, *given):
         bias, cu, cu_k, longest, longest_k, dropout, mask = given
@@ -74,7 +74,7 @@ def kernels(monkeypatch):
         assert cu is cu_k
         assert type(longest) is type(longest_k) is int
         assert q.shape == k.shape == v.shape
-        return by_definition(q[0], k[0], v[0], cu)[None] + check("efficient", q[0], k[0], {}), None
+        return by_definition(q[0], k[0], v[0], cu)[None] + check("efficient", q[0], k[0]), None
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
     monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", efficient)
@@ -103,20 +103,16 @@ MISSING = dict.fromkeys(("varlen", "efficient"), REFUSED)
         ("float32", {"efficient": REFUSED}, "per_sequence", "one SDPA call"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("new", [True, False], ids=["torch 2.13", "torch 2.11"])
-def test_a_gpu_gets_the_first_kernel_that_computes_the_models_heads(  # noqa: PLR0917
-    kernels, monkeypatch, new, dtype, refuse, chosen, said
+def test_a_gpu_gets_the_first_kernel_that_computes_the_models_heads(
+    kernels, dtype, refuse, chosen, said
 ):
-    monkeypatch.setattr(attention, "_ONE_SPLIT", {"num_splits": 1} if new else {})
     kernels[0].update(refuse)
     kernel, why = attention.select_kernel(CUDA, getattr(torch, dtype), CONFIG)
     assert kernel is getattr(attention, chosen)
     assert said in why
     assert "\n" not in why
     assert "dispatcher" not in why
-    for name, heads, options in kernels[1]:
-        assert heads in (HEADS, (32, 32, 64))
-        assert options == ({"num_splits": 1} if new and name == "varlen" else {})
+    assert all(heads in (HEADS, (32, 32, 64)) for heads in kernels[1])
 
 
 @pytest.mark.parametrize("operator", ["_flash_attention_forward", "_efficient_attention_forward"])

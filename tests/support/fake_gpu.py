@@ -197,12 +197,11 @@ def gate(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def check_varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: Any, **options: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: Any
 ) -> tuple[torch.Tensor]:
     """Stands for _flash_attention_forward, with what its C++ would refuse."""
     cu_q, cu_k, longest_q, longest_k, dropout, is_causal, returns_mask = given
     assert (dropout, is_causal, returns_mask) == (0.0, False, False)
-    assert options == attention._ONE_SPLIT
     assert type(longest_q) is type(longest_k) is int
     assert q.shape[1] % k.shape[1] == 0
     assert q.shape[2] <= 256
