@@ -326,10 +326,9 @@ class LocalBackend(Backend):
         if is_search and _cost(step) <= _MAX_UNPAUSED_TOKENS:
             return
         lock_of(encoder.device).yield_device(is_search)
-        if is_search:
-            return
-        for running in self._start(self._scheduler.take_queries(), encoder):
-            self._collect(*running)
+        if not is_search:
+            for running in self._start(self._scheduler.take_queries(), encoder):
+                self._collect(*running)
 
     def _collect(self, step: list[TokenSequence], pooled: PooledOutput | Exception) -> None:
         """Wait for a step, and deliver its vectors or its error to the jobs."""

@@ -84,5 +84,5 @@ def pin_image(image: Tiles) -> Tiles:
 
 def release_gpu_memory() -> None:
     """Return unused memory of torch to the GPU, for other libraries and processes."""
-    with recording, contextlib.suppress(RuntimeError):  # after a recording that failed
+    with recording, contextlib.suppress(RuntimeError):  # torch refuses after a failed recording
         torch.cuda.empty_cache()
