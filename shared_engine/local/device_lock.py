@@ -35,7 +35,9 @@ class DeviceLock:
     @contextmanager
     def hold(self, is_search: bool) -> Iterator[None]:
         """Hold the lock for one step."""
-        self._acquire(is_search)
+        with self._changed:
+            self._acquire(is_search)
+            self._searches += is_search and bool(self._waiting[False])
         try:
             yield
         finally:
@@ -64,14 +66,11 @@ class DeviceLock:
 
     def _acquire(self, is_search: bool) -> None:
         queue, place = self._waiting[is_search], object()
-        with self._changed:
-            queue.append(place)
-            while self._is_held or queue[0] is not place or self._must_wait(is_search):
-                self._changed.wait()
-            queue.popleft()
-            self._is_held = True
-            if is_search and self._waiting[False]:
-                self._searches += 1
+        queue.append(place)
+        while self._is_held or queue[0] is not place or self._must_wait(is_search):
+            self._changed.wait()
+        queue.popleft()
+        self._is_held = True
 
     def _must_wait(self, is_search: bool) -> bool:
         is_turn_of_documents = self._searches >= SEARCHES_IN_A_ROW

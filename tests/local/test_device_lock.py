@@ -108,6 +108,23 @@ def test_searches_take_turns_in_the_order_of_their_arrival(lock):
     assert steps.join() == ["rerank's search", "search 1", "end of rerank's search", "search 2"]
 
 
+def test_a_search_counts_once_for_documents_that_wait_however_often_it_pauses(lock):
+    steps, arrived = Steps(lock), threading.Event()
+
+    def pause() -> None:
+        assert arrived.wait(30)
+        lock.yield_device(is_search=True)
+        counts.append(lock._searches)
+
+    counts: list[int] = []
+    steps.start("rerank's search", pause)
+    steps.start("documents")
+    steps.start("search")
+    arrived.set()
+    assert steps.join() == ["rerank's search", "search", "documents"]
+    assert counts == [1]  # the first began before documents waited
+
+
 def test_a_step_that_fails_releases_the_lock(lock):
     for is_search in (True, False):
         with pytest.raises(ZeroDivisionError), lock.hold(is_search):
