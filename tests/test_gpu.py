@@ -46,7 +46,7 @@ def embedder(checkpoint: Path) -> Iterator[Embedder]:
 
 def test_memory_is_released_at_a_close(checkpoint):
     """But for the workspaces of cuBLAS: torch keeps them, before 2.13 one for each model."""
-    options = Options(model=checkpoint, device="cuda", max_batch_tokens=2**20)
+    options = Options(model=checkpoint, device="cuda", max_batch_tokens=2**19)
     used = []
     for _ in range(2):
         with Embedder(options) as embedder:
