@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from shared_engine import Embedder, EmbeddingInput, Options
+from shared_engine import Embedder, EmbeddingInput, Options, Reranker, RerankOptions
 from shared_engine.local import attention, elementwise
 from shared_engine.local.attention import Layout
 from shared_engine.local.device import select_devices
 from tests.support.configs import config
+from tests.support.rerankers import build_reranker, build_vl_reranker
 from tests.support.vl_checkpoints import build_vl_checkpoint, page
 
 pytestmark = [
@@ -43,14 +44,18 @@ def embedder(checkpoint: Path) -> Iterator[Embedder]:
         yield made
 
 
-def test_memory_is_released_at_the_last_close(checkpoint):
-    """The first test here: while another engine is open, cuBLAS keeps its workspaces."""
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    with Embedder(Options(model=checkpoint, device="cuda", max_tokens=222)) as embedder:
-        embedder.embed(TEXTS[:100])
-        assert torch.cuda.memory_reserved() > before
-    assert torch.cuda.memory_reserved() <= before + 2**22
+def test_memory_is_released_at_a_close(checkpoint):
+    """But for the workspaces of cuBLAS: torch keeps them, before 2.13 one for each model."""
+    options = Options(model=checkpoint, device="cuda", max_batch_tokens=2**19)
+    used = []
+    for _ in range(2):
+        with Embedder(options) as embedder:
+            embedder.embed(TEXTS[:100])
+            used.append(torch.cuda.memory_reserved())
+        used.append(torch.cuda.memory_reserved())
+    while_open, after, _, later = used
+    assert while_open - after > 2**27
+    assert later - after <= 2**25 + 2**21
 
 
 def test_the_choice_is_the_fast_one(embedder):
@@ -66,6 +71,21 @@ def test_the_choice_is_the_fast_one(embedder):
 def test_two_thousand_texts_as_on_a_cpu(checkpoint, on_cpu, dtype):
     with Embedder(Options(model=checkpoint, device="cuda", dtype=dtype)) as embedder:
         assert (embedder.embed(TEXTS) * on_cpu).sum(1).min() >= LEAST_COSINE[dtype]
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-3), ("bfloat16", 0.2)])
+@pytest.mark.parametrize("build", [build_reranker, build_vl_reranker])
+def test_scores_as_on_a_cpu(tmp_path, build, dtype, most):
+    """Of a single short pair by a graph, and of images that the second query finds encoded."""
+    documents: list[Any] = TEXTS[:50]
+    if build is build_vl_reranker:
+        documents += [EmbeddingInput(image=page(seed, 32, 32)) for seed in range(5)]
+    options = RerankOptions(model=build(tmp_path / "reranker"), device="cpu", dtype="float32")
+    with Reranker(options) as cpu, Reranker(options.replace(device="cuda", dtype=dtype)) as gpu:
+        for query in ("a search", "another one"):
+            expected = cpu.score(query, documents)
+            assert np.abs(gpu.score(query, documents) - expected).max() <= most
+            assert np.abs(gpu.score(query, documents[:1]) - expected[:1]).max() <= most
 
 
 def test_no_step_waits_for_the_device(embedder):
@@ -102,7 +122,7 @@ def test_memory_that_runs_out_halves_the_step(checkpoint, on_cpu):
             torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-@pytest.mark.parametrize("name", ["varlen", "varlen_repeated", "efficient"])
+@pytest.mark.parametrize("name", ["varlen", "efficient"])
 @pytest.mark.parametrize("lengths", [[1], [1] * 40, [8192], [8192, 3, 500], list(range(1, 200))])
 def test_attention_at_the_edges(name, lengths):
     if name != "efficient" and torch.cuda.get_device_capability() < (8, 0):
@@ -159,6 +179,7 @@ def test_a_graph_is_unchanged_after_another_engine_was_closed(embedder, checkpoi
     before = np.concatenate([embedder.embed([query], role="query") for query in queries])
     with Embedder(Options(model=checkpoint, device="cuda", max_tokens=333)) as other:
         other.embed(queries, role="query")
+    torch._C._cuda_clearCublasWorkspaces()  # as torch.compile(mode="reduce-overhead") does
     overwritten = [torch.full((2**n,), 1.5, device="cuda") for n in range(4, 24)]
     embedder.embed(TEXTS)
     after = np.concatenate([embedder.embed([query], role="query") for query in queries])

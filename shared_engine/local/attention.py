@@ -22,10 +22,6 @@ from shared_engine.local.device_errors import is_fatal
 
 _LONG = 1024
 """Tokens from which a CPU is faster with contiguous keys and values, by 7 to 15 % (measured)."""
-_HAS_SPLITS = "num_splits" in str(torch.ops.aten._flash_attention_forward.default._schema)
-_ONE_SPLIT = {"num_splits": 1} if _HAS_SPLITS else {}
-"""Makes the order of sums, and so the last bits of a vector, independent of the step. The operator
-of torch before 2.12 always uses one split and does not have this option."""
 _TOLERANCE = 0.05
 """Maximum difference between a kernel and one SDPA call per sequence, for values of about 1."""
 
@@ -68,7 +64,6 @@ def select_kernel(
     reasons = [] if flash else ["flash needs bfloat16 or float16 and compute capability 8.0"]
     kernels = {
         varlen: "varlen flash kernel",
-        varlen_repeated: "varlen flash kernel, keys and values repeated",
         efficient: "memory-efficient kernel, keys and values repeated",
     }
     for kernel, name in kernels.items():
@@ -124,18 +119,15 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Attend with the variable-length flash kernel (CUDA, 16-bit types).
 
     torch's wrapper, `varlen_attn`, imports torch._dynamo, which takes as long as `import torch`.
+    The kernel does not split keys that are not paged, so the order of sums, and the last bits of a
+    vector, do not depend on the step.
     """
     ends, longest = layout.cu_seqlens, layout.max_seqlen
     no_dropout, is_causal, returns_mask = 0.0, False, False
     out: Tensor = torch.ops.aten._flash_attention_forward(
-        q, k, v, ends, ends, longest, longest, no_dropout, is_causal, returns_mask, **_ONE_SPLIT
+        q, k, v, ends, ends, longest, longest, no_dropout, is_causal, returns_mask
     )[0]
     return out
-
-
-def varlen_repeated(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Attend as `varlen` does, for versions of torch without support for grouped heads."""
-    return varlen(q, _repeat(k, q), _repeat(v, q), layout)
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:

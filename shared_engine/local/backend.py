@@ -6,8 +6,9 @@
 - Preparation tokenizes texts and decodes images, a few steps in advance. The tokenizers library
   uses all cores in one call; images have one thread per core.
 - The caller's thread tokenizes the texts of searches, so they do not wait for documents.
-- On a CPU, a step of documents takes seconds. It pauses several times in every layer, and waiting
-  searches run in these pauses. Any step whose requests were all cancelled ends there.
+- On a CPU, a step of documents or of a rerank takes seconds. It pauses several times in every
+  layer, and waiting searches run in these pauses; within a rerank, those of other models. Any step
+  whose requests were all cancelled ends there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
 from typing import TypeAlias
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ import torch
 from shared_engine.backend import Backend, Request, Rows, StepStats
 from shared_engine.documents import Modality
 from shared_engine.errors import (
+    ConfigurationError,
     DeviceMemoryError,
     EngineClosedError,
     EngineError,
@@ -57,8 +58,8 @@ Running: TypeAlias = tuple[list[TokenSequence], PooledOutput | Exception]
 """A step, and its output or the error of its start."""
 
 _MAX_PREPARE_THREADS = 16
-_gpu_users: WeakSet[LocalBackend] = WeakSet()
-"""The backends of this process that use a GPU, from the start of loading to the last step."""
+_MAX_UNPAUSED_TOKENS = 256
+"""A step of searches that is longer, as of a rerank, yields the device to those of other models."""
 _log = logging.getLogger("shared_engine")
 
 
@@ -77,7 +78,8 @@ class LocalBackend(Backend):
 
         Raises:
             CheckpointError: the checkpoint is missing or not supported.
-            ConfigurationError: a device is not available.
+            ConfigurationError: a device is not available, has too little memory, or is not
+                supported by this torch.
         """
         self._checkpoint = resolve(options)
         self._files = list_files(self._checkpoint.folder)
@@ -88,7 +90,19 @@ class LocalBackend(Backend):
         self._tokenizer = TextTokenizer(self._checkpoint)
         # In a new thread: torch's OpenMP workers belong to the thread that computes first. If that
         # were the caller's thread, a child that it forks later would wait for these workers.
-        placements, self._encoders = run_in_own_thread(self._load, options, load)
+        try:
+            placements, self._encoders = run_in_own_thread(self._load, options, load)
+        except Exception as exc:
+            if is_out_of_memory(exc):
+                advice = "free memory there"
+            elif isinstance(exc, torch.AcceleratorError):
+                advice = "install a torch that supports this GPU"
+            else:
+                raise
+            raise ConfigurationError(
+                f"{self._checkpoint.name} cannot be loaded on device={options.device!r}: "
+                f"{first_line(exc)}; {advice}, or use another device"
+            ) from exc.with_traceback(None)  # its frames hold the tensors that were loaded
         self._scheduler = Scheduler(placements[0].max_batch_tokens)
         self._dtype = placements[0].dtype
         self._cuts_on_device = placements[0].device.type == "cuda"
@@ -115,12 +129,9 @@ class LocalBackend(Backend):
     def _load(
         self, options: EngineOptions, load: Callable[..., Encoder]
     ) -> tuple[list[Placement], dict[int, Encoder]]:
-        _gpu_users.add(self)
         placements = select_devices(
             options.device, options.dtype, options.max_batch_tokens, self._checkpoint.config
         )
-        if all(placement.device.type != "cuda" for placement in placements):
-            _gpu_users.discard(self)
         encoders = {}
         for number, placement in enumerate(placements):
             with make_current(placement.device):
@@ -248,9 +259,7 @@ class LocalBackend(Backend):
         self._run_steps(device)
         del self._encoders[device]
         if is_gpu:
-            if not self._encoders:
-                _gpu_users.discard(self)
-            release_gpu_memory(of_cublas=not _gpu_users)
+            release_gpu_memory()
 
     def _run_steps(self, device: int) -> None:
         # A GPU gets its next step before the last one is collected, so it does not wait for this
@@ -296,7 +305,7 @@ class LocalBackend(Backend):
         if not is_out_of_memory(error) or is_retry:
             return [(step, error)]
         if encoder.device.type == "cuda":
-            torch.cuda.empty_cache()
+            release_gpu_memory()
         if len(step) == 1:
             return self._start(step, encoder, is_retry=True)
         tokens = _cost(step)
@@ -306,18 +315,20 @@ class LocalBackend(Backend):
         return [*self._start(step[:half], encoder), *self._start(step[half:], encoder)]
 
     def _pause(self, encoder: Encoder, step: list[TokenSequence]) -> None:
-        """Run waiting searches, of other models too, in a pause of a step of documents.
+        """Run waiting searches, of other models too, in a pause of a step.
 
         Raises:
             EngineClosedError: all requests of the step were cancelled. One long text takes minutes.
         """
         if all(sequence.job.is_cancelled for sequence in step):
             raise EngineClosedError("the requests of this step were cancelled")
-        if step[0].job.request.is_search:
+        is_search = step[0].job.request.is_search
+        if is_search and _cost(step) <= _MAX_UNPAUSED_TOKENS:
             return
-        lock_of(encoder.device).yield_device()
-        for running in self._start(self._scheduler.take_queries(), encoder):
-            self._collect(*running)
+        lock_of(encoder.device).yield_device(is_search)
+        if not is_search:
+            for running in self._start(self._scheduler.take_queries(), encoder):
+                self._collect(*running)
 
     def _collect(self, step: list[TokenSequence], pooled: PooledOutput | Exception) -> None:
         """Wait for a step, and deliver its vectors or its error to the jobs."""

@@ -14,11 +14,14 @@ from shared_engine.local.config import ModelConfig
 from shared_engine.options import DType
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_STEP_FLOP = 12.5e12
-"""Work of a step on a GPU: about 26 ms on an H100 (estimated), the longest wait of a query. It is
-also about 8 pages of one tile, which the vision tower computes in one pass."""
-_MAX_TOKENS = 16_384
-"""Maximum of a step; more tokens do not use a data-centre GPU better (estimated)."""
+_FLOP_PER_SM = {(8, 0): 2.9e12, (9, 0): 7.5e12, (10, 0): 15e12, (10, 3): 15e12}
+"""Products in 16 bits, per second and multiprocessor, by compute capability. Source: NVIDIA's data
+sheets, in which other GPUs have about 2e12."""
+_STEP_SECONDS = 0.0126
+"""A step at this rate, about 26 ms in practice (estimated): a query waits for two at most. On an
+H100, it is also 8 pages of one tile, which the vision tower computes in one pass."""
+_MIN_TOKENS, _MAX_TOKENS = 1_024, 16_384
+"""Step sizes between which more tokens use a GPU better (estimated)."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def _select_device(name: str) -> tuple[torch.device, str]:
         )
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device()), "a CUDA GPU is available"
+            return torch.device("cuda", 0), "a CUDA GPU is available"
         return torch.device("cpu"), "no CUDA GPU is available"
     if not torch.cuda.is_available():
         raise ConfigurationError(
@@ -154,6 +157,8 @@ def _select_step(device: torch.device, config: ModelConfig) -> tuple[int, str]:
     free = torch.cuda.mem_get_info(device)[0] // 2**20
     attended = 2 * (config.heads + config.kv_heads) * config.head_dim
     weights = config.layers * config.hidden_size * (attended + 3 * config.intermediate_size)
-    fast = int(_STEP_FLOP / (2 * weights)) // 128 * 128
-    step = max(1_024, min(_MAX_TOKENS, fast, free))
-    return step, f"at most about 26 ms on a data-centre GPU; {free:,} MB are free"
+    gpu = torch.cuda.get_device_properties(device)
+    rate = gpu.multi_processor_count * _FLOP_PER_SM.get((gpu.major, gpu.minor), 2e12)
+    fast = int(_STEP_SECONDS * rate / (2 * weights)) // 128 * 128
+    step = max(_MIN_TOKENS, min(_MAX_TOKENS, fast, free))
+    return step, f"for about {rate / 1e12:.0f} TFLOP/s; {free:,} MB are free"

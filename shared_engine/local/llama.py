@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared_engine.errors import first_line
-from shared_engine.local.attention import Layout, varlen, varlen_repeated
+from shared_engine.local.attention import Layout, varlen
 from shared_engine.local.checkpoint import Checkpoint
 from shared_engine.local.config import Llama3Rope, Rope, YarnRope
 from shared_engine.local.device import Placement
@@ -130,13 +130,10 @@ class Encoder:
         if placement.device.type == "cuda":
             heads = config.heads + config.kv_heads
             qkv = (heads + config.kv_heads) * config.head_dim
-            self._buffers.mlp.reserve(
-                self._max_batch_tokens, max(qkv, 2 * config.intermediate_size)
-            )
+            tokens = self._max_batch_tokens
+            self._buffers.mlp.reserve(tokens, max(qkv, 2 * config.intermediate_size))
             if placement.elementwise == EAGER:  # EAGER does not rotate in place
-                self._buffers.hidden.reserve(
-                    max(self._max_batch_tokens, checkpoint.longest), heads * config.head_dim
-                )
+                self._buffers.hidden.reserve(tokens, heads * config.head_dim)
             self._graphs, why = self._record_graphs(placement)
             placement = replace(placement, reasons=f"{placement.reasons}; queries: {why}")
             self.description = placement.description
@@ -145,8 +142,8 @@ class Encoder:
     @torch.inference_mode()
     def _record_graphs(self, placement: Placement) -> tuple[QueryGraphs | None, str]:
         """Return CUDA graphs for small steps of queries, or None, and the reason."""
-        if placement.kernel not in (varlen, varlen_repeated):
-            return None, "no CUDA graphs, because attention does not use a varlen kernel"
+        if placement.kernel is not varlen:
+            return None, "no CUDA graphs, because attention does not use the varlen kernel"
 
         def forward(ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
             x = F.embedding(ids, self._embedding)

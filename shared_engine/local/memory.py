@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,11 @@ from shared_engine.local.device import Placement
 
 if TYPE_CHECKING:
     from shared_engine.images.tiles import Tiles
+
+
+recording = threading.Lock()
+"""Held while a CUDA graph is recorded. In this time, no other graph may be recorded in the process,
+and torch's cache of no GPU may be emptied."""
 
 
 class Buffer:
@@ -76,15 +82,7 @@ def pin_image(image: Tiles) -> Tiles:
     return replace(image, pixels=pinned(image.pixels))
 
 
-def release_gpu_memory(*, of_cublas: bool) -> None:
-    """Return unused memory of torch to the GPU, for other processes.
-
-    Args:
-        of_cublas: Also free the workspaces of cuBLAS, 32 MB for each stream and thread on an H100.
-            Running threads would lose theirs, so no engine of this process may compute on a GPU.
-    """
-    # Private, and missing in a torch without CUDA.
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if of_cublas and clear is not None:
-        clear()
-    torch.cuda.empty_cache()
+def release_gpu_memory() -> None:
+    """Return unused memory of torch to the GPU, for other libraries and processes."""
+    with recording, contextlib.suppress(RuntimeError):  # torch refuses after a failed recording
+        torch.cuda.empty_cache()

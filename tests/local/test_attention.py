@@ -52,23 +52,21 @@ def by_definition(q, k, v, cu):
 def kernels(monkeypatch):
     """Stand-ins for a GPU's kernels. `refuse` says what they raise, by name; `asked` what for."""
     refuse: dict[str, Exception | float] = {}
-    asked: list[tuple[str, tuple[int, ...], dict[str, object]]] = []
+    asked: list[tuple[int, ...]] = []
 
-    def check(name: str, q: torch.Tensor, k: torch.Tensor, options: dict[str, object]) -> float:
-        asked.append((name, (q.shape[1], k.shape[1], q.shape[2]), options))
-        if name == "varlen" and k.shape[1] != q.shape[1]:
-            name = "varlen, grouped"
+    def check(name: str, q: torch.Tensor, k: torch.Tensor) -> float:
+        asked.append((q.shape[1], k.shape[1], q.shape[2]))
         fault = refuse.get(name, 0.0)
         if isinstance(fault, Exception):
             raise fault
         return fault
 
-    def flash(q, k, v, *given, **options):
+    def flash(q, k, v, *given):
         cu, cu_k, longest, longest_k, dropout, is_causal, returns_mask = given
         assert (dropout, is_causal, returns_mask) == (0.0, False, False)
         assert cu is cu_k
         assert type(longest) is type(longest_k) is int
-        return by_definition(q, k, v, cu) + check("varlen", q, k, options), None
+        return by_definition(q, k, v, cu) + check("varlen", q, k), None
 
     def efficient(q, k, v, *given):
         bias, cu, cu_k, longest, longest_k, dropout, mask = given
@@ -76,7 +74,7 @@ def kernels(monkeypatch):
         assert cu is cu_k
         assert type(longest) is type(longest_k) is int
         assert q.shape == k.shape == v.shape
-        return by_definition(q[0], k[0], v[0], cu)[None] + check("efficient", q[0], k[0], {}), None
+        return by_definition(q[0], k[0], v[0], cu)[None] + check("efficient", q[0], k[0]), None
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
     monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", efficient)
@@ -86,7 +84,7 @@ def kernels(monkeypatch):
 
 
 REFUSED = RuntimeError("Number of heads in key/value must match\n  a hundred lines of dispatcher")
-MISSING = dict.fromkeys(("varlen", "varlen, grouped", "efficient"), REFUSED)
+MISSING = dict.fromkeys(("varlen", "efficient"), REFUSED)
 
 
 @pytest.mark.parametrize(
@@ -94,35 +92,27 @@ MISSING = dict.fromkeys(("varlen", "varlen, grouped", "efficient"), REFUSED)
     [
         ("bfloat16", {}, "varlen", "varlen flash kernel"),
         ("float16", {}, "varlen", "varlen flash kernel"),
-        ("bfloat16", {"varlen, grouped": REFUSED}, "varlen_repeated", "key/value must match"),
-        ("bfloat16", {"varlen, grouped": 1.0}, "varlen_repeated", "varlen is not usable: its"),
-        ("bfloat16", {"varlen, grouped": TypeError("unexpected"), "varlen": REFUSED}, "efficient",
-         "varlen is not usable: unexpected"),
+        ("bfloat16", {"varlen": REFUSED}, "efficient", "key/value must match"),
+        ("bfloat16", {"varlen": 1.0}, "efficient", "varlen is not usable: its values differ"),
+        ("bfloat16", {"varlen": AssertionError()}, "efficient",
+         "varlen is not usable: AssertionError"),
         ("bfloat16", MISSING, "per_sequence", "efficient is not usable: Number of heads"),
         ("bfloat16", {**MISSING, "efficient": AttributeError("no such operator")}, "per_sequence",
          "efficient is not usable: no such operator"),
-        ("bfloat16", {"varlen, grouped": ValueError("Expect the same number of heads")},
-         "varlen_repeated", "varlen is not usable: Expect the same"),
-        ("bfloat16", dict.fromkeys(["varlen", "varlen, grouped"], AssertionError()), "efficient",
-         "varlen is not usable: AssertionError"),
         ("float32", {}, "efficient", "flash needs bfloat16 or float16"),
         ("float32", {"efficient": REFUSED}, "per_sequence", "one SDPA call"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("new", [True, False], ids=["torch 2.13", "torch 2.11"])
-def test_a_gpu_gets_the_first_kernel_that_computes_the_models_heads(  # noqa: PLR0917
-    kernels, monkeypatch, new, dtype, refuse, chosen, said
+def test_a_gpu_gets_the_first_kernel_that_computes_the_models_heads(
+    kernels, dtype, refuse, chosen, said
 ):
-    monkeypatch.setattr(attention, "_ONE_SPLIT", {"num_splits": 1} if new else {})
     kernels[0].update(refuse)
     kernel, why = attention.select_kernel(CUDA, getattr(torch, dtype), CONFIG)
     assert kernel is getattr(attention, chosen)
     assert said in why
     assert "\n" not in why
     assert "dispatcher" not in why
-    for name, heads, options in kernels[1]:
-        assert heads in (HEADS, (32, 32, 64))
-        assert options == ({"num_splits": 1} if new and name == "varlen" else {})
+    assert all(heads in (HEADS, (32, 32, 64)) for heads in kernels[1])
 
 
 @pytest.mark.parametrize("operator", ["_flash_attention_forward", "_efficient_attention_forward"])
@@ -149,9 +139,9 @@ def test_a_first_attention_does_not_import_the_compiler(python):
 
 def test_a_gpu_that_is_lost_ends_the_choice(kernels, monkeypatch):
     lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    kernels[0]["varlen, grouped"] = lost
+    kernels[0]["varlen"] = lost
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # an error of one kernel
-    assert attention.select_kernel(CUDA, torch.bfloat16, CONFIG)[0] is attention.varlen_repeated
+    assert attention.select_kernel(CUDA, torch.bfloat16, CONFIG)[0] is attention.efficient
     monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=lost))
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
         attention.select_kernel(CUDA, torch.bfloat16, CONFIG)
@@ -165,7 +155,7 @@ def test_a_gpu_that_is_too_old_for_flash_has_one_call_per_step(kernels, monkeypa
 
 
 @pytest.mark.parametrize("lengths", [[1], [5, 5, 1, 7], [1200, 3]])
-@pytest.mark.parametrize("name", ["varlen", "varlen_repeated", "efficient"])
+@pytest.mark.parametrize("name", ["varlen", "efficient"])
 def test_every_kernel_is_called_for_what_per_sequence_computes(kernels, name, lengths):
     q, k, v = draw(sum(lengths), 6, 2, 8)
     ours = getattr(attention, name)(q, k, v, layout(lengths))

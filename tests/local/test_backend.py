@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from shared_engine import (
+    ConfigurationError,
     DeviceMemoryError,
     EmbeddingInput,
     EngineClosedError,
@@ -154,6 +155,29 @@ def test_out_of_memory_halves_the_step_and_loses_nothing(open_backend, expected,
     assert max(faulty.steps) <= 100
     assert backend.step_stats.max_batch_tokens <= 100  # and it remembers
     assert "retrying its halves" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OUT_OF_MEMORY, "free memory there, or use another device"),
+        (
+            torch.AcceleratorError("CUDA error: no kernel image is available\nmore"),
+            "install a torch",
+        ),
+    ],
+)
+def test_a_model_that_a_device_cannot_take_is_named(open_backend, error, said):
+    def load(*_: Any) -> Encoder:
+        weights = torch.empty(1)
+        loaded.append(weakref.ref(weights))
+        raise error
+
+    loaded: list[weakref.ref] = []
+    with pytest.raises(ConfigurationError, match=said) as raised:
+        open_backend(load)
+    assert f"device='cpu': {str(error).splitlines()[0]}; " in str(raised.value)
+    assert loaded[0]() is None
 
 
 def test_a_failed_device_refuses_new_requests(open_backend, expected, monkeypatch):

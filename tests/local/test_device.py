@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import types
 
 import pytest
 import torch
@@ -17,16 +18,24 @@ FIND = device.find_bfloat16_instructions
 
 
 @pytest.mark.parametrize(
-    ("free_mb", "model", "step"),
+    ("gpu", "free_mb", "model", "step"),
     [
-        (79_000, "300M", 16_384),
-        (79_000, "tiny", 16_384),
-        (79_000, "1B", 6_400),  # else a search would wait 130 to 170 ms behind an ingest
-        (6_000, "300M", 6_000),
-        (300, "1B", 1_024),
+        ("H100", 79_000, "300M", 16_384),
+        ("H100", 79_000, "tiny", 16_384),
+        ("H100", 79_000, "1B", 6_400),  # else a search would wait 130 to 170 ms behind an ingest
+        ("H100", 6_000, "300M", 6_000),
+        ("H100", 300, "1B", 1_024),
+        ("A100", 79_000, "300M", 6_400),
+        ("L4", 23_000, "300M", 2_304),  # 8 times slower than an H100
+        ("L4", 23_000, "1B", 1_024),
     ],
 )
-def test_a_gpus_step_takes_some_26_ms_and_fits_its_free_memory(monkeypatch, free_mb, model, step):
+def test_a_gpus_step_takes_some_26_ms_and_fits_its_free_memory(
+    monkeypatch, gpu, free_mb, model, step
+):
+    sms, major, minor = {"H100": (132, 9, 0), "A100": (108, 8, 0), "L4": (58, 8, 9)}[gpu]
+    made = types.SimpleNamespace(multi_processor_count=sms, major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: made)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free_mb * 2**20, 80 * 2**30))
     size, why = device._select_step(CUDA, config(model))
     assert size == step

@@ -33,7 +33,6 @@ UNIFORM = [512] * 32
 MIXED = [16, 40, 90, 120, 200, 512] * 10
 LAYERS = 2
 """Of the model and of its tower: a layer is like the next."""
-BRANCHES = pytest.mark.parametrize("new_varlen", [True, False], ids=["torch 2.13", "torch 2.11"])
 
 
 def checkpoint(name: str, with_images: bool = False) -> Checkpoint:
@@ -75,15 +74,14 @@ def run(
     return log, placement
 
 
-@BRANCHES
 @pytest.mark.parametrize("lengths", [[1], [32], [100, 20, 8]])
-def test_a_search_is_one_copy_and_one_graph(new_varlen, lengths):
-    with fake_gpu(new_varlen=new_varlen):
+def test_a_search_is_one_copy_and_one_graph(lengths):
+    with fake_gpu():
         log, _ = run(checkpoint("300M"), lengths)
     size = 16 if sum(lengths) <= 16 else 32 if sum(lengths) <= 32 else 128
     assert log.to_device == [4 * (2 * size + 10)]
     assert log.to_host == [4 * 2048 * len(lengths)]
-    assert log.launches <= LAYERS * (9 + (0 if new_varlen else 2)) + 12  # all in the graph
+    assert log.launches <= LAYERS * 9 + 12  # all in the graph
 
 
 def test_many_sequences_have_a_product_for_each_thousand():
@@ -92,23 +90,21 @@ def test_many_sequences_have_a_product_for_each_thousand():
     assert log.kernels["mm"] == 2 * LAYERS + 3
 
 
-@BRANCHES
 @pytest.mark.parametrize("lengths", [UNIFORM, MIXED, [200], [8192, 3]])
 @pytest.mark.parametrize(("name", "step"), [("300M", None), ("1B", 6_144)])
-def test_a_step_of_texts(new_varlen, lengths, name, step):
+def test_a_step_of_texts(lengths, name, step):
     layers = LAYERS
-    with fake_gpu(new_varlen=new_varlen):
+    with fake_gpu():
         log, placement = run(checkpoint(name), lengths, step=step)
-    assert placement.kernel is (attention.varlen if new_varlen else attention.varlen_repeated)
+    assert placement.kernel is attention.varlen
     pieces = -(-sum(lengths) // placement.max_batch_tokens)  # of the MLP, of a longer text
     assert log.kernels["attend"] == log.kernels["rotate_"] == layers
     assert log.kernels["gate_"] == layers * pieces
     assert log.kernels["addmm_"] == layers * (1 + pieces)
     assert log.kernels["mm"] == layers * (1 + pieces) + 1  # and one for the means
     assert log.kernels["rms_norm"] == layers * (1 + pieces) + 1
-    repeats = 0 if new_varlen else 2 * layers  # each a copy of keys or values
     rest = 3 + 9  # embeddings, cosines, sines; the means
-    assert log.launches <= layers * (5 + 4 * pieces) + 1 + rest + repeats
+    assert log.launches <= layers * (5 + 4 * pieces) + 1 + rest
     assert len(log.to_device) == 3  # boundaries, ids and positions
     assert sum(log.to_device) == 4 * (2 * sum(lengths) + len(lengths) + 1)
     assert log.to_host == [4 * 2048 * len(lengths)]
@@ -133,12 +129,11 @@ def test_a_gpu_without_flash_has_one_attention_per_layer(dtype, capability):
     assert log.launches <= LAYERS * (9 + 2) + 13 + isolating
 
 
-@BRANCHES
 @pytest.mark.parametrize(("cols", "rows", "tiles"), [(1, 1, 1), (2, 3, 7)])
-def test_a_step_of_pages(new_varlen, cols, rows, tiles):
+def test_a_step_of_pages(cols, rows, tiles):
     """The tower takes 8 tiles in one pass."""
     picture = Picture(PAGE, (0, 0, 1275, 1650), cols, rows)
-    with fake_gpu(new_varlen=new_varlen):
+    with fake_gpu():
         log, _ = run(
             checkpoint("1B", with_images=True), [256 * tiles + 8] * 3, [picture, None, picture]
         )
@@ -152,8 +147,7 @@ def test_a_step_of_pages(new_varlen, cols, rows, tiles):
     assert log.to_host == [4 * 2048 * 3]
 
 
-@BRANCHES
-def test_a_step_of_whole_images_is_one_pass(new_varlen):
+def test_a_step_of_whole_images_is_one_pass():
     """Pixtral: images of any size share the layers of a pass, and nothing waits for the device."""
     tower = PixtralConfig.model_validate(
         {"model_type": "pixtral", "hidden_act": "silu", "patch_size": 14, **PIXTRAL}
@@ -162,7 +156,7 @@ def test_a_step_of_whole_images_is_one_pass(new_varlen):
     images = [np.zeros((1, 28 * rows, 28 * cols, 3), np.uint8) for rows, cols in [(5, 3), (2, 7)]]
     ids = [np.full(50, 100, np.int32) for _ in range(3)]
     ids[0][1:16], ids[2][1:15] = CONTEXT, CONTEXT
-    with fake_gpu(new_varlen=new_varlen):
+    with fake_gpu():
         (placement,) = device.select_devices("cuda", "auto", None, model.config)
         encoder = Encoder(model, placement)
         tiles = [images[0], None, images[1]]
@@ -259,18 +253,17 @@ def test_a_page_is_cut_on_the_device():
     assert log.kernels["_upsample_bicubic2d_aa"] == 4  # two axes, of the tiles and the thumbnail
 
 
-@BRANCHES
 @pytest.mark.parametrize("fused", [True, False], ids=["Triton", "no Triton"])
-def test_a_gpus_buffers_never_grow(new_varlen, fused):
+def test_steps_of_a_gpu_grow_no_buffer(fused):
     """Whatever grows leaves a hole in the device's memory that the next does not fit."""
-    with fake_gpu(new_varlen=new_varlen, fused=fused):
+    with fake_gpu(fused=fused):
         model = checkpoint("1B", with_images=True)
         (placement,) = device.select_devices("cuda", "auto", None, model.config)
         encoder = Encoder(model, placement)
         buffers = [encoder._buffers.mlp, encoder._buffers.hidden, encoder._vision._buffer]
         before = [buffer._memory for buffer in buffers]
         picture = Picture(PAGE, (0, 0, 1275, 1650), 2, 3)
-        for lengths in ([5], [2048] * 3, [8192]):
+        for lengths in ([5], [2048] * 3, [placement.max_batch_tokens]):
             encoder([np.full(length, 100, np.int32) for length in lengths])
         ids = np.full(7 * 256 + 8, CONTEXT, np.int32)
         ids[-8:] = 100

@@ -6,17 +6,21 @@ Here an emulator replays on a CPU; that a GPU does the same is for test_gpu.py t
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from shared_engine.local import graphs, llama
+from shared_engine.local import graphs, llama, memory
 from shared_engine.local.checkpoint import resolve
 from shared_engine.local.device import select_devices
 from shared_engine.local.llama import Encoder
@@ -138,3 +142,70 @@ def test_the_buckets_of_a_model_share_a_stream_that_no_other_model_has(monkeypat
             record(lambda: None)
     assert [streams.index(stream) for stream, _ in recorded] == [0] * 4 + [1] * 4
     assert len({id(pool) for _, pool in recorded}) == 2
+
+
+class FakeCuda:
+    """The parts of torch.cuda that record a graph, which the emulator does not have."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream, self.is_recording = "default", False
+        self.overlapped = False
+        names = {"device": lambda _: nullcontext(), "current_stream": lambda _: self.stream}
+        names |= {"stream": self.use, "CUDAGraph": mock.Mock, "graph": self.record}
+        for name, value in {**names, "empty_cache": self.empty_cache}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextmanager
+    def use(self, stream: Any) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextmanager
+    def record(self, *_: Any, stream: Any, **__: Any) -> Iterator[None]:
+        """As torch's, which keeps its stream after an error."""
+        self.overlapped |= self.is_recording
+        self.stream, self.is_recording = stream, True
+        time.sleep(0.01)
+        yield
+        self.stream, self.is_recording = stream, False
+
+    def empty_cache(self) -> None:
+        self.overlapped |= self.is_recording
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+def test_a_thread_uses_its_own_stream_after_a_recording_that_fails(cuda):
+    def step() -> None:
+        if cuda.is_recording:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="capturing"):
+        graphs._capture(CUDA, mock.Mock(), None, step)
+    assert cuda.stream == "default"
+    assert not memory.recording.locked()
+
+
+def test_only_recordings_run_on_the_stream_of_the_graphs(cuda):
+    """Then the cuBLAS workspace of the stream lies in their pool, and lives as long as they do."""
+    streams: list[Any] = []
+    for _ in range(2):
+        graphs._capture(CUDA, "graphs", None, lambda: streams.append(cuda.stream))
+    assert streams == ["default", "graphs"] * 2
+
+
+def test_no_other_recording_and_no_release_of_memory_happens_during_one(cuda, monkeypatch):
+    """Both make a recording fail: torch waits for the device there, which must not record then."""
+    monkeypatch.setattr(cuda, "use", lambda _: nullcontext())  # streams are of one thread
+    tasks = [lambda: graphs._capture(CUDA, mock.Mock(), None, lambda: None)] * 3
+    tasks += [memory.release_gpu_memory] * 3
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(task) for task in tasks]:
+            done.result()
+    assert not cuda.overlapped

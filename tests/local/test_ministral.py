@@ -200,6 +200,15 @@ def test_the_published_number_of_parameters_follows_from_the_row(name, parameter
     assert sum(map(math.prod, text_sizes(shape).values())) == parameters
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.999999), ("bfloat16", 0.999)])
+def test_a_gpu_gives_the_same_vectors(tmp_path, dtype, least):
+    folder = build(tmp_path)
+    with Embedder(Options(model=folder, device="cuda", dtype=dtype)) as embedder:
+        assert (embedder.embed(TEXTS) * expected(folder, TEXTS, "passage: ")).sum(1).min() >= least
+
+
 @pytest.mark.slow
 def test_a_long_text_takes_a_bounded_memory(tmp_path, python):
     """32,768 tokens, the model's limit: attention is not written out."""

@@ -350,6 +350,14 @@ def test_another_layout_of_the_same_model_is_read(folder, tmp_path):
     np.testing.assert_allclose(embed(old), embed(folder), rtol=0, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.999999), ("bfloat16", 0.999)])
+def test_a_gpu_gives_the_same_vectors(folder, dtype, least):
+    ours = embed(folder, device="cuda", dtype=dtype)
+    assert (ours * expected(folder, INPUTS)).sum(1).min() >= least
+
+
 def test_max_tiles_is_refused(folder):
     with pytest.raises(CheckpointError, match="max_tiles is 6; expected None, as images are not"):
         embed(folder, max_tiles=6)

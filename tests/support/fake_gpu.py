@@ -26,6 +26,7 @@ from shared_engine import local
 from shared_engine.local import attention, elementwise, graphs, llama, siglip
 
 CUDA = torch.device("cuda", 0)
+H100 = types.SimpleNamespace(multi_processor_count=132, major=9, minor=0)
 LAUNCH_NOTHING = ("empty", "new_empty", "empty_strided", "empty_like", "resize_", "device")
 COPIES = ("_to_copy", "to", "copy_")
 WAITS = {
@@ -196,12 +197,11 @@ def gate(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def check_varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: Any, **options: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: Any
 ) -> tuple[torch.Tensor]:
     """Stands for _flash_attention_forward, with what its C++ would refuse."""
     cu_q, cu_k, longest_q, longest_k, dropout, is_causal, returns_mask = given
     assert (dropout, is_causal, returns_mask) == (0.0, False, False)
-    assert options == attention._ONE_SPLIT
     assert type(longest_q) is type(longest_k) is int
     assert q.shape[1] % k.shape[1] == 0
     assert q.shape[2] <= 256
@@ -225,15 +225,8 @@ def attend_efficiently(q: Any, k: Any, v: Any, *_: Any) -> tuple[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def fake_gpu(
-    *, new_varlen: bool = True, fused: bool = True, capability: Any = (9, 0), count: int = 1
-) -> Iterator:
-    """Let torch have fake GPUs, with Triton if `fused`; `new_varlen` is a torch from 2.12 on."""
-
-    def check_kernel(kernel: Any, *_: Any) -> None:
-        if kernel is attention.varlen and not new_varlen:
-            raise RuntimeError("as if it refused grouped heads")
-
+def fake_gpu(*, fused: bool = True, capability: Any = (9, 0), count: int = 1) -> Iterator:
+    """Let torch have fake GPUs, with Triton if `fused`."""
     current = [0]
 
     @contextlib.contextmanager
@@ -253,6 +246,7 @@ def fake_gpu(
         "device": make_current,
         "current_device": lambda: current[0],
         "get_device_capability": lambda *_: capability,
+        "get_device_properties": lambda _: H100,
         "mem_get_info": lambda *_: (79_000 * 2**20, 80 * 2**30),
         "set_device": lambda *_: None,
         "current_stream": lambda *_: stream,
@@ -276,8 +270,7 @@ def fake_gpu(
             _flash_attention_forward=check_varlen,
             _efficient_attention_forward=attend_efficiently,
         )
-        splits = {"num_splits": 1} if new_varlen else {}
-        patch(attention, _ONE_SPLIT=splits, _check_kernel=check_kernel)
+        patch(attention, _check_kernel=lambda *_: None)
         patch(elementwise, _check_kernels=lambda *_: None)
         modules = {"shared_engine.local.fused": kernels if fused else None}
         stack.enter_context(mock.patch.dict(sys.modules, modules))

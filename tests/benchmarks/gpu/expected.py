@@ -30,7 +30,6 @@ EXPECTED: dict[str, dict[str, tuple[float, float]]] = {
         "query during an ingest, p99": (1, 50),
         "the ingest keeps": (0.85, 1.05),
         "step, 512 tokens, torch's operators": (630, 782),
-        "step, 512 tokens, keys and values repeated": (700, 869),
     },
     "pages": {
         "1 tile": (267, 319),
@@ -51,6 +50,7 @@ EXPECTED: dict[str, dict[str, tuple[float, float]]] = {
         "full step": (21, 27),
         "texts, 512 tokens": (240, 293),
         "query alone, p50": (1.2, 1.5),
+        "rerank 40 candidates of 256 tokens": (40, 60),
         "step, 512 tokens, torch's operators": (215, 265),
     },
     "fresh": {"first vector": (6, 15)},

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shared_engine import Embedder, EmbeddingInput, images
+from shared_engine import Embedder, EmbeddingInput, Reranker, RerankOptions, images
 from shared_engine.local import attention, elementwise
 from shared_engine.local.attention import Layout
 from tests.benchmarks import measuring, search_latency, suite
 from tests.benchmarks.gpu import fp8_steps
 from tests.benchmarks.gpu.bench import CORPORA, Bench
+from tests.support.rerankers import TEXT, add_head
 from tests.support.vl_checkpoints import page
 
 ROOT = Path(__file__).parents[3]
@@ -68,19 +69,16 @@ def measure_machine(bench: Bench) -> None:
             seconds = bench.time_on_device(fp8_steps.multiply, ours, theirs, bench.dtype)
             bench.add(f"product in fp8, {name}", tflop / seconds, "TFLOP/s")
     (bench.scratch / "peak").write_text(str(fastest * 1e12))
-    kernels = {"": attention.varlen, ", repeated": attention.varlen_repeated}
-    if bench.is_tiny:
-        kernels = {"": attention.per_sequence}
+    kernel = attention.per_sequence if bench.is_tiny else attention.varlen
     for corpus, title in CORPORA.items():
         counts = bench.lengths(corpus, 512 if bench.is_tiny else 16_384)
         q, k, v = draw(bench, counts.sum(), 48, 64).split([32, 8, 8], dim=1)
         ends = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=bench.device)
         layout = Layout(counts.tolist(), ends)
         tflop = 4 * 32 * 64 * float((counts.astype(float) ** 2).sum()) / 1e12
-        for suffix, kernel in kernels.items():
-            with bench.attempt(f"attention, {title}{suffix}"):
-                seconds = bench.time_on_device(kernel, q, k, v, layout)
-                bench.add(f"attention, {title}{suffix}", tflop / seconds, "TFLOP/s")
+        with bench.attempt(f"attention, {title}"):
+            seconds = bench.time_on_device(kernel, q, k, v, layout)
+            bench.add(f"attention, {title}", tflop / seconds, "TFLOP/s")
 
 
 def draw(bench: Bench, *shape: int) -> torch.Tensor:
@@ -90,9 +88,10 @@ def draw(bench: Bench, *shape: int) -> torch.Tensor:
 def measure_tests(bench: Bench) -> None:
     """Run the tests that need a GPU. After an illegal access all others of a process fail, too."""
     files = ["tests/test_gpu.py"]
-    files += [f"tests/local/test_{name}.py" for name in ("llama", "siglip", "cut_on_device")]
+    names = ("llama", "siglip", "cut_on_device", "ministral", "pixtral")
+    files += [f"tests/local/test_{name}.py" for name in names]
     options = ["-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "--tb=short"]
-    options += ["-m", "gpu"]
+    options += ["--continue-on-collection-errors", "-m", "gpu"]
     if bench.is_tiny:
         files, options[-1] = ["tests/local/test_pooling.py"], "not slow"
     log = bench.results.with_name("tests.txt")
@@ -122,6 +121,20 @@ def measure_300m(bench: Bench) -> None:
 
 def measure_1b(bench: Bench) -> None:
     measure_texts(bench, "1b")
+    with bench.attempt("rerank"):
+        measure_rerank(bench)
+
+
+def measure_rerank(bench: Bench) -> None:
+    """Score candidates with the same weights and a head."""
+    folder = Path(shutil.copytree(bench.checkpoint("1b"), bench.scratch / "reranker"))
+    add_head(folder, {"architectures": [TEXT]})
+    candidates = bench.source.texts([256] * 40)
+    dtype: Any = str(bench.dtype).removeprefix("torch.")
+    options = RerankOptions(model=str(folder), device=str(bench.device), dtype=dtype)
+    with Reranker(options) as reranker:
+        seconds = bench.time(reranker.score, "which of them answers a question?", candidates)
+        bench.add("rerank 40 candidates of 256 tokens", seconds * 1e3, "ms")
 
 
 def measure_texts(bench: Bench, kind: str) -> None:
@@ -179,7 +192,6 @@ def measure_variants(bench: Bench, kind: str, encoder: Any) -> None:
     eager = {"rotate": elementwise.EAGER.rotate, "gate": elementwise.EAGER.gate}
     changes = {"torch's operators": eager}
     if not bench.is_tiny:
-        changes["keys and values repeated"] = {"attend": attention.varlen_repeated}
         changes["memory-efficient attention"] = {"attend": attention.efficient}
     for change, values in changes.items():
         with bench.attempt(change), mock.patch.multiple(encoder._layers, **values):
@@ -345,8 +357,11 @@ def measure_fresh(bench: Bench) -> None:
 
 
 def measure_fp8(bench: Bench) -> None:
-    """Steps whose products are in fp8: their rate, and how far their vectors are from ours."""
-    with bench.open("300m") as embedder:
+    """Steps whose products are in fp8: their rate, and how far their vectors are from ours.
+
+    A GPU before compute capability 8.9 has none.
+    """
+    with bench.open("300m") as embedder, bench.attempt("fp8"):
         encoder: Any = embedder.load()._encoders[0]
         counts = bench.lengths("skewed", encoder._max_batch_tokens)
         sequences = bench.sequences(counts)
