@@ -80,10 +80,11 @@ class EngineOptions(BaseModel):
     task: ClassVar[Task]
     """Result of the model: vectors or scores."""
 
-    model: str | None = _option(
-        "engine",
+    model: str | None = Field(
         default=None,
+        kw_only=False,  # a type checker reads this in a direct call of Field only
         min_length=1,
+        json_schema_extra={"scope": "engine"},
         description="Name or alias of a model in the catalogue, a Hugging Face id, or a folder. "
         f"None: {DEFAULT_MODELS['embed']} in this process, and the only model of a NIM.",
     )
@@ -155,7 +156,7 @@ class EngineOptions(BaseModel):
         description="Address of a NIM, its root or /v1: http://localhost:8000/v1. Replicas need a "
         "load balancer with one address. None: NVIDIA_BASE_URL, unless a local option is given.",
     )
-    api_key: SecretStr | None = _secret(
+    api_key: SecretStr | str | None = _secret(
         "routing",
         default=None,
         description="Key for the NIM or the catalogue. None: NVIDIA_API_KEY.",
@@ -295,12 +296,15 @@ class EngineOptions(BaseModel):
     def _normalize_url(cls, value: Any) -> Any:
         return value if value is None else normalize_url(value)
 
-    @field_validator("api_key")
+    @field_validator("api_key", mode="before")
     @classmethod
-    def _strip_key(cls, value: SecretStr | None) -> SecretStr | None:
+    def _strip_key(cls, value: Any) -> SecretStr | None:
         if value is None:
             return None
-        key = value.get_secret_value().strip()
+        key = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if not isinstance(key, str):
+            raise ValueError("expected a str or a SecretStr")
+        key = key.strip()
         check_header("authorization", key, "api_key=")
         return SecretStr(key)
 
@@ -433,10 +437,11 @@ class RerankOptions(EngineOptions):
 
     task = "rerank"
 
-    model: str | None = _option(
-        "engine",
+    model: str | None = Field(
         default=None,
+        kw_only=False,
         min_length=1,
+        json_schema_extra={"scope": "engine"},
         description="Name or alias of a reranker in the catalogue, a Hugging Face id, or a folder. "
         f"None: {DEFAULT_MODELS['rerank']} in this process, and the only model of a server.",
     )

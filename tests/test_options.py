@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 import langchain_nemoretriever as langchain
 import llamaindex_nemoretriever as llamaindex
@@ -51,6 +51,16 @@ def test_an_unknown_option_is_refused_with_the_nearest_one():
         Options(dimension=384)
     with pytest.raises(ValidationError, match="quantum"):
         Options(quantum=1)
+
+
+def test_a_key_is_a_text_or_a_secret() -> None:
+    for key in (" nvapi-1\n", SecretStr("nvapi-1")):
+        made = Options(api_key=key)
+        assert made.api_key == SecretStr("nvapi-1")
+        assert "nvapi-1" not in repr(made)
+    with pytest.raises(ValidationError, match="expected a str or a SecretStr") as caught:
+        Options(api_key=lambda: "nvapi-1")  # type: ignore[arg-type]
+    assert caught.value.error_count() == 1
 
 
 @pytest.mark.parametrize(
