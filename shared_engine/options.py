@@ -39,14 +39,13 @@ Scope = Literal["routing", "engine", "local", "nim", "request"]
 client of a NIM, or the request. Objects whose options differ in "request" alone share a backend."""
 
 _HINTS = {
-    "async_http_client": "use http_client_factory=, a function that returns an httpx.AsyncClient",
     "batch_size": "use max_batch_size= (NIM requests) or max_batch_tokens= (local batches)",
     "infer_path": "use base_url=, the root of the server or its /v1",
     "input_type": "call the method for queries or the one for documents",
+    "max_length": "use max_tokens=",
     "mode": "use base_url= or backend=",
     "nvidia_api_base": "use base_url=",
     "organization": "use default_headers=",
-    "trucate": "use truncate=",
     "usage_telemetry_enabled": "no usage is reported; omit it",
 }
 """Replacements for options of NVIDIA's and other adapters."""
