@@ -43,12 +43,14 @@ class Pipeline(ABC, Generic[OptionsT]):
         documents: Documents,
         role: Role = "document",
         data_urls: bool = False,
+        show_progress: bool = False,
         query: str | None = None,
     ) -> Future[Rows]:
         """Validate all documents, then submit them; pass the result to `finish`.
 
         Args:
             data_urls: See `documents.validate`.
+            show_progress: Show a progress bar, as the option does.
             query: The query that a reranker scores the documents for.
 
         Raises:
@@ -57,7 +59,7 @@ class Pipeline(ABC, Generic[OptionsT]):
             EngineClosedError: the backend was closed.
         """
         valid = validate(documents, role, self.lease.acquire().modalities, data_urls)
-        if not self.options.show_progress:
+        if not (show_progress or self.options.show_progress):
             return self.submit_valid(valid, role, query=query)
         bar = self.open_bar(len(valid))
 
