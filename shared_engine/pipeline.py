@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 from shared_engine import spans, vectors
 from shared_engine.backend import Backend, Flow, Request, Rows
 from shared_engine.documents import EmbeddingInput, Role, validate
 from shared_engine.errors import (
+    ConfigurationError,
     InputError,
     NeMoRetrieverError,
     NonFiniteVectorError,
@@ -85,6 +86,8 @@ class Pipeline(ABC, Generic[OptionsT]):
         query: str | None = None,
     ) -> Future[Rows]:
         """Submit documents that were validated; see `submit`."""
+        if role not in get_args(Role):
+            raise ConfigurationError(f'role={role!r}: expected "query" or "document"')
         backend = self.lease.acquire()
         tokens = TokenCount()
         request = Request(

@@ -81,6 +81,16 @@ def test_a_bare_string_is_not_taken_for_a_list_of_characters(embedder):
         embedder.embed("hello")
 
 
+async def test_another_role_is_refused(embedder):
+    reason = """role='passage': expected "query" or "document"$"""  # the word of a NIM
+    with pytest.raises(ConfigurationError, match=reason):
+        embedder.embed(["a"], role="passage")
+    with pytest.raises(ConfigurationError, match=reason):
+        await embedder.aembed([], role="passage")
+    with pytest.raises(ConfigurationError, match=reason):
+        next(embedder.stream(["a"], role="passage", errors="return"))
+
+
 def test_a_lone_surrogate_is_named_with_its_place(embedder):
     with pytest.raises(InputTypeError, match=r"input 1 holds a lone surrogate \(U\+D800\).* 3"):
         embedder.embed(["fine", "abc\ud800def"])
