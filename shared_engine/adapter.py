@@ -32,9 +32,9 @@ class Adapter(EngineOptions):  # noqa: PLW1641 - unhashable, as every pydantic m
         self._engine = self._create_engine()
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Copy as pydantic does; a copy with other options gets another engine."""
+        """Copy as `EngineOptions` does; a copy with other options gets another engine."""
         copy = super().model_copy(update=update, deep=deep)
-        if update and update.keys() & {*self.names_of()}:
+        if any(getattr(copy, name) != getattr(self, name) for name in self.names_of()):
             copy._engine = copy._create_engine()
         return copy
 

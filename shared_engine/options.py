@@ -7,7 +7,7 @@ that of rerankers.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
@@ -368,6 +368,19 @@ class EngineOptions(BaseModel):
     def _merge(self, changes: dict[str, Any]) -> dict[str, Any]:
         given = self.model_fields_set.intersection(self.names_of())
         return {name: getattr(self, name) for name in given} | changes
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy with other values, which are validated; pydantic alone would take any.
+
+        Raises:
+            pydantic.ValidationError: an unknown option, or an invalid value.
+        """
+        changes = dict(update or {})
+        foreign = type(self).model_fields.keys() - {*self.names_of()}  # of a framework
+        if own := {name: changes.pop(name) for name in changes.keys() - foreign}:
+            valid = self.replace(**own)
+            changes |= {name: getattr(valid, name) for name in valid.model_fields_set}
+        return super().model_copy(update=changes, deep=deep)
 
     @property
     def local_model(self) -> str:

@@ -34,6 +34,20 @@ def test_an_option_cannot_be_set_and_the_error_names_the_copy(kind: Any) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_values_of_a_copy_are_validated(kind: Any, tmp_path: Path) -> None:
+    made = kind("a/model", device="cpu", api_key="nvapi-1")
+    copied = made.model_copy(
+        update={"model": tmp_path, "truncate": "end", "nvidia_api_key": "nvapi-2"}
+    )
+    assert (copied.model, copied.truncate, copied.device) == (str(tmp_path), "END", "cpu")
+    assert copied.api_key == SecretStr("nvapi-2")
+    with pytest.raises(ValidationError, match="did you mean truncate="):
+        made.model_copy(update={"truncat": "END"})
+    with pytest.raises(ValidationError, match="truncate"):
+        made.model_copy(update={"truncate": "MIDDLE"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_model_is_the_only_argument_by_position(kind: Any, tmp_path: Path) -> None:
     assert kind("a/model").model == "a/model"
     assert kind(tmp_path, device="cpu").model == str(tmp_path)
