@@ -77,14 +77,7 @@ def test_a_key_is_a_text_or_a_secret() -> None:
     assert caught.value.error_count() == 1
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *(Embedder, Reranker, Options),
-        *(langchain.NeMoRetrieverEmbeddings, langchain.NeMoRetrieverRerank),
-        *(llamaindex.NeMoRetrieverEmbedding, llamaindex.NeMoRetrieverRerank),
-    ],
-)
-def test_the_name_of_the_model_needs_no_keyword(kind, tmp_path):
+@pytest.mark.parametrize("kind", [Embedder, Reranker])
+def test_the_name_of_the_model_needs_no_options(kind, tmp_path):
     assert kind("nvidia/some").model == "nvidia/some"
     assert kind(tmp_path).model == str(tmp_path)
