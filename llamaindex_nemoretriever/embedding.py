@@ -14,7 +14,6 @@ from llama_index.core.instrumentation.events.embedding import (
     EmbeddingStartEvent,
 )
 from llama_index.core.schema import BaseNode, ImageType
-from llama_index.core.utils import get_tqdm_iterable
 from llama_index_instrumentation import get_dispatcher
 from pydantic import ConfigDict, Field, model_validator
 
@@ -129,13 +128,13 @@ class NeMoRetrieverEmbedding(EmbeddingAdapter, MultiModalEmbedding):
         self, img_file_paths: list[ImageType], show_progress: bool = False
     ) -> list[Embedding]:
         """Embed images and return one vector per image, in order."""
-        return self._embed(_images(img_file_paths, show_progress))
+        return self._embed(wrap_images(img_file_paths), show_progress)
 
     async def aget_image_embedding_batch(
         self, img_file_paths: list[ImageType], show_progress: bool = False
     ) -> list[Embedding]:
         """Embed images and return one vector per image, in order."""
-        return await self._aembed(_images(img_file_paths, show_progress))
+        return await self._aembed(wrap_images(img_file_paths), show_progress)
 
     # Abstract in the base class, whose own public methods would put the images into events.
     _get_image_embedding = get_image_embedding
@@ -166,19 +165,25 @@ class NeMoRetrieverEmbedding(EmbeddingAdapter, MultiModalEmbedding):
         return self._drop_images(documents)
 
     @dispatcher.span
-    def _embed(self, documents: list[EmbeddingInput]) -> list[Embedding]:
+    def _embed(
+        self, documents: list[EmbeddingInput], show_progress: bool = False
+    ) -> list[Embedding]:
         with self._announced(documents) as embeddings:
             if (limiter := self._limiter) is not None:
                 limiter.acquire()
-            embeddings.extend(self.embedder._embed_lists(documents, "document"))
+            vectors = self.embedder._embed_lists(documents, show_progress=show_progress)
+            embeddings.extend(vectors)
         return embeddings
 
     @dispatcher.span
-    async def _aembed(self, documents: list[EmbeddingInput]) -> list[Embedding]:
+    async def _aembed(
+        self, documents: list[EmbeddingInput], show_progress: bool = False
+    ) -> list[Embedding]:
         with self._announced(documents) as embeddings:
             if (limiter := self._limiter) is not None:
                 await limiter.async_acquire()
-            embeddings.extend(await self.embedder._aembed_lists(documents, "document"))
+            vectors = await self.embedder._aembed_lists(documents, show_progress=show_progress)
+            embeddings.extend(vectors)
         return embeddings
 
     @property
@@ -211,10 +216,6 @@ def _one_model(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("model") not in (None, name):
         raise ValueError("model= and model_name= are one option; pass only model=")
     return {**options, "model": name}
-
-
-def _images(paths: list[ImageType], show_progress: bool) -> list[EmbeddingInput]:
-    return wrap_images(get_tqdm_iterable(paths, show_progress, "Generating image embeddings"))
 
 
 def _with_vectors(nodes: Sequence[BaseNode], vectors: list[Embedding]) -> Sequence[BaseNode]:

@@ -1,7 +1,7 @@
 """NVIDIA NeMo Retriever models: one engine for Python, LangChain and LlamaIndex."""
 
 from shared_engine._version import __version__ as __version__
-from shared_engine.backend import Backend, Request
+from shared_engine.backend import Backend, Request, Rows
 from shared_engine.catalogue import CATALOGUE, ModelSpec
 from shared_engine.documents import EmbeddingInput, Modality, Role
 from shared_engine.embedder import Embedder
@@ -85,6 +85,7 @@ __all__ = [
     "RerankOptions",
     "Reranker",
     "Role",
+    "Rows",
     "ServerError",
     "Stream",
     "TokenCount",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, Field, PrivateAttr
 
@@ -20,22 +19,19 @@ from shared_engine.threads import run_off_loop
 class Adapter(EngineOptions):  # noqa: PLW1641 - unhashable, as every pydantic model
     """Base of the framework classes; pickles, copies and dumps as its options."""
 
+    _engine_type: ClassVar[type[Model[Any]]]
     _engine: Model[Any] = PrivateAttr()
 
-    @abstractmethod
-    def _create_engine(self) -> Model[Any]:
-        """Return the object that computes; it loads nothing before its first use."""
-
     def model_post_init(self, context: Any, /) -> None:
-        """Create the engine."""
+        """Create the engine, which loads nothing before its first use."""
         super().model_post_init(context)
-        self._engine = self._create_engine()
+        self._engine = self._engine_type(self.replace())
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Copy as pydantic does; a copy with other options gets another engine."""
+        """Copy as `EngineOptions` does; a copy with other options gets another engine."""
         copy = super().model_copy(update=update, deep=deep)
-        if update and update.keys() & {*self.names_of()}:
-            copy._engine = copy._create_engine()
+        if any(getattr(copy, name) != getattr(self, name) for name in self.names_of()):
+            copy._engine = copy._engine_type(copy.replace())
         return copy
 
     def __eq__(self, other: object) -> bool:
@@ -69,10 +65,8 @@ class Adapter(EngineOptions):  # noqa: PLW1641 - unhashable, as every pydantic m
 class EmbeddingAdapter(Options, Adapter):
     """Base of the framework classes that embed."""
 
+    _engine_type = Embedder
     _engine: Embedder = PrivateAttr()
-
-    def _create_engine(self) -> Embedder:
-        return Embedder(self.replace())
 
     @property
     def embedder(self) -> Embedder:
@@ -89,10 +83,8 @@ class RerankAdapter(RerankOptions, Adapter):
         default=5, ge=0, description="Number of documents to return. None returns all."
     )
 
+    _engine_type = Reranker
     _engine: Reranker = PrivateAttr()
-
-    def _create_engine(self) -> Reranker:
-        return Reranker(self.replace())
 
     @property
     def reranker(self) -> Reranker:

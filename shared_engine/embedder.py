@@ -74,18 +74,27 @@ class Embedder(Model[Options]):
         return await self._await(partial(self._pipeline.submit, documents, role), self._unwrap)
 
     def _embed_lists(
-        self, documents: Documents, role: Role = "document", data_urls: bool = False
+        self,
+        documents: Documents,
+        role: Role = "document",
+        data_urls: bool = False,
+        show_progress: bool = False,
     ) -> list[list[float]]:
         """Embed documents and return plain lists, which the frameworks expect."""
-        return _to_lists(self._unwrap(result_of(self._pipeline.submit(documents, role, data_urls))))
+        future = self._pipeline.submit(documents, role, data_urls, show_progress)
+        return _to_lists(self._unwrap(result_of(future)))
 
     async def _aembed_lists(
-        self, documents: Documents, role: Role = "document", data_urls: bool = False
+        self,
+        documents: Documents,
+        role: Role = "document",
+        data_urls: bool = False,
+        show_progress: bool = False,
     ) -> list[list[float]]:
         def convert(rows: Rows) -> list[list[float]]:
             return _to_lists(self._unwrap(rows))
 
-        submit = partial(self._pipeline.submit, documents, role, data_urls)
+        submit = partial(self._pipeline.submit, documents, role, data_urls, show_progress)
         return await self._await(submit, convert)
 
     @overload

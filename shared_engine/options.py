@@ -7,7 +7,7 @@ that of rerankers.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
@@ -39,14 +39,13 @@ Scope = Literal["routing", "engine", "local", "nim", "request"]
 client of a NIM, or the request. Objects whose options differ in "request" alone share a backend."""
 
 _HINTS = {
-    "async_http_client": "use http_client_factory=, a function that returns an httpx.AsyncClient",
     "batch_size": "use max_batch_size= (NIM requests) or max_batch_tokens= (local batches)",
     "infer_path": "use base_url=, the root of the server or its /v1",
     "input_type": "call the method for queries or the one for documents",
+    "max_length": "use max_tokens=",
     "mode": "use base_url= or backend=",
     "nvidia_api_base": "use base_url=",
     "organization": "use default_headers=",
-    "trucate": "use truncate=",
     "usage_telemetry_enabled": "no usage is reported; omit it",
 }
 """Replacements for options of NVIDIA's and other adapters."""
@@ -80,10 +79,11 @@ class EngineOptions(BaseModel):
     task: ClassVar[Task]
     """Result of the model: vectors or scores."""
 
-    model: str | None = _option(
-        "engine",
+    model: str | None = Field(
         default=None,
+        kw_only=False,  # a type checker reads this in a direct call of Field only
         min_length=1,
+        json_schema_extra={"scope": "engine"},
         description="Name or alias of a model in the catalogue, a Hugging Face id, or a folder. "
         f"None: {DEFAULT_MODELS['embed']} in this process, and the only model of a NIM.",
     )
@@ -155,7 +155,7 @@ class EngineOptions(BaseModel):
         description="Address of a NIM, its root or /v1: http://localhost:8000/v1. Replicas need a "
         "load balancer with one address. None: NVIDIA_BASE_URL, unless a local option is given.",
     )
-    api_key: SecretStr | None = _secret(
+    api_key: SecretStr | str | None = _secret(
         "routing",
         default=None,
         description="Key for the NIM or the catalogue. None: NVIDIA_API_KEY.",
@@ -295,12 +295,15 @@ class EngineOptions(BaseModel):
     def _normalize_url(cls, value: Any) -> Any:
         return value if value is None else normalize_url(value)
 
-    @field_validator("api_key")
+    @field_validator("api_key", mode="before")
     @classmethod
-    def _strip_key(cls, value: SecretStr | None) -> SecretStr | None:
+    def _strip_key(cls, value: Any) -> SecretStr | None:
         if value is None:
             return None
-        key = value.get_secret_value().strip()
+        key = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if not isinstance(key, str):
+            raise ValueError("expected a str or a SecretStr")
+        key = key.strip()
         check_header("authorization", key, "api_key=")
         return SecretStr(key)
 
@@ -365,6 +368,19 @@ class EngineOptions(BaseModel):
     def _merge(self, changes: dict[str, Any]) -> dict[str, Any]:
         given = self.model_fields_set.intersection(self.names_of())
         return {name: getattr(self, name) for name in given} | changes
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy with other values, which are validated; pydantic alone would take any.
+
+        Raises:
+            pydantic.ValidationError: an unknown option, or an invalid value.
+        """
+        changes = dict(update or {})
+        foreign = type(self).model_fields.keys() - {*self.names_of()}  # of a framework
+        if own := {name: changes.pop(name) for name in changes.keys() - foreign}:
+            valid = self.replace(**own)
+            changes |= {name: getattr(valid, name) for name in valid.model_fields_set}
+        return super().model_copy(update=changes, deep=deep)
 
     @property
     def local_model(self) -> str:
@@ -433,10 +449,11 @@ class RerankOptions(EngineOptions):
 
     task = "rerank"
 
-    model: str | None = _option(
-        "engine",
+    model: str | None = Field(
         default=None,
+        kw_only=False,
         min_length=1,
+        json_schema_extra={"scope": "engine"},
         description="Name or alias of a reranker in the catalogue, a Hugging Face id, or a folder. "
         f"None: {DEFAULT_MODELS['rerank']} in this process, and the only model of a server.",
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 from shared_engine import spans, vectors
 from shared_engine.backend import Backend, Flow, Request, Rows
 from shared_engine.documents import EmbeddingInput, Role, validate
 from shared_engine.errors import (
+    ConfigurationError,
     InputError,
     NeMoRetrieverError,
     NonFiniteVectorError,
@@ -43,12 +44,14 @@ class Pipeline(ABC, Generic[OptionsT]):
         documents: Documents,
         role: Role = "document",
         data_urls: bool = False,
+        show_progress: bool = False,
         query: str | None = None,
     ) -> Future[Rows]:
         """Validate all documents, then submit them; pass the result to `finish`.
 
         Args:
             data_urls: See `documents.validate`.
+            show_progress: Show a progress bar, as the option does.
             query: The query that a reranker scores the documents for.
 
         Raises:
@@ -57,7 +60,7 @@ class Pipeline(ABC, Generic[OptionsT]):
             EngineClosedError: the backend was closed.
         """
         valid = validate(documents, role, self.lease.acquire().modalities, data_urls)
-        if not self.options.show_progress:
+        if not (show_progress or self.options.show_progress):
             return self.submit_valid(valid, role, query=query)
         bar = self.open_bar(len(valid))
 
@@ -83,6 +86,8 @@ class Pipeline(ABC, Generic[OptionsT]):
         query: str | None = None,
     ) -> Future[Rows]:
         """Submit documents that were validated; see `submit`."""
+        if role not in get_args(Role):
+            raise ConfigurationError(f'role={role!r}: expected "query" or "document"')
         backend = self.lease.acquire()
         tokens = TokenCount()
         request = Request(

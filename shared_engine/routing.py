@@ -106,6 +106,7 @@ def explain_key_in_environment() -> str:
 
 def _find_key(options: EngineOptions, base_url: str) -> SecretStr | None:
     given = options.api_key
+    assert not isinstance(given, str)  # its validator made it a SecretStr
     if given is not None and given.get_secret_value():
         return given
     value = os.environ.get("NVIDIA_API_KEY", "").strip()

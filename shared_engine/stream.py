@@ -74,7 +74,14 @@ class _Windows(Generic[_T]):
             self._bar = pipeline.open_bar()
 
     @property
+    def _is_in_fork(self) -> bool:
+        """Whether the threads that compute the windows stayed with the parent of a fork."""
+        return self._pid != os.getpid()
+
+    @property
     def _can_read(self) -> bool:
+        if self._is_in_fork:
+            raise EngineClosedError("a stream cannot continue in a fork; create a new one")
         return not (self._ended or self._closed) and len(self._pending) < WINDOWS_AHEAD
 
     def _read_window(self) -> None:
@@ -116,8 +123,6 @@ class _Windows(Generic[_T]):
 
     def _take(self, window: _Window) -> _T:
         """Wait for the oldest window, and return its item."""
-        if self._pid != os.getpid():  # the threads that compute it stayed with the parent
-            raise EngineClosedError("a stream cannot continue in a fork; create a new one")
         rows = result_of(window.future)
         if self._pending and self._pending[0] is window:
             self._pending.popleft()
@@ -145,7 +150,8 @@ class _Windows(Generic[_T]):
         """End the stream: read nothing more, and cancel the work that has not started."""
         self._closed = True
         for window in list(self._pending):
-            window.future.cancel()
+            if not self._is_in_fork:  # a thread of the parent may hold the locks of its future
+                window.future.cancel()
         self._pending.clear()
         if self._bar is not None:
             self._bar.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from shared_engine.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,9 +55,14 @@ def quantize(
 
     Args:
         ranges: (2, d), the smallest and the largest value of each dimension over a calibration set.
+
+    Raises:
+        ConfigurationError: `embedding_type` is not one of these.
     """
     import numpy as np
 
+    if embedding_type not in (kinds := get_args(EmbeddingType)):
+        raise ConfigurationError(f"embedding_type={embedding_type!r}: expected {', '.join(kinds)}")
     if embedding_type == "float":
         return vectors
     if embedding_type in ("binary", "ubinary"):

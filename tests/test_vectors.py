@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from sentence_transformers.util import quantize_embeddings
 
-from shared_engine import Embedder, NonFiniteVectorError, Options, PartialResultError, quantize
+from shared_engine import (
+    ConfigurationError,
+    Embedder,
+    NonFiniteVectorError,
+    Options,
+    PartialResultError,
+    quantize,
+)
 from shared_engine.vectors import unit
 
 
@@ -43,6 +50,11 @@ def test_uncalibrated_bytes_keep_the_cosine_and_ignore_neighbours(vectors, kind)
     assert np.array_equal(ours[3:4], quantize(vectors[3:4], kind))
     back = ours.astype(np.float32) - (128 if kind == "uint8" else 0)
     assert (unit(back) * vectors).sum(1).min() > 0.9999
+
+
+def test_another_number_type_is_refused(vectors):
+    with pytest.raises(ConfigurationError, match=r"embedding_type='float32': expected float, int8"):
+        quantize(vectors, "float32")
 
 
 def test_the_embedder_returns_the_type_asked_for(checkpoint):

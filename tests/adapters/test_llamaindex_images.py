@@ -107,7 +107,6 @@ async def test_every_kind_of_image_by_every_way_gives_the_oracles_vector(
         "gathered": await asyncio.gather(*map(either.aget_image_embedding, sources)),
         "batch": either.get_image_embedding_batch(sources),
         "async batch": await either.aget_image_embedding_batch(sources),
-        "with a bar": either.get_image_embedding_batch(sources, show_progress=True),
         "small batches": either.model_copy(
             update={"embed_batch_size": 2, "num_workers": 2}
         ).get_image_embedding_batch(sources),
@@ -116,6 +115,18 @@ async def test_every_kind_of_image_by_every_way_gives_the_oracles_vector(
         same(vectors, expected, path)
         assert {type(value) for vector in vectors for value in vector} == {float}
     assert either.get_image_embedding_batch([]) == await either.aget_image_embedding_batch([]) == []
+
+
+async def test_the_progress_bar_counts_finished_images(
+    model: NeMoRetrieverEmbedding, text_model: NeMoRetrieverEmbedding, capfd: Any
+) -> None:
+    bar = {"show_progress": True}
+    for path in ("get_image_embedding_batch", "aget_image_embedding_batch"):
+        await called(partial(getattr(model, path), **bar), BASE64[:3])
+        assert "3/3" in capfd.readouterr().err
+        with pytest.raises(UnsupportedModalityError):
+            await called(partial(getattr(text_model, path), **bar), BASE64[:3])
+        assert capfd.readouterr().err == ""
 
 
 def test_a_bytesio_may_be_read_again_and_need_not_be_at_its_start(

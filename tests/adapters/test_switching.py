@@ -21,6 +21,7 @@ THEIRS = {
     "dimension": "dimensions=",
     "infer_path": "base_url=",
     "input_type": "method for queries or the one for documents",
+    "max_length": "max_tokens=",
     "mode": "backend=",
     "trucate": "truncate=",
     "usage_telemetry_enabled": "omit it",
