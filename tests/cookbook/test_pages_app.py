@@ -502,12 +502,17 @@ def test_a_very_long_page_is_shown_in_parts(start: Callable[..., Any]) -> None:
         assert app.look("/") == home
 
 
-def test_hidden_files_of_a_folder_are_not_sent(tmp_path: Path) -> None:
-    for name in (".git/a.pdf", "._b.pdf", "sub/c.PDF", "d.tif", "e.txt"):
+def test_files_of_other_types_are_named_and_hidden_ones_are_not_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (".git/a.pdf", "._b.pdf", "sub/c.PDF", "d.tif", "e.HEIC", "e.txt"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
     assert [path.name for path in find_files(tmp_path)] == ["d.tif", "c.PDF"]
+    assert capsys.readouterr().out == (
+        "Left out files such as e.HEIC, e.txt; expected PDF, PNG, JPEG, WEBP, GIF, TIFF, BMP\n"
+    )
 
 
 def test_a_folder_without_pages_is_an_error(app: App, tmp_path: Path) -> None:
