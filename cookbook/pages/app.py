@@ -16,7 +16,6 @@ Everything works with forms alone; static/pages.js adds what is nicer with a scr
 
 from __future__ import annotations
 
-import asyncio
 import io
 import logging
 import re
@@ -39,7 +38,6 @@ from PIL import Image
 from relevance import NO_ANSWER
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -61,8 +59,6 @@ MAX_WORDS = 2_000  # characters
 SHOWN = 12  # pages of a file on the first page
 ANSWERED_FROM = 3  # pages
 ANSWERS = 4  # at a time; each waits in a thread for a language model
-READ_SECONDS = 30.0  # for an upload, and one more for each so many bytes
-SLOWEST = 100_000
 
 KINDS = {"text": "Text layer", "picture": "Picture", "both": "Both as one"}
 _HERE = Path(__file__).parent
@@ -98,13 +94,13 @@ def create_app(
             Route("/", pages.show_home),
             Route("/files", pages.receive, methods=["POST"]),
             Route("/progress", pages.show_progress),
-            Route("/messages/{id:number}/dismiss", pages.dismiss, methods=["POST"]),
-            Route("/jobs/{id:number}/cancel", pages.cancel, methods=["POST"]),
+            Route("/messages/{id:int}/dismiss", pages.dismiss, methods=["POST"]),
+            Route("/jobs/{id:int}/cancel", pages.cancel, methods=["POST"]),
             Route("/files/{id}", pages.show_file),
             Route("/files/{id}/original", pages.send_original),
             Route("/files/{id}/delete", pages.delete, methods=["POST"]),
-            Route("/files/{id}/{number:number}", pages.show_page),
-            Route("/files/{id}/{number:number}.{kind}", pages.send_picture),
+            Route("/files/{id}/{number:int}", pages.show_page),
+            Route("/files/{id}/{number:int}.{kind}", pages.send_picture),
             Route("/pictures", pages.receive_picture, methods=["POST"]),
             Route("/pictures/{id}.webp", pages.send_query_picture),
             Route("/answer", pages.answer, methods=["POST"]),
@@ -356,47 +352,23 @@ def _read_span(text: str) -> tuple[int, int]:
 
 @asynccontextmanager
 async def _reading(request: Request) -> AsyncIterator[FormData]:
-    """Give the form of a request that says how large it is, and is neither too large nor slow."""
+    """Give the form of a request that says how large it is, and is not too large."""
     length = request.headers.get("content-length", "")
     if not re.fullmatch("[0-9]{1,15}", length):
         raise HTTPException(411, "The request does not say how long it is.")
-    seconds = READ_SECONDS + min(int(length), MAX_BYTES) / SLOWEST
-    try:
-        async with asyncio.timeout(seconds):
-            if int(length) > MAX_BYTES:
-                async for _ in request.stream():  # a browser reads no reply before all is sent
-                    pass
-                raise HTTPException(
-                    413,
-                    f"That is more than {MAX_BYTES // 2**20} MB at once. Send fewer files, or "
-                    "split a large one.",
-                )
-            form = await request.form(max_files=MAX_FILES, max_fields=20)
-    except TimeoutError:
+    if int(length) > MAX_BYTES:
+        async for _ in request.stream():  # a browser reads no reply before all is sent
+            pass
         raise HTTPException(
-            408, f"The files did not arrive within {seconds:.0f} s. Send them again."
-        ) from None
+            413,
+            f"That is more than {MAX_BYTES // 2**20} MB at once. Send fewer files, or split a "
+            "large one.",
+        )
+    form = await request.form(max_files=MAX_FILES, max_fields=20)
     try:
         yield form
     finally:
         await form.close()
-
-
-class _Number(Convertor[int]):
-    """The number of a page or message in an address."""
-
-    regex = "[0-9]{1,9}"
-
-    def convert(self, value: str) -> int:
-        """Return it."""
-        return int(value)
-
-    def to_string(self, value: int) -> str:
-        """Return it as an address has it."""
-        return str(value)
-
-
-register_url_convertor("number", _Number())
 
 
 def _uploads(form: FormData) -> list[UploadFile]:

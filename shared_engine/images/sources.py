@@ -217,9 +217,8 @@ def _from_file_url(url: str) -> bytes:
     if host.lower() not in ("", "localhost"):
         raise ValueError("its file: URL names another host; expected a file on this host")
     path = slash + path
-    escaped = url2pathname(re.split(r"[?#]", path, maxsplit=1)[0])
-    names = (url2pathname(path), path, escaped)
-    return _from_path(next(filter(os.path.lexists, names), escaped))
+    names = url2pathname(path), path
+    return _from_path(next(filter(os.path.lexists, names), names[0]))
 
 
 def _from_data_url(url: str, limit: int) -> bytes:

@@ -763,7 +763,7 @@ def test_a_picture_that_is_gone_is_not_found(app: App, two_pages: bytes) -> None
     assert app.client.get(f"/files/{file.id}/1").status_code == 200
 
 
-@pytest.mark.parametrize("number", ["9" * 5000, "\u0663", "1e3", "-1", "%00"])
+@pytest.mark.parametrize("number", ["\u0663", "1e3", "-1", "%00"])
 def test_an_odd_number_in_an_address_is_not_found(app: App, two_pages: bytes, number: str) -> None:
     app.send(("two.pdf", two_pages))
     (file,) = app.files
@@ -822,18 +822,6 @@ def serving(app: App) -> Iterator[int]:
         finally:
             server.should_exit = True
             thread.join(30)
-
-
-def test_an_upload_that_does_not_arrive_is_ended(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages.app, "READ_SECONDS", 0.2)
-    head = (
-        "POST /files HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n"
-        "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99\r\n\r\n--b"
-    )
-    with serving(app) as port, socket.create_connection(("127.0.0.1", port)) as client:
-        client.sendall(head.encode())
-        client.settimeout(10)
-        assert client.recv(4096).startswith(b"HTTP/1.1 408")
 
 
 def test_a_language_model_that_hangs_holds_up_nobody(
