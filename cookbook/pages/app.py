@@ -49,7 +49,7 @@ from starlette.templating import Jinja2Templates
 
 from shared_engine import NeMoRetrieverError, PageError, Reranker
 from shared_engine.images.formats import FORMATS
-from shared_engine.images.pages import open_pages
+from shared_engine.images.pages import SUFFIXES, open_pages
 from shared_engine.server.access import RequireHost
 
 MAX_BYTES = 100 * 2**20  # of all files sent at once
@@ -139,7 +139,7 @@ class _Pages:
         self._templates.env.globals.update(
             model=model,
             kinds=KINDS,
-            accept=".pdf,image/*",
+            accept=",".join([".pdf", *sorted(SUFFIXES)]),
             formats=", ".join(FORMATS),
             max_bytes=MAX_BYTES,
             max_words=MAX_WORDS,

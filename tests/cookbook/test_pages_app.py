@@ -661,6 +661,12 @@ def test_the_original_is_opened_as_what_it_is(app: App, two_pages: bytes) -> Non
         assert reply.headers["content-security-policy"].startswith("default-src 'none'")
 
 
+def test_a_browser_offers_files_that_can_be_read(app: App) -> None:
+    """A phone turns its HEIC photographs into JPEGs for such a form."""
+    html = app.look("/")
+    assert html.count('accept=".pdf,.bmp,.gif,.jpeg,.jpg,.png,.tif,.tiff,.webp"') == 2
+
+
 def test_a_page_has_a_search_of_all_pages(app: App, two_pages: bytes) -> None:
     app.send(("two.pdf", two_pages))
     (file,) = app.files
