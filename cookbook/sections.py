@@ -42,12 +42,12 @@ def read(folder: Path) -> tuple[list[Document], list[str]]:
         except UnicodeEncodeError:
             left_out.append(f"{source}: its name is not UTF-8; rename it")
             continue
-        if not path.is_file():
-            left_out.append(f"{source}: no regular file, or a link to none")
-            continue
         read = _READERS.get(path.suffix.lower())
         if read is None:
             others[path.suffix.lower()].append(source)
+            continue
+        if not path.is_file():
+            left_out.append(f"{source}: no regular file, or a link to none")
             continue
         blank = []
         for number, section in enumerate(_try(read, path, source)):
@@ -63,9 +63,12 @@ def read(folder: Path) -> tuple[list[Document], list[str]]:
             left_out.append(
                 f"{source}: {blank[0]} {has} no text; a scan needs text recognition (ocrmypdf)"
             )
-    for suffix, names in others.items():
-        more = f" and {len(names) - 1} more of {suffix or 'no suffix'}" if names[1:] else ""
-        left_out.append(f"{names[0]}{more}: not one of {', '.join(_READERS)}")
+    if others:
+        named = (
+            f"{len(names)} of {suffix or 'no suffix'}, such as {names[0]}"
+            for suffix, names in others.items()
+        )
+        left_out.append(f"not one of {', '.join(_READERS)}: {'; '.join(named)}")
     if not sections:
         reasons = "".join(f"\n  {reason}" for reason in left_out)
         raise FileNotFoundError(f"{folder} has no {', '.join(_READERS)} with text in it{reasons}")

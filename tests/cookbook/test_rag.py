@@ -321,13 +321,15 @@ def test_files_that_are_none_or_have_a_broken_name_are_named(rag: ModuleType, do
 
 
 def test_files_without_a_reader_or_without_text_are_named(rag: ModuleType, docs: Path) -> None:
-    found, left_out = read_files(rag, docs, a_md="", b_csv="name\n", c_png="x", d_png="x")
+    found, left_out = read_files(
+        rag, docs, a_md="", b_csv="name\n", c_png="x", d_png="x", e_heic="x"
+    )
     assert len(found) == 3
     kinds = ".md, .txt, .pdf, .docx, .html, .htm, .csv"
     assert left_out == [
         "a.md has no text",
         "b.csv has no text",
-        f"c.png and 1 more of .png: not one of {kinds}",
+        f"not one of {kinds}: 2 of .png, such as c.png; 1 of .heic, such as e.heic",
     ]
 
 
