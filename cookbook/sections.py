@@ -211,7 +211,8 @@ def _split_html(html: bytes, name: str) -> Iterator[Document]:
         escape_underscores=False,
         table_infer_header=True,
     )
-    yield from _split_markdown(converter.convert_soup(soup), title or name)
+    text = converter.convert_soup(soup).replace("\xad", "")  # a soft hyphen divides no word
+    yield from _split_markdown(text, title or name)
 
 
 _BLOCKS = ("aside", "button", "details", "footer", "form", "header", "main", "option", "summary")

@@ -162,7 +162,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_taken(
 
 
 HTML = """<html><head><title>Shop</title><script>evil()</script></head><body><nav>Menu</nav>
-<p>All is <b>fresh</b> here.</p><h1>Fruit</h1><h2>Apples</h2><p>Apples_are *red*.</p>
+<p>All is <b>fre&shy;sh</b> here.</p><h1>Fruit</h1><h2>Apples</h2><p>Apples_are *red*.</p>
 <table><tr><td>kind</td><td>price</td></tr><tr><td>Cox</td><td>3</td></tr></table>
 <h4>Bruised</h4><main>Half price</main><h4></h4><footer>Call 555</footer></body></html>"""
 SCAN = "a scan needs text recognition (ocrmypdf)"
