@@ -278,29 +278,14 @@ def ask(questions: Sequence[str], store: VectorStore, retriever: BaseRetriever) 
         right = {found.metadata["name"]: 1 + math.log(found.get_score()) for found in nodes}
         texts = {found.metadata["name"]: found.page_content for found in documents}
         texts |= {found.metadata["name"]: found.text for found in nodes}
-        notes = {
-            name: textwrap.shorten(text, WIDTH - 24, placeholder=" ...")
-            for name, text in texts.items()
-        }
-        show_found(question, left, right, (between - start, end - between), notes)
 
-
-def show_found(
-    question: str,
-    left: Mapping[str, float],
-    right: Mapping[str, float],
-    seconds: tuple[float, float],
-    notes: Mapping[str, str],
-) -> None:
-    """Print what LangChain and LlamaIndex find, with a note below each, and how long they take."""
-    print(f"\nLangChain  LlamaIndex   {escape(question)}")
-    for name in left | right:
-        print(
-            f"{left.get(name, math.nan):9.3f}  {right.get(name, math.nan):10.3f}   {escape(name)}"
-        )
-        if name in notes:
-            print(" " * 24 + escape(notes[name]))
-    print(f"{seconds[0] * 1e3:6.0f} ms {seconds[1] * 1e3:8.0f} ms")
+        print(f"\nLangChain  LlamaIndex   {escape(question)}")
+        for name in left | right:
+            scores = f"{left.get(name, math.nan):9.3f}  {right.get(name, math.nan):10.3f}"
+            print(f"{scores}   {escape(name)}")
+            note = textwrap.shorten(texts[name], WIDTH - 24, placeholder=" ...")
+            print(" " * 24 + escape(note))
+        print(f"{(between - start) * 1e3:6.0f} ms {(end - between) * 1e3:8.0f} ms")
 
 
 def run(args: argparse.Namespace) -> None:
