@@ -33,7 +33,7 @@ from pages.answer import Answerer
 from pages.files import THUMB, File, Files, Page, clean
 from pages.index import Index
 from pages.jobs import Jobs
-from pages.search import Query, Search
+from pages.search import Query, Results, Search
 from PIL import Image
 from relevance import NO_ANSWER
 from starlette.applications import Starlette
@@ -62,6 +62,10 @@ ANSWERS = 4  # at a time; each waits in a thread for a language model
 
 KINDS = {"text": "Text layer", "picture": "Picture", "both": "Both as one"}
 _HERE = Path(__file__).parent
+_NO_REPLY = (
+    "The vision LLM gave no answer; the terminal says why. Check its address (--llm-url), its name "
+    "(--llm-model) and NVIDIA_API_KEY, then ask again."
+)
 _FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}  # the id names the content
 
 _log = logging.getLogger(__name__)
@@ -156,14 +160,23 @@ class _Pages:
     # Looking
 
     def show_home(self, request: Request) -> Response:
-        return self._show(request, _read_query(request))
+        query = _read_query(request)
+        return self._show(request, query, self._search.find(query))
 
-    def _show(self, request: Request, query: Query, answer: str = "") -> Response:
+    def _show(
+        self,
+        request: Request,
+        query: Query,
+        results: Results | None,
+        answer: str = "",
+        status: int = 200,
+    ) -> Response:
         return self._render(
             request,
             "home.html",
+            status,
             query=query,
-            results=self._search.find(query),
+            results=results,
             picture=self._search.get_picture(query.picture),
             like=self._search.get_page(query.like),
             files=list(self._files),
@@ -304,12 +317,9 @@ class _Pages:
             answer = self._answerer.answer(query.words, pages)
         except Exception as exc:  # of its HTTP library, of LangChain, of the adapter
             _log.warning("the vision LLM gave no answer: %s", escape(str(exc)))
-            raise HTTPException(
-                502,
-                "The vision LLM gave no answer; the terminal says why. Check its address "
-                "(--llm-url), its name (--llm-model) and NVIDIA_API_KEY, then ask again.",
-            ) from exc
-        return self._show(request, query, answer or "The model answered with nothing.")
+            notices = (*results.notices, _NO_REPLY)
+            return self._show(request, query, results._replace(notices=notices), status=502)
+        return self._show(request, query, results, answer or "The model answered with nothing.")
 
     # What goes wrong
 

@@ -830,6 +830,17 @@ def serving(app: App) -> Iterator[int]:
             thread.join(30)
 
 
+def test_a_language_model_that_is_away_leaves_what_was_found(
+    start: Callable[..., Any], two_pages: bytes
+) -> None:
+    with start(answerer=Answerer(Server("http://127.0.0.1:9/v1", None, None))) as app:
+        app.send(("two.pdf", two_pages))
+        reply = app.client.post("/answer", data={"q": "uuid", "kind": "text"})
+        assert reply.status_code == 502
+        assert "The vision LLM gave no answer" in reply.text
+        assert found_pages(reply.text) == found_pages(app.look("/", q="uuid", kind="text"))
+
+
 def test_a_language_model_that_hangs_holds_up_nobody(
     start: Callable[..., Any], two_pages: bytes
 ) -> None:
