@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from functools import cache
 from io import BytesIO
 from typing import Any, Literal
 
@@ -21,18 +19,16 @@ from shared_engine.images.sources import (
 )
 from shared_engine.images.tiles import FittedImage, fit
 
-_QUALITIES = range(30, 100, 5)
-"""JPEG qualities; below these, a smaller sheet shows more."""
+_MAX_TILES, _SIDE = 6, 512
+"""The grid of the image models at a NIM."""
+_QUALITIES = range(95, 25, -5)
+"""JPEG qualities to try; below these, a smaller sheet shows more."""
 _SHRINKS = 6
 """Sizes to try, each three quarters of the one before; the last is a quarter of the grid."""
 
 
 def encode_data_url(
-    source: AcceptedImage,
-    urls: bool = False,
-    most_characters: int | None = None,
-    max_tiles: int = 6,
-    size: int = 512,
+    source: AcceptedImage, urls: bool = False, most_characters: int | None = None
 ) -> str:
     """Return the data URL of an image for a NIM, a PNG or JPEG with the tiles of the image.
 
@@ -53,8 +49,8 @@ def encode_data_url(
         if most_characters is None or len(url) <= most_characters:
             return url
         reopened = open_image(opened.content or opened.picture)  # `opened` is drafted at an eighth
-        with fit(reopened, max_tiles, size) as fitted:
-            return _shrink(fitted, size, most_characters)
+        with fit(reopened, _MAX_TILES, _SIDE) as fitted:
+            return _shrink(fitted, most_characters)
 
 
 def _encode_whole(opened: OpenedImage, most_characters: int | None) -> str:
@@ -70,7 +66,7 @@ def _encode_whole(opened: OpenedImage, most_characters: int | None) -> str:
     return _write_url("PNG", file)
 
 
-def _shrink(fitted: FittedImage, size: int, most_characters: int) -> str:
+def _shrink(fitted: FittedImage, most_characters: int) -> str:
     """Return the data URL of the sheet from which the tiles are cut, or of a smaller one.
 
     A side of the image that is shorter than the sheet's is kept: enlarging it adds nothing.
@@ -79,8 +75,8 @@ def _shrink(fitted: FittedImage, size: int, most_characters: int) -> str:
         TooLargeError: none has so few characters.
     """
     left, upper, right, lower = fitted.box
-    width = min(round(right - left), fitted.cols * size)
-    height = min(round(lower - upper), fitted.rows * size)
+    width = min(round(right - left), fitted.cols * _SIDE)
+    height = min(round(lower - upper), fitted.rows * _SIDE)
     for _ in range(_SHRINKS):
         sheet = fitted.image.resize((width, height), Image.Resampling.BICUBIC, fitted.box)
         png = _write_url("PNG", _write_file(sheet, "PNG"))
@@ -93,14 +89,12 @@ def _shrink(fitted: FittedImage, size: int, most_characters: int) -> str:
 
 
 def _encode_jpeg(sheet: Image.Image, most_characters: int) -> str | None:
-    """Return the JPEG of the best quality that fits, found by bisection; None if none does."""
-
-    @cache
-    def encode(quality: int) -> str:
-        return _write_url("JPEG", _write_file(sheet, "JPEG", quality=quality))
-
-    fitting = bisect_right(_QUALITIES, most_characters, key=lambda quality: len(encode(quality)))
-    return encode(_QUALITIES[fitting - 1]) if fitting else None
+    """Return the JPEG of the best quality that fits; None if none does."""
+    for quality in _QUALITIES:
+        url = _write_url("JPEG", _write_file(sheet, "JPEG", quality=quality))
+        if len(url) <= most_characters:
+            return url
+    return None
 
 
 def _write_file(image: Image.Image, kind: Literal["PNG", "JPEG"], **options: Any) -> bytes:
