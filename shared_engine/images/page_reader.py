@@ -62,7 +62,7 @@ class _Document(NamedTuple):
     """An open file."""
 
     places: Sequence[Place]
-    read: Callable[[Place, Layer, int], _Content]
+    read: Callable[[Place, Layer], _Content]
     find: Callable[[Place, str], list[Area]] = lambda *_: []
 
 
@@ -225,13 +225,13 @@ _BROKEN = (
 )
 
 
-def _read_pdf(document: Any, place: Place, layer: Layer, pixels: int) -> _Content:
+def _read_pdf(document: Any, place: Place, layer: Layer) -> _Content:
     content = _Content()
     with closing(document[place.page - 1]) as page:
         width, height = size = page.get_size()
         if layer != "text":
             left, top, right, bottom = _find_box(size, place, _A4 * _LINE)
-            scale = pixels / max(right - left, bottom - top, 1)
+            scale = PIXELS / max(right - left, bottom - top, 1)
             crop = (left, height - bottom, width - right, top)
             drawn = page.render(scale=scale, crop=crop, rev_byteorder=True)  # RGB
             content = _Content((drawn.width, drawn.height), drawn.buffer)
@@ -395,7 +395,7 @@ def _open_image(file: BinaryIO, head: bytes, max_pages: int) -> Iterator[_Docume
 
 
 def _read_image(
-    picture: Image.Image, frames: Sequence[int], place: Place, layer: Layer, pixels: int
+    picture: Image.Image, frames: Sequence[int], place: Place, layer: Layer
 ) -> _Content:
     if layer == "text":
         return _Content()
@@ -407,5 +407,5 @@ def _read_image(
     with OpenedImage(picture, None, read_orientation(picture), count).decode() as image:
         left, top, right, bottom = map(int, _find_box(image.size, place, PIXELS * _LINE))
         part = image.crop((left, top, right, bottom)).convert("RGB")
-    part.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
+    part.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS)
     return _Content(part.size, part.tobytes())
