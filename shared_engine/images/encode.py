@@ -10,15 +10,11 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from shared_engine.images.decode import OpenedImage, open_image, open_source
-from shared_engine.images.sources import (
-    MAX_BYTES,
-    AcceptedImage,
-    TooLargeError,
-    check_size,
-    image_errors,
-)
+from shared_engine.images.sources import MAX_BYTES, AcceptedImage, TooLargeError, image_errors
 from shared_engine.images.tiles import FittedImage, fit
 
+_MOST_CHARACTERS = 4 * MAX_BYTES // 3 + 64
+"""Characters of the data URL of a file of MAX_BYTES."""
 _MAX_TILES, _SIDE = 6, 512
 """The grid of the image models at a NIM."""
 _QUALITIES = range(95, 25, -5)
@@ -37,33 +33,32 @@ def encode_data_url(
     refused here. Any other image is sent as a PNG of its pixels.
 
     If that is longer than `most_characters`, the image is resized to its grid of tiles and sent as
-    a PNG or else as a JPEG of the best quality that fits.
+    a PNG or else as a JPEG of the best quality that fits. So is a PNG of more than MAX_BYTES, as of
+    a photograph that its EXIF data turn.
 
     Raises:
-        ImageTooLargeError: as `cut_tiles`, or the PNG has more than MAX_BYTES, or no JPEG fits.
+        ImageTooLargeError: as `cut_tiles`, or no JPEG fits.
         ImageError: as `cut_tiles`.
     """
+    most = _MOST_CHARACTERS if most_characters is None else most_characters
     with image_errors(source):
         opened = open_source(source, urls)
-        url = _encode_whole(opened, most_characters)
-        if most_characters is None or len(url) <= most_characters:
+        url = _encode_whole(opened)
+        if len(url) <= most:
             return url
         reopened = open_image(opened.content or opened.picture)  # `opened` is drafted at an eighth
         with fit(reopened, _MAX_TILES, _SIDE) as fitted:
-            return _shrink(fitted, most_characters)
+            return _shrink(fitted, most)
 
 
-def _encode_whole(opened: OpenedImage, most_characters: int | None) -> str:
+def _encode_whole(opened: OpenedImage) -> str:
     if opened.is_plain and opened.content is not None:
         opened.picture.draft(None, (1, 1))
         with opened.load():
             is_jpeg = isinstance(opened.picture, JpegImageFile)
             return _write_url("JPEG" if is_jpeg else "PNG", opened.content)
     with opened.decode() as image:
-        file = _write_file(image, "PNG", compress_level=1)
-    if most_characters is None:
-        check_size(file, MAX_BYTES, "as a PNG")
-    return _write_url("PNG", file)
+        return _write_url("PNG", _write_file(image, "PNG", compress_level=1))
 
 
 def _shrink(fitted: FittedImage, most_characters: int) -> str:

@@ -128,14 +128,14 @@ def _scheme(text: str) -> str:
     return (found[1] or found[2]).lower() if found else ""
 
 
-def check_size(data: bytes, limit: int, kind: str = "") -> bytes:
+def check_size(data: bytes, limit: int) -> bytes:
     """Return the data unchanged.
 
     Raises:
         TooLargeError: it has more than `limit` bytes.
     """
     if len(data) > limit:
-        raise TooLargeError(f"{kind} it has more than {limit:,} bytes, the limit".lstrip())
+        raise TooLargeError(f"it has more than {limit:,} bytes, the limit")
     return data
 
 

@@ -268,8 +268,16 @@ def test_a_limit_too_small_for_any_image_is_an_error(most):
         encode_data_url(LARGE["page"], most_characters=most)
 
 
-def test_a_limit_of_characters_allows_a_large_png(monkeypatch):
-    monkeypatch.setattr(image_encode, "MAX_BYTES", 100_000)
-    with pytest.raises(ImageTooLargeError, match="as a PNG it has more than 100,000 bytes"):
-        encode_data_url(LARGE["noise, alpha"])
-    assert len(encode_data_url(LARGE["noise, alpha"], most_characters=90_000)) <= 90_000
+def test_a_photograph_that_is_too_large_as_a_png_has_the_same_tiles(monkeypatch):
+    """A phone stores an upright photograph as a JPEG that its EXIF data turn."""
+    monkeypatch.setattr(image_encode, "_MOST_CHARACTERS", 9_000_000)
+    photograph = Image.fromarray(np.tile(np.asarray(NOISE), (2, 2, 1)))
+    file = encoded(photograph, "JPEG", exif=exif(6))
+    here, there = cut_tiles(file, 6), cut_tiles(encode_data_url(file), 6)
+    assert np.array_equal(here[:-1], there[:-1])
+    assert np.abs(here[-1].astype(int) - there[-1]).mean() < 3  # the thumbnail
+
+
+def test_a_file_of_the_largest_size_is_sent_unchanged():
+    file = PNG + bytes(image_encode.MAX_BYTES - len(PNG))
+    assert encode_data_url(file).endswith(as_64(file))
