@@ -23,7 +23,7 @@ help:  ## list the targets
 demo: .venv/demo  ## set up and run the demo; MODEL=folder-or-id, ARGS='--question "..."'
 	@$(BIN)/python cookbook/demo.py $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
-pages: .venv/demo  ## search pages in a browser; PDF=file-or-folder, RERANK=model, ARGS=--terminal
+pages: .venv/demo  ## search pages in a browser; PDF=file-or-folder, RERANK=model
 	@$(BIN)/python cookbook/pages $(if $(MODEL),--model '$(MODEL)') $(if $(PDF),--pdf '$(PDF)') \
 	  $(if $(RERANK),--rerank '$(RERANK)') $(if $(MAX_TILES),--max-tiles '$(MAX_TILES)') $(ARGS)
 

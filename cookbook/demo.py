@@ -278,29 +278,14 @@ def ask(questions: Sequence[str], store: VectorStore, retriever: BaseRetriever) 
         right = {found.metadata["name"]: 1 + math.log(found.get_score()) for found in nodes}
         texts = {found.metadata["name"]: found.page_content for found in documents}
         texts |= {found.metadata["name"]: found.text for found in nodes}
-        notes = {
-            name: textwrap.shorten(text, WIDTH - 24, placeholder=" ...")
-            for name, text in texts.items()
-        }
-        show_found(question, left, right, (between - start, end - between), notes)
 
-
-def show_found(
-    question: str,
-    left: Mapping[str, float],
-    right: Mapping[str, float],
-    seconds: tuple[float, float],
-    notes: Mapping[str, str],
-) -> None:
-    """Print what LangChain and LlamaIndex find, with a note below each, and how long they take."""
-    print(f"\nLangChain  LlamaIndex   {escape(question)}")
-    for name in left | right:
-        print(
-            f"{left.get(name, math.nan):9.3f}  {right.get(name, math.nan):10.3f}   {escape(name)}"
-        )
-        if name in notes:
-            print(" " * 24 + escape(notes[name]))
-    print(f"{seconds[0] * 1e3:6.0f} ms {seconds[1] * 1e3:8.0f} ms")
+        print(f"\nLangChain  LlamaIndex   {escape(question)}")
+        for name in left | right:
+            scores = f"{left.get(name, math.nan):9.3f}  {right.get(name, math.nan):10.3f}"
+            print(f"{scores}   {escape(name)}")
+            note = textwrap.shorten(texts[name], WIDTH - 24, placeholder=" ...")
+            print(" " * 24 + escape(note))
+        print(f"{(between - start) * 1e3:6.0f} ms {(end - between) * 1e3:8.0f} ms")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -397,10 +382,30 @@ def parser(description: str, limit: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--model", help="folder, Hugging Face id, or name in the catalogue")
     made.add_argument("--device", default="auto", help="cpu, cuda or cuda:1 (default: auto)")
-    made.add_argument("--limit", type=int, help=limit)
-    made.add_argument("--question", action="append", help="question to ask; repeatable")
+    made.add_argument("--limit", type=_read_limit, help=limit)
     made.add_argument("--store", type=Path, default=Path(__file__).with_name("store"))
     return made
+
+
+def _read_limit(text: str) -> int:
+    if not re.fullmatch("0*[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def add_questions(options: argparse.ArgumentParser) -> None:
+    """Add the option that asks."""
+    options.add_argument(
+        "--question", type=_read_question, action="append", help="question to ask; repeatable"
+    )
+
+
+def _read_question(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a question, got a blank text")
+    if re.search(r"[\ud800-\udfff]", text):
+        raise argparse.ArgumentTypeError("expected UTF-8, got bytes that are not")
+    return text
 
 
 def start(
@@ -410,12 +415,6 @@ def start(
 ) -> None:
     """Read the options and run; what can be expected to fail ends in one sentence."""
     args = options.parse_args(argv)
-    if args.limit is not None and args.limit < 1:
-        options.error(f"--limit {args.limit}: must be 1 or more")
-    if not all(question.strip() for question in args.question or ()):
-        options.error("--question: expected a question, got a blank text")
-    if re.search(r"[\ud800-\udfff]", "".join(args.question or ())):
-        options.error("--question: expected UTF-8, got bytes that are not")
     try:
         run(args)
     except (NeMoRetrieverError, OSError) as exc:
@@ -426,4 +425,6 @@ def start(
 
 if __name__ == "__main__":
     summary = (__doc__ or "").splitlines()[0]
-    start(run, parser(summary, f"docstrings to embed (default: {LIMIT:,})"))
+    options = parser(summary, f"docstrings to embed (default: {LIMIT:,})")
+    add_questions(options)
+    start(run, options)

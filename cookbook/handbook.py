@@ -140,11 +140,11 @@ def _form(fields: list[Field]) -> bytes:
 def _scan(source: Path, target: Path) -> Path:
     """Write the first page of a PDF as a scanner would: a grey picture, a little askew."""
     with open_pages(source) as pages:
-        page = pages.read(0, "picture", 3 * _HEIGHT // 2).picture
+        page = pages.read(0, "picture").picture
     assert page is not None
     askew = page.convert("L").rotate(1.2, fillcolor=255, resample=Image.Resampling.BICUBIC)
     then = time.gmtime(0)  # else the file has the time of writing
-    askew.save(target, "PDF", resolution=108, quality=60, creationDate=then, modDate=then)
+    askew.save(target, "PDF", resolution=150, quality=60, creationDate=then, modDate=then)
     return target
 
 

@@ -38,6 +38,7 @@ import sections as reading
 from demo import DEFAULT as DEMO
 from demo import (
     WIDTH,
+    add_questions,
     add_rerank,
     choose_model,
     escape,
@@ -574,6 +575,7 @@ def run(args: argparse.Namespace) -> None:
 def options() -> argparse.ArgumentParser:
     """Return the options of the command line."""
     made = parser((__doc__ or "").splitlines()[0], "passages to embed (default: all)")
+    add_questions(made)
     add_rerank(made)
     made.add_argument("--docs", type=Path, help="folder of .md, .txt, .pdf, .docx, .html and .csv")
     made.add_argument(

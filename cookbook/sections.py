@@ -42,12 +42,12 @@ def read(folder: Path) -> tuple[list[Document], list[str]]:
         except UnicodeEncodeError:
             left_out.append(f"{source}: its name is not UTF-8; rename it")
             continue
-        if not path.is_file():
-            left_out.append(f"{source}: no regular file, or a link to none")
-            continue
         read = _READERS.get(path.suffix.lower())
         if read is None:
             others[path.suffix.lower()].append(source)
+            continue
+        if not path.is_file():
+            left_out.append(f"{source}: no regular file, or a link to none")
             continue
         blank = []
         for number, section in enumerate(_try(read, path, source)):
@@ -60,10 +60,15 @@ def read(folder: Path) -> tuple[list[Document], list[str]]:
                 blank.append(section.metadata["place"])
         if blank:
             has = f"and {len(blank) - 1} more have" if blank[1:] else "has"
-            left_out.append(f"{source}: {blank[0]} {has} no text")
-    for suffix, names in others.items():
-        more = f" and {len(names) - 1} more of {suffix or 'no suffix'}" if names[1:] else ""
-        left_out.append(f"{names[0]}{more}: not one of {', '.join(_READERS)}")
+            left_out.append(
+                f"{source}: {blank[0]} {has} no text; a scan needs text recognition (ocrmypdf)"
+            )
+    if others:
+        named = (
+            f"{len(names)} of {suffix or 'no suffix'}, such as {names[0]}"
+            for suffix, names in others.items()
+        )
+        left_out.append(f"not one of {', '.join(_READERS)}: {'; '.join(named)}")
     if not sections:
         reasons = "".join(f"\n  {reason}" for reason in left_out)
         raise FileNotFoundError(f"{folder} has no {', '.join(_READERS)} with text in it{reasons}")
@@ -109,8 +114,9 @@ def _split_markdown(text: str, name: str) -> Iterator[Document]:
     lines = _FRONT_MATTER.sub(r"\1\n", text).splitlines()
     found = [(0, "", 0, 0)]  # depth, heading, its first line and the one after it
     for token, inline in pairwise(MarkdownIt().parse("\n".join(lines))):
-        if token.tag in ("h1", "h2", "h3") and token.nesting == 1 and not token.level and token.map:
-            found.append((int(token.tag[1]), " ".join(inline.content.split()), *token.map))
+        is_heading = token.tag in _HEADINGS and token.nesting == 1 and not token.level
+        if is_heading and token.map and (heading := " ".join(inline.content.split())):
+            found.append((int(token.tag[1]), heading, *token.map))
     found.append((0, "", len(lines), len(lines)))
     above: dict[int, str] = {}
     for (depth, heading, _, start), (next_depth, _, end, _) in pairwise(found):
@@ -122,12 +128,13 @@ def _split_markdown(text: str, name: str) -> Iterator[Document]:
         if heading != title or (next_depth <= depth and not body.strip()):
             body = f"{heading}\n{body}".strip()
         if body.strip():
-            place = f'"{title}"' if title else "the whole"
+            place = f'"{title}"' if title else "the beginning" if found[2:] else "the whole"
             yield Document(
                 body, metadata={"title": ": ".join(above.values()) or name, "place": place}
             )
 
 
+_HEADINGS = ("h1", "h2", "h3", "h4")
 _TITLE = 120
 """Characters of a heading that stand above its text; an HTML page may lack the end of one."""
 _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---(?:\n|\Z)", re.DOTALL)
@@ -164,7 +171,7 @@ def _read_word(path: Path, source: str) -> Iterator[Document | str]:
 
     try:
         with path.open("rb") as file:
-            read = mammoth.convert_to_html(file)
+            read = mammoth.convert_to_html(file, style_map=_WORD_STYLES)
     except OSError:
         raise
     except Exception as exc:  # of zipfile, of XML
@@ -172,6 +179,15 @@ def _read_word(path: Path, source: str) -> Iterator[Document | str]:
         raise ValueError(f"broken, locked, or no Word document ({reason})") from exc
     yield from _split_html(read.value.encode(), path.stem)
     yield from (f"{source}: {told.message}" for told in read.messages if "ignored" in told.message)
+
+
+_WORD_STYLES = """
+p[style-name='Title'] => h1:fresh
+p[style-name='Heading 1'] => h2:fresh
+p[style-name='Heading 2'] => h3:fresh
+p[style-name='Heading 3'] => h4:fresh
+"""
+"""The title of a document is above its headings; mammoth would make a section of it."""
 
 
 def _split_html(html: bytes, name: str) -> Iterator[Document]:
@@ -186,10 +202,21 @@ def _split_html(html: bytes, name: str) -> Iterator[Document]:
         tag.decompose()
     for declaration in soup.find_all(string=lambda text: isinstance(text, PreformattedString)):
         declaration.extract()
+    for tag in soup.find_all(_BLOCKS):
+        tag.name = "div"
     converter = MarkdownConverter(
-        heading_style="ATX", strip=["a", "img"], escape_asterisks=False, escape_underscores=False
+        heading_style="ATX",
+        strip=["a", "img"],
+        escape_asterisks=False,
+        escape_underscores=False,
+        table_infer_header=True,
     )
-    yield from _split_markdown(converter.convert_soup(soup), title or name)
+    text = converter.convert_soup(soup).replace("\xad", "")  # a soft hyphen divides no word
+    yield from _split_markdown(text, title or name)
+
+
+_BLOCKS = ("aside", "button", "details", "footer", "form", "header", "main", "option", "summary")
+"""What a browser sets apart and markdownify joins to the words before it."""
 
 
 def _read_table(path: Path, source: str) -> Iterator[Document | str]:

@@ -1,10 +1,10 @@
-"""Search pages of PDFs and pictures in a browser; `--terminal` shows a search here.
+"""Search pages of PDFs and pictures in a browser.
 
     files.py ....... what was sent, in a folder         access.py .... who may use the app
     index.py ....... LlamaIndex over Chroma             app.py ....... what each address answers
     keywords.py .... BM25                               answer.py .... a vision LLM looks at pages
     passages.py .... what of a text is one              search.py .... by words, picture or page
-    jobs.py ........ one file after the other
+    jobs.py ........ one file after the other           model.py ..... the models that run
 
 `make pages` sets everything up and runs this; `make pages ARGS=--help` lists the options.
 """
@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,11 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run with the options of a command line."""
     from demo import add_rerank, parser, start
 
-    options = parser(
-        (__doc__ or "").splitlines()[0],
-        "pages to embed with --terminal (default: 1,000); in the browser, maximum of one file",
-    )
-    options.add_argument("--pdf", type=Path, help="PDF file, or a folder of them")
+    options = parser((__doc__ or "").splitlines()[0], "maximum pages of one file (default: 500)")
+    options.add_argument("--pdf", type=Path, help="PDF or picture, or a folder of them")
     options.add_argument(
         "--max-tiles",
         type=int,
@@ -49,11 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_rerank(options)
     options.add_argument(
-        "--terminal", action="store_true", help="search in the terminal, as --question does"
+        "--host", default="127.0.0.1", help="interface to bind (default: %(default)s)"
     )
-    web = options.add_argument_group("in the browser")
-    web.add_argument("--host", default="127.0.0.1", help="interface to bind (default: %(default)s)")
-    web.add_argument(
+    options.add_argument(
         "--allowed-host",
         action="append",
         default=[],
@@ -61,23 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="host name by which browsers reach the app, in addition to localhost and IP "
         "addresses; repeatable (default: none)",
     )
-    web.add_argument("--port", type=int, default=PORT, help="port to bind (default: %(default)s)")
-    web.add_argument("--llm-url", help="address of a NIM with a vision language model")
-    web.add_argument(
+    options.add_argument(
+        "--port", type=int, default=PORT, help="port to bind (default: %(default)s)"
+    )
+    options.add_argument("--llm-url", help="address of a NIM with a vision language model")
+    options.add_argument(
         "--llm-model",
         help=f"language model; without --llm-url, one of NVIDIA's catalogue, such as {LLM}",
     )
-    start(run, options, argv)
-
-
-def run(args: Namespace) -> None:
-    """Search in the browser or here."""
-    if args.terminal or args.question:
-        from pages.terminal import run as run_here
-
-        run_here(args)
-    else:
-        serve(args)
+    start(serve, options, argv)
 
 
 def serve(args: Namespace) -> None:
@@ -87,7 +74,7 @@ def serve(args: Namespace) -> None:
     from pages.app import create_app
     from pages.files import Files
     from pages.index import Index
-    from pages.terminal import find_store, load_model, load_reranker
+    from pages.model import find_store, load_model, load_reranker
 
     from shared_engine.server.run import build_server
 
@@ -152,10 +139,12 @@ def send_first(args: Namespace, folder: Path, jobs: Jobs) -> None:
     import handbook
 
     started = folder / "started"
-    paths = list(find_files(args.pdf)) if args.pdf else []
-    if args.pdf and not paths:
-        raise FileNotFoundError(f"{args.pdf} has no PDF or picture in it")
-    if not args.pdf and not started.exists():
+    paths: list[Path] = []
+    if args.pdf:
+        paths = find_files(args.pdf)
+        if not paths:
+            raise FileNotFoundError(f"{args.pdf} has no PDF or picture in it")
+    elif not started.exists():
         paths = handbook.write(args.store / "handbook")
     for path in paths:
         with path.open("rb") as file:
@@ -165,15 +154,26 @@ def send_first(args: Namespace, folder: Path, jobs: Jobs) -> None:
     started.touch()
 
 
-def find_files(path: Path) -> Iterator[Path]:
-    """Yield a file, or the PDFs and pictures of a folder."""
+def find_files(path: Path) -> list[Path]:
+    """Return a file, or the PDFs and pictures of a folder; show files of other types."""
+    from demo import show
+
+    from shared_engine.images.formats import FORMATS
     from shared_engine.images.pages import SUFFIXES, walk
 
-    if path.is_dir():
-        files = map(Path, walk(path))
-        yield from (file for file in files if file.suffix.lower() in {".pdf", *SUFFIXES})
-    else:
-        yield path
+    if not path.is_dir():
+        return [path]
+    found, others = [], {}
+    for file in map(Path, walk(path)):
+        suffix = file.suffix.lower()
+        if suffix in {".pdf", *SUFFIXES}:
+            found.append(file)
+        else:
+            others.setdefault(suffix, file.name)
+    if others:
+        examples = ", ".join(others.values())
+        show("Left out", f"files such as {examples}; expected PDF, {', '.join(FORMATS)}")
+    return found
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Everything works with forms alone; static/pages.js adds what is nicer with a scr
 
 from __future__ import annotations
 
-import asyncio
 import io
 import logging
 import re
@@ -34,12 +33,11 @@ from pages.answer import Answerer
 from pages.files import THUMB, File, Files, Page, clean
 from pages.index import Index
 from pages.jobs import Jobs
-from pages.search import Query, Search
+from pages.search import Query, Results, Search
 from PIL import Image
 from relevance import NO_ANSWER
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -51,7 +49,7 @@ from starlette.templating import Jinja2Templates
 
 from shared_engine import NeMoRetrieverError, PageError, Reranker
 from shared_engine.images.formats import FORMATS
-from shared_engine.images.pages import open_pages
+from shared_engine.images.pages import SUFFIXES, open_pages
 from shared_engine.server.access import RequireHost
 
 MAX_BYTES = 100 * 2**20  # of all files sent at once
@@ -61,11 +59,13 @@ MAX_WORDS = 2_000  # characters
 SHOWN = 12  # pages of a file on the first page
 ANSWERED_FROM = 3  # pages
 ANSWERS = 4  # at a time; each waits in a thread for a language model
-READ_SECONDS = 30.0  # for an upload, and one more for each so many bytes
-SLOWEST = 100_000
 
 KINDS = {"text": "Text layer", "picture": "Picture", "both": "Both as one"}
 _HERE = Path(__file__).parent
+_NO_REPLY = (
+    "The vision LLM gave no answer; the terminal says why. Check its address (--llm-url), its name "
+    "(--llm-model) and NVIDIA_API_KEY, then ask again."
+)
 _FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}  # the id names the content
 
 _log = logging.getLogger(__name__)
@@ -98,13 +98,13 @@ def create_app(
             Route("/", pages.show_home),
             Route("/files", pages.receive, methods=["POST"]),
             Route("/progress", pages.show_progress),
-            Route("/messages/{id:number}/dismiss", pages.dismiss, methods=["POST"]),
-            Route("/jobs/{id:number}/cancel", pages.cancel, methods=["POST"]),
+            Route("/messages/{id:int}/dismiss", pages.dismiss, methods=["POST"]),
+            Route("/jobs/{id:int}/cancel", pages.cancel, methods=["POST"]),
             Route("/files/{id}", pages.show_file),
             Route("/files/{id}/original", pages.send_original),
             Route("/files/{id}/delete", pages.delete, methods=["POST"]),
-            Route("/files/{id}/{number:number}", pages.show_page),
-            Route("/files/{id}/{number:number}.{kind}", pages.send_picture),
+            Route("/files/{id}/{number:int}", pages.show_page),
+            Route("/files/{id}/{number:int}.{kind}", pages.send_picture),
             Route("/pictures", pages.receive_picture, methods=["POST"]),
             Route("/pictures/{id}.webp", pages.send_query_picture),
             Route("/answer", pages.answer, methods=["POST"]),
@@ -143,7 +143,7 @@ class _Pages:
         self._templates.env.globals.update(
             model=model,
             kinds=KINDS,
-            accept=".pdf,image/*",
+            accept=",".join([".pdf", *sorted(SUFFIXES)]),
             formats=", ".join(FORMATS),
             max_bytes=MAX_BYTES,
             max_words=MAX_WORDS,
@@ -160,14 +160,23 @@ class _Pages:
     # Looking
 
     def show_home(self, request: Request) -> Response:
-        return self._show(request, _read_query(request))
+        query = _read_query(request)
+        return self._show(request, query, self._search.find(query))
 
-    def _show(self, request: Request, query: Query, answer: str = "") -> Response:
+    def _show(
+        self,
+        request: Request,
+        query: Query,
+        results: Results | None,
+        answer: str = "",
+        status: int = 200,
+    ) -> Response:
         return self._render(
             request,
             "home.html",
+            status,
             query=query,
-            results=self._search.find(query),
+            results=results,
             picture=self._search.get_picture(query.picture),
             like=self._search.get_page(query.like),
             files=list(self._files),
@@ -308,12 +317,9 @@ class _Pages:
             answer = self._answerer.answer(query.words, pages)
         except Exception as exc:  # of its HTTP library, of LangChain, of the adapter
             _log.warning("the vision LLM gave no answer: %s", escape(str(exc)))
-            raise HTTPException(
-                502,
-                "The vision LLM gave no answer; the terminal says why. Check its address "
-                "(--llm-url), its name (--llm-model) and NVIDIA_API_KEY, then ask again.",
-            ) from exc
-        return self._show(request, query, answer or "The model answered with nothing.")
+            notices = (*results.notices, _NO_REPLY)
+            return self._show(request, query, results._replace(notices=notices), status=502)
+        return self._show(request, query, results, answer or "The model answered with nothing.")
 
     # What goes wrong
 
@@ -356,47 +362,23 @@ def _read_span(text: str) -> tuple[int, int]:
 
 @asynccontextmanager
 async def _reading(request: Request) -> AsyncIterator[FormData]:
-    """Give the form of a request that says how large it is, and is neither too large nor slow."""
+    """Give the form of a request that says how large it is, and is not too large."""
     length = request.headers.get("content-length", "")
     if not re.fullmatch("[0-9]{1,15}", length):
         raise HTTPException(411, "The request does not say how long it is.")
-    seconds = READ_SECONDS + min(int(length), MAX_BYTES) / SLOWEST
-    try:
-        async with asyncio.timeout(seconds):
-            if int(length) > MAX_BYTES:
-                async for _ in request.stream():  # a browser reads no reply before all is sent
-                    pass
-                raise HTTPException(
-                    413,
-                    f"That is more than {MAX_BYTES // 2**20} MB at once. Send fewer files, or "
-                    "split a large one.",
-                )
-            form = await request.form(max_files=MAX_FILES, max_fields=20)
-    except TimeoutError:
+    if int(length) > MAX_BYTES:
+        async for _ in request.stream():  # a browser reads no reply before all is sent
+            pass
         raise HTTPException(
-            408, f"The files did not arrive within {seconds:.0f} s. Send them again."
-        ) from None
+            413,
+            f"That is more than {MAX_BYTES // 2**20} MB at once. Send fewer files, or split a "
+            "large one.",
+        )
+    form = await request.form(max_files=MAX_FILES, max_fields=20)
     try:
         yield form
     finally:
         await form.close()
-
-
-class _Number(Convertor[int]):
-    """The number of a page or message in an address."""
-
-    regex = "[0-9]{1,9}"
-
-    def convert(self, value: str) -> int:
-        """Return it."""
-        return int(value)
-
-    def to_string(self, value: int) -> str:
-        """Return it as an address has it."""
-        return str(value)
-
-
-register_url_convertor("number", _Number())
 
 
 def _uploads(form: FormData) -> list[UploadFile]:

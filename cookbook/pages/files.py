@@ -46,8 +46,8 @@ class Page:
     height: int
     text: str
     """Its text layer; empty where it has none, as in a scan."""
-    place: str = ""
-    """Which page of the file it is, or which part of a very long one; as `title` shows it."""
+    title: str
+    """Which page of the file it is, or which part of a very long one: "page 1, part 2"."""
 
     @property
     def id(self) -> str:
@@ -55,15 +55,9 @@ class Page:
         return f"{self.file}-{self.number}"
 
     @property
-    def title(self) -> str:
-        """How it is called."""
-        return self.place or f"page {self.number}"
-
-    @property
     def source(self) -> int:
         """The number of the page in the original, of which this may be a part."""
-        found = re.search("[0-9]+", self.title)
-        return int(found[0]) if found else self.number
+        return int(re.findall("[0-9]+", self.title)[0])
 
     @property
     def thumb(self) -> Path:
@@ -160,7 +154,7 @@ class Files:
 
     def finish(self, file: File, pages: list[Page], notes: list[str]) -> None:
         """Write down that the pages of a file are indexed."""
-        rows = [[each.number, each.width, each.height, each.text, each.place] for each in pages]
+        rows = [[each.number, each.width, each.height, each.text, each.title] for each in pages]
         _write(file.folder / "pages.json", {"pages": rows, "notes": notes})
         self._finished[file.id] = _read(file.folder)
 
@@ -214,8 +208,5 @@ def _read(folder: Path) -> File:
 
 def _write(path: Path, content: object) -> None:
     new = path.with_suffix(".new")
-    with new.open("w", encoding="utf-8") as out:
-        json.dump(content, out)
-        out.flush()
-        os.fsync(out.fileno())  # else a power cut may leave the new name and no content
+    new.write_text(json.dumps(content), encoding="utf-8")
     os.replace(new, path)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from functools import cache
 from io import BytesIO
 from typing import Any, Literal
 
@@ -12,27 +10,21 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from shared_engine.images.decode import OpenedImage, open_image, open_source
-from shared_engine.images.sources import (
-    MAX_BYTES,
-    AcceptedImage,
-    TooLargeError,
-    check_size,
-    image_errors,
-)
+from shared_engine.images.sources import MAX_BYTES, AcceptedImage, TooLargeError, image_errors
 from shared_engine.images.tiles import FittedImage, fit
 
-_QUALITIES = range(30, 100, 5)
-"""JPEG qualities; below these, a smaller sheet shows more."""
+_MOST_CHARACTERS = 4 * MAX_BYTES // 3 + 64
+"""Characters of the data URL of a file of MAX_BYTES."""
+_MAX_TILES, _SIDE = 6, 512
+"""The grid of the image models at a NIM."""
+_QUALITIES = range(95, 25, -5)
+"""JPEG qualities to try; below these, a smaller sheet shows more."""
 _SHRINKS = 6
 """Sizes to try, each three quarters of the one before; the last is a quarter of the grid."""
 
 
 def encode_data_url(
-    source: AcceptedImage,
-    urls: bool = False,
-    most_characters: int | None = None,
-    max_tiles: int = 6,
-    size: int = 512,
+    source: AcceptedImage, urls: bool = False, most_characters: int | None = None
 ) -> str:
     """Return the data URL of an image for a NIM, a PNG or JPEG with the tiles of the image.
 
@@ -41,36 +33,35 @@ def encode_data_url(
     refused here. Any other image is sent as a PNG of its pixels.
 
     If that is longer than `most_characters`, the image is resized to its grid of tiles and sent as
-    a PNG or else as a JPEG of the best quality that fits.
+    a PNG or else as a JPEG of the best quality that fits. So is a PNG of more than MAX_BYTES, as of
+    a photograph that its EXIF data turn.
 
     Raises:
-        ImageTooLargeError: as `cut_tiles`, or the PNG has more than MAX_BYTES, or no JPEG fits.
+        ImageTooLargeError: as `cut_tiles`, or no JPEG fits.
         ImageError: as `cut_tiles`.
     """
+    most = _MOST_CHARACTERS if most_characters is None else most_characters
     with image_errors(source):
         opened = open_source(source, urls)
-        url = _encode_whole(opened, most_characters)
-        if most_characters is None or len(url) <= most_characters:
+        url = _encode_whole(opened)
+        if len(url) <= most:
             return url
         reopened = open_image(opened.content or opened.picture)  # `opened` is drafted at an eighth
-        with fit(reopened, max_tiles, size) as fitted:
-            return _shrink(fitted, size, most_characters)
+        with fit(reopened, _MAX_TILES, _SIDE) as fitted:
+            return _shrink(fitted, most)
 
 
-def _encode_whole(opened: OpenedImage, most_characters: int | None) -> str:
+def _encode_whole(opened: OpenedImage) -> str:
     if opened.is_plain and opened.content is not None:
         opened.picture.draft(None, (1, 1))
         with opened.load():
             is_jpeg = isinstance(opened.picture, JpegImageFile)
             return _write_url("JPEG" if is_jpeg else "PNG", opened.content)
     with opened.decode() as image:
-        file = _write_file(image, "PNG", compress_level=1)
-    if most_characters is None:
-        check_size(file, MAX_BYTES, "as a PNG")
-    return _write_url("PNG", file)
+        return _write_url("PNG", _write_file(image, "PNG", compress_level=1))
 
 
-def _shrink(fitted: FittedImage, size: int, most_characters: int) -> str:
+def _shrink(fitted: FittedImage, most_characters: int) -> str:
     """Return the data URL of the sheet from which the tiles are cut, or of a smaller one.
 
     A side of the image that is shorter than the sheet's is kept: enlarging it adds nothing.
@@ -79,8 +70,8 @@ def _shrink(fitted: FittedImage, size: int, most_characters: int) -> str:
         TooLargeError: none has so few characters.
     """
     left, upper, right, lower = fitted.box
-    width = min(round(right - left), fitted.cols * size)
-    height = min(round(lower - upper), fitted.rows * size)
+    width = min(round(right - left), fitted.cols * _SIDE)
+    height = min(round(lower - upper), fitted.rows * _SIDE)
     for _ in range(_SHRINKS):
         sheet = fitted.image.resize((width, height), Image.Resampling.BICUBIC, fitted.box)
         png = _write_url("PNG", _write_file(sheet, "PNG"))
@@ -93,14 +84,12 @@ def _shrink(fitted: FittedImage, size: int, most_characters: int) -> str:
 
 
 def _encode_jpeg(sheet: Image.Image, most_characters: int) -> str | None:
-    """Return the JPEG of the best quality that fits, found by bisection; None if none does."""
-
-    @cache
-    def encode(quality: int) -> str:
-        return _write_url("JPEG", _write_file(sheet, "JPEG", quality=quality))
-
-    fitting = bisect_right(_QUALITIES, most_characters, key=lambda quality: len(encode(quality)))
-    return encode(_QUALITIES[fitting - 1]) if fitting else None
+    """Return the JPEG of the best quality that fits; None if none does."""
+    for quality in _QUALITIES:
+        url = _write_url("JPEG", _write_file(sheet, "JPEG", quality=quality))
+        if len(url) <= most_characters:
+            return url
+    return None
 
 
 def _write_file(image: Image.Image, kind: Literal["PNG", "JPEG"], **options: Any) -> bytes:

@@ -2,22 +2,22 @@
 
 The URLs are untrusted input. A host name is resolved once, all its addresses are checked, and the
 connection goes to an address that was checked. There are no proxies, no credentials, few redirects,
-and one deadline for the whole fetch.
+and one deadline for all that comes after the lookups.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from ssl import SSLContext
 from typing import Any, TypeAlias
 
 import httpcore
 from httpx import URL
+
+from shared_engine._version import __version__
 
 IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -58,7 +58,7 @@ class _Timed(httpcore.NetworkStream):
 
 
 class _Network(httpcore.SyncBackend):
-    """Connects to a checked address of a host, of which all addresses must be allowed.
+    """Connects to the first address of a host that answers; all of them must be allowed.
 
     TLS still verifies the name in the URL.
     """
@@ -70,36 +70,19 @@ class _Network(httpcore.SyncBackend):
     def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, *args: Any, **kwargs: Any
     ) -> httpcore.NetworkStream:
-        found = _resolve(host, port, self._end - time.monotonic())
+        rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = [str(row[4][0]) for row in rows]
         for address in found:
             if not self._allowed(ipaddress.ip_address(address)):
                 raise ValueError(f"{host} is at {address}, which is not on the public internet")
-        seconds = max(self._end - time.monotonic(), 0.001)
-        return _Timed(super().connect_tcp(found[0], port, seconds, *args, **kwargs), self._end)
-
-
-def _resolve(host: str, port: int, seconds: float) -> list[str]:
-    """Return the addresses of a host name, at least one.
-
-    A lookup cannot be cancelled, so one that exceeds the timeout is left to its daemon thread.
-    """
-    answer: Future[list[str]] = Future()
-
-    def look_up() -> None:
-        try:
-            rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            answer.set_result([str(row[4][0]) for row in rows])
-        except Exception as exc:
-            answer.set_exception(exc)
-
-    threading.Thread(target=look_up, name="nemoretriever-resolve", daemon=True).start()
-    try:
-        found = answer.result(max(seconds, 0))
-    except TimeoutError:
-        raise httpcore.ConnectTimeout(f"the lookup of {host} took too long") from None
-    if not found:
-        raise ValueError(f"{host} has no address")
-    return found
+        for address in found:
+            seconds = max(self._end - time.monotonic(), 0.001)
+            try:
+                stream = super().connect_tcp(address, port, seconds, *args, **kwargs)
+                return _Timed(stream, self._end)
+            except httpcore.ConnectError as exc:  # such as IPv6 without a route
+                error = exc
+        raise error
 
 
 def is_public(address: IPAddress) -> bool:
@@ -121,13 +104,14 @@ def fetch(
     Args:
         url: An http or https URL.
         allowed: Whether to connect to an address; asked for every address of every host.
-        seconds: Deadline for the whole fetch, redirects included.
+        seconds: Deadline for the whole fetch, redirects included; the resolver limits the lookups.
 
     Raises:
         ValueError: a host that is not allowed, too many redirects, or a status other than 200.
         httpcore.NetworkError, httpcore.TimeoutException, OSError: the network failed.
     """
     page = URL(url)
+    headers = [("Accept", "image/*"), ("User-Agent", f"nemoretriever-embeddings/{__version__}")]
     network = _Network(allowed, time.monotonic() + seconds)
     with httpcore.ConnectionPool(network_backend=network) as pool:
         for _ in range(1 + _REDIRECTS):
@@ -136,10 +120,10 @@ def fetch(
             target = httpcore.URL(
                 scheme=page.raw_scheme, host=page.raw_host, port=page.port, target=page.raw_path
             )
-            with pool.stream("GET", target, headers={"Accept": "image/*"}) as reply:
-                headers = {name.lower(): value for name, value in reply.headers}
-                if 300 <= reply.status < 400 and b"location" in headers:
-                    page = page.join(headers[b"location"].decode("latin-1"))
+            with pool.stream("GET", target, headers=headers) as reply:
+                replied = {name.lower(): value for name, value in reply.headers}
+                if 300 <= reply.status < 400 and b"location" in replied:
+                    page = page.join(replied[b"location"].decode("latin-1"))
                 elif reply.status == 200:
                     yield from reply.iter_stream()
                     return

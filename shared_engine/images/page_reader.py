@@ -28,7 +28,7 @@ from pypdfium2 import raw
 
 from shared_engine.errors import first_line
 from shared_engine.images.decode import OpenedImage, read_orientation
-from shared_engine.images.formats import FORMATS, find_pages
+from shared_engine.images.formats import FORMATS, check_format, find_pages
 from shared_engine.images.pages import OUT_OF_MEMORY, PIXELS, Area, Layer, Place
 from shared_engine.images.sources import require_regular
 
@@ -62,7 +62,7 @@ class _Document(NamedTuple):
     """An open file."""
 
     places: Sequence[Place]
-    read: Callable[[Place, Layer, int], _Content]
+    read: Callable[[Place, Layer], _Content]
     find: Callable[[Place, str], list[Area]] = lambda *_: []
 
 
@@ -83,6 +83,7 @@ def serve(shared: int, seconds: float, memory: int) -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # the standard output of libraries is not part of a reply
     warnings.simplefilter("ignore")  # of Pillow, about files
+    Image.MAX_IMAGE_PIXELS = None  # a page of more than MAX_PIXELS is refused with what to do
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _limit_memory(memory)
     try:
@@ -147,8 +148,7 @@ def _errors_of_page() -> Iterator[None]:
         raise
     except Exception as exc:  # Pillow raises many types
         raise _UnreadableError(
-            f"cannot be read: {first_line(exc)}; it is broken, or only part of a picture: open it "
-            "in a viewer and save it again"
+            f"cannot be read: {first_line(exc)}; open it in a viewer and save it again"
         ) from exc
 
 
@@ -165,7 +165,7 @@ def _open(path: str, max_pages: int) -> Iterator[_Document]:
             ) from exc
         if not head:
             raise _UnreadableError("is empty; copy it again, or save it again")
-        opened = _open_pdf(path) if b"%PDF-" in head else _open_image(file, max_pages)
+        opened = _open_pdf(path) if b"%PDF-" in head else _open_image(file, head, max_pages)
         yield stack.enter_context(opened)
 
 
@@ -225,13 +225,13 @@ _BROKEN = (
 )
 
 
-def _read_pdf(document: Any, place: Place, layer: Layer, pixels: int) -> _Content:
+def _read_pdf(document: Any, place: Place, layer: Layer) -> _Content:
     content = _Content()
     with closing(document[place.page - 1]) as page:
         width, height = size = page.get_size()
         if layer != "text":
             left, top, right, bottom = _find_box(size, place, _A4 * _LINE)
-            scale = pixels / max(right - left, bottom - top, 1)
+            scale = PIXELS / max(right - left, bottom - top, 1)
             crop = (left, height - bottom, width - right, top)
             drawn = page.render(scale=scale, crop=crop, rev_byteorder=True)  # RGB
             content = _Content((drawn.width, drawn.height), drawn.buffer)
@@ -292,7 +292,7 @@ _FINE = 10_000
 
 
 def _is_visible(letter: str) -> bool:
-    return letter.isprintable() and not letter.isspace()
+    return letter.isprintable() and not letter.isspace() and letter != "\u2010"
 
 
 def _is_in(box: _Box, x: float, y: float) -> bool:
@@ -353,33 +353,37 @@ def _read_string(read: Callable[..., int], *args: Any) -> str:
     return "\n".join(text.splitlines())
 
 
-_HYPHEN = re.compile("[\x02\ufffe]\n?|\xad\n")
-"""A word continues in the next line; PDFium writes U+FFFE or U+0002 for hyphen and line end."""
+_HYPHEN = re.compile("[\x02\ufffe]\n?|[\xad\u2010]\n")
+"""A word continues in the next line; PDFium writes U+FFFE or U+0002 for hyphen and line end.
+
+It keeps U+2010, which browsers print for a soft hyphen.
+"""
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\uffff]")
 
 
 def _clean(text: str) -> str:
     r"""Return a text with whole words and without control characters.
 
-    >>> _clean("a hy\ufffephen, a soft\xad\nhyphen\nand\x00 more\n\n")
+    >>> _clean("a hy\ufffephen, a soft\u2010\nhyphen\nand\x00 more\n\n")
     'a hyphen, a softhyphen\nand more'
     """
     return _CONTROLS.sub("", _HYPHEN.sub("", text.replace("\r\n", "\n"))).strip()
 
 
 @contextmanager
-def _open_image(file: BinaryIO, max_pages: int) -> Iterator[_Document]:
+def _open_image(file: BinaryIO, head: bytes, max_pages: int) -> Iterator[_Document]:
     try:
+        check_format(head)
         # Not by its path: Pillow would map it into memory, and read a turned TIFF wrongly.
         picture = Image.open(file, formats=FORMATS)
     except MemoryError:
         raise
     except Exception as exc:  # Pillow raises many types
-        # Pillow's message for an unknown format is the file object.
-        reason = "" if isinstance(exc, UnidentifiedImageError) else f" ({first_line(exc)})"
+        # Pillow's message for a broken header is the file object, ours also has advice for callers
+        is_broken = isinstance(exc, UnidentifiedImageError)
+        reason = "its header is broken" if is_broken else first_line(exc).partition(";")[0]
         raise _UnreadableError(
-            f"is neither a PDF nor a picture that can be read ({', '.join(FORMATS)}), or it is "
-            f"broken or too large{reason}; save it as a PDF or PNG"
+            f"is neither a PDF nor a picture that can be read: {reason}; save it as a PDF or PNG"
         ) from exc
     with picture:
         found = [(0, picture.size)]
@@ -391,7 +395,7 @@ def _open_image(file: BinaryIO, max_pages: int) -> Iterator[_Document]:
 
 
 def _read_image(
-    picture: Image.Image, frames: Sequence[int], place: Place, layer: Layer, pixels: int
+    picture: Image.Image, frames: Sequence[int], place: Place, layer: Layer
 ) -> _Content:
     if layer == "text":
         return _Content()
@@ -402,6 +406,6 @@ def _read_image(
         raise _UnreadableError(f"has more than {limit}, the limit; save a smaller picture")
     with OpenedImage(picture, None, read_orientation(picture), count).decode() as image:
         left, top, right, bottom = map(int, _find_box(image.size, place, PIXELS * _LINE))
-        part = image.crop((left, top, right, bottom)).convert("RGB")
-    part.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
-    return _Content(part.size, part.tobytes())
+        part = image.crop((left, top, right, bottom))
+    part.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS)
+    return _Content(part.size, part.convert("RGB").tobytes())  # grey is a third of the work

@@ -103,20 +103,19 @@ class Pages:
     def __len__(self) -> int:
         return len(self.places)
 
-    def read(self, index: int, layer: Layer = "both", pixels: int = PIXELS) -> Page:
+    def read(self, index: int, layer: Layer = "both") -> Page:
         """Draw a page and read its text.
 
         Args:
             index: position in `places`.
             layer: what to read.
-            pixels: size of the picture's longer side; image files are not enlarged.
 
         Raises:
             PageError: the page is broken, or takes too much time or memory; other pages may be
                 readable.
             EngineClosedError: another thread called `stop`.
         """
-        found = self._ask_page(index, "read", layer, pixels)
+        found = self._ask_page(index, "read", layer)
         assert self._reader is not None
         picture = self._reader.read_picture(found["size"]) if found["size"] else None
         return Page(self.places[index], picture, found["text"])

@@ -128,14 +128,14 @@ def _scheme(text: str) -> str:
     return (found[1] or found[2]).lower() if found else ""
 
 
-def check_size(data: bytes, limit: int, kind: str = "") -> bytes:
+def check_size(data: bytes, limit: int) -> bytes:
     """Return the data unchanged.
 
     Raises:
         TooLargeError: it has more than `limit` bytes.
     """
     if len(data) > limit:
-        raise TooLargeError(f"{kind} it has more than {limit:,} bytes, the limit".lstrip())
+        raise TooLargeError(f"it has more than {limit:,} bytes, the limit")
     return data
 
 
@@ -217,9 +217,8 @@ def _from_file_url(url: str) -> bytes:
     if host.lower() not in ("", "localhost"):
         raise ValueError("its file: URL names another host; expected a file on this host")
     path = slash + path
-    escaped = url2pathname(re.split(r"[?#]", path, maxsplit=1)[0])
-    names = (url2pathname(path), path, escaped)
-    return _from_path(next(filter(os.path.lexists, names), escaped))
+    names = url2pathname(path), path
+    return _from_path(next(filter(os.path.lexists, names), names[0]))
 
 
 def _from_data_url(url: str, limit: int) -> bytes:

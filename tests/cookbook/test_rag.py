@@ -106,7 +106,7 @@ def test_the_handbook_has_prose_tables_charts_a_form_and_a_scan(
     assert {"dimensions.md", "files.pdf", "models.pdf", "throughput.pdf", "model-request.pdf"} <= (
         sources
     )
-    assert left_out == ["scanned-request.pdf: page 1 has no text"]
+    assert left_out == [f"scanned-request.pdf: page 1 has no text; {SCAN}"]
     assert len({section.metadata["section"] for section in sections}) == len(sections)
     table = next(s for s in sections if s.metadata["source"] == "models.pdf")
     assert "llama-3.2-nemoretriever-300m-embed-v2" in table.page_content
@@ -162,8 +162,10 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_taken(
 
 
 HTML = """<html><head><title>Shop</title><script>evil()</script></head><body><nav>Menu</nav>
-<p>All is <b>fresh</b> here.</p><h1>Fruit</h1><h2>Apples</h2><p>Apples_are *red*.</p>
-<table><tr><th>kind</th><th>price</th></tr><tr><td>Cox</td><td>3</td></tr></table></body></html>"""
+<p>All is <b>fre&shy;sh</b> here.</p><h1>Fruit</h1><h2>Apples</h2><p>Apples_are *red*.</p>
+<table><tr><td>kind</td><td>price</td></tr><tr><td>Cox</td><td>3</td></tr></table>
+<h4>Bruised</h4><main>Half price</main><h4></h4><footer>Call 555</footer></body></html>"""
+SCAN = "a scan needs text recognition (ocrmypdf)"
 
 
 def read_files(rag: ModuleType, folder: Path, **files: str | bytes) -> tuple[Any, list[str]]:
@@ -179,10 +181,17 @@ def read_files(rag: ModuleType, folder: Path, **files: str | bytes) -> tuple[Any
 def test_html_is_read_by_its_headings(rag: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("markdownify")
     found, _ = read_files(rag, tmp_path, a_html=HTML)
-    assert found["Shop", "the whole"] == "All is **fresh** here."
+    assert found["Shop", "the beginning"] == "All is **fresh** here."
     apples = found["Fruit: Apples", '"Apples"']
     assert "Apples_are *red*." in apples
-    assert "| Cox | 3 |" in apples
+    assert "| kind | price |\n| --- | --- |\n| Cox | 3 |" in apples
+    assert found["Fruit: Apples: Bruised", '"Bruised"'].split() == [
+        "Half",
+        "price",
+        "####",
+        "Call",
+        "555",
+    ]
     assert not any(word in str(found) for word in ("evil", "Menu"))
     found, _ = read_files(
         rag, tmp_path, a_html='<meta charset="latin1"><p>\xe9t\xe9'.encode("latin1")
@@ -196,13 +205,12 @@ def test_word_is_read_by_its_headings_and_what_is_none_is_named(
     pytest.importorskip("mammoth")
     body = "".join(
         f'<w:p><w:pPr><w:pStyle w:val="{style}"/></w:pPr><w:r><w:t>{text}</w:t></w:r></w:p>'
-        for style, text in [("Heading1", "Fruit"), ("Heading2", "Apples"), ("", "They are red.")]
+        for style, text in [("Title", "Shop"), ("Heading1", "Fruit"), ("", "They are red.")]
     )
     body += '<w:p><w:fldSimple w:instr="SEQ"><w:r><w:t>1</w:t></w:r></w:fldSimple></w:p>'
     styles = "".join(
-        f'<w:style w:type="paragraph" w:styleId="Heading{n}">'
-        f'<w:name w:val="heading {n}"/></w:style>'
-        for n in (1, 2)
+        f'<w:style w:type="paragraph" w:styleId="{style}"><w:name w:val="{name}"/></w:style>'
+        for style, name in (("Title", "Title"), ("Heading1", "heading 1"))
     )
     space = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
     kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
@@ -219,7 +227,7 @@ def test_word_is_read_by_its_headings_and_what_is_none_is_named(
         for name, text in parts.items():
             file.writestr(name, text)
     found, left_out = read_files(rag, tmp_path, a_docx=packed.getvalue(), b_docx=b"PK no")
-    assert found == {("Fruit: Apples", '"Apples"'): "They are red."}
+    assert found == {("Shop: Fruit", '"Fruit"'): "They are red."}
     assert left_out == [
         "a.docx: An unrecognised element was ignored: w:fldSimple",
         "b.docx: broken, locked, or no Word document (File is not a zip file)",
@@ -271,7 +279,7 @@ def test_underlined_and_numbered_headings_begin_sections(rag: ModuleType, tmp_pa
     text = "1 Fruit\n\nAll.\n\n1.1 Apples\n\nRed.\n\n1. wash\n\n2. eat\n\nChapter II: Pears\n\nGo."
     found, _ = read_files(rag, tmp_path, a_md=markdown, b_txt=text)
     assert list(found) == [
-        ("a", "the whole"),
+        ("a", "the beginning"),
         ("Fruit", '"Fruit"'),
         ("Fruit: Red apples", '"Red apples"'),
         ("1 Fruit", '"1 Fruit"'),
@@ -280,7 +288,7 @@ def test_underlined_and_numbered_headings_begin_sections(rag: ModuleType, tmp_pa
     ]
     assert "1. wash" in found["1 Fruit: 1.1 Apples", '"1.1 Apples"']
     assert "Code\n---" in found["Fruit: Red apples", '"Red apples"']
-    assert found["a", "the whole"] == "title: x"
+    assert found["a", "the beginning"] == "title: x"
 
 
 def test_no_line_of_markdown_is_lost(rag: ModuleType, tmp_path: Path) -> None:
@@ -291,7 +299,7 @@ def test_no_line_of_markdown_is_lost(rag: ModuleType, tmp_path: Path) -> None:
     )
     found, _ = read_files(rag, tmp_path, a_md=text)
     assert found == {
-        ("a", "the whole"): "In Bonn.",
+        ("a", "the beginning"): "In Bonn.",
         ("Install", '"Install"'): "    # as root\n    if x:\n        go",
         ("Install: Call 555-1234", '"Call 555-1234"'): "Call 555-1234",
         ("Install: Last: Open", '"Open"'): "At nine.",
@@ -308,18 +316,20 @@ def test_files_that_are_none_or_have_a_broken_name_are_named(rag: ModuleType, do
     assert left_out == [
         "caf\udce9.md: its name is not UTF-8; rename it",
         "gone.md: no regular file, or a link to none",
-        "scan.pdf: page 1 and 1 more have no text",
+        f"scan.pdf: page 1 and 1 more have no text; {SCAN}",
     ]
 
 
 def test_files_without_a_reader_or_without_text_are_named(rag: ModuleType, docs: Path) -> None:
-    found, left_out = read_files(rag, docs, a_md="", b_csv="name\n", c_png="x", d_png="x")
+    found, left_out = read_files(
+        rag, docs, a_md="", b_csv="name\n", c_png="x", d_png="x", e_heic="x"
+    )
     assert len(found) == 3
     kinds = ".md, .txt, .pdf, .docx, .html, .htm, .csv"
     assert left_out == [
         "a.md has no text",
         "b.csv has no text",
-        f"c.png and 1 more of .png: not one of {kinds}",
+        f"not one of {kinds}: 2 of .png, such as c.png; 1 of .heic, such as e.heic",
     ]
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import httpcore
 import pytest
@@ -98,6 +99,7 @@ def test_a_fetch_sends_no_credentials(server, monkeypatch):
     asked = fetched(server.replace("//", "//user:secret@") + "/headers?q=a b&ä").decode()
     assert asked.startswith("GET /headers?q=a%20b&%C3%A4 HTTP/1.1\n")
     assert f"Host: {server[7:]}" in asked
+    assert "User-Agent: nemoretriever-embeddings/" in asked  # some sites answer no other request
     assert "uthorization" not in asked
     assert "ookie" not in asked
 
@@ -185,21 +187,6 @@ def test_invalid_urls_are_refused(url):
         cut_tiles(url, 2, urls=True)
 
 
-def test_a_slow_lookup_ends_at_the_deadline(monkeypatch):
-    free = threading.Event()
-
-    def wait(*_: object, **__: object) -> list[object]:
-        free.wait(20)
-        return []
-
-    monkeypatch.setattr(socket, "getaddrinfo", wait)
-    start = time.monotonic()
-    with pytest.raises(httpcore.ConnectTimeout, match=r"lookup of pages\.example took too long"):
-        fetched("http://pages.example/a.png", seconds=0.2)
-    assert time.monotonic() - start < 5
-    free.set()
-
-
 def test_the_deadline_includes_the_lookup(server, monkeypatch):
     look_up = socket.getaddrinfo
 
@@ -214,16 +201,25 @@ def test_the_deadline_includes_the_lookup(server, monkeypatch):
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize(
-    ("answer", "words"),
-    [([], "pages.example has no address"), (socket.gaierror(-2, "Name not known"), "Name not")],
-)
-def test_a_host_without_an_address_is_refused(answer, words, monkeypatch):
+def test_a_host_without_an_address_is_refused(monkeypatch):
     def look_up(*_: object, **__: object) -> list[object]:
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        raise socket.gaierror(-2, "Name not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    with pytest.raises(ImageError, match=words):
+    with pytest.raises(ImageError, match="Name not known"):
         cut_tiles("https://pages.example/a.png", 2, urls=True)
+
+
+def test_the_next_address_is_tried_where_one_does_not_answer(server, monkeypatch):
+    found, look_up = ["127.0.0.2", "127.0.0.1"], socket.getaddrinfo
+
+    def answer(host: str, port: int, *args: int, **options: int) -> list[Any]:
+        hosts = found if host == "pages.example" else [host]
+        return [row for each in hosts for row in look_up(each, port, *args, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    url = server.replace("127.0.0.1", "pages.example") + "/png"
+    assert b"".join(fetch.fetch(url, lambda _: True)) == PNG
+    found.pop()
+    with pytest.raises(httpcore.ConnectError):
+        list(fetch.fetch(url, lambda _: True))

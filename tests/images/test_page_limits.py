@@ -67,12 +67,13 @@ def test_a_picture_beyond_the_limit_of_memory_fails(save, tmp_path):
         opened.read(0)
 
 
-def test_a_picture_beyond_the_limit_of_pixels_is_not_called_broken(tmp_path):
+@pytest.mark.parametrize("sides", [(10_000, 8_001), (16_320, 12_240)])  # the second of a phone
+def test_a_picture_beyond_the_limit_of_pixels_is_not_called_broken(tmp_path, sides):
     from PIL import Image
 
     path = tmp_path / "a.png"
     Image.new("L", (9, 9)).save(path)
-    path.write_bytes(pdfs.claim_size(path.read_bytes(), 10_000, 8_001))
+    path.write_bytes(pdfs.claim_size(path.read_bytes(), *sides))
     with open_pages(path) as opened, pytest.raises(PageError) as caught:
         opened.read(0)
     assert str(caught.value) == (

@@ -224,7 +224,10 @@ def test_a_broken_page_fails_alone(save: Callable[..., Path]) -> None:
     ("content", "reason"),
     [
         (b"", "is empty"),
-        (b"Dear Sir", "is neither a PDF nor a picture"),
+        (b"Dear Sir", "is neither a PDF nor a picture that can be read: it is not a PNG"),
+        (b"<!DOCTYPE html><title>Log in", "is neither .*: it is a web page"),
+        (b"\0\0\0\x18ftypheic", "is neither .*: it is a HEIC, which is not supported"),
+        (b"II*\0" + bytes(30), "is neither .*: its header is broken"),
         (b"%PDF-1.7 nothing", "is a broken PDF"),
         (pdfs.without_pages(), "is a broken PDF.* or one without pages"),
         (pdfs.lock(pdfs.scan("one")), "is locked with a password"),
@@ -331,9 +334,20 @@ def test_the_areas_of_a_passage_cover_it_and_nothing_else(save: Callable[..., Pa
 
 def test_a_word_that_a_hyphen_divides_is_found(save: Callable[..., Path]) -> None:
     content = text(20, 20, 150, "the straw-") + text(20, 20, 120, "berry is red")
-    with open_pages(save(Leaf(content))) as opened:
-        assert opened.read(0, "text").text == "the strawberry is red"
-        assert not (rub_out(opened, 0, "the strawberry is red") < 128).any()
+    encoding = "/Encoding<</Differences[45/uni2010]>>"  # what browsers print for a soft hyphen
+    font = f"/Resources<</Font<</F1<</Type/Font/Subtype/Type1/BaseFont/Helvetica{encoding}>>>>>>"
+    with open_pages(save(Leaf(content), Leaf(content, more=font))) as opened:
+        for index in range(2):
+            assert opened.read(index, "text").text == "the strawberry is red"
+            assert not (rub_out(opened, index, "the strawberry is red") < 128).any()
+
+
+def test_a_picture_of_unsupported_pixels_is_not_called_broken(tmp_path: Path) -> None:
+    Image.new("F", (9, 9)).save(tmp_path / "a.tif")
+    with open_pages(tmp_path / "a.tif") as opened, pytest.raises(PageError) as caught:
+        opened.read(0)
+    assert "convert it to 8-bit grey or RGB" in str(caught.value)
+    assert "broken" not in str(caught.value)
 
 
 def test_an_image_file_shows_no_passage(tmp_path: Path) -> None:

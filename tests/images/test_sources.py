@@ -227,10 +227,3 @@ def test_a_file_url_needs_no_escapes(name, tmp_path):
         other.write_bytes(HTML)  # what a browser would open
     for url in (path.as_uri(), f"file://{path}", f"FILE://localhost{path}"):
         assert np.array_equal(cut_tiles(url, 2, SIDE), cut_tiles(PNG, 2, SIDE))
-
-
-def test_a_file_url_may_have_a_query_and_a_fragment(tmp_path):
-    (tmp_path / "a b.png").write_bytes(PNG)
-    for rest in ("#page=1", "?v=2", "?v=2#page=1"):
-        url = (tmp_path / "a b.png").as_uri() + rest
-        assert np.array_equal(cut_tiles(url, 2, SIDE), cut_tiles(PNG, 2, SIDE))
