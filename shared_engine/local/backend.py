@@ -121,7 +121,8 @@ class LocalBackend(Backend):
         }
         work |= {f"nemoretriever-prepare-{n}": self._prepare for n in range(prepare_threads)}
         self._workers = [
-            threading.Thread(target=target, name=name, daemon=True) for name, target in work.items()
+            threading.Thread(target=self._run_worker, args=(target,), name=name, daemon=True)
+            for name, target in work.items()
         ]
         for worker in self._workers:
             worker.start()
@@ -170,8 +171,8 @@ class LocalBackend(Backend):
         """Accept a request; see `Backend.submit`."""
         if self.failure is not None:
             raise EngineError(
-                f"the device failed ({first_line(self.failure)}), and this process "
-                "cannot use it again; restart the process"
+                f"the engine failed ({first_line(self.failure)}), and this process "
+                "cannot use its device again; restart the process"
             ) from self.failure
         if request.query is not None:
             self._tokenizer.check_query(request.query)
@@ -191,6 +192,15 @@ class LocalBackend(Backend):
         for worker in self._workers if wait else ():
             if worker is not threading.current_thread():
                 worker.join()
+
+    def _run_worker(self, work: Callable[[], None]) -> None:
+        """Do a thread's work; an error that it does not handle ends the engine: nobody waits."""
+        try:
+            work()
+        except Exception as exc:
+            self.failure = exc
+            self._scheduler.close(cancel=True)
+            raise
 
     def _prepare(self) -> None:
         """Prepare chunks of documents until the scheduler is closed; run by each prepare thread."""

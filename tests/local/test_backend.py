@@ -9,7 +9,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -202,6 +202,22 @@ def test_a_failed_device_refuses_new_requests(open_backend, expected, monkeypatc
         with pytest.raises(EngineError, match=r"illegal access\).* restart the process$") as raised:
             backend.submit(request(TEXTS[:1], role))
         assert raised.value.__cause__ is faulty.error
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_by_an_error_leaves_nobody_waiting(open_backend):
+    """As by an encoder with vectors of a wrong size, or a version of torch that lacks something."""
+
+    class Misshapen(Faulty):
+        def __call__(self, sequences, tiles, *_):
+            return types.SimpleNamespace(numpy=lambda: np.zeros((len(sequences), 3)))
+
+    backend = open_backend(Misshapen(holds=0, error=OUT_OF_MEMORY).load)
+    with pytest.raises(CancelledError):
+        backend.submit(request(TEXTS)).result(60)
+    with pytest.raises(EngineError, match=r"the engine failed \(shape mismatch") as raised:
+        backend.submit(request(TEXTS))
+    assert raised.value.__cause__ is backend.failure
 
 
 def test_memory_is_released_when_the_last_backend_closes(open_backend, monkeypatch):
