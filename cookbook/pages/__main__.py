@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="host name by which browsers reach the app, in addition to localhost and IP "
-        "addresses; repeatable (default: none)",
+        help="host name by which browsers reach the app, in addition to IP addresses and names "
+        "without a dot; repeatable (default: none)",
     )
     web.add_argument("--port", type=int, default=PORT, help="port to bind (default: %(default)s)")
     web.add_argument("--llm-url", help="address of a NIM with a vision language model")
