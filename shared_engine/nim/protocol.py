@@ -340,6 +340,7 @@ _BY_STATUS: Mapping[int, tuple[type[RemoteError], str]] = {
     401: (AuthenticationError, "authentication failed; pass api_key= or set NVIDIA_API_KEY"),
     403: (PermissionDeniedError, "access denied; the key may not use this model"),
     404: (ModelNotFoundError, "no such model or path; see GET /v1/models"),
+    405: (InvalidRequestError, "the path takes no POST; check base_url="),
     407: (AuthenticationError, "the proxy refused the user name or password"),
     408: (RequestTimeoutError, "the server timed out"),
     413: (PayloadTooLargeError, "the request is too large, even with one input"),
