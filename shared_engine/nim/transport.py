@@ -95,7 +95,10 @@ def wait_before_retry(
         may_help, retry_after = is_retried(outcome.status_code), read_retry_after(outcome.headers)
     if attempt >= max_retries or not may_help:
         return None
-    backoff = min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt)
+    backoff = FIRST_WAIT * 2.0**attempt
+    if retry_after is None and getattr(outcome, "status_code", None) == 429:
+        backoff = 5.0**attempt  # five retries take a minute, as rates are limited per minute
+    backoff = min(LONGEST_WAIT, backoff)
     wait = backoff * (0.5 + jitter / 2)
     if retry_after is not None:  # not earlier, and not all clients at the same moment
         asked = retry_after + jitter * min(backoff, retry_after) / 4
