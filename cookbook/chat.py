@@ -24,7 +24,7 @@ from shared_engine import ConfigurationError
 from shared_engine.endpoints import HOSTED, check_header, is_hosted, normalize_url
 from shared_engine.errors import first_line
 from shared_engine.nim.client import list_secrets
-from shared_engine.nim.proxies import find_exposure, is_private, parse_address
+from shared_engine.nim.proxies import find_exposure, parse_address
 
 TIMEOUT = 60.0
 """Seconds without a byte of a reply."""
@@ -124,7 +124,7 @@ def _open_session(server: Server) -> requests.Session:
         found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
         for *_, (host, *_) in found:
             address = parse_address(str(host))
-            if address is None or not is_private(address):
+            if address is None or not address.is_private:
                 raise ConfigurationError(
                     f"the key would travel unencrypted to {host}, the resolved address of the "
                     "server; use https, or unset NVIDIA_API_KEY"

@@ -66,7 +66,6 @@ ONLY = {
     "prometheus_client": {"server"},
     "starlette": {"server"},
     "uvicorn": {"server"},
-    "h11": {"server"},
     # bulk work
     "pyarrow": {"bulk", "distributed"},
     "ray": {"distributed"},

@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="host name by which browsers reach the app, in addition to localhost and IP "
-        "addresses; repeatable (default: none)",
+        help="host name by which browsers reach the app, in addition to IP addresses and names "
+        "without a dot; repeatable (default: none)",
     )
     options.add_argument(
         "--port", type=int, default=PORT, help="port to bind (default: %(default)s)"

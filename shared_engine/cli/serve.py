@@ -63,7 +63,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         action="append",
         default=[],
         metavar="NAME",
-        help="Host name accepted without a key, in addition to localhost and IP addresses. "
+        help="Host name accepted without a key, as IP addresses and names without a dot are. "
         "Repeatable; may be a pattern: *.example.com. Default: none.",
     )
     verb.add_argument(

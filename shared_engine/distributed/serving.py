@@ -31,6 +31,8 @@ _log = logging.getLogger("shared_engine")
 
 NAME = "nemoretriever"
 """Name of the application on the cluster."""
+_MOST_ONGOING = 512
+"""Requests of a replica; more wait in the proxies."""
 
 
 class Replicas(BaseModel):
@@ -95,7 +97,7 @@ def build(settings: Replicas | Mapping[str, Any]) -> Any:
         name=NAME,
         ray_actor_options={"num_cpus": share.cpus, "num_gpus": share.gpus},
         # The engine batches across requests, and the app itself refuses too many.
-        max_ongoing_requests=settings.limits.max_connections,
+        max_ongoing_requests=_MOST_ONGOING,
         graceful_shutdown_timeout_s=settings.limits.grace_seconds,
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=3,

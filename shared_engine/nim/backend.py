@@ -73,6 +73,7 @@ from shared_engine.nim.forms import (
     RankingForm,
 )
 from shared_engine.nim.roles import have_same_scale, have_same_text
+from shared_engine.nim.transport import is_retried
 from shared_engine.options import EngineOptions, Options
 from shared_engine.threads import result_of
 from shared_engine.wire import split_role_suffix
@@ -440,8 +441,10 @@ class NimBackend(Backend):
 
     async def _find_model(self) -> str:
         if not is_hosted(self.base_url):
-            listed = protocol.list_models(await self._client.get("/models"))
-            return self._match_served_model(listed)
+            response = await self._client.get("/models")
+            if is_retried(response.status_code):  # it may have a list later, unlike with a 404
+                raise protocol.build_error(self._client.read_error(response))
+            return self._match_served_model(protocol.list_models(response))
         model = require_hosted(self._options.model, self._options.task)
         if self._spec is not None and self._spec.hosted.state == "deprecated":
             since, newer = self._spec.hosted.since, explain_end(self._spec, self._spec.task)

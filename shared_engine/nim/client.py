@@ -27,6 +27,7 @@ from shared_engine.errors import (
 from shared_engine.nim import protocol, proxies
 from shared_engine.nim.transport import (
     MOST_BYTES,
+    TLS_ADVICE,
     Limited,
     Retrying,
     Sending,
@@ -82,10 +83,7 @@ class NimClient:
             Traced(Sending(self._client, options.timeout, check_peer)), options.concurrency
         )
         self._retrying = Retrying(self._limited, options.max_retries)
-        sent = [*self._client.headers.items(), *self._headers.items()]
-        if self._proxy is not None:
-            sent += proxies.list_credentials(self._proxy)
-        self._secrets = list_secrets(sent)
+        self._secrets = list_secrets([*self._client.headers.items(), *self._headers.items()])
 
     @property
     def _is_encrypted(self) -> bool:
@@ -210,7 +208,10 @@ class NimClient:
             )
         except httpx.TransportError as exc:
             reason = self.mask(str(exc))[:300] or type(exc).__name__
-            error = ConnectionFailedError(f"no connection to {server}: {reason}")
+            advice = next(
+                (f"; {words}" for name, words in TLS_ADVICE.items() if name in reason), ""
+            )
+            error = ConnectionFailedError(f"the connection to {server} failed: {reason}{advice}")
         raise error  # outside of `except`, as httpx's errors hold the request and so the key
 
 
@@ -275,7 +276,7 @@ def list_secrets(headers: Iterable[tuple[str, str]]) -> list[str]:
 
 def _check_peer(peer: str) -> None:
     address = proxies.parse_address(peer)
-    if address is not None and not proxies.is_private(address):
+    if address is not None and not address.is_private:
         raise _refuse_key(f"{peer}, the resolved address of the server")
 
 

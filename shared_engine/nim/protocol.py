@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import httpx
@@ -85,10 +86,9 @@ def parse_reply(content: bytes, n: int, dimensions: int | None = None, mask: Mas
     Raises:
         MalformedResponseError: there is not one vector for each input, they differ in length or
             from `dimensions`, or a value is not finite. It quotes the server's message if the
-            reply is the body of an error, and nothing else.
+            reply is the body of an error, and the beginning of a reply that is not JSON.
     """
-    # Errors are raised outside of `except`, as the cause would quote the reply.
-    reply = _load_json(content)
+    reply = _load_reply(content, mask)
     rows = _sort_items(reply, n, "data", "embedding", kind="vectors", mask=mask)
     vectors = _stack(rows)
     if vectors is None:
@@ -98,6 +98,13 @@ def parse_reply(content: bytes, n: int, dimensions: int | None = None, mask: Mas
             f"expected vectors of {dimensions} values, the server sent {vectors.shape[1]}"
         )
     return _finish(reply, vectors)
+
+
+def _load_reply(content: bytes, mask: Mask) -> Any:
+    with suppress(ValueError):  # as the cause, it would quote the reply
+        return orjson.loads(content)
+    beginning = _shorten(mask(content[:1000].decode(errors="replace")))[:100]
+    raise MalformedResponseError(f"the reply is not JSON: {beginning!r}")
 
 
 def _load_json(content: bytes) -> Any:
@@ -118,7 +125,7 @@ def parse_scores(content: bytes, n: int, items: str | None, field: str, mask: Ma
     Raises:
         MalformedResponseError: there is not one finite score for each document.
     """
-    reply = _load_json(content)
+    reply = _load_reply(content, mask)
     rows = _sort_items(reply, n, items, field, kind="scores", mask=mask)
     is_numeric = all(type(row) in (int, float) for row in rows)
     scores = _stack([[row] for row in rows]) if is_numeric else None
@@ -333,6 +340,7 @@ _BY_STATUS: Mapping[int, tuple[type[RemoteError], str]] = {
     401: (AuthenticationError, "authentication failed; pass api_key= or set NVIDIA_API_KEY"),
     403: (PermissionDeniedError, "access denied; the key may not use this model"),
     404: (ModelNotFoundError, "no such model or path; see GET /v1/models"),
+    405: (InvalidRequestError, "the path takes no POST; check base_url="),
     407: (AuthenticationError, "the proxy refused the user name or password"),
     408: (RequestTimeoutError, "the server timed out"),
     413: (PayloadTooLargeError, "the request is too large, even with one input"),
@@ -382,7 +390,7 @@ def build_error(
     elif 300 <= reply.status < 400:
         target = _find_target(reply.headers)
         kind, meaning = InvalidRequestError, f"the server redirects to {target}; use its base_url="
-    message = f"{meaning} ({reply.status}): {reply.detail}"
+    message = f"{meaning} ({reply.status})" + (f": {reply.detail}" if reply.detail else "")
     if model and spec is None and reply.status == 404:
         message += suggest(model, task)
     if reply.request_id:

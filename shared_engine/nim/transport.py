@@ -35,8 +35,13 @@ MOST_IN_ERROR = 256 * 1024
 _QUOTED = 4
 """Bytes that one byte of the request may take where the server quotes it with escapes."""
 _PERMANENT = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
-_UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
-"""OpenSSL's names for an untrusted certificate, and for a server without TLS."""
+_NO_TLS = "the server has no TLS; use http://"
+TLS_ADVICE = {
+    "CERTIFICATE_VERIFY_FAILED": "a private CA needs verify_ssl= or SSL_CERT_FILE with its file",
+    "WRONG_VERSION_NUMBER": _NO_TLS,
+    "RECORD_LAYER_FAILURE": _NO_TLS,
+}
+"""What to do about OpenSSL's errors that no retry helps."""
 _CLOSED = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.CloseError)
 
 _log = logging.getLogger("shared_engine")
@@ -60,7 +65,7 @@ def is_transient(error: Exception) -> bool:
     if not isinstance(error, (httpx.TransportError, TimeoutError)):
         return False
     is_refused = isinstance(error, httpx.ProxyError) and str(error).startswith("4")  # its status
-    is_untrusted = any(words in str(error) for words in _UNTRUSTED)
+    is_untrusted = any(words in str(error) for words in TLS_ADVICE)
     return not (isinstance(error, _PERMANENT) or is_refused or is_untrusted)
 
 
@@ -79,6 +84,8 @@ def wait_before_retry(
     >>> [wait_before_retry(0, 4, httpx.Response(429, headers={"retry-after": seconds}), jitter=0)
     ...  for seconds in ("3", "3600")]
     [3.0, 30.0]
+    >>> wait_before_retry(3, 4, httpx.Response(503, headers={"retry-after": "1"}))
+    4.0
     >>> wait_before_retry(0, 4, httpx.ReadError("reset")), wait_before_retry(0, 4, ValueError())
     (0.5, None)
     """
@@ -88,11 +95,15 @@ def wait_before_retry(
         may_help, retry_after = is_retried(outcome.status_code), read_retry_after(outcome.headers)
     if attempt >= max_retries or not may_help:
         return None
-    backoff = min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt)
-    if retry_after is None:
-        return backoff * (0.5 + jitter / 2)
-    # Never earlier than the server asked, and not all clients at the same moment.
-    return min(LONGEST_WAIT, retry_after + jitter * min(backoff, retry_after) / 4)
+    backoff = FIRST_WAIT * 2.0**attempt
+    if retry_after is None and getattr(outcome, "status_code", None) == 429:
+        backoff = 5.0**attempt  # five retries take a minute, as rates are limited per minute
+    backoff = min(LONGEST_WAIT, backoff)
+    wait = backoff * (0.5 + jitter / 2)
+    if retry_after is not None:  # not earlier, and not all clients at the same moment
+        asked = retry_after + jitter * min(backoff, retry_after) / 4
+        wait = max(wait, asked) if asked else 0.0
+    return min(LONGEST_WAIT, wait)
 
 
 def read_retry_after(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
@@ -165,31 +176,29 @@ class Sending(httpx.AsyncBaseTransport):
 async def _read_reply(response: httpx.Response, request: httpx.Request) -> httpx.Response:
     """Return a response with its content read.
 
-    Of an error only the beginning is kept, and nothing if it is compressed, as its status decides.
+    Of an error only the beginning is kept, and nothing if it cannot be decompressed, as its status
+    decides.
 
     Raises:
-        MalformedResponseError: a successful reply is compressed, although every request refuses
-            that, or longer than MOST_BYTES of the request.
+        MalformedResponseError: a successful reply cannot be decompressed, or is longer than
+            MOST_BYTES of the request.
         httpx.TransportError: the connection broke.
     """
     most = MOST_IN_ERROR + _QUOTED * len(request.content)
     if response.is_success:
         most = request.extensions[MOST_BYTES]
-    encoding = response.headers.pop("content-encoding", "identity")
-    is_compressed = encoding.lower() != "identity"
-    if is_compressed and response.is_success:
-        raise MalformedResponseError(
-            f"the reply has Content-Encoding {encoding[:100]!r}, and the request has "
-            "Accept-Encoding identity; switch compression off at the server"
-        )
     parts: list[bytes] = []
     size = 0
-    if not is_compressed:
+    try:
         async for part in response.aiter_bytes():
             parts.append(part)
             size += len(part)
             if size > most:
                 break
+    except httpx.DecodingError as exc:
+        if response.is_success:
+            raise MalformedResponseError(f"the reply cannot be decompressed: {exc}") from None
+    response.headers.pop("content-encoding", None)
     if size > most and response.is_success:
         raise MalformedResponseError(f"the reply has more than {most} bytes, the most it may need")
     content = b"".join(parts)[:most]
@@ -291,8 +300,9 @@ class Limited(httpx.AsyncBaseTransport):
             self._limit = min(self.most, self._limit + 1 / self._limit)
         elif response.status_code in TOO_MANY and cuts == self._cuts:
             self._cuts += 1
-            self._limit = max(1.0, self._limit / 2)
-            _log.info("the server is busy; at most %d requests in flight", self.limit)
+            before, self._limit = self.limit, max(1.0, self._limit / 2)
+            if self.limit < before:
+                _log.info("the server is busy; at most %d requests in flight", self.limit)
 
     async def _enter(self, is_urgent: bool) -> None:
         admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()

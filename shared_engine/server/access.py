@@ -79,17 +79,18 @@ class RequireKey:
 
 
 class RequireHost:
-    """Answers requests whose Host is neither localhost, an IP address nor allowed with 421.
+    """Answers requests with 421 whose Host is a name with a dot that is not allowed.
 
     Otherwise a web page in a local browser could use the server, by pointing its own name to this
     machine (DNS rebinding): the browser then sends that name as Host. It cannot do so with an
-    address. Ports are ignored.
+    address, or with a name that only the local network has, such as localhost or the name of a
+    Service, a container or an nginx upstream. Ports are ignored.
     """
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self._app = app
         names = [host.partition(":")[0].lower() for host in hosts]
-        self._allowed = ["localhost", "*.localhost", *filter(None, names)]
+        self._allowed = ["*.localhost", *filter(None, names)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the Host of a request."""
@@ -109,10 +110,12 @@ class RequireHost:
         name = _PORT.sub("", host).lower()
         if _is_address(name):
             return True
-        patterns = (known for known in self._allowed if _NAME.fullmatch(name))
-        return any(
-            known in (name, "*") or (known[0] == "*" and name.endswith(known[1:]))
-            for known in patterns
+        return _NAME.fullmatch(name) is not None and (
+            "." not in name
+            or any(
+                known in (name, "*") or (known[0] == "*" and name.endswith(known[1:]))
+                for known in self._allowed
+            )
         )
 
 

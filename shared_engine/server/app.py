@@ -34,7 +34,6 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shared_engine._version import __version__
 from shared_engine.embedder import Embedder
@@ -46,7 +45,7 @@ from shared_engine.server.access import control_access
 from shared_engine.server.admission import Admission
 from shared_engine.server.embeddings import EmbeddingsEndpoint
 from shared_engine.server.endpoint import Endpoint, Work
-from shared_engine.server.errors import HTTPRefusal, refuse_for, refuse_model, refuse_size
+from shared_engine.server.errors import HTTPRefusal, refuse_for, refuse_model
 from shared_engine.server.limits import ServerLimits
 from shared_engine.server.metrics import Metrics
 from shared_engine.server.models import ServedModel
@@ -61,7 +60,7 @@ _log = logging.getLogger("shared_engine")
 _T = TypeVar("_T")
 
 _SMALL_REPLY = 16 * 1024
-"""Values to write on the event loop; more of them, like a body above SMALL_BODY, go to a thread."""
+"""Values that are written on the event loop; more go to a thread, as does a large body."""
 _HOME = {
     "start": """\
 nemoretriever {version}: retrieval models, with the API of a NIM, OpenAI and Cohere
@@ -125,8 +124,8 @@ def create_app(
         api_key: Key that every request must have as `Authorization: Bearer <key>`, except to the
             health routes.
         limits: Limits on requests.
-        allowed_hosts: Host names accepted without a key, as localhost and IP addresses are;
-            "*.example.com" and "*" are patterns.
+        allowed_hosts: Host names accepted without a key, as IP addresses and names without a dot
+            are; "*.example.com" and "*" are patterns.
         default_input_type: `input_type` of texts whose request has none, for clients that cannot
             send it. None refuses such a request.
         access_log: Log each request at the level INFO, and probes at DEBUG, to the logger
@@ -176,24 +175,12 @@ def create_app(
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(TrackRequests, access_log), Middleware(_TrimSlash), middleware],
+        middleware=[Middleware(TrackRequests, access_log), middleware],
         exception_handlers={HTTPException: refuse_route},
         lifespan=server.lifespan,
     )
     app.router.redirect_slashes = False  # clients handle a 404 better than a redirected POST
     return app
-
-
-class _TrimSlash:
-    """Removes slashes at the end of the path; a redirect would lose the body of a POST."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
-        await self._app(scope, receive, send)
 
 
 class _Server:
@@ -271,20 +258,12 @@ class _Server:
         admission.require_space()
         with admission.hold_bytes() as hold:
             content = await admission.read_body(request, hold)
-            size = len(content)
-            is_large = size > SMALL_BODY
+            is_large = len(content) > SMALL_BODY
             most = min(self._limits.max_inputs, endpoint.max_inputs or self._limits.max_inputs)
             body = await _run(is_large, partial(parse_request, endpoint.body, content, most))
             del content
             request.state.inputs = body.count
             work = await _run(is_large, lambda: endpoint.prepare(body, backend))
-            hold(max(0, work.measure() - size))  # texts may take more memory than their JSON
-            kinds = Counter(item.modality for item in work.inputs)
-            if (with_image := len(work.inputs) - kinds["text"]) > self._limits.max_images:
-                raise refuse_size(
-                    f"too many inputs with an image: {with_image} in one request; the limit is "
-                    f"{self._limits.max_images}. Send several requests"
-                )
             with admission.admit(len(work.inputs)):
                 values = await self._run_engine(endpoint, request, work, is_large)
                 reply = await _run(values.size > _SMALL_REPLY, lambda: work.write(values))
@@ -294,7 +273,7 @@ class _Server:
         self._metrics.seconds.labels(*labels).observe(admission.last_seconds)
         self._metrics.inputs.labels(*labels).inc(len(work.inputs))
         self._metrics.tokens.labels(*labels).inc(work.model.usage)
-        for kind, count in kinds.items():
+        for kind, count in Counter(item.modality for item in work.inputs).items():
             self._metrics.modalities.labels(endpoint.served.name, kind).inc(count)
         return reply
 

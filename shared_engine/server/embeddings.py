@@ -47,9 +47,9 @@ _Strings = Annotated[list[str], Field(min_length=1), FailFast(), BeforeValidator
 class EmbeddingsRequest(RequestBody):
     """Body of a request; `dimensions` may be null, as some of OpenAI's clients send it."""
 
-    inputs_field, most_strings, most_bytes = "input", 4, 64
+    inputs_field = "input"
     advice = (
-        ". If they are numbers: send texts, not token ids (langchain-openai: "
+        "; send texts, not token ids (langchain-openai: "
         "OpenAIEmbeddings(check_embedding_ctx_length=False))"
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from sys import getsizeof
 from typing import Any, ClassVar, Generic
 
 from numpy.typing import NDArray
@@ -33,12 +32,6 @@ class Work:
     """Returns the values of the inputs with their images decoded."""
     write: Callable[[NDArray[Any]], bytes]
     """Returns the body of the response."""
-    query: str = ""
-
-    def measure(self) -> int:
-        """Return the bytes of its strings."""
-        parts = [part for item in self.inputs for part in (item.text, item.image)]
-        return sum(map(getsizeof, filter(None, [self.query, *parts])))
 
 
 class Endpoint(ABC, Generic[BodyT]):

@@ -83,7 +83,7 @@ def refuse_for(error: NeMoRetrieverError, too_long_status: int = 400) -> HTTPRef
     if isinstance(error, PartialResultError) and error.errors:
         return refuse_for(error.errors[min(error.errors)], too_long_status)
     if isinstance(error, EngineClosedError):
-        return refuse_for_now("the server is stopping")
+        return refuse_for_now("the server is stopping", 1)
     if not isinstance(error, InputError):
         return HTTPRefusal(500, "engine", str(error))
     status, kind = next(row[1:] for row in _INPUT_ERRORS if isinstance(error, row[0]))
@@ -113,9 +113,9 @@ def refuse_size(message: str) -> HTTPRefusal:
     return HTTPRefusal(413, "too_large", message)
 
 
-def refuse_for_now(message: str) -> HTTPRefusal:
+def refuse_for_now(message: str, seconds: int) -> HTTPRefusal:
     """Return the refusal of a request before the model is loaded or during shutdown."""
-    return HTTPRefusal(503, "unavailable", message, headers={"Retry-After": "1"})
+    return HTTPRefusal(503, "unavailable", message, headers={"Retry-After": str(seconds)})
 
 
 def shorten(value: object) -> Any:

@@ -1,4 +1,4 @@
-"""Limits on requests and connections."""
+"""Limits on requests."""
 
 from __future__ import annotations
 
@@ -24,23 +24,11 @@ class ServerLimits:
         "Maximum inputs of a request; more get 413. At most 512 at /v1/ranking and 1000 at "
         "/v1/rerank.",
     )
-    max_images: int = _limit(256, "Maximum images of a request; more get 413.")
     max_image_bytes: int = _limit(25_000_000, "Maximum bytes of an image; larger ones get 413.")
     max_waiting: int = _limit(
         16_384, "Maximum accepted inputs without a response; more get 429 with Retry-After."
     )
-    read_seconds: float = _limit(
-        60.0,
-        "Seconds for a request body to arrive; later ones get 408. A client that does not read its "
-        "response for so long is disconnected.",
-    )
-    head_seconds: float = _limit(
-        10.0, "Seconds for request line and headers to arrive; then the connection is closed."
-    )
-    max_head_bytes: int = _limit(
-        64 * 2**10, "Maximum bytes of request line and headers; more get 400."
-    )
-    max_connections: int = _limit(512, "Maximum open connections; more get 503.")
+    read_seconds: float = _limit(60.0, "Seconds for a request body to arrive; later ones get 408.")
     grace_seconds: float = _limit(
         30.0, "Seconds for accepted requests to finish after SIGTERM or SIGINT; later ones get 503."
     )

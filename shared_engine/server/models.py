@@ -91,7 +91,8 @@ class ServedModel(Generic[ModelT]):
             raise refuse_for_now(
                 f"the model cannot be served: {self.failure}"
                 if self.failure
-                else "the model is loading"
+                else "the model is loading",
+                5,
             )
         return self.backend
 

@@ -80,7 +80,7 @@ class Passage(BaseModel):
 class RankingRequest(RequestBody):
     """Body of a request to /v1/ranking, which has these four fields alone."""
 
-    inputs_field, most_strings, most_bytes = "passages", 6, 128
+    inputs_field = "passages"
 
     query: Query
     passages: Annotated[list[Passage], Field(min_length=1), FailFast()]
@@ -114,7 +114,7 @@ def _read_document(value: object) -> EmbeddingInput:
 class RerankRequest(RequestBody):
     """Body of a request to /v1/rerank; `truncate` is an addition, with the words of a NIM."""
 
-    inputs_field, most_strings, most_bytes = "documents", 12, 640
+    inputs_field = "documents"
 
     query: _Query
     documents: Annotated[
@@ -146,8 +146,7 @@ class RankingEndpoint(Endpoint[RankingRequest]):
             rows = [{"index": i, "logit": score} for i, score in rank_scores(scores)]
             return dump_json({"rankings": rows, "usage": count_usage(reranker.usage)})
 
-        query = body.query.text
-        return Work(inputs, _LABEL, reranker, partial(reranker.ascore, query), write, query)
+        return Work(inputs, _LABEL, reranker, partial(reranker.ascore, body.query.text), write)
 
 
 class RerankEndpoint(Endpoint[RerankRequest]):
@@ -181,7 +180,7 @@ class RerankEndpoint(Endpoint[RerankRequest]):
             return dump_json({"model": self.served.name, "results": rows, "usage": usage})
 
         compute = partial(reranker.ascore, body.query)
-        return Work(body.documents, _LABEL, reranker, compute, write, body.query)
+        return Work(body.documents, _LABEL, reranker, compute, write)
 
 
 def _check_image(url: str, place: tuple[str | int, ...]) -> None:

@@ -18,7 +18,6 @@ from shared_engine import spans
 from shared_engine.options import Options, RerankOptions
 from shared_engine.server.access import check_hosts
 from shared_engine.server.app import create_app
-from shared_engine.server.connections import bound_connections
 from shared_engine.server.limits import ServerLimits
 from shared_engine.threads import run_off_loop
 
@@ -64,8 +63,7 @@ def serve(
 
     if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
         _log.warning(
-            "anyone who can reach %s can use this server, by its IP address or a name of "
-            "--allowed-host; use --api-key-env to require a key",
+            "anyone who can reach %s can use this server; use --api-key-env to require a key",
             host,
         )
     app = create_app(
@@ -88,12 +86,11 @@ def serve(
 def build_server(
     app: ASGIApp, limits: ServerLimits | None = None, **settings: Any
 ) -> uvicorn.Server:
-    """Return the uvicorn server of an app, with its connections within `limits`."""
+    """Return the uvicorn server of an app, with the grace time of `limits`."""
     limits = limits or ServerLimits()
     config = uvicorn.Config(
         app,
-        http=bound_connections(limits),
-        h11_max_incomplete_event_size=limits.max_head_bytes,
+        http="h11",  # it limits the bytes of a head; the faster httptools does not
         lifespan="on",
         ws="none",
         timeout_keep_alive=75,  # longer than in clients, so that they close first

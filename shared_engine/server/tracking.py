@@ -70,7 +70,7 @@ class TrackRequests:
                 await self._app({**scope, "state": state}, receive, send_with_id)
         except asyncio.CancelledError:  # after the grace time
             if not has_begun:
-                stopping = refuse(refuse_for_now("the server is stopping"))
+                stopping = refuse(refuse_for_now("the server is stopping", 1))
                 await stopping(scope, receive, send_with_id)
         finally:
             if self._access_log:

@@ -294,6 +294,20 @@ def test_a_server_that_lists_no_models_gets_the_name_unchanged() -> None:
     assert nim.bodies[0]["model"] == MODEL
 
 
+@pytest.mark.parametrize("model", [None, MODEL])
+def test_a_server_that_starts_after_its_client_is_asked_for_its_model_again(
+    model: str | None,
+) -> None:
+    listing = {"data": [{"id": "served", "root": MODEL}]}
+    replies = [httpx.Response(503), httpx.Response(200, json=listing)]
+    nim = Nim(lambda r, _: replies.pop(0) if r.url.path == "/v1/models" else None)
+    with nim.embedder(model=model) as engine:
+        with pytest.raises(ServerError, match="503"):
+            engine.embed(["a"])
+        engine.embed(["a"])
+    assert nim.bodies[0]["model"] == "served"
+
+
 def test_control_characters_of_a_servers_names_are_replaced() -> None:
     listing = {"data": [{"id": "\x1b[2J\nmine"}, {"id": "yours"}]}
     nim = Nim(lambda r, _: httpx.Response(200, json=listing) if r.method == "GET" else None)

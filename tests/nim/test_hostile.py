@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import threading
@@ -161,20 +162,34 @@ def test_a_vector_has_finite_numbers_only(value: object) -> None:
         engine.embed(["a"])
 
 
-def test_a_compressed_reply_is_refused_by_name() -> None:
+def test_a_reply_that_a_gateway_compresses_is_read() -> None:
     async def respond(request: bytes, _: int) -> AsyncIterator[bytes]:
         body = body_of(request)
         if not body:
             yield MODELS
             return
         assert b"accept-encoding: identity\r\n" in request.lower()
-        yield whole(nim.answer(body), 200, f"Content-Encoding: {body['input'][0]}")
+        content, encoding = nim.answer(body), body["input"][0]
+        if encoding == "gzip":
+            content = gzip.compress(content)
+        yield whole(content, 200, f"Content-Encoding: {encoding}")
 
     with RawServer(respond) as server, engine_for(server, concurrency=1) as engine:
-        np.testing.assert_allclose(engine.embed(["Identity"]), vectors(["Identity"]), atol=1e-6)
-        for encoding in ("gzip", "deflate", "br", "zstd", "gzip, gzip"):
-            with pytest.raises(MalformedResponseError, match=f"Content-Encoding '{encoding}'"):
-                engine.embed([encoding])
+        for encoding in ("Identity", "gzip"):
+            np.testing.assert_allclose(engine.embed([encoding]), vectors([encoding]), atol=1e-6)
+        with pytest.raises(MalformedResponseError, match="cannot be decompressed"):
+            engine.embed(["deflate"])
+
+
+def test_a_bomb_is_cut_off() -> None:
+    bomb = gzip.compress(b" " * 2**24)
+
+    async def respond(request: bytes, _: int) -> AsyncIterator[bytes]:
+        yield whole(bomb, 200, "Content-Encoding: gzip") if body_of(request) else MODELS
+
+    too_large = pytest.raises(MalformedResponseError, match=r"more than \d+ bytes")
+    with RawServer(respond) as server, engine_for(server) as engine, too_large:
+        engine.embed(["a"])
 
 
 @pytest.mark.parametrize("values", [2048, 4096])
@@ -304,6 +319,15 @@ def test_any_error_is_reported_after_a_bounded_number_of_requests(name: str, sta
                     engine.embed([f"text {i}" for i in range(n)])
                 check_error(caught.value)
                 assert len(refusing.requests) <= MOST_SENDS * (2 * n - 1) + 2
+
+
+def test_a_reply_that_is_not_json_is_quoted() -> None:
+    async def respond(request: bytes, _: int) -> AsyncIterator[bytes]:
+        yield whole(b"<html>\nSign in" + b"." * 999, 200) if body_of(request) else MODELS
+
+    quoted = pytest.raises(MalformedResponseError, match=r"not JSON: '<html> Sign in\.{86}'$")
+    with RawServer(respond) as server, engine_for(server) as engine, quoted:
+        engine.embed(["a"])
 
 
 def test_the_message_of_an_error_with_status_200_is_kept() -> None:

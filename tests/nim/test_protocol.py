@@ -129,6 +129,7 @@ VALIDATION = {
         (403, {"status": 403, "title": "Forbidden"}, PermissionError, "Forbidden"),
         (404, "404 page not found", ModelNotFoundError, "page not found"),
         (404, {"error": {"message": "The model `x` does not exist"}}, LookupError, "`x`"),
+        (405, "<html>", InvalidRequestError, "check base_url= (405): <html>"),
         (408, "", TimeoutError, ""),
         (413, "<html>Request Entity Too Large</html>", PayloadTooLargeError, "Entity"),
         (422, {"error": "reduce the payload or image size"}, PayloadTooLargeError, "payload"),
@@ -144,6 +145,7 @@ def test_errors_have_a_type_and_keep_the_servers_message(
     out = build(status, body)
     assert isinstance(out, kind)
     assert words in str(out)
+    assert not str(out).endswith(": ")
     copy = pickle.loads(pickle.dumps(out))
     assert (type(copy), str(copy), vars(copy)) == (type(out), str(out), vars(out))
 

@@ -66,6 +66,20 @@ def test_a_retry_is_never_earlier_than_the_server_asked() -> None:
         assert 2.0 <= wait <= 2.5
 
 
+def test_retries_of_a_rate_limit_take_a_minute() -> None:
+    limited = httpx.Response(429)
+    waits = [wait_before_retry(attempt, 5, limited, jitter=0.5) or 0 for attempt in range(5)]
+    assert waits == sorted(waits)
+    assert waits[0] <= 1
+    assert sum(waits) > 60
+
+
+def test_a_server_that_asks_for_short_waits_still_gets_longer_ones() -> None:
+    loading = httpx.Response(503, headers={"retry-after": "1"})
+    waits = [wait_before_retry(attempt, 5, loading, jitter=0) for attempt in range(5)]
+    assert waits == [1.0, 1.0, 1.0, 2.0, 4.0]
+
+
 class Server(httpx.AsyncBaseTransport):
     """Replies when `answer` is called."""
 

@@ -36,8 +36,7 @@ from shared_engine.cli.main import main
 from shared_engine.local import LocalBackend
 from shared_engine.server.app import create_app
 from shared_engine.server.limits import ServerLimits
-from shared_engine.server.protocol import RequestBody, parse_request
-from shared_engine.server.ranking import RankingRequest, RerankRequest
+from shared_engine.server.protocol import RequestBody
 from tests.support.checkpoints import SHAPES, build_checkpoint
 from tests.support.image_files import with_sides
 from tests.support.rerankers import build_reranker, build_vl_reranker, score_float64
@@ -447,7 +446,7 @@ def test_too_many_inputs(rerank_options: RerankOptions, path: str, most: int) ->
 
 
 def test_limits_of_bodies_and_images(rerank_options: RerankOptions) -> None:
-    limits = ServerLimits(max_body_bytes=20_000, max_images=2, max_image_bytes=len(PNG))
+    limits = ServerLimits(max_body_bytes=20_000, max_image_bytes=len(PNG))
     arguments = {"rerank_options": rerank_options, "rerank_served_name": RERANKER}
     with running(None, served=None, **arguments, limits=limits) as here:
         for path in PATHS:
@@ -456,7 +455,6 @@ def test_limits_of_bodies_and_images(rerank_options: RerankOptions) -> None:
             larger = {"image": url(large)} if path == "/ranking" else content(image=url(large))
             inputs = INPUTS[path]
             assert here.rank(path, **{inputs: [image] * 2}).status_code == 200
-            assert here.rank(path, **{inputs: [image] * 3}).status_code == 413
             response = here.rank(path, **{inputs: [image, larger]})
             assert (response.status_code, response.json()["index"]) == (413, 1)
             response = here.rank(path, query="x" * 20_001)
@@ -479,30 +477,6 @@ def test_a_full_queue_is_one_of_all_paths(options: Options, rerank_options: Rera
             assert 1 <= int(response.headers["retry-after"]) <= 30
         assert first.result().status_code == 200
         assert here.metric("nemoretriever_queue_inputs") == 0
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_excessive_json_is_refused_before_it_is_parsed(served: Running, path: str) -> None:
-    for value in ("{}", "[]", '""', "1", '{"text":{}}'):
-        name = INPUTS[path]
-        body = f'{{"model":"{RERANKER}","{name}":[{",".join([value] * 2_000_000)}]}}'
-        headers = {"Content-Type": "application/json"}
-        response = served.client.post(path, content=body, headers=headers)
-        assert response.status_code == 413, response.text
-        assert "too many inputs or fields" in response.json()["message"]
-
-
-@pytest.mark.parametrize("indent", [None, 8])
-def test_the_maximum_of_inputs_is_parsed_in_any_layout(indent: int | None) -> None:
-    text, image = '"[{,' * 20, url(PNG[:99])
-    passages = [{"text": f"{text}{n}", "image": image} for n in range(512)]
-    body = {"model": RERANKER, "query": {"text": QUERY}, "passages": passages, "truncate": "END"}
-    found = parse_request(RankingRequest, json.dumps(body, indent=indent).encode(), 512)
-    assert [passage.text for passage in found.passages] == [row["text"] for row in passages]
-    documents = [content(text=f"{text}{n}", image=image) for n in range(1000)]
-    other = {"model": RERANKER, "query": QUERY, "documents": documents, "truncate": "END"}
-    read = parse_request(RerankRequest, json.dumps(other, indent=indent).encode(), 1000)
-    assert [item.text for item in read.documents] == [f"{text}{n}" for n in range(1000)]
 
 
 def test_a_disconnected_client_cancels_its_work(rerank_options: RerankOptions) -> None:
@@ -652,7 +626,7 @@ async def test_requests_get_503_until_the_model_is_loaded(
         assert (await client.get("/health/ready")).status_code == 503
         for path in PATHS:
             response = await client.post(path, json={})
-            assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+            assert (response.status_code, response.headers["retry-after"]) == (503, "5")
 
 
 def test_serve_exits_if_the_reranker_cannot_be_loaded(

@@ -110,12 +110,12 @@ def test_accepted_requests_have_the_grace_time_and_others_none(
         unread.sendall(HEAD.replace(b"1000", b"%d" % len(body)) + b"\r\n" + body)
         assert unread.recv(100).startswith(b"HTTP/1.1 200")
 
-        idle, *half_sent = (stack.enter_context(server.connect()) for _ in range(4))
+        idle, *half_sent = (stack.enter_context(server.connect()) for _ in range(3))
         idle.sendall(b"GET /v1/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
         reply = idle.recv(4096)
         while not reply.endswith(b'"live":true}'):
             reply += idle.recv(4096)
-        for connection, part in zip(half_sent, (b"", HEAD, HEAD + b"\r\n{"), strict=True):
+        for connection, part in zip(half_sent, (b"", HEAD), strict=True):
             connection.sendall(part)
         answers = [pool.submit(server.post, LONG, role) for role in ("passage", "query")]
         wait_for(lambda: f"queue_inputs {2 * len(LONG)}.0" in server.read_metrics())
@@ -133,6 +133,21 @@ def test_accepted_requests_have_the_grace_time_and_others_none(
     assert code == -signal.SIGINT
     assert "Traceback" not in log
     assert log.count("POST /v1/embeddings 503") == 2
+
+
+def test_a_body_that_is_half_sent_has_the_grace_time(start: Callable[..., Process]) -> None:
+    server = start()
+    server.wait_for_line("INFO: serving")
+    body = json.dumps({"model": NAME, "input": "a", "input_type": "query"}).encode()
+    with server.connect() as connection:
+        connection.sendall(HEAD.replace(b"1000", b"%d" % len(body)) + b"\r\n" + body[:9])
+        server.signal(signal.SIGTERM)
+        server.wait_for_line("Waiting for connections to close")
+        connection.sendall(body[9:])
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    code, log = server.wait()
+    assert code == -signal.SIGTERM
+    assert "Traceback" not in log
 
 
 def test_a_second_interrupt_ends_the_process(start: Callable[..., Process]) -> None:
