@@ -16,7 +16,7 @@ import rag
 import relevance
 import sections
 from pages import access, app, files, passages
-from pages.__main__ import find_files, main
+from pages.__main__ import main
 from pages.model import DEFAULT
 from PIL import Image
 from safetensors import safe_open
@@ -110,7 +110,7 @@ def test_the_standin_finds_every_page_by_an_altered_picture_of_it(
     if source == "handbook":
         handbook.write(tmp_path)
     pictures, altered = [], []
-    for path in find_files(tmp_path if source == "handbook" else data / source):
+    for path in sorted((tmp_path if source == "handbook" else data / source).rglob("*.pdf")):
         with open_pages(path) as pages:
             for index in range(len(pages)):
                 picture = pages.read(index, "picture").picture
