@@ -138,7 +138,7 @@ class Backend(ABC):
     """Vector sizes, ascending; the last is the full size. Empty if only a server knows. (1,) for a
     reranker: a score."""
     failure: Exception | None = None
-    """The error that broke the device for good; None while it works."""
+    """The error that ended the engine for good, as of its device; None while it works."""
 
     @property
     def model(self) -> str | None:

@@ -10,7 +10,13 @@ import pyarrow as pa
 
 from shared_engine.backend import Rows
 from shared_engine.bulk.rows import make_document
-from shared_engine.bulk.tables import cast_rows, require_columns, require_texts, simplify
+from shared_engine.bulk.tables import (
+    cast_rows,
+    read_texts,
+    require_columns,
+    require_texts,
+    simplify,
+)
 from shared_engine.documents import EmbeddingInput, Role
 from shared_engine.embedder import Embedder
 from shared_engine.errors import InputError, InputTypeError
@@ -105,12 +111,12 @@ class EmbedBatch:
         for name in wanted:
             column = batch[name]
             if isinstance(column, pa.ChunkedArray):
-                kind = simplify(column.type)
                 if name == self._text_column:
-                    require_texts(kind, name, "the batch")
-                    kind = pa.string()
-                values, reasons = cast_rows(column, kind)
-                column = values.to_pylist()
+                    require_texts(column.type, name, "the batch")
+                    column, reasons = read_texts(column)
+                else:
+                    images, reasons = cast_rows(column, simplify(column.type))
+                    column = images.to_pylist()
                 wrong |= {row: f"column {name!r} {why}" for row, why in reasons.items()}
             columns.append(list(column))
         documents = columns[-1]

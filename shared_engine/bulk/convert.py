@@ -182,13 +182,14 @@ def _read_csv(path: str, columns: Mapping[str, bool], dialect: dict[str, Any]) -
                 (names.index(name), ("",) if is_kept else ("", r"\N"))
                 for name, is_kept in columns.items()
             ]
-            tabs = {len(names) - 1}
-            is_tsv = dialect["delimiter"] == "\t" and len(names) > 1
+            tabs = len(names) - 1
+            is_tsv = dialect["delimiter"] == "\t" and tabs > 0
             while True:
                 taken.clear()
                 try:
                     record = next(records)
-                    if is_tsv and len(taken) > 1 and {line.count("\t") for line in taken} == tabs:
+                    is_joined = is_tsv and len(taken) > 1
+                    if is_joined and all(line.count("\t") == tabs for line in taken):
                         raise csv.Error("a quoted field holds the start of another record")
                 except StopIteration:
                     return

@@ -190,7 +190,7 @@ class Fragment:
     @property
     def is_pdf(self) -> bool:
         """Whether its rows are pages of a PDF."""
-        return not self.names and self.source.lower().endswith(".pdf")
+        return not self.names and _find_kind(self.source) == "pdf"
 
 
 class Unread(NamedTuple):
@@ -277,6 +277,7 @@ def find_sources(job: Job) -> list[Source]:
         ConfigurationError: an input does not exist, is inside another one, or of another kind.
     """
     listed = [_list_files(given) for given in job.inputs]
+    _refuse_lakes([path for _, files in listed for path in files])
     try:
         root = os.path.commonpath([folder for folder, _ in listed])
     except ValueError:
@@ -319,7 +320,7 @@ def find_sources(job: Job) -> list[Source]:
                 f"inputs are of several kinds: {', '.join(kinds.values())}; embed tables, images "
                 "and PDF files by separate commands, each with its own --out"
             )
-    _check_others(job, [path for _, files in listed for path in files])
+    _log_skipped(job, [path for _, files in listed for path in files])
     if not kinds:
         raise ConfigurationError(
             f"no files to embed in {', '.join(job.inputs)} (a .txt file must be named)"
@@ -327,13 +328,15 @@ def find_sources(job: Job) -> list[Source]:
     return sources
 
 
-def _check_others(job: Job, files: list[str]) -> None:
-    """Refuse the tables of a lake, and log the files that are no data."""
+def _refuse_lakes(files: list[str]) -> None:
     for log in filter(None, map(_LOG.fullmatch, files)):
         raise ConfigurationError(
             f"{log[1]} is a Delta or Iceberg table, whose files also hold removed rows; export it "
             "to Parquet first"
         )
+
+
+def _log_skipped(job: Job, files: list[str]) -> None:
     skipped = [each for each in files if _find_kind(each) is None and not job.has_written(each)]
     if skipped:
         first = skipped[0]
@@ -445,8 +448,10 @@ def _open_table(
 
 
 def _find_page_schema(job: Job, title: str) -> Any:
-    for name in ("text_column", "image_column", "id_column", "types", "delimiter", "header"):
-        if getattr(job, name):
+    names = ("text_column", "image_column", "id_column", "types", "delimiter", "header")
+    given = {name: getattr(job, name) for name in names} | {"quotes": not job.quotes}
+    for name, is_given in given.items():
+        if is_given:
             raise ConfigurationError(f"{name}: only for tables; images and PDFs have no columns")
     kinds = {"path": pa.string(), "page": pa.int32()}
     tables.require_columns(job.kept_columns, tuple(kinds), title)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from shared_engine.bulk.convert import REASON, TEXT, find_suffix
 from shared_engine.bulk.job import Fragment, Job
-from shared_engine.bulk.tables import Cursor, Cursors, cast_rows, reading, simplify
+from shared_engine.bulk.tables import Cursor, Cursors, cast_rows, read_texts, reading, simplify
 from shared_engine.documents import EmbeddingInput, join_title
 from shared_engine.errors import PageError
 
@@ -73,11 +73,14 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
     if REASON in table.column_names:
         reasons = {row: why for row, why in enumerate(table[REASON].to_pylist()) if why}
 
+    def note(name: str, wrong: dict[int, str]) -> None:
+        for row, why in wrong.items():
+            reasons.setdefault(row, f"column {name!r} {why}")
+
     def read(name: str, kind: pa.DataType) -> pa.ChunkedArray:
         """Return a column as this type; rows whose value is not of it get a reason."""
         values, wrong = cast_rows(table[name], kind)
-        for row, why in wrong.items():
-            reasons.setdefault(row, f"column {name!r} {why}")
+        note(name, wrong)
         return values
 
     count = table.num_rows
@@ -90,7 +93,8 @@ def _from_table(job: Job, fragment: Fragment, schema: Any, table: Any, first: in
                 reasons.setdefault(row, f"has no id in column {job.id_column}")
     texts: list[str | None] | None = None
     for name in job.text_columns:
-        found = read(name, pa.string()).to_pylist()
+        found, wrong = read_texts(table[name])
+        note(name, wrong)
         texts = found if texts is None else list(map(join_title, texts, found))
     images = None
     if (image := job.image_column) is not None:

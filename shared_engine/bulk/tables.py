@@ -6,7 +6,6 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from itertools import accumulate
 from uuid import UUID
 
@@ -139,8 +138,8 @@ def require_texts(kind: pa.DataType, name: str, title: str) -> None:
 def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, dict[int, str]]:
     """Return a column as another type, and the reasons of rows with values that it cannot hold.
 
-    Every value has a text: lists, structs and maps become JSON, and bytes are UTF-8. As a text, NaN
-    is missing, as pandas writes it.
+    Every value has a text: lists, structs and maps become JSON, a duration has its unit, and bytes
+    are UTF-8.
     """
     try:
         return _cast_checked(column, kind), {}
@@ -158,13 +157,22 @@ def cast_rows(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArr
     return pa.chunked_array(parts), reasons
 
 
+def read_texts(column: pa.ChunkedArray) -> tuple[list[str | None], dict[int, str]]:
+    """Return the texts of a column, None for missing ones, and the reasons of `cast_rows`."""
+    if pa.types.is_floating(column.type):  # a missing value of pandas is NaN
+        column = pc.if_else(pc.is_nan(column), None, column)
+    texts, reasons = cast_rows(column, pa.string())
+    return texts.to_pylist(), reasons
+
+
 def _cast_checked(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    has_no_cast = pa.types.is_nested(column.type) or pa.types.is_duration(column.type)
-    if kind == pa.string() and (has_no_cast or isinstance(column.type, pa.UuidType)):
+    has_no_cast = pa.types.is_nested(column.type) or isinstance(column.type, pa.UuidType)
+    if kind == pa.string() and pa.types.is_duration(column.type):
+        count = column.cast(pa.int64()).cast(kind)
+        found = pc.binary_join_element_wise(count, column.type.unit, " ")
+    elif kind == pa.string() and has_no_cast:
         texts = [None if value is None else _to_text(value) for value in column.to_pylist()]
         found = pa.chunked_array([texts], kind)
-    elif kind == pa.string() and pa.types.is_floating(column.type):
-        found = pc.if_else(pc.is_nan(column), None, column).cast(kind)
     else:
         found = cast(column, kind)
     found.validate(full=True)  # also the bytes of texts in lists and structs
@@ -176,7 +184,7 @@ def _cast_checked(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray
 
 
 def _to_text(value: object) -> str:
-    if isinstance(value, (UUID, timedelta)):
+    if isinstance(value, UUID):
         return str(value)
     return json.dumps(value, default=str, ensure_ascii=False)
 
@@ -224,7 +232,8 @@ class Cursor:
     def measure_row(self, first: int, rows: int = 1) -> int:
         """Return the bytes of a mean row, decompressed, in the largest row group of some rows."""
         groups = self._groups[self._find_group(first) : self._find_group(first + rows - 1) + 1]
-        return max(int(self._measure_group(each) / max(1, each.num_rows)) for each in groups)
+        sizes: list[int] = [self._measure_group(each) // max(1, each.num_rows) for each in groups]
+        return max(sizes)
 
     def _measure_group(self, group: pq.RowGroupMetaData) -> int:
         sizes: Iterator[int] = (

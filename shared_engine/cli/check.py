@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import statistics
@@ -139,9 +140,13 @@ def run(args: argparse.Namespace) -> int:
             if task == "rerank"
             else Options(**shared, prefixes=args.prefixes or "auto")
         )
-        if args.served_name or lookup(name):
-            remote = remote.replace(model=name)  # else it names its only model
-        found = _measure("server", remote, "image" in expected.values if expected else None)
+        if not args.served_name and not lookup(name):
+            name = _find_only_model(remote) or name
+        if name:
+            remote = remote.replace(model=name)
+        # A server may serve only the text part of a model, under another name.
+        is_known = name is None or lookup(name) is not None
+        found = _measure("server", remote, "image" in expected.values if expected else is_known)
         works = works and found is not None
         if expected and found:
             works = _compare(expected, "server", found)
@@ -153,15 +158,22 @@ def run(args: argparse.Namespace) -> int:
     return 0 if works else 1
 
 
+def _find_only_model(remote: Options | RerankOptions) -> str | None:
+    """Return the name of the only model of a server; None if it has several, as a catalogue has."""
+    with contextlib.suppress(NeMoRetrieverError), _open(remote) as model:
+        listed = model.list_models()
+        if len(listed) == 1:
+            return listed[0].id
+    return None
+
+
 def _measure(
-    place: str, options: Options | RerankOptions, has_images: bool | None = None
+    place: str, options: Options | RerankOptions, has_images: bool = True
 ) -> Measured | None:
     """Compute the samples, with images if the model takes them; print description and times."""
     started = time.perf_counter()
     try:
         with _open(options) as model:
-            if has_images is None:  # a server may have only the text part of an unknown model
-                has_images = model.base_url is None or lookup(model.model) is not None
             has_images = has_images and "image" in model.modalities
             values = _compute_samples(model, options.task, has_images)
             first = time.perf_counter() - started

@@ -285,12 +285,15 @@ def test_large_images_of_a_table_are_read_a_few_at_a_time(
     assert found == windows
 
 
-@pytest.mark.parametrize("column", ["text_column", "image_column", "id_column"])
-def test_columns_of_tables_are_refused_for_images(column, run, tmp_path):
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("text_column", "name"), ("image_column", "name"), ("id_column", "name"), ("quotes", False)],
+)
+def test_columns_of_tables_are_refused_for_images(column, value, run, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "1.png").write_bytes(picture(1))
     with pytest.raises(ConfigurationError, match=f"{column}: only for tables"):
-        run(tmp_path / "in", **{column: "name"})
+        run(tmp_path / "in", **{column: value})
 
 
 @pytest.mark.parametrize(
